@@ -1,0 +1,1 @@
+"""Serving: routing, HTTP middleware and engine plugins (nothing here yet; see CHANGELOG)."""
