@@ -1,1 +1,391 @@
-"""stub"""
+"""Where a model keeps its decoder layers, FFN down-projections and attention heads.
+
+Steering needs one thing per decoder layer: the FFN's down-projection, whose *input* is scaled. Attribution
+also needs the attention output projection, the head count, the final norm and the unembedding; where they are
+not recognised `steer` still works and `Layout.require_attribution()` says what is missing.
+
+A model is recognised by structure. To add an architecture, add its names to the tuples below (and a tiny
+config to `tests/tiny_models.py`), or call `register_layout` for one that is not part of this package. Only
+the text decoder is ever looked at, so a vision tower's MLPs are never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .errors import LayoutError
+
+# Dotted names inside the decoder or inside one decoder layer, most common first.
+_LAYER_LISTS = ("layers", "h", "blocks", "layer", "block")
+_DOWN_PROJECTIONS = (
+    "mlp.down_proj",  # Llama, Qwen, Mistral, Gemma, Phi-3, ...
+    "mlp.c_proj",  # GPT-2, GPT-BigCode, StarCoder2, GPT-Neo
+    "fc2",  # OPT, BART, XGLM
+    "mlp.fc2",  # Phi
+    "mlp.dense_4h_to_h",  # GPT-NeoX, BLOOM, Falcon
+    "mlp.fc_out",  # GPT-J, CodeGen
+    "ffn.down_proj",  # MPT
+    "feed_forward.down_proj",
+    "feed_forward.w2",  # LFM2, InternLM2
+)
+_ATTENTION_OUTPUTS = (
+    "self_attn.o_proj",
+    "attn.c_proj",
+    "self_attn.out_proj",
+    "attn.out_proj",
+    "attn.attention.out_proj",
+    "self_attn.dense",
+    "attention.dense",
+    "self_attention.dense",
+    "self_attn.c_proj",
+)
+_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderLayer:
+    """One decoder layer of the text model.
+
+    `name` is its dotted path in the model (without PEFT or `torch.compile` wrappers). `attn_out`, the
+    attention's output projection, takes the concatenated heads, `[..., num_heads * head_dim]`, as its input;
+    it and `num_heads` are None where they were not recognised.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    down_proj: nn.Module
+    attn_out: nn.Module | None
+    num_heads: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """What was found in a model. `decoder` is the text decoder stack that is called with `inputs_embeds`."""
+
+    model_type: str
+    decoder: nn.Module
+    layers: tuple[DecoderLayer, ...]
+    hidden_size: int
+    intermediate_size: int
+    final_norm: nn.Module | None
+    unembedding: nn.Module | None
+
+    def require_attribution(self) -> None:
+        """Raise LayoutError, naming the missing parts, unless everything attribution needs was found."""
+        missing = [
+            part
+            for part, found in (
+                ("attn_out", all(layer.attn_out is not None for layer in self.layers)),
+                ("num_heads", all(layer.num_heads is not None for layer in self.layers)),
+                ("final_norm", self.final_norm is not None),
+                ("unembedding", self.unembedding is not None),
+            )
+            if not found
+        ]
+        if missing:
+            raise LayoutError(
+                f"attribution needs {', '.join(missing)}, not found in model type {self.model_type!r}: "
+                f"name it with hones_steer.register_layout({self.model_type!r}, {missing[0]}=...)"
+            )
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Dotted names of one registered model type; None means: look under the usual names."""
+
+    decoder: str | None = None
+    layers: str | None = None
+    down_proj: str | None = None
+    attn_out: str | None = None
+    num_heads: int | None = None
+    final_norm: str | None = None
+    unembedding: str | None = None
+
+
+_registered: dict[str, _Names] = {}
+
+
+def register_layout(
+    model_type: str,
+    *,
+    decoder: str = "model",
+    layers: str = "layers",
+    down_proj: str = "mlp.down_proj",
+    attn_out: str | None = None,
+    num_heads: int | None = None,
+    final_norm: str | None = None,
+    unembedding: str | None = None,
+) -> None:
+    """Say where a model type (`config.model_type`) keeps its parts, for one that is not recognised.
+
+    Dotted paths: `decoder` and `unembedding` inside the model, `layers` (a ModuleList) and `final_norm`
+    inside the decoder, `down_proj` and `attn_out` inside one layer. Parts left None are looked for under
+    the usual names. Registering again replaces the entry.
+    """
+    _registered[model_type] = _Names(decoder, layers, down_proj, attn_out, num_heads, final_norm, unembedding)
+
+
+def find_layout(model: nn.Module) -> Layout:
+    """Find the parts of a Hugging Face model, also of one inside a PEFT or `torch.compile` wrapper.
+
+    Raises LayoutError for a model without a recognised FFN in every layer, with mixture-of-experts FFNs, with
+    an FFN that is sharded over devices (tensor parallelism) or shared between layers, or with FFN widths that
+    differ between layers.
+    """
+    model = unwrap(model)
+    config = getattr(model, "config", None)
+    model_type = str(getattr(config, "model_type", "") or type(model).__name__)
+    names = _registered.get(model_type, _Names())
+    text_config = config.get_text_config(decoder=True) if config is not None else None
+
+    decoder = _find_decoder(model, model_type, names)
+    modules = _find_layer_list(decoder, model_type, names)
+    paths = {id(module): name for name, module in model.named_modules()}
+    layers = tuple(
+        _describe_layer(index, paths[id(module)], module, model_type, names, text_config)
+        for index, module in enumerate(modules)
+    )
+    hidden_size, intermediate_size = _common_shape(layers, model_type)
+    _refuse_shards(layers, text_config)
+    return Layout(
+        model_type=model_type,
+        decoder=decoder,
+        layers=layers,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        final_norm=_find_final_norm(decoder, names, hidden_size),
+        unembedding=_find_unembedding(model, names, hidden_size),
+    )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside a PEFT model or a `torch.compile`d module."""
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif hasattr(model, "peft_config") and callable(
+            get_base_model := getattr(model, "get_base_model", None)
+        ):
+            model = get_base_model()
+        else:
+            return model
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(inputs, outputs) of a linear-like module (nn.Linear, quantised, transformers' Conv1D), else None."""
+    for inputs, outputs in (("in_features", "out_features"), ("nx", "nf")):
+        shape = getattr(module, inputs, None), getattr(module, outputs, None)
+        if isinstance(shape[0], int) and isinstance(shape[1], int):
+            return shape[0], shape[1]
+    return None
+
+
+def down_weight(layer: DecoderLayer) -> Tensor:
+    """W_down as a view `[hidden, I]`, whichever way the module stores it, without a PEFT adapter's delta.
+
+    Raises LayoutError if the weight is not a plain floating-point matrix (quantised or otherwise packed).
+    """
+    module = base_layer(layer.down_proj)
+    shape, weight = linear_shape(module), getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point() and shape is not None:
+        matrix = weight.t() if is_transposed(module) and weight.dim() == 2 else weight
+        if matrix.shape == (shape[1], shape[0]):
+            return matrix
+    raise LayoutError(
+        f"{layer.name}: its down-projection ({type(module).__name__}) keeps no plain floating-point weight; "
+        "load the model without quantisation"
+    )
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The module inside a PEFT layer (which keeps the wrapped one as `base_layer`), or the module itself."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the module keeps its weight as [inputs, outputs], as transformers' Conv1D does."""
+    return hasattr(module, "nx") and hasattr(module, "nf")
+
+
+def _find_decoder(model: nn.Module, model_type: str, names: _Names) -> nn.Module:
+    if names.decoder is not None:
+        return _required(model, names.decoder, model_type)
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else None
+    if isinstance(decoder, nn.Module):
+        # Some wrappers answer with a language model that still has its head around the stack.
+        while _first(decoder, _LAYER_LISTS) is None and isinstance(
+            inner := getattr(decoder, "model", None), nn.Module
+        ):
+            decoder = inner
+        return decoder
+    raise _unrecognised(model_type, "no text decoder was found")
+
+
+def _find_layer_list(decoder: nn.Module, model_type: str, names: _Names) -> nn.ModuleList:
+    found = _required(decoder, names.layers, model_type) if names.layers else _first(decoder, _LAYER_LISTS)
+    if isinstance(found, nn.ModuleList) and len(found) > 0:
+        return found
+    raise _unrecognised(model_type, f"{type(decoder).__name__} has no list of decoder layers")
+
+
+def _describe_layer(
+    index: int, name: str, module: nn.Module, model_type: str, names: _Names, text_config: Any
+) -> DecoderLayer:
+    if names.down_proj is not None:
+        down_proj = _required(module, names.down_proj, model_type)
+    else:
+        _refuse_experts(name, module, model_type)
+        found = _first(module, _DOWN_PROJECTIONS) or _down_projection_by_shape(module)
+        if found is None:
+            raise _unrecognised(model_type, f"{name} ({type(module).__name__}) has no recognised FFN")
+        down_proj = found
+    if linear_shape(down_proj) is None:
+        raise _unrecognised(
+            model_type, f"the down-projection of {name} is a {type(down_proj).__name__}, not a linear layer"
+        )
+
+    attn_out = (
+        _required(module, names.attn_out, model_type)
+        if names.attn_out
+        else _first(module, _ATTENTION_OUTPUTS)
+    )
+    num_heads = names.num_heads or getattr(text_config, "num_attention_heads", None)
+    shape = linear_shape(attn_out) if attn_out is not None else None
+    if shape is None or not isinstance(num_heads, int) or shape[0] % num_heads:
+        attn_out, num_heads = (None if shape is None else attn_out), None
+    return DecoderLayer(index, name, module, down_proj, attn_out, num_heads)
+
+
+def _down_projection_by_shape(layer: nn.Module) -> nn.Module | None:
+    """The only linear outside attention, I → hidden, beside one that maps hidden → I (or 2 I: gate and up).
+
+    In a plain FFN the way up looks the same the other way round, so only wide FFNs (I > hidden) count.
+    """
+    linears = [
+        (name, module, shape)
+        for name, module in layer.named_modules()
+        if (shape := linear_shape(module)) is not None and "attn" not in name and "attention" not in name
+    ]
+    candidates = [
+        module
+        for name, module, (width, hidden) in linears
+        if width > hidden
+        and any(
+            other_name.rpartition(".")[0] == name.rpartition(".")[0]
+            and other in ((hidden, width), (hidden, 2 * width))
+            for other_name, _, other in linears
+        )
+    ]
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def _refuse_experts(name: str, layer: nn.Module, model_type: str) -> None:
+    for path, module in layer.named_modules():
+        kind = type(module).__name__
+        if path.endswith(("experts", "block_sparse_moe")) or kind.endswith(("Experts", "MoE")):
+            raise LayoutError(
+                f"{name}.{path} ({kind}) of model type {model_type!r}: mixture-of-experts FFNs are not "
+                "supported yet; use a dense model"
+            )
+
+
+def _common_shape(layers: Iterable[DecoderLayer], model_type: str) -> tuple[int, int]:
+    """(hidden, I), the same in every layer."""
+    shapes = {}
+    owners: dict[int, str] = {}
+    for layer in layers:
+        if (owner := owners.setdefault(id(layer.down_proj), layer.name)) != layer.name:
+            raise LayoutError(
+                f"{layer.name} and {owner} of model type {model_type!r} share one FFN, which cannot be "
+                "steered per layer; use a model whose layers have their own"
+            )
+        shape = linear_shape(layer.down_proj)
+        assert shape is not None  # checked where the layer was described
+        shapes[shape] = layer.name
+    if len(shapes) != 1:
+        found = ", ".join(f"{name} has {width}→{hidden}" for (width, hidden), name in shapes.items())
+        raise LayoutError(
+            f"FFN widths of model type {model_type!r} differ between layers ({found}), "
+            "but a profile has one width: this model cannot be steered"
+        )
+    ((intermediate_size, hidden_size),) = shapes
+    return hidden_size, intermediate_size
+
+
+def _refuse_shards(layers: Iterable[DecoderLayer], text_config: Any) -> None:
+    """A profile addresses the neurons of the whole FFN; a module that holds only some of them has others."""
+    configured = getattr(text_config, "intermediate_size", None)
+    for layer in layers:
+        module = base_layer(layer.down_proj)
+        width, full = _stored_width(module)
+        if isinstance(configured, int) and configured % width == 0:
+            # Sharded by hand, the module knows its own part only (a model that derives another width from
+            # the configured one, as LFM2 does, is no whole part of it).
+            full = max(full, configured)
+        if width != full:
+            raise LayoutError(
+                f"{layer.name}: its down-projection holds {width} of {full} FFN neurons; a sharded FFN "
+                "(tp_plan) cannot be steered here: load the model without tensor parallelism"
+            )
+
+
+def _stored_width(module: nn.Module) -> tuple[int, int]:
+    """(inputs of the weight on this device, inputs of the whole weight)."""
+    shape, weight = linear_shape(module), getattr(module, "weight", None)
+    assert shape is not None  # checked where the layer was described
+    to_local = getattr(weight, "to_local", None)  # a DTensor's
+    if to_local is None:
+        return shape[0], shape[0]
+    return int(to_local().shape[0 if is_transposed(module) else -1]), shape[0]
+
+
+def _find_final_norm(decoder: nn.Module, names: _Names, hidden_size: int) -> nn.Module | None:
+    norm = _resolve(decoder, names.final_norm) if names.final_norm else _first(decoder, _FINAL_NORMS)
+    weight = getattr(norm, "weight", None)
+    return norm if isinstance(weight, Tensor) and weight.shape == (hidden_size,) else None
+
+
+def _find_unembedding(model: nn.Module, names: _Names, hidden_size: int) -> nn.Module | None:
+    if names.unembedding is not None:
+        unembedding = _resolve(model, names.unembedding)
+    else:
+        get_output_embeddings = getattr(model, "get_output_embeddings", None)
+        unembedding = get_output_embeddings() if callable(get_output_embeddings) else None
+    shape = linear_shape(unembedding) if isinstance(unembedding, nn.Module) else None
+    return unembedding if shape is not None and shape[0] == hidden_size else None
+
+
+def _resolve(root: nn.Module, path: str) -> nn.Module | None:
+    found: Any = root
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    return found if isinstance(found, nn.Module) else None
+
+
+def _first(root: nn.Module, paths: Iterable[str]) -> nn.Module | None:
+    return next((module for path in paths if (module := _resolve(root, path)) is not None), None)
+
+
+def _required(root: nn.Module, path: str, model_type: str) -> nn.Module:
+    found = _resolve(root, path)
+    if found is None:
+        raise LayoutError(
+            f"the layout registered for model type {model_type!r} names {path!r}, "
+            f"which {type(root).__name__} does not have; correct it with hones_steer.register_layout"
+        )
+    return found
+
+
+def _unrecognised(model_type: str, what: str) -> LayoutError:
+    return LayoutError(
+        f"model type {model_type!r} is not recognised: {what}; say where its parts are with "
+        f"hones_steer.register_layout({model_type!r}, decoder=..., layers=..., down_proj=...)"
+    )
