@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +31,16 @@ Words = tuple[str, ...]
 
 MAX_REFERENCES = 5
 
-# What Pillow raises on files that are missing, cut short, damaged or absurdly large.
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+_MAX_PIXELS = 1_000_000
+# Neither file systems nor tokenizers take these, though JSON does.
+_IMPOSSIBLE = re.compile("[\0\ud800-\udfff]")
+
+# What Pillow raises on files that are missing, absurdly large, cut short or damaged. Its decoders trust what
+# they read, so damage shows as almost anything (these were found by flipping bytes).
+_UNREADABLE = (
+    *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error),
+    Image.DecompressionBombError,
+)
 
 
 class ImageSource(Protocol):
@@ -156,21 +164,17 @@ def _jsonl_example(line: bytes, folder: Path, default_id: str) -> Example:
     record = _parse(line)
     if not isinstance(record, dict):
         raise DataError("not a JSON object; write one {...} per line.")
-    prompt, targets, name = record.get("prompt"), record.get("targets"), record.get("id", default_id)
-    image = record.get("image")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise DataError('"prompt" is missing or not a text.')
-    if (
-        not isinstance(targets, list)
-        or not targets
-        or not all(isinstance(t, str) and t.strip() for t in targets)
-    ):
+    prompt, targets, image = record.get("prompt"), record.get("targets"), record.get("image")
+    name = record.get("id", default_id)
+    if not _is_text(prompt):
+        raise DataError('"prompt" must be a non-blank text.')
+    if not isinstance(targets, list) or not targets or not all(map(_is_text, targets)):
         raise DataError('"targets" must be a list of at least one non-blank text.')
-    if image is not None and (not isinstance(image, str) or not image.strip()):
+    if image is not None and not _is_text(image):
         raise DataError('"image" must be a file name; leave it out for an example without image.')
-    if not isinstance(name, str) or not name:
-        raise DataError('"id" must be a non-empty text.')
-    return Example(name, prompt, tuple(targets), None if image is None else FileImage(folder / image))
+    if isinstance(name, bool) or not (isinstance(name, int) or _is_text(name)):
+        raise DataError('"id" must be a text or a whole number.')
+    return Example(str(name), prompt, tuple(targets), None if image is None else FileImage(folder / image))
 
 
 # --------------------------------------------------------------------------------------------------- COCO
@@ -203,11 +207,8 @@ def load_coco(
 def _coco_vqa(name: str, record: dict[str, Any], root: Path) -> Example:
     part = _part(record, "vqa", dict)
     question = _string(part.get("question"), "vqa.question")
-    common = part.get("answer")
-    answers = _strings(part.get("all_answers", [common]), "vqa.all_answers")
-    # The file's own choice among equally frequent answers comes first, hence wins.
-    targets = sorted(answers, key=lambda answer: answer != common)
-    return Example(name, question, tuple(targets), _coco_image(record, root))
+    answers = _strings(part.get("all_answers", [part.get("answer")]), "vqa.all_answers")
+    return Example(name, question, tuple(answers), _coco_image(record, root))
 
 
 def _coco_ocr(name: str, record: dict[str, Any], root: Path) -> Example:
@@ -307,6 +308,10 @@ def _parse(text: bytes) -> Any:
         raise DataError(f"not valid JSON ({error}).") from error
 
 
+def _is_text(value: object) -> TypeGuard[str]:
+    return isinstance(value, str) and bool(value.strip()) and not _IMPOSSIBLE.search(value)
+
+
 def _require_some(loaded: Loaded, path: Path) -> Loaded:
     if not loaded.examples:
         reason = next(iter(loaded.skipped.values()), "it is empty")
@@ -324,7 +329,7 @@ def _part(record: dict[str, Any], field: str, kind: type[Any]) -> Any:
 
 
 def _string(value: object, field: str) -> str:
-    if not isinstance(value, str) or not value.strip():
+    if not _is_text(value):
         raise DataError(f"no text in {field}")
     return value
 
@@ -339,9 +344,9 @@ def _box(value: object) -> Box:
     numbers = value if isinstance(value, list) else []
     if len(numbers) != 4 or any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers):
         raise DataError("ocr.bbox is not [x, y, width, height]")
+    if not all(abs(n) < _MAX_PIXELS for n in numbers) or min(numbers[2:]) <= 0:
+        raise DataError("ocr.bbox is empty or absurdly large")
     left, top, width, height = (float(n) for n in numbers)
-    if not all(map(math.isfinite, (left, top, width, height))) or width <= 0 or height <= 0:
-        raise DataError("ocr.bbox is empty")
     return left, top, width, height
 
 
@@ -356,6 +361,8 @@ def with_hard_negatives(examples: Sequence[Example], negatives: int, seed: int) 
     never one that reads like a caption of the image itself; `seed` breaks ties. Raises DataError if there are
     not enough other images.
     """
+    if negatives < 1:
+        raise DataError(f"Retrieval can't rank {negatives} hard negatives; ask for at least 1.")
     random = np.random.default_rng(seed)
     images = {key: number for number, key in enumerate(dict.fromkeys(_image_key(e) for e in examples))}
     owners = np.array([images[_image_key(e)] for e in examples for _ in e.candidates])

@@ -202,7 +202,7 @@ def ndcg_at_k(scores: npt.ArrayLike, relevant: int | Iterable[int], k: int = 5) 
     Raises DataError on NaN scores, on k < 1, and on missing or out-of-range indices.
     """
     values = np.asarray(scores, dtype=np.float64)
-    positives = {relevant} if isinstance(relevant, int) else set(relevant)
+    positives = {int(relevant)} if isinstance(relevant, int | np.integer) else set(relevant)
     if values.ndim != 1 or np.isnan(values).any():
         raise DataError(f"NDCG needs a one-dimensional list of scores without NaN; got shape {values.shape}.")
     if not positives or min(positives) < 0 or max(positives) >= len(values) or k < 1:

@@ -30,6 +30,7 @@ import numpy as np
 from hones_offline.examples import Example
 from hones_offline.metrics import METRICS, FloatArray, exact_match, mean_of_rows, ndcg_at_k
 from hones_steer.errors import DataError
+from hones_steer.profile import is_task_name
 
 Output = str | FloatArray
 """What a model gave for one example: generated text, or the candidates' Yes-No margins [num_candidates]."""
@@ -175,10 +176,15 @@ class JsonlTask(_TextTask):
     """A user's own task: prompts as they stand in a JSONL file (`load_jsonl`), scored by one of `METRICS`.
 
     With "vqa" the most frequent target is learned, else the first; with "bleu4" the targets are references as
-    in `Caption`. Raises DataError for an unknown metric, naming the known ones.
+    in `Caption`. Raises DataError for an unknown metric, naming the known ones, and for a name that no
+    profile may have.
     """
 
     def __init__(self, name: str, metric: str = "exact_match", max_new_tokens: int = 32) -> None:
+        if not is_task_name(name):
+            raise DataError(
+                f"'{name}' can't name a task; use up to 64 letters, digits, '_', '.' and '-', but not 'none'."
+            )
         if metric not in METRICS:
             raise DataError(f"Unknown metric '{metric}'; choose one of {', '.join(METRICS)}.")
         if max_new_tokens < 1:

@@ -1,0 +1,194 @@
+"""Tasks: the paper's prompts word for word, what counts as the answer, and how outputs are scored."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hones_offline.examples import Example, scene_examples
+from hones_offline.scenes import scenes
+from hones_offline.tasks import TASKS, JsonlTask, Task, get_task
+
+from hones_steer.errors import DataError
+
+CAPTIONS = ("A man on a bench.", "a man sits", "man with laptop")
+EXAMPLES = {
+    "vqa": Example("1", "Type of shoes?", ("loafer", "sneakers", "leather", "sneakers"), None),
+    "ocr": Example("2", "", ("RMF",), None),
+    "caption": Example("3", "", CAPTIONS, None),
+    "retrieval": Example("4", "", ("Yes",), None, CAPTIONS),
+}
+
+
+def test_the_papers_four_tasks_are_known() -> None:
+    assert list(TASKS) == ["vqa", "ocr", "caption", "retrieval"]
+    assert {name: (task.metric, task.kind) for name, task in TASKS.items()} == {
+        "vqa": ("VQA accuracy", "generate"),
+        "ocr": ("ANLS", "generate"),
+        "caption": ("BLEU-4", "generate"),
+        "retrieval": ("NDCG@5", "rank"),
+    }
+    assert [name for name, task in TASKS.items() if task.idf_weighted] == ["caption"]
+    assert get_task("ocr") is TASKS["ocr"]
+
+
+def test_an_unknown_task_is_an_error_that_names_the_known() -> None:
+    with pytest.raises(DataError, match=r"'vqa2'.*vqa, ocr, caption, retrieval"):
+        get_task("vqa2")
+
+
+def test_prompts_are_the_papers() -> None:
+    def prompts(name: str) -> tuple[str, ...]:
+        return get_task(name).prompts(EXAMPLES[name])
+
+    assert prompts("vqa") == ("Question: Type of shoes?\nAnswer the question with a short phrase.",)
+    assert prompts("ocr") == ("Transcribe the text inside the blue box.\nOutput text only.",)
+    assert prompts("caption") == ("Describe the image in one sentence.",)
+    assert prompts("retrieval") == tuple(
+        f"Candidate: {c}\nDoes the candidate correctly describe the image?\nAnswer exactly Yes or No."
+        for c in CAPTIONS
+    )
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_embedded_model_was_trained_on_the_same_prompts(name: str) -> None:
+    (scene,) = scenes("test", 1)
+    (example,) = scene_examples(name, [scene], negatives=4)
+    candidates = example.candidates or ("",)
+    assert get_task(name).prompts(example) == tuple(scene.prompt(name, c) for c in candidates)
+
+
+def test_answers_are_what_learning_aims_at() -> None:
+    answers = {name: get_task(name).answers(example) for name, example in EXAMPLES.items()}
+    assert answers == {
+        "vqa": ((0, "sneakers"),),
+        "ocr": ((0, "RMF"),),
+        "caption": ((0, "A man on a bench."),),
+        "retrieval": ((0, "Yes"), (1, "No")),
+    }
+
+
+def test_target_texts_are_what_write_in_aims_at() -> None:
+    texts = {name: get_task(name).target_texts(example) for name, example in EXAMPLES.items()}
+    assert texts == {"vqa": ("sneakers",), "ocr": ("RMF",), "caption": CAPTIONS, "retrieval": ("Yes",)}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_answers_point_at_prompts(name: str) -> None:
+    task, example = get_task(name), EXAMPLES[name]
+    assert {index for index, _ in task.answers(example)} <= set(range(len(task.prompts(example))))
+
+
+@pytest.mark.parametrize(
+    ("name", "output", "expected"),
+    [
+        ("vqa", "Sneakers.", 0.5),  # two of four: leaving one out, 2/3 or 1/3 of enough
+        ("vqa", "boots", 0.0),
+        ("ocr", "rmf", 1.0),
+        ("ocr", "RMS", 2 / 3),
+        ("caption", "a man on a bench", 1.0),
+        ("caption", "a dog", 0.0),
+        ("retrieval", np.array([2.0, 1.0, -1.0]), 1.0),
+        ("retrieval", np.array([0.0, 1.0, -1.0]), 1 / np.log2(3)),
+    ],
+)
+def test_outputs_are_scored_by_the_tasks_metric(name: str, output: Any, expected: float) -> None:
+    task = get_task(name)
+    assert task.aggregate(task.statistics(EXAMPLES[name], output), 1) == pytest.approx(expected)
+
+
+def test_means_are_over_examples_and_bleu_is_over_the_corpus() -> None:
+    ocr, caption = get_task("ocr"), get_task("caption")
+    rows = [ocr.statistics(EXAMPLES["ocr"], text) for text in ("RMF", "xxx")]
+    assert ocr.aggregate(np.sum(rows, axis=0), 2) == 0.5
+    rows = [
+        caption.statistics(EXAMPLES["caption"], text) for text in ("a man on a bench", "a man on a bench")
+    ]
+    assert caption.aggregate(np.sum(rows, axis=0), 2) == pytest.approx(1.0)
+    assert {row.shape for row in rows} == {(10,)}
+
+
+def test_an_output_of_the_wrong_kind_is_refused() -> None:
+    with pytest.raises(TypeError, match="text"):
+        get_task("vqa").statistics(EXAMPLES["vqa"], np.zeros(3))
+    with pytest.raises(TypeError, match="3 margins"):
+        get_task("retrieval").statistics(EXAMPLES["retrieval"], np.zeros(2))
+    with pytest.raises(TypeError, match="3 margins"):
+        get_task("retrieval").statistics(EXAMPLES["retrieval"], "Yes")
+
+
+def test_retrieval_without_candidates_is_an_error_that_names_the_example() -> None:
+    with pytest.raises(DataError, match="'9'"):
+        get_task("retrieval").prompts(Example("9", "", ("Yes",), None))
+
+
+# ---------------------------------------------------------------------------------------- a user's own
+
+
+@pytest.mark.parametrize(
+    ("metric", "title", "answer", "texts", "score"),
+    [
+        ("exact_match", "exact match", "cow", ("cow",), 1.0),
+        ("vqa", "VQA accuracy", "cat", ("cat",), 0.8),
+        ("anls", "ANLS", "cow", ("cow",), 1.0),
+        ("bleu4", "BLEU-4", "cow", ("cow", "cat", "cat", "Cat", "dog"), 0.0),
+    ],
+)
+def test_a_task_from_jsonl_takes_its_prompt_as_it_is(
+    metric: str, title: str, answer: str, texts: tuple[str, ...], score: float
+) -> None:
+    task = JsonlTask("animals", metric, max_new_tokens=5)
+    example = Example("1", "Which animal?", ("cow", "cat", "cat", "Cat", "dog"), None)
+    assert (task.name, task.metric, task.kind, task.max_new_tokens) == ("animals", title, "generate", 5)
+    assert task.prompts(example) == ("Which animal?",)
+    assert task.answers(example) == ((0, answer),)
+    assert task.target_texts(example) == texts
+    assert task.idf_weighted == (metric == "bleu4")
+    assert task.aggregate(task.statistics(example, "cat"), 1) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"name": "a", "metric": "rouge"}, "'rouge'; choose one of vqa, anls, bleu4, exact_match"),
+        ({"name": "a b"}, "'a b'"),
+        ({"name": "none"}, "'none'"),
+        ({"name": "a", "max_new_tokens": 0}, "0 tokens"),
+    ],
+)
+def test_a_task_from_jsonl_refuses_bad_settings(arguments: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(DataError, match=complaint):
+        JsonlTask(**arguments)
+
+
+class Colour(Task):
+    """Name the colour of a thing; each example's prompt is the thing's name."""
+
+    name = "colour"
+    metric = "accuracy"
+    max_new_tokens = 4
+
+    def prompt(self, example: Example) -> str:
+        return f"What colour is the {example.prompt}? Answer with one word."
+
+    def score(self, example: Example, output: str) -> float:
+        return float(output.strip().lower().startswith(example.targets[0]))
+
+
+def test_a_task_of_ones_own_is_one_small_class() -> None:
+    task, example = Colour(), Example("1", "sky", ("blue",), None)
+    assert task.prompts(example) == ("What colour is the sky? Answer with one word.",)
+    assert task.answers(example) == ((0, "blue"),)
+    assert task.target_texts(example) == ("blue",)
+    rows = [task.statistics(example, text) for text in (" Blue, I think", "grey")]
+    assert task.aggregate(np.sum(rows, axis=0), len(rows)) == 0.5
+
+
+def test_a_task_of_ones_own_is_scored_by_exact_match_unless_it_says_otherwise() -> None:
+    class Plain(Task):
+        name = "plain"
+
+    example = Example("1", "Sky?", ("blue", "azure"), None)
+    assert Plain().metric == "exact match"
+    assert Plain().prompts(example) == ("Sky?",)
+    assert Plain().statistics(example, "Azure ").tolist() == [1.0]
+    assert Plain().statistics(example, "azure sky").tolist() == [0.0]
