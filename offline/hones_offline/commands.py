@@ -1,0 +1,463 @@
+"""`hones attribute`, `hones fit`, `hones evaluate`: the method on a user's own model and data."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hones_offline.banks import Bank, bank_size, random_bank
+from hones_offline.evaluate import Scores, intervention, score
+from hones_offline.examples import Loaded, load_coco, load_jsonl
+from hones_offline.fit import FIXED_AMP, GRID, FitSettings, fit_run_settings, learn, uniform_profile
+from hones_offline.metrics import METRICS, paired_bootstrap_interval
+from hones_offline.models import load_model
+from hones_offline.pipeline import Attribution
+from hones_offline.pipeline import attribute as find_task_bank
+from hones_offline.prompts import Prepared, prepare
+from hones_offline.runs import RunFolder, json_bytes, read_json, write_atomically
+from hones_offline.tasks import TASKS, JsonlTask, Task
+from hones_steer.errors import DataError
+from hones_steer.profile import ModelIdentity, Profile, load_profile, save_profile
+
+METHODS = ("hones", "hones_no_kl", "random_neurons", "fixed_amp", "grid_search")
+RESULT = "result.json"
+
+
+def attribute(argv: Sequence[str]) -> int:
+    """Entry point of `hones attribute`."""
+    parser = argparse.ArgumentParser(
+        prog="hones attribute",
+        description="Find the FFN neurons a task depends on. Scores every attention head by what replacing it costs, "
+        "then the neurons by how much the best heads drive what they write towards the answers. A killed run goes on "
+        "where it stopped when the same command is given again.",
+        epilog="examples: hones attribute llava-hf/llava-1.5-7b-hf --task vqa --data vqa.jsonl --out runs/vqa   |   "
+        "hones attribute MODEL --task ocr --data coco.json --images coco/ --out runs/ocr --head-metric logprob",
+    )
+    _add_data_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run folder for results")
+    parser.add_argument(
+        "--top-heads",
+        type=int,
+        default=30,
+        metavar="K",
+        help="heads that guide the importance; 30 for LLaVA-1.5-7B, 25 for Qwen2.5-VL-7B (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-fraction",
+        type=float,
+        default=0.01,
+        metavar="F",
+        help="bank's share of all neurons (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--head-metric",
+        choices=("task", "logprob"),
+        default="task",
+        help="score heads by the task's metric under greedy generation (the paper's way), or by the answers' "
+        "log-probability: one forward per batch, much faster (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=3407, help="order of the examples (default: %(default)s)")
+    args = parser.parse_args(argv)
+    task, loaded = _load_data(args)
+    model, processor = load_model(args.model, dtype=args.dtype, device=args.device)
+    found = find_task_bank(
+        model,
+        processor,
+        task,
+        loaded.examples,
+        top_heads=args.top_heads,
+        top_fraction=args.top_fraction,
+        head_metric=args.head_metric,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        run_dir=args.out,
+        max_failures=args.max_failures,
+        progress=True,
+    )
+    result = _attribution_result(task, found, loaded.skipped, args.top_fraction)
+    write_atomically(args.out / RESULT, json_bytes(result))
+    _show(args.json, result, _attribution_lines(result, args.out))
+    return 0
+
+
+def fit(argv: Sequence[str]) -> int:
+    """Entry point of `hones fit`."""
+    parser = argparse.ArgumentParser(
+        prog="hones fit",
+        description="Learn factors for the neurons that `hones attribute` found and write them as a steering profile. "
+        "With --dev the profile carries its evidence: the metric with and without steering.",
+        epilog="example: hones fit MODEL --task vqa --data train.jsonl --bank runs/vqa --dev dev.jsonl "
+        "--out vqa.safetensors",
+    )
+    _add_data_arguments(parser)
+    parser.add_argument("--bank", type=Path, required=True, metavar="DIR", help="run folder of `hones attribute`")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="profile to write (.safetensors)")
+    parser.add_argument("--dev", type=Path, metavar="FILE", help="held-out data for evidence and for grid_search")
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default="hones",
+        help="hones, or one of its baselines (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--state", type=Path, metavar="DIR", help="folder for resuming (default: fit-METHOD inside --bank)"
+    )
+    parser.add_argument("--description", default="", help="text for the profile")
+    parser.add_argument("--license", default="", help="licence of the profile, e.g. apache-2.0")
+    _add_fit_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.method == "grid_search" and args.dev is None:
+        parser.error("grid_search chooses its factor on --dev data")
+    task, loaded = _load_data(args)
+    bank = _read_bank(args.bank, task)
+    model, processor = load_model(args.model, dtype=args.dtype, device=args.device)
+    prepared = prepare(model, processor, task, loaded.examples, max_failures=args.max_failures, progress=True)
+    dev = None
+    if args.dev is not None:
+        dev_examples = _load_file(args, args.dev, task).examples
+        dev = prepare(model, processor, task, dev_examples, max_failures=args.max_failures, progress=True)
+    profile = _fitted(args, prepared, dev, bank)
+    evidence = {} if dev is None else _evidence(dev, profile, args.batch_size)
+    profile = _with_metadata(profile, args.description, args.license, evidence)
+    save_profile(profile, args.out)
+    result = {
+        "profile": str(args.out),
+        "digest": profile.digest,
+        "task": task.name,
+        "method": dict(profile.method),
+        "evidence": evidence,
+        "failures": {**loaded.skipped, **prepared.failures},
+    }
+    _show(args.json, result, _fit_lines(result, profile))
+    return 0
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """Entry point of `hones evaluate`."""
+    parser = argparse.ArgumentParser(
+        prog="hones evaluate",
+        description="Measure a task on a model: as it is, steered by profiles, and with a bank's neurons set to zero. "
+        "Differences come with 95%% intervals (paired bootstrap over examples).",
+        epilog="example: hones evaluate MODEL --task vqa --data test.jsonl --profile vqa.safetensors --mask runs/vqa",
+    )
+    _add_data_arguments(parser)
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="measure steered by it (repeatable)",
+    )
+    parser.add_argument(
+        "--mask",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="measure with the bank of this `hones attribute` run at zero, of this task or another (repeatable)",
+    )
+    parser.add_argument(
+        "--random-banks",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --mask: also mask N random banks of the same size per layer (default: %(default)s)",
+    )
+    args = parser.parse_args(argv)
+    task, loaded = _load_data(args)
+    profiles = {str(path): load_profile(path) for path in args.profile}
+    banks = {str(path): _read_bank(path) for path in args.mask}
+    model, processor = load_model(args.model, dtype=args.dtype, device=args.device)
+    identity = ModelIdentity.from_model(model)
+    for profile in profiles.values():
+        profile.base_model.check(identity)
+    prepared = prepare(model, processor, task, loaded.examples, max_failures=args.max_failures, progress=True)
+    base = score(prepared, batch_size=args.batch_size)
+    rows = {"base": _row(base, base)}
+    for name, profile in profiles.items():
+        with intervention(prepared, steering=profile):
+            rows[name] = _row(score(prepared, batch_size=args.batch_size), base)
+    for name, bank in banks.items():
+        rows[f"{name} masked"] = _masked_row(prepared, bank, base, args.batch_size)
+        for seed in range(args.random_banks):
+            other = random_bank(bank, identity.intermediate_size, seed)
+            rows[f"{name} random bank {seed} masked"] = _masked_row(prepared, other, base, args.batch_size)
+    result = {
+        "task": task.name,
+        "metric": task.metric,
+        "n": base.n,
+        "rows": rows,
+        "failures": {**loaded.skipped, **prepared.failures},
+    }
+    _show(args.json, result, _evaluation_lines(result))
+    return 0
+
+
+# ------------------------------------------------------------------------------------------- arguments, data
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face model: folder or hub name")
+    parser.add_argument(
+        "--task",
+        required=True,
+        metavar="NAME",
+        help=f"{', '.join(TASKS)}, or a name of your own for JSONL data with whole prompts",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help='JSONL, {"image": ..., "prompt": ..., "targets": [...]} per line, or a COCO-format .json (with --images)',
+    )
+    parser.add_argument("--images", type=Path, metavar="DIR", help="image folder of a COCO-format file")
+    parser.add_argument(
+        "--negatives",
+        type=int,
+        default=49,
+        metavar="N",
+        help="retrieval: hard negatives per image (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--metric",
+        choices=tuple(METRICS),
+        default="exact_match",
+        help="metric of your own task (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=32,
+        metavar="N",
+        help="length of your own task's answers (default: %(default)s)",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="use the first N examples only")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=16,
+        metavar="N",
+        help="sequences run at a time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="weights' type; auto: as stored on a GPU, float32 on a CPU (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1 …; auto spreads the model over what is there (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-failures",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="share of examples with unusable images before it is an error (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _add_fit_arguments(parser: argparse.ArgumentParser) -> None:
+    defaults = FitSettings()
+    parser.add_argument("--epochs", type=int, default=defaults.epochs, help="(default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=defaults.lr, help="AdamW's learning rate (default: %(default)s)")
+    parser.add_argument(
+        "--beta-kl",
+        type=float,
+        default=defaults.beta_kl,
+        help="weight of the KL to the original (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--fit-batch-size",
+        type=int,
+        default=defaults.batch_size,
+        metavar="N",
+        help="examples per forward and backward (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--accumulation-steps",
+        type=int,
+        default=defaults.accumulation_steps,
+        metavar="N",
+        help="(default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="(default: %(default)s)")
+    parser.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="less memory, more time: recompute layers going back",
+    )
+
+
+def _load_data(args: argparse.Namespace) -> tuple[Task, Loaded]:
+    task = TASKS.get(args.task) or JsonlTask(args.task, args.metric, args.max_new_tokens)
+    if args.batch_size < 1:
+        raise DataError(f"--batch-size must be at least 1, not {args.batch_size}")
+    return task, _load_file(args, args.data, task)
+
+
+def _load_file(args: argparse.Namespace, path: Path, task: Task) -> Loaded:
+    if path.suffix == ".jsonl":
+        loaded = load_jsonl(path)
+    elif args.images is None:
+        raise DataError(f"{path} is no .jsonl file; for a COCO-format file name its image folder with --images")
+    else:
+        loaded = load_coco(path, task.name, args.images, seed=3407, negatives=args.negatives)
+    return Loaded(loaded.examples[: args.limit], loaded.skipped)
+
+
+def _read_bank(folder: Path, task: Task | None = None) -> Bank:
+    """The bank of a finished `hones attribute` run, of the given task if any."""
+    result = read_json(folder / RESULT)
+    if task is not None and result["task"] != task.name:
+        raise DataError(f"{folder} holds the bank of task {result['task']!r}, not {task.name!r}")
+    return {int(layer): np.array(neurons, dtype=np.int32) for layer, neurons in result["bank"].items()}
+
+
+# ------------------------------------------------------------------------------------------- results
+
+
+def _attribution_result(
+    task: Task, found: Attribution, skipped: Mapping[str, str], top_fraction: float
+) -> dict[str, Any]:
+    return {
+        "task": task.name,
+        "metric": task.metric,
+        "n": found.n,
+        "base": found.base,
+        "heads": found.heads,
+        "top_fraction": top_fraction,
+        "bank": {str(layer): neurons.tolist() for layer, neurons in found.bank.items()},
+        "failures": {**skipped, **found.failures},
+    }
+
+
+def _attribution_lines(result: Mapping[str, Any], out: Path) -> list[str]:
+    bank = result["bank"]
+    heads = ", ".join(f"{layer}.{head} ({weight:.3g})" for layer, head, weight in result["heads"][:8])
+    return [
+        f"{result['task']}: {sum(map(len, bank.values()))} neurons in {len(bank)} layers, from {result['n']} examples",
+        f"strongest heads (layer.head): {heads}",
+        *_failure_lines(result["failures"]),
+        f"results: {out}",
+    ]
+
+
+def _fitted(args: argparse.Namespace, prepared: Prepared, dev: Prepared | None, bank: Bank) -> Profile:
+    if args.method == "fixed_amp":
+        return uniform_profile(prepared, bank, FIXED_AMP, "fixed_amp")
+    if args.method == "grid_search":
+        assert dev is not None  # checked with the arguments
+        return _grid_search(dev, bank, args.batch_size)
+    if args.method == "random_neurons":
+        bank = random_bank(bank, prepared.decoder.layout.intermediate_size, args.seed)
+    settings = FitSettings(
+        epochs=args.epochs,
+        lr=args.lr,
+        beta_kl=0.0 if args.method == "hones_no_kl" else args.beta_kl,
+        batch_size=args.fit_batch_size,
+        accumulation_steps=args.accumulation_steps,
+        seed=args.seed,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
+    run = RunFolder(args.state or args.bank / f"fit-{args.method}", fit_run_settings(prepared, bank, settings))
+    return learn(prepared, bank, settings, run=run, name=args.method, progress=True)
+
+
+def _grid_search(dev: Prepared, bank: Bank, batch_size: int) -> Profile:
+    profiles = [uniform_profile(dev, bank, factor, "grid_search") for factor in GRID]
+
+    def on_dev(profile: Profile) -> float:
+        with intervention(dev, steering=profile):
+            return score(dev, batch_size=batch_size).value
+
+    return max(sorted(profiles, key=lambda p: abs(p.method["factor"] - 1)), key=on_dev)
+
+
+def _evidence(dev: Prepared, profile: Profile, batch_size: int) -> dict[str, Any]:
+    base = score(dev, batch_size=batch_size)
+    with intervention(dev, steering=profile):
+        steered = score(dev, batch_size=batch_size)
+    row = _row(steered, base)
+    return {
+        "split": "dev",
+        "metric": dev.task.metric,
+        "n": base.n,
+        "base": base.value,
+        "steered": steered.value,
+        "gain_ci95": row["difference_ci95"],
+    }
+
+
+def _with_metadata(profile: Profile, description: str, license_: str, evidence: Mapping[str, Any]) -> Profile:
+    return Profile(
+        task=profile.task,
+        layers=profile.layers,
+        base_model=profile.base_model,
+        description=description,
+        license=license_,
+        method=profile.method,
+        evidence=evidence,
+    )
+
+
+def _row(measured: Scores, base: Scores) -> dict[str, Any]:
+    difference = paired_bootstrap_interval(measured.statistics, base.statistics, measured.task.aggregate, seed=0)
+    return {
+        "value": measured.value,
+        "ci95": measured.interval(),
+        "difference": measured.value - base.value,
+        "difference_ci95": list(difference),
+    }
+
+
+def _masked_row(prepared: Prepared, bank: Bank, base: Scores, batch_size: int) -> dict[str, Any]:
+    with intervention(prepared, mask=bank):
+        return {"neurons": bank_size(bank), **_row(score(prepared, batch_size=batch_size), base)}
+
+
+def _fit_lines(result: Mapping[str, Any], profile: Profile) -> list[str]:
+    evidence = result["evidence"]
+    lines = [f"{result['profile']}: {profile.num_neurons} neurons, digest {profile.short_digest}"]
+    if evidence:
+        low, high = evidence["gain_ci95"]
+        lines.append(
+            f"{evidence['metric']} on {evidence['n']} dev examples: {evidence['base']:.4f} → {evidence['steered']:.4f} "
+            f"(gain {evidence['steered'] - evidence['base']:+.4f}, 95% [{low:+.4f}, {high:+.4f}])"
+        )
+    return [*lines, *_failure_lines(result["failures"])]
+
+
+def _evaluation_lines(result: Mapping[str, Any]) -> list[str]:
+    width = max(map(len, result["rows"]))
+    lines = [f"{result['task']}: {result['metric']} on {result['n']} examples"]
+    for name, row in result["rows"].items():
+        low, high = row["difference_ci95"]
+        change = "" if name == "base" else f"   {row['difference']:+.4f}  95% [{low:+.4f}, {high:+.4f}]"
+        lines.append(f"  {name:{width}}  {row['value']:.4f}{change}")
+    return [*lines, *_failure_lines(result["failures"])]
+
+
+def _failure_lines(failures: Mapping[str, str]) -> list[str]:
+    if not failures:
+        return []
+    shown = [f"  {name}: {reason}" for name, reason in list(failures.items())[:5]]
+    more = [f"  … and {len(failures) - 5} more (all with --json)"] if len(failures) > 5 else []
+    return [f"{len(failures)} examples could not be used:", *shown, *more]
+
+
+def _show(as_json: bool, result: Mapping[str, Any], lines: Sequence[str]) -> None:
+    if as_json:
+        json.dump(result, sys.stdout, indent=1, sort_keys=True)
+        print()
+    else:
+        print("\n".join(lines))

@@ -1,0 +1,145 @@
+"""A task's metric on a model: as it is, with a bank masked, or steered by a profile (paper section 2.5-2.8)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hones_offline.banks import Bank
+from hones_offline.decoding import in_batches, pad_answers
+from hones_offline.examples import Example
+from hones_offline.metrics import FloatArray, bootstrap_interval
+from hones_offline.prompts import Encoded, Prepared, prepare
+from hones_offline.recording import dense_scales, scaled_ffn
+from hones_offline.tasks import Output, Task
+from hones_steer.errors import DataError
+from hones_steer.profile import ModelIdentity, Profile
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A metric over n examples: `value`, per-example statistics [n, k] it is made from, the outputs, and failures."""
+
+    task: Task
+    value: float
+    statistics: FloatArray
+    outputs: tuple[Output, ...]
+    failures: Mapping[str, str]
+
+    @property
+    def n(self) -> int:
+        """How many examples were scored."""
+        return len(self.outputs)
+
+    def interval(self, seed: int = 0) -> tuple[float, float]:
+        """95% percentile-bootstrap interval of `value` over examples."""
+        return bootstrap_interval(self.statistics, self.task.aggregate, seed=seed)
+
+
+def evaluate(
+    model: torch.nn.Module,
+    processor: Any,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    steering: Profile | None = None,
+    mask: Bank | None = None,
+    batch_size: int = 16,
+    max_failures: float = 0.05,
+    progress: bool = False,
+) -> Scores:
+    """Score a model on a task by greedy generation (or Yes−No margins, for a ranking task).
+
+    Args:
+        model: a Hugging Face causal LM or VLM, in eval mode.
+        processor: its processor; the tokenizer for a text-only model.
+        task: what is asked and how it is scored.
+        examples: the held-out examples.
+        steering: a profile whose scales apply to every position.
+        mask: a bank {layer: neurons} whose activations are set to 0.
+        batch_size: sequences run at a time.
+        max_failures: share of examples whose image may be unusable before it is an error.
+        progress: show progress bars on a terminal.
+
+    Raises:
+        DataError: no usable example, or too many failures.
+        MismatchError: the profile belongs to another model.
+        LayoutError: the model's structure is not supported.
+    """
+    prepared = prepare(model, processor, task, examples, max_failures=max_failures, progress=progress)
+    if steering is not None:
+        steering.base_model.check(ModelIdentity.from_model(model))
+    with intervention(prepared, steering=steering, mask=mask):
+        return score(prepared, batch_size=batch_size)
+
+
+@contextmanager
+def intervention(prepared: Prepared, *, steering: Profile | None = None, mask: Bank | None = None) -> Iterator[None]:
+    """Steer by a profile and/or set a bank's activations to 0 while the block runs."""
+    layout = prepared.decoder.layout
+    with ExitStack() as stack:
+        if steering is not None:
+            stack.enter_context(scaled_ffn(layout, dense_scales(layout.intermediate_size, steering.layers)))
+        if mask is not None:
+            zeros = {layer: (neurons, np.zeros(len(neurons))) for layer, neurons in mask.items()}
+            stack.enter_context(scaled_ffn(layout, dense_scales(layout.intermediate_size, zeros)))
+        yield
+
+
+def score(prepared: Prepared, *, batch_size: int) -> Scores:
+    """Run the task on the model as it now is, and score the outputs."""
+    task = prepared.task
+    outputs: Sequence[Output] = (
+        _ranked(prepared, batch_size) if task.kind == "rank" else _generated(prepared, batch_size)
+    )
+    statistics = np.stack(
+        [task.statistics(example, out) for example, out in zip(prepared.examples, outputs, strict=True)]
+    )
+    value = task.aggregate(statistics.sum(axis=0), len(outputs))
+    return Scores(task, value, statistics, tuple(outputs), prepared.failures)
+
+
+def _generated(prepared: Prepared, batch_size: int) -> list[str]:
+    def run(batch: list[Encoded]) -> list[list[int]]:
+        return prepared.decoder.greedy([e.prompt(0) for e in batch], prepared.task.max_new_tokens)
+
+    tokens = in_batches(prepared.encoded, lambda e: len(e.shared), batch_size, run)
+    texts: list[str] = prepared.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def _ranked(prepared: Prepared, batch_size: int) -> list[FloatArray]:
+    yes, no = (_first_token(prepared, word) for word in ("Yes", "No"))
+    if yes == no:
+        raise DataError("the tokenizer starts 'Yes' and 'No' with one token, so their margin is always 0")
+
+    def run(batch: list[Encoded]) -> list[FloatArray]:
+        logits = prepared.decoder.candidate_logits([e.shared for e in batch], [e.endings for e in batch])
+        return [(rows[:, yes] - rows[:, no]).double().cpu().numpy() for rows in logits]
+
+    most = max(len(e.endings) for e in prepared.encoded)
+    return in_batches(prepared.encoded, lambda e: len(e.shared), max(1, batch_size // most), run)
+
+
+def _first_token(prepared: Prepared, word: str) -> int:
+    ids: list[int] = prepared.tokenizer(word, add_special_tokens=False)["input_ids"]
+    return ids[0]
+
+
+@torch.no_grad()
+def mean_log_probability(prepared: Prepared, *, batch_size: int) -> float:
+    """Mean over (prompt, answer) pairs of the answer's mean token log-probability, in nats (teacher forced)."""
+    pairs = prepared.pairs()
+
+    def run(batch: list[Any]) -> list[float]:
+        prompts, answers = zip(*batch, strict=True)
+        logits, real = prepared.decoder.answer_logits(prompts, answers)
+        targets = pad_answers(answers).to(logits.device)
+        tokens = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+        means: list[float] = ((tokens * real).sum(1) / real.sum(1)).tolist()
+        return means
+
+    return float(np.mean(in_batches(pairs, lambda pair: len(pair[0]) + len(pair[1]), batch_size, run)))

@@ -1,0 +1,96 @@
+"""Write-in and head-guided importance of FFN neurons (paper sections 3.2-3.3, design 2.2-2.3)."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hones_offline.decoding import batches
+from hones_offline.prompts import Prepared
+from hones_offline.recording import recorded_ffn, replaced_head
+from hones_steer.errors import DataError
+from hones_steer.layout import down_weight
+
+MAX_TARGET_TOKENS = 128
+
+
+def target_directions(prepared: Prepared) -> Tensor:
+    """u_y of every (prompt, answer) pair: unit vectors, float32 [pairs, hidden].
+
+    The sum of the unembedding rows of the target's tokens, special tokens dropped, the first 128; for a task with
+    `idf_weighted` each row is weighted by the token's smoothed IDF over these examples, all references joined.
+
+    Raises:
+        DataError: a target has no token.
+    """
+    tokens = [
+        _target_tokens(prepared, text)
+        for example in prepared.examples
+        for text in (
+            [" ".join(prepared.task.target_texts(example))]
+            if prepared.task.idf_weighted
+            else [answer for _, answer in prepared.task.answers(example)]
+        )
+    ]
+    weights = _smoothed_idf(tokens) if prepared.task.idf_weighted else {}
+    unembedding = prepared.decoder.unembedding.weight
+    assert isinstance(unembedding, Tensor)
+    sums = [
+        torch.tensor([weights.get(t, 1.0) for t in row]) @ unembedding.detach()[row].float().cpu() for row in tokens
+    ]
+    return F.normalize(torch.stack(sums), dim=-1)
+
+
+def _target_tokens(prepared: Prepared, text: str) -> list[int]:
+    special = set(prepared.tokenizer.all_special_ids)
+    ids: list[int] = prepared.tokenizer(text, add_special_tokens=False)["input_ids"]
+    kept = [token for token in ids if token not in special][:MAX_TARGET_TOKENS]
+    if not kept:
+        raise DataError(f"the target {text!r} has no token that is not special")
+    return kept
+
+
+def _smoothed_idf(documents: Sequence[Sequence[int]]) -> dict[int, float]:
+    """ln((n+1)/(df+1)) + 1 per token."""
+    frequency = Counter(token for document in documents for token in set(document))
+    return {token: math.log((len(documents) + 1) / (df + 1)) + 1 for token, df in frequency.items()}
+
+
+@torch.no_grad()
+def mean_write_in(prepared: Prepared, directions: Tensor, *, batch_size: int) -> Tensor:
+    """Mean over pairs of c_{l,i} = z_i·⟨W_down[:,i], u_y⟩ at the last prompt token: float64 [L, I] on the CPU."""
+    layout = prepared.decoder.layout
+    prompts = [
+        encoded.prompt(index)
+        for example, encoded in zip(prepared.examples, prepared.encoded, strict=True)
+        for index, _ in prepared.task.answers(example)
+    ]
+    total = torch.zeros(len(layout.layers), layout.intermediate_size, dtype=torch.float64)
+    with recorded_ffn(layout) as recorded:
+        for chosen in batches([len(prompt) for prompt in prompts], batch_size):
+            prepared.decoder.run(prepared.decoder.collate([prompts[i] for i in chosen]))
+            for layer in layout.layers:
+                z = recorded[layer.index]  # [rows, I]
+                alignment = directions[chosen].to(z.device) @ down_weight(layer).float()  # [rows, I]
+                total[layer.index] += (z * alignment).sum(0, dtype=torch.float64).cpu()
+    return total / len(prompts)
+
+
+def importance(
+    prepared: Prepared, heads: Sequence[tuple[int, int, float]], *, batch_size: int
+) -> npt.NDArray[np.float32]:
+    """I_{l,i} = Σ_h w_h·[mean c(θ) − mean c(θ_Ih)]_+ / Σ_h w_h, float32 [L, I]; `heads` are (layer, head, w)."""
+    directions = target_directions(prepared)
+    base = mean_write_in(prepared, directions, batch_size=batch_size)
+    total = torch.zeros_like(base)
+    for layer, head, weight in heads:
+        with replaced_head(prepared.decoder.layout, layer, head):
+            changed = mean_write_in(prepared, directions, batch_size=batch_size)
+        total += weight * (base - changed).clamp(min=0)
+    result: npt.NDArray[np.float32] = (total / sum(w for _, _, w in heads)).float().numpy()
+    return result

@@ -1,0 +1,162 @@
+"""Attribution from examples to a neuron bank: examples → head scores → importance → bank (paper section 3).
+
+`fit` takes the bank on to scales and a profile, `evaluate` measures what they do.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hones_offline.banks import Bank, select_bank
+from hones_offline.examples import Example
+from hones_offline.heads import HeadMetric, layer_head_scores, top_heads, utility
+from hones_offline.neurons import importance
+from hones_offline.prompts import Prepared, prepare
+from hones_offline.runs import RunFolder, examples_digest
+from hones_offline.tasks import Task
+from hones_steer.errors import DataError
+from hones_steer.profile import ModelIdentity
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """What was found for one task."""
+
+    head_scores: npt.NDArray[np.float32]
+    """S(h), float32 [L, H]."""
+    importance: npt.NDArray[np.float32]
+    """I_{l,i}, float32 [L, I]."""
+    bank: Bank
+    """The neurons of the top fraction, {layer: int32 indices}."""
+    heads: list[tuple[int, int, float]]
+    """The task's heads as (layer, head, weight), strongest first."""
+    base: float
+    """The utility of the untouched model on the discovery examples."""
+    n: int
+    """Examples used."""
+    failures: dict[str, str]
+    """Ids of the examples that could not be used, with the reason."""
+
+
+def attribute(
+    model: torch.nn.Module,
+    processor: Any,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    top_heads: int = 30,
+    top_fraction: float = 0.01,
+    head_metric: HeadMetric = "task",
+    seed: int = 3407,
+    batch_size: int = 16,
+    run_dir: str | Path | None = None,
+    max_failures: float = 0.05,
+    progress: bool = False,
+) -> Attribution:
+    """Find the FFN neurons a task depends on: the method of arXiv 2604.17941, section 3.
+
+    Args:
+        model: a Hugging Face causal LM or VLM, in eval mode.
+        processor: its processor; the tokenizer for a text-only model.
+        task: the task.
+        examples: the discovery examples.
+        top_heads: how many heads guide the importance (30 for LLaVA-1.5-7B, 25 for Qwen2.5-VL-7B).
+        top_fraction: the bank's share of all L·I neurons.
+        head_metric: score heads by the task's metric under greedy generation ("task", the paper's) or by the mean
+            log-probability of the answers ("logprob": one forward per batch, so much faster).
+        seed: shuffles the examples before they are batched.
+        batch_size: sequences run at a time.
+        run_dir: folder that keeps each layer's result, so that a killed run can be resumed.
+        max_failures: share of examples whose image may be unusable before it is an error.
+        progress: show progress bars on a terminal.
+
+    Raises:
+        DataError: no usable example, too many failures, no head or neuron that matters, or a run with other settings.
+        LayoutError: the model's structure is not supported.
+    """
+    order = np.random.default_rng(seed).permutation(len(examples))
+    prepared = prepare(
+        model, processor, task, [examples[i] for i in order], max_failures=max_failures, progress=progress
+    )
+    settings: dict[str, Any] = {
+        "top_heads": top_heads,
+        "head_metric": head_metric,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    run = None
+    if run_dir is not None:
+        run = RunFolder(run_dir, attribution_run_settings(prepared, settings))
+    return find_bank(
+        prepared,
+        count=top_heads,
+        top_fraction=top_fraction,
+        head_metric=head_metric,
+        batch_size=batch_size,
+        run=run,
+        progress=progress,
+    )
+
+
+def attribution_run_settings(prepared: Prepared, settings: dict[str, Any]) -> dict[str, Any]:
+    """What decides the bytes of an attribution (the bank's size does not: it is cut from the importance)."""
+    return {
+        "stage": "attribute",
+        "task": prepared.task.name,
+        "examples": examples_digest(prepared.examples),
+        "model": asdict(ModelIdentity.from_model(prepared.decoder.model)),
+        **settings,
+    }
+
+
+def find_bank(
+    prepared: Prepared,
+    *,
+    count: int,
+    top_fraction: float,
+    head_metric: HeadMetric,
+    batch_size: int,
+    run: RunFolder | None = None,
+    progress: bool = False,
+) -> Attribution:
+    """`attribute` on examples that are already encoded; every layer's head scores are one resumable step."""
+    from tqdm import tqdm
+
+    if count < 1:
+        raise DataError(f"top_heads must be at least 1, not {count}")
+    layers = prepared.decoder.layout.layers
+    base = _step(run, "base", lambda: utility(prepared, head_metric, batch_size=batch_size))
+    bar = tqdm(
+        total=sum(layer.num_heads or 0 for layer in layers),
+        desc=f"{prepared.task.name}: heads",
+        delay=2,
+        leave=False,
+        disable=None if progress else True,
+    )
+    rows: list[list[float]] = []
+    with bar:
+        for layer in layers:
+
+            def compute(index: int = layer.index) -> list[float]:
+                return layer_head_scores(prepared, index, base, head_metric, batch_size=batch_size, tick=bar.update)
+
+            rows.append(_step(run, f"heads-{layer.index:03d}", compute))
+            bar.update(sum(map(len, rows)) - bar.n)
+    scores = np.array(rows, dtype=np.float32)
+    heads = top_heads(scores, count)
+
+    def write_in() -> dict[str, npt.NDArray[Any]]:
+        return {"importance": importance(prepared, heads, batch_size=batch_size), "head_scores": scores}
+
+    found = run.arrays("attribution", write_in) if run else write_in()
+    bank = select_bank(found["importance"], top_fraction)
+    return Attribution(scores, found["importance"], bank, heads, base, len(prepared), dict(prepared.failures))
+
+
+def _step(run: RunFolder | None, name: str, compute: Any) -> Any:
+    return run.json(name, compute) if run else compute()

@@ -1,0 +1,134 @@
+"""Run folders: each step's result is one file, written atomically, so that a killed run goes on where it stopped.
+
+A step is a function of the run's settings alone. Its file either exists whole or not at all; running again computes
+only what is missing, and the bytes are those of a run that was never interrupted.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from hones_offline.examples import Example
+from hones_steer.errors import DataError
+
+_MISSING = "{file} is missing; the run that should have written it is not finished"
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+class RunFolder:
+    """A folder of step results that belong to one set of settings (JSON), kept in `run.json`.
+
+    Raises:
+        DataError: the folder holds a run with other settings; the message names what differs.
+    """
+
+    def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        settings = json.loads(json.dumps(settings))
+        file = self.path / "run.json"
+        if file.exists():
+            _check_settings(file, settings)
+        elif self.path.is_dir() and any(self.path.iterdir()) and not _only_leftovers(self.path):
+            raise DataError(f"{self.path} is not empty and holds no run; choose another folder")
+        else:
+            write_atomically(file, json_bytes(settings))
+
+    def json(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The result of step `name`, a JSON value: read if it was done before, else computed and kept."""
+        file = self.path / f"{name}.json"
+        if not file.exists():
+            write_atomically(file, json_bytes(compute()))
+        return read_json(file)
+
+    def arrays(self, name: str, compute: Callable[[], Arrays]) -> dict[str, npt.NDArray[Any]]:
+        """The result of step `name`, named arrays: read if it was done before, else computed and kept."""
+        file = self.path / f"{name}.safetensors"
+        if not file.exists():
+            write_atomically(file, save({k: np.ascontiguousarray(v) for k, v in compute().items()}))
+        return read_arrays(file)
+
+
+def read_arrays(file: Path) -> dict[str, npt.NDArray[Any]]:
+    """Named arrays from a safetensors file.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    try:
+        return load(file.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(_MISSING.format(file=file)) from error
+    except SafetensorError as error:
+        raise DataError(f"{file} is damaged ({error}); delete it and run again") from error
+
+
+def read_json(file: Path) -> Any:
+    """A JSON value from a file; raises DataError if it is missing or damaged."""
+    try:
+        return json.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(_MISSING.format(file=file)) from error
+    except ValueError as error:
+        raise DataError(f"{file} is damaged ({error}); delete it and run again") from error
+
+
+def _check_settings(file: Path, settings: Mapping[str, Any]) -> None:
+    before = read_json(file)
+    if before != settings:
+        names = [
+            f"{name} was {before.get(name)!r} and now is {settings.get(name)!r}"
+            for name in sorted(before.keys() | settings.keys())
+            if before.get(name) != settings.get(name)
+        ]
+        raise DataError(
+            f"{file.parent} holds a run with other settings: {'; '.join(names)}; "
+            "use the same settings to resume it, or another folder"
+        )
+
+
+def _only_leftovers(folder: Path) -> bool:
+    return all(entry.name.startswith(".tmp-") for entry in folder.iterdir())
+
+
+def json_bytes(value: Any) -> bytes:
+    """Indented JSON with sorted keys; NaN is refused."""
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def write_atomically(file: Path, data: bytes) -> None:
+    """Write a sibling file, fsync, rename: readers see the old file or the new one, never a part.
+
+    Raises:
+        DataError: the disk is full or the folder cannot be written.
+    """
+    temporary = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".tmp-", delete=False) as stream:
+            temporary = Path(stream.name)
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except OSError as error:
+        if temporary:
+            temporary.unlink(missing_ok=True)
+        raise DataError(f"cannot write {file}: {error.strerror}; nothing was changed") from error
+
+
+def examples_digest(examples: Sequence[Example]) -> str:
+    """12 hex digits that stand for the examples' content (images by their keys)."""
+    digest = hashlib.sha256()
+    for e in examples:
+        digest.update(json.dumps([e.id, e.prompt, e.targets, e.candidates, e.image and e.image.key]).encode() + b"\n")
+    return digest.hexdigest()[:12]

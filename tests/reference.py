@@ -1,0 +1,222 @@
+"""Section 2 of the method written plainly: one example at a time, whole model forwards, nothing shared or cached.
+
+The fast paths of `hones_offline` must equal these functions. Model, processor and tokenizer are Hugging Face objects;
+an intervention is a context manager. Nothing here imports `hones_offline` except to be handed its examples and tasks.
+"""
+
+import math
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from hones_steer.layout import find_layout
+
+
+def prompt_inputs(processor, example, prompt):
+    """Token ids and pixel values of one prompt through chat template and processor."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    image = example.image.load() if example.image else None
+    if processor.chat_template is None:
+        text = prompt
+    else:
+        content = [{"type": "image"}, {"type": "text", "text": prompt}] if image else prompt
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+    special = tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
+    if image is None:
+        return dict(tokenizer([text], return_tensors="pt", add_special_tokens=special))
+    return dict(processor(images=[image], text=[text], return_tensors="pt", add_special_tokens=special))
+
+
+@contextmanager
+def head_replaced(model, layer, head):
+    """I_h (2.1): head's slice of o_proj's input becomes the mean of the other heads' slices, position by position."""
+    part = find_layout(model).layers[layer]
+
+    def hook(_module, args):
+        x = args[0]
+        width = x.shape[-1] // part.num_heads
+        slices = [x[..., j * width : (j + 1) * width] for j in range(part.num_heads)]
+        others = [s for j, s in enumerate(slices) if j != head]
+        slices[head] = sum(others) / len(others)
+        return (torch.cat(slices, dim=-1),)
+
+    handle = part.attn_out.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def neurons_scaled(model, layers):
+    """Z' = s·z for the listed neurons: layers = {layer: (neurons, scales)} (2.5 with scale 0, 2.6)."""
+    with ExitStack() as stack:
+        for layer, (neurons, scales) in layers.items():
+
+            def hook(_module, args, neurons=neurons, scales=scales):
+                z = args[0].clone()
+                for neuron, scale in zip(neurons.tolist(), scales.tolist(), strict=True):
+                    z[..., neuron] = z[..., neuron] * scale
+                return (z,)
+
+            handle = find_layout(model).layers[layer].down_proj.register_forward_pre_hook(hook)
+            stack.callback(handle.remove)
+        yield
+
+
+@torch.no_grad()
+def generate(model, processor, task, example):
+    """Greedy text for one example by `model.generate`."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    inputs = prompt_inputs(processor, example, task.prompts(example)[0])
+    out = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=task.max_new_tokens)
+    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+@torch.no_grad()
+def margins(model, processor, task, example):
+    """logit(Yes) − logit(No) of the next token, one forward per candidate."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    yes = tokenizer("Yes", add_special_tokens=False)["input_ids"][0]
+    no = tokenizer("No", add_special_tokens=False)["input_ids"][0]
+    logits = [model(**prompt_inputs(processor, example, prompt)).logits[0, -1] for prompt in task.prompts(example)]
+    return torch.stack([row[yes] - row[no] for row in logits]).double().numpy()
+
+
+def outputs(model, processor, task, examples):
+    """What the model gives for each example."""
+    run = margins if task.kind == "rank" else generate
+    return [run(model, processor, task, example) for example in examples]
+
+
+def metric(model, processor, task, examples):
+    """The task's metric over examples (2.8)."""
+    rows = [
+        task.statistics(example, out)
+        for example, out in zip(examples, outputs(model, processor, task, examples), strict=True)
+    ]
+    return task.aggregate(sum(rows), len(rows))
+
+
+def answer_logits(model, processor, example, prompt, answer):
+    """Logits [n, vocabulary] at an answer's tokens (end token included), teacher forced, and those tokens [n]."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    inputs = prompt_inputs(processor, example, prompt)
+    length = inputs["input_ids"].shape[1]
+    end = model.generation_config.eos_token_id
+    end = min(end) if isinstance(end, list) else end
+    ids = torch.tensor([[*tokenizer(answer, add_special_tokens=False)["input_ids"], end]])
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if name in inputs:
+            more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}.get(name, torch.zeros_like(ids))
+            inputs[name] = torch.cat([inputs[name], more], dim=1)
+    return model(**inputs).logits[0, length - 1 : -1], ids[0]
+
+
+@torch.no_grad()
+def mean_log_probability(model, processor, task, examples):
+    """Mean over (prompt, answer) pairs of the mean log-probability of the answer's tokens."""
+    values = []
+    for example in examples:
+        for index, answer in task.answers(example):
+            prompt = task.prompts(example)[index]
+            logits, ids = answer_logits(model, processor, example, prompt, answer)
+            values.append(logits.log_softmax(-1)[range(len(ids)), ids].mean().item())
+    return sum(values) / len(values)
+
+
+def head_scores(model, processor, task, examples, utility):
+    """S(h) = P(θ) − P(θ_Ih) (2.1), [L][H]; utility is `metric` or `mean_log_probability`."""
+    base = utility(model, processor, task, examples)
+    scores = []
+    for layer in find_layout(model).layers:
+        row = []
+        for head in range(layer.num_heads):
+            with head_replaced(model, layer.index, head):
+                row.append(base - utility(model, processor, task, examples))
+        scores.append(row)
+    return scores
+
+
+def directions(model, processor, task, examples):
+    """u_y (2.2) for every (example, answer) pair, in order."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    rows = model.get_output_embeddings().weight
+
+    def tokens(text):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [i for i in ids if i not in tokenizer.all_special_ids][:128]
+
+    if task.idf_weighted:
+        documents = [tokens(" ".join(task.target_texts(example))) for example in examples]
+        df = Counter(token for document in documents for token in set(document))
+        n = len(documents)
+        sums = [sum(rows[t] * (math.log((n + 1) / (df[t] + 1)) + 1) for t in doc) for doc in documents]
+    else:
+        sums = [sum(rows[t] for t in tokens(answer)) for example in examples for _, answer in task.answers(example)]
+    return [u / u.norm() for u in sums]
+
+
+@torch.no_grad()
+def mean_write_in(model, processor, task, examples):
+    """Mean over pairs of c_{l,i} = z_i·⟨W_down[:,i], u_y⟩ at the last prompt token (2.2), [L][I]."""
+    layout = find_layout(model)
+    units = iter(directions(model, processor, task, examples))
+    total, count = 0, 0
+    for example in examples:
+        for index, _answer in task.answers(example):
+            recorded = {}
+            with ExitStack() as stack:
+                for layer in layout.layers:
+
+                    def hook(_module, args, layer=layer, recorded=recorded):
+                        recorded[layer.index] = args[0][0, -1]
+
+                    stack.callback(layer.down_proj.register_forward_pre_hook(hook).remove)
+                model(**prompt_inputs(processor, example, task.prompts(example)[index]))
+            unit = next(units)
+            total = total + torch.stack(
+                [
+                    torch.stack(
+                        [
+                            recorded[layer.index][i] * (layer.down_proj.weight[:, i] @ unit)
+                            for i in range(layout.intermediate_size)
+                        ]
+                    )
+                    for layer in layout.layers
+                ]
+            )
+            count += 1
+    return total / count
+
+
+def importance(model, processor, task, examples, scores, top_heads):
+    """Head-guided importance (2.3) from the scores [L][H] of all heads, [L, I]."""
+    ranked = sorted(
+        ((score, -layer, -head) for layer, row in enumerate(scores) for head, score in enumerate(row)),
+        reverse=True,
+    )[:top_heads]
+    base = mean_write_in(model, processor, task, examples)
+    total, weights = torch.zeros_like(base), 0.0
+    for score, layer, head in ranked:
+        weight = max(score, 0.0)
+        with head_replaced(model, -layer, -head):
+            changed = mean_write_in(model, processor, task, examples)
+        total = total + weight * (base - changed).clamp(min=0)
+        weights += weight
+    return total / weights
+
+
+def fit_loss(model, processor, task, example, index, answer, layers, beta_kl):
+    """2.6 for one (example, answer): mean answer-token cross-entropy + β·KL(original ‖ scaled)."""
+    prompt = task.prompts(example)[index]
+    with torch.no_grad():
+        original, _ = answer_logits(model, processor, example, prompt, answer)
+    with neurons_scaled(model, layers):
+        scaled, ids = answer_logits(model, processor, example, prompt, answer)
+    cross_entropy = torch.nn.functional.cross_entropy(scaled, ids)
+    p, q = original.log_softmax(-1), scaled.log_softmax(-1)
+    return cross_entropy + beta_kl * (p.exp() * (p - q)).sum(-1).mean()
