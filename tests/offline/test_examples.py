@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -433,6 +434,14 @@ def test_a_scene_keeps_its_identity_in_every_list() -> None:
     check_disjoint(dev=scene_examples("vqa", made), test=scene_examples("vqa", scenes("test", 50)))
     with pytest.raises(DataError, match="share image"):
         check_disjoint(dev=early, test=late)
+
+
+def test_a_scenes_image_is_told_by_what_it_shows() -> None:
+    scene, other = scenes("dev", 2)
+    variants = [scene, replace(scene, style=scene.style + 1), replace(scene, cells=other.cells)]
+    keys = [e.image.key for e in scene_examples("vqa", variants) if e.image is not None]
+    assert keys[0] == keys[1]
+    assert keys[0] != keys[2]
 
 
 def test_scenes_know_no_other_task() -> None:
