@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .errors import LayoutError
+from hones_steer.errors import LayoutError
 
 # Dotted names inside the decoder or inside one decoder layer, most common first.
 _LAYER_LISTS = ("layers", "h", "blocks", "layer", "block")

@@ -1,0 +1,110 @@
+"""Scale tables and who uses which slot of them.
+
+Every decoder layer has one float32 table `[slots, I]`. Slot 0 is the identity; each other slot holds one profile
+at a time. A batch row picks its scales by slot number. All tensors are allocated once and written in place, so
+that compiled code and CUDA graphs that have read them once see every later change without being rebuilt.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch._dynamo
+from torch import Tensor
+
+from hones_steer.errors import RoutingError
+from hones_steer.profile import Profile
+
+IDENTITY = 0
+_INITIAL_ROWS = 256
+
+
+class ScaleTables:
+    """One table `[slots, I]` per decoder layer, each on its layer's device; slot 0 is never written."""
+
+    def __init__(self, devices: Sequence[torch.device], intermediate_size: int, slots: int) -> None:
+        self.tables = [_static((slots, intermediate_size), torch.float32, device, 1) for device in devices]
+
+    def write(self, slot: int, profile: Profile) -> None:
+        """Put a profile's scales into a slot; neurons that it does not list get scale 1."""
+        with torch.inference_mode(False), torch.no_grad():
+            for layer, table in enumerate(self.tables):
+                table[slot].copy_(scale_row(profile, layer, table.shape[1]))
+
+
+class RowSlots:
+    """On one device: the slot of each batch row, int64 `[rows]`, of which a forward uses the first few."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.index = _static((_INITIAL_ROWS,), torch.int64, device, IDENTITY)
+
+    def write(self, slots: Sequence[int], rows: int) -> None:
+        """Set the slots of the first `rows` rows; a single slot is for all rows."""
+        if rows > len(self.index):
+            self.index = _static((2 * rows,), torch.int64, self.index.device, IDENTITY)
+        with torch.inference_mode(False), torch.no_grad():
+            if len(slots) == 1:
+                self.index.fill_(slots[0])
+            else:
+                self.index[: len(slots)].copy_(torch.tensor(slots))
+
+
+class SlotPool:
+    """Gives profiles slots of the tables: pinned while in use, else forgotten least recently used first."""
+
+    def __init__(self, tables: ScaleTables, max_profiles: int) -> None:
+        self._tables = tables
+        self._max_profiles = max_profiles
+        self._slots: OrderedDict[str, int] = OrderedDict()  # digest -> slot, least recently used first
+        self._pins: Counter[str] = Counter()
+
+    def acquire(self, profiles: Iterable[Profile | None]) -> tuple[int, ...]:
+        """The slots of these profiles (None: the identity), written and pinned until `release`: all or none.
+
+        Raises RoutingError if more distinct profiles than `max_profiles` would be in use at once.
+        """
+        profiles = list(profiles)
+        wanted = {profile.digest: profile for profile in profiles if profile is not None}
+        in_use = len(wanted.keys() | self._pins.keys())
+        if in_use > self._max_profiles:
+            raise RoutingError(
+                f"{in_use} different profiles would be in use at once, but max_profiles is {self._max_profiles}; "
+                "use fewer, or pass a larger max_profiles to steer()"
+            )
+        for digest in wanted.keys() & self._slots.keys():
+            self._slots.move_to_end(digest)
+        self._pins.update(wanted.keys())
+        for digest in wanted.keys() - self._slots.keys():
+            slot = self._free_slot()
+            self._tables.write(slot, wanted[digest])
+            self._slots[digest] = slot
+        return tuple(IDENTITY if profile is None else self._slots[profile.digest] for profile in profiles)
+
+    def release(self, profiles: Iterable[Profile | None]) -> None:
+        """Unpin what one `acquire` of the same profiles has pinned."""
+        self._pins -= Counter({profile.digest for profile in profiles if profile is not None})
+
+    def _free_slot(self) -> int:
+        if len(self._slots) < self._max_profiles:
+            return len(self._slots) + 1
+        oldest = next(digest for digest in self._slots if digest not in self._pins)
+        return self._slots.pop(oldest)
+
+
+def scale_row(profile: Profile, layer: int, intermediate_size: int) -> Tensor:
+    """The scales of one layer as a dense float32 row `[I]` on the CPU."""
+    row = torch.ones(intermediate_size)
+    if layer in profile.layers:
+        neurons, scales = profile.layers[layer]
+        row[torch.tensor(neurons, dtype=torch.int64)] = torch.tensor(scales)
+    return row
+
+
+def _static(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, fill: int) -> Tensor:
+    """A tensor that CUDA graphs may read where it is, instead of copying it before every replay."""
+    with torch.inference_mode(False):
+        tensor = torch.full(shape, fill, dtype=dtype, device=device)
+    torch._dynamo.mark_static_address(tensor)
+    return tensor
