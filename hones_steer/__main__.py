@@ -1,0 +1,7 @@
+"""``python -m hones_steer ...`` is ``hones ...``."""
+
+import sys
+
+from hones_steer.cli import main
+
+sys.exit(main())
