@@ -204,9 +204,7 @@ class _Learner:
         chosen = self._examples_of(step)
         for start in range(0, len(chosen), settings.batch_size):
             batch = [self.pairs[i] for i in chosen[start : start + settings.batch_size]]
-            with torch.enable_grad():
-                loss = self._loss(batch, offsets) * (len(batch) / len(chosen))
-                loss.backward()
+            self._accumulate(batch, offsets, share=len(batch) / len(chosen))
         with torch.enable_grad():
             (settings.l2 * offsets.square().sum()).backward()
         torch.nn.utils.clip_grad_norm_([offsets], settings.max_grad_norm)
@@ -222,21 +220,25 @@ class _Learner:
         size = self.settings.batch_size * self.settings.accumulation_steps
         return order[within * size : (within + 1) * size]
 
-    def _loss(self, batch: Sequence[tuple[Segment, Tensor]], offsets: Tensor) -> Tensor:
-        """Mean over examples of (cross-entropy + β·KL), each a mean over the example's answer tokens."""
+    def _accumulate(self, batch: Sequence[tuple[Segment, Tensor]], offsets: Tensor, share: float) -> None:
+        """Add share · the gradient of the batch's loss, the mean over examples of (cross-entropy + β·KL)."""
         prompts, answers = zip(*batch, strict=True)
         original = None
         if self.settings.beta_kl:
             with torch.no_grad():
                 original = self.decoder.answer_logits(prompts, answers)[0].log_softmax(-1)
-        with scaled_ffn(self.decoder.layout, self._scales(offsets)):
+        with torch.enable_grad(), scaled_ffn(self.decoder.layout, self._scales(offsets)):
             logits, real = self.decoder.answer_logits(prompts, answers)
-            scaled = logits.log_softmax(-1)
-            targets = pad_answers(answers).to(logits.device)
-            per_token = -scaled.gather(-1, targets[..., None])[..., 0]
-            if original is not None:
-                per_token = per_token + self.settings.beta_kl * (original.exp() * (original - scaled)).sum(-1)
-            return ((per_token * real).sum(1) / real.sum(1)).mean()
+            loss = self._loss(logits.log_softmax(-1), original, pad_answers(answers).to(logits.device), real)
+            # Inside the block: checkpointed layers are run again here, and must be scaled again.
+            (loss * share).backward()
+
+    def _loss(self, scaled: Tensor, original: Tensor | None, targets: Tensor, real: Tensor) -> Tensor:
+        """Mean over examples of the mean over their answer tokens, from log-probabilities [B, N, vocabulary]."""
+        per_token = -scaled.gather(-1, targets[..., None])[..., 0]
+        if original is not None:
+            per_token = per_token + self.settings.beta_kl * (original.exp() * (original - scaled)).sum(-1)
+        return ((per_token * real).sum(1) / real.sum(1)).mean()
 
     def _scales(self, offsets: Tensor) -> dict[int, Tensor]:
         width = self.decoder.layout.intermediate_size
