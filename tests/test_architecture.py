@@ -1,0 +1,262 @@
+"""Who may import whom (design section 4), and what `import hones_steer` and `hones --help` load.
+
+The direction is errors <- profile <- store; errors <- layout; profile <- slots; {layout, slots} <- injection <-
+huggingface; hones_offline -> hones_steer <- hones_serving. Imports inside functions count like all others.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import hones_steer
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {
+    "hones_steer": ROOT / "hones_steer",
+    "hones_offline": ROOT / "offline" / "hones_offline",
+    "hones_serving": ROOT / "serving" / "hones_serving",
+}
+
+# Module of hones_steer -> the modules it may import. A new module needs a line here.
+_BELOW_HUGGINGFACE = {"errors", "profile", "store", "layout", "slots", "injection", "_folding", "_selftest"}
+ALLOWED = {
+    "_version": set(),
+    "errors": set(),
+    "profile": {"_version", "errors"},
+    "store": {"errors", "profile"},
+    "layout": {"errors"},
+    "slots": {"errors", "profile"},
+    "injection": {"errors", "layout", "profile", "slots"},
+    "_folding": {"errors", "injection", "layout", "profile", "slots"},
+    "_selftest": {"errors", "injection", "layout", "profile", "slots"},
+    "huggingface": _BELOW_HUGGINGFACE,
+    "convert": {*_BELOW_HUGGINGFACE, "huggingface"},
+    "hub": {*_BELOW_HUGGINGFACE, "huggingface"},
+    "commands": {*_BELOW_HUGGINGFACE, "huggingface"},
+    "cli": {"_version", "errors"},
+    "__main__": {"cli"},
+    "__init__": {"_version", *_BELOW_HUGGINGFACE, "huggingface", "convert", "hub"},
+}
+# The exceptions, each at one place: (module, function) -> imported module.
+EXCEPTIONS = {("profile", "ModelIdentity.from_model", "layout")}
+
+# These run with the base dependencies; commands.py may import the rest inside `verify`.
+BASE_MODULES = {"__init__", "__main__", "_version", "cli", "errors", "profile", "store"}
+EXTRAS = {"hones_steer": "hf", "hones_offline": "offline", "hones_serving": "serve"}
+IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "prometheus_client": "prometheus_client"}
+
+
+class Import(NamedTuple):
+    """One imported module or name, and where: `function` is dotted, empty at module level."""
+
+    package: str
+    module: str
+    function: str
+    target: str
+    line: int
+    typing_only: bool
+
+    def __str__(self) -> str:
+        return f"{self.package}/{self.module}.py:{self.line} imports {self.target}"
+
+
+def imports_of(package: str, path: Path) -> Iterator[Import]:
+    module = ".".join(path.relative_to(PACKAGES[package]).with_suffix("").parts)
+    parent = [package, *path.relative_to(PACKAGES[package]).parent.parts]
+
+    def walk(node: ast.AST, function: str, typing_only: bool) -> Iterator[Import]:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            function = f"{function}.{node.name}" if function else node.name
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            typing_only = True
+        for target in targets(node, parent):
+            yield Import(package, module, function, target, getattr(node, "lineno", 0), typing_only)
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, function, typing_only)
+
+    yield from walk(ast.parse(path.read_text(encoding="utf-8")), "", False)
+
+
+def targets(node: ast.AST, parent: list[str]) -> list[str]:
+    """The dotted names that an import statement asks for, relative ones resolved."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        base = parent[: len(parent) - node.level + 1] if node.level else []
+        source = ".".join([*base, node.module] if node.module else base)
+        return [f"{source}.{alias.name}" for alias in node.names]
+    return []
+
+
+def all_imports() -> list[Import]:
+    return [
+        found
+        for package, folder in PACKAGES.items()
+        for path in sorted(folder.rglob("*.py"))
+        for found in imports_of(package, path)
+    ]
+
+
+IMPORTS = all_imports()
+
+
+def steer_module(target: str) -> str | None:
+    """The module of hones_steer that `target` lies in: `hones_steer.profile.Profile` -> `profile`."""
+    parts = target.split(".")
+    if parts[0] != "hones_steer":
+        return None
+    return parts[1] if len(parts) > 1 and parts[1] in ALLOWED else "__init__"
+
+
+def test_every_module_of_hones_steer_has_its_place() -> None:
+    modules = {path.stem for path in PACKAGES["hones_steer"].glob("*.py")}
+    assert modules <= ALLOWED.keys()
+
+
+def test_hones_steer_imports_downwards_only() -> None:
+    wrong = [
+        str(found)
+        for found in IMPORTS
+        if found.package == "hones_steer"
+        and (target := steer_module(found.target)) is not None
+        and target not in ALLOWED[found.module]
+        and (found.module, found.function, target) not in EXCEPTIONS
+    ]
+    assert wrong == []
+
+
+def test_nobody_imports_upwards_between_packages() -> None:
+    may = {
+        "hones_steer": {"hones_steer"},
+        "hones_offline": {"hones_offline", "hones_steer"},
+        "hones_serving": {"hones_serving", "hones_steer"},
+    }
+    wrong = [
+        str(found)
+        for found in IMPORTS
+        if (top := found.target.partition(".")[0]) in PACKAGES and top not in may[found.package]
+    ]
+    assert wrong == []
+
+
+def test_offline_takes_only_the_scaling_and_the_hooks_from_injection() -> None:
+    taken = {
+        found.target
+        for found in IMPORTS
+        if found.package == "hones_offline" and found.target.startswith("hones_steer.injection")
+    }
+    assert taken <= {"hones_steer.injection.scale", "hones_steer.injection.input_hooks"}
+
+
+def test_modules_are_imported_by_name_only_where_that_is_the_point() -> None:
+    callers = set()
+    for package, folder in PACKAGES.items():
+        for path in folder.rglob("*.py"):
+            names = re.findall(r"\b(?:import_module|__import__|entry_points)\b", path.read_text(encoding="utf-8"))
+            callers |= {f"{package}.{path.stem}"} if names else set()
+    assert callers == {"hones_steer.__init__", "hones_steer.cli"}
+
+
+def requirements(extra: str | None) -> set[str]:
+    """The import names of an extra's distributions (None: the base), other extras of ours included."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    listed = project["dependencies"] if extra is None else project["optional-dependencies"].get(extra, [])
+    names: set[str] = set()
+    for requirement in listed:
+        own = re.match(r"hones-steer\[(.+)\]", requirement)
+        if own:
+            names |= set().union(*(requirements(other) for other in own[1].split(",")))
+            continue
+        name = re.split(r"[^A-Za-z0-9_.-]", requirement)[0].lower().replace("-", "_")
+        names.add(IMPORT_NAMES.get(name, name))
+    return names
+
+
+def allowed_third_parties(found: Import) -> set[str]:
+    if found.package != "hones_steer":
+        return requirements(None) | requirements("hf") | requirements(EXTRAS[found.package])
+    base_only = found.module in BASE_MODULES or (found.module == "commands" and not found.function)
+    return requirements(None) if base_only and not found.typing_only else requirements(None) | requirements("hf")
+
+
+def test_third_party_imports_are_declared_dependencies() -> None:
+    wrong = {
+        str(found)
+        for found in IMPORTS
+        if (top := found.target.partition(".")[0]) not in PACKAGES
+        and top not in sys.stdlib_module_names
+        and top not in allowed_third_parties(found)
+    }
+    assert wrong == set()
+
+
+def loaded_by(script: str) -> set[str]:
+    """The top-level modules in memory after `script` has run in a process of its own."""
+    script += "\nimport sys; print('MODULES', *sorted({name.partition('.')[0] for name in sys.modules}))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(result.stdout.rpartition("MODULES ")[2].split())
+
+
+HEAVY = {"torch", "transformers", "vllm", "PIL", "tqdm", "hones_offline", "hones_serving"}
+GOLDEN = ROOT / "tests" / "steer" / "golden" / "vqa.safetensors"
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "import hones_steer",
+        "from hones_steer import Profile, ProfileStore, load_profile, save_profile, ModelIdentity, HonesError",
+        "from hones_steer.cli import main; assert main(['--help']) == 0",
+        f"from hones_steer.cli import main; assert main(['inspect', {str(GOLDEN)!r}]) == 0",
+        f"from hones_steer.cli import main; assert main(['diff', {str(GOLDEN)!r}, {str(GOLDEN)!r}]) == 0",
+        "from hones_steer.cli import main; assert main(['verify', '--help']) == 0",
+    ],
+)
+def test_the_base_loads_no_framework(script: str) -> None:
+    assert loaded_by(script) & HEAVY == set()
+
+
+def test_importing_the_package_loads_not_even_numpy() -> None:
+    assert "numpy" not in loaded_by("import hones_steer")
+    assert "numpy" not in loaded_by("from hones_steer.cli import main; main(['--help'])")
+
+
+def test_every_public_name_resolves_and_no_other() -> None:
+    for name in hones_steer.__all__:
+        assert getattr(hones_steer, name) is not None
+        assert name in dir(hones_steer)
+    with pytest.raises(AttributeError, match="has no attribute 'steerr'"):
+        hones_steer.steerr  # noqa: B018
+    # The lazy table, `__all__` and the TYPE_CHECKING block say the same.
+    declared = {
+        found.target.rpartition(".")[2]
+        for found in IMPORTS
+        if found.package == "hones_steer" and found.module == "__init__" and found.typing_only
+    }
+    assert declared | {"__version__"} == set(hones_steer.__all__)
+    assert declared == hones_steer._HOME.keys()
+
+
+def test_the_errors_are_one_tree() -> None:
+    errors = [getattr(hones_steer, name) for name in hones_steer.__all__ if name.endswith("Error")]
+    assert all(issubclass(error, hones_steer.HonesError) for error in errors)
+
+
+def test_the_version_is_the_distributions() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert hones_steer.__version__ == project["version"]
+
+
+def test_every_command_can_be_loaded() -> None:
+    for point in entry_points(group="hones.commands"):
+        assert callable(point.load()), point.name
