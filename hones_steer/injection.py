@@ -151,6 +151,11 @@ class Injection:
         self._handles.clear()
         _forget_compiled_code()
 
+    def is_attached_to(self, module: nn.Module) -> bool:
+        """Whether this injection's hook is on a down-projection."""
+        hooks = module._forward_pre_hooks.values()
+        return any(isinstance(hook, LayerHook) and hook.injection is self for hook in hooks)
+
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward enters `module`: the outermost one fixes the rows' slots for all that it calls."""
         if self._owner == threading.get_ident() and module in self._entered:

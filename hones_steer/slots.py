@@ -76,10 +76,11 @@ class SlotPool:
         for digest in wanted.keys() & self._slots.keys():
             self._slots.move_to_end(digest)
         self._pins.update(wanted.keys())
-        for digest in wanted.keys() - self._slots.keys():
-            slot = self._free_slot()
-            self._tables.write(slot, wanted[digest])
-            self._slots[digest] = slot
+        for digest, profile in wanted.items():
+            if digest not in self._slots:
+                slot = self._free_slot()
+                self._tables.write(slot, profile)
+                self._slots[digest] = slot
         return tuple(IDENTITY if profile is None else self._slots[profile.digest] for profile in profiles)
 
     def release(self, profiles: Iterable[Profile | None]) -> None:

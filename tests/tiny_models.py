@@ -4,6 +4,7 @@ Norms are perturbed (or a check of their weights would pass vacuously) and weigh
 changes greedy outputs. Ids: 0 pad, 1 bos, 2 eos, from 3 to 9 special, the rest are plain words.
 """
 
+import numpy as np
 import torch
 from transformers import (
     CLIPVisionConfig,
@@ -41,6 +42,8 @@ from transformers import (
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
+
+from hones_steer.profile import ModelIdentity, Profile
 
 VOCABULARY = 160
 FIRST_WORD = 10
@@ -288,6 +291,18 @@ def select_row(inputs, row):
         name: value.view(rows, -1, *value.shape[1:])[row] if len(value) != rows else value[row : row + 1]
         for name, value in inputs.items()
     }
+
+
+def random_profile(model, seed, task="random", fraction=0.3):
+    """A profile that scales a random share of all neurons by factors from -2 to 3."""
+    identity = ModelIdentity.from_model(model)
+    generator = np.random.default_rng(seed)
+    layers = {}
+    for layer in range(identity.num_layers):
+        chosen = generator.random(identity.intermediate_size) < fraction
+        neurons = np.flatnonzero(chosen).astype(np.int32)
+        layers[layer] = (neurons, generator.uniform(-2, 3, len(neurons)).astype(np.float32))
+    return Profile(task=task, layers=layers, base_model=identity)
 
 
 def _build(kind, config, seed):

@@ -1,0 +1,353 @@
+"""Steering of a Hugging Face model: a task per call or per batch row, or folded into the weights.
+
+steering = steer(model, {"vqa": "vqa.safetensors", "ocr": "ocr.safetensors"})
+with steering.task("vqa"):
+    model.generate(...)
+with steering.tasks(["vqa", "ocr@0.5", None]):  # one per row of the batch
+    model.generate(...)
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+from torch import Tensor, nn
+
+from hones_steer._folding import Folded
+from hones_steer._selftest import Verification, self_test
+from hones_steer.errors import ProfileError, RoutingError, StateError
+from hones_steer.injection import Injection, Routing
+from hones_steer.layout import Layout, find_layout, unwrap
+from hones_steer.profile import ModelIdentity, Profile, StrPath, is_task_name, load_profile
+from hones_steer.slots import SlotPool
+from hones_steer.store import ProfileStore, combine, parse_expression
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def steer(
+    model: nn.Module,
+    profiles: Mapping[str, Profile | StrPath] | StrPath | ProfileStore,
+    *,
+    max_profiles: int = 16,
+    allow_mismatch: bool = False,
+) -> Steering:
+    """Attach profiles to a model, which stays unsteered until a task is chosen.
+
+    `profiles` maps task names to profiles or their files, or is a folder of them. At most `max_profiles` different
+    expressions can be in use at once (each takes 4 bytes per FFN neuron of the model); any number can be loaded.
+    Code of torch.compile'd models is dropped (`torch.compiler.reset`), here and by `detach`, because it would go
+    on without the steering.
+
+    Raises:
+        LayoutError: the model's FFNs are not recognised or not supported.
+        ProfileError: a profile cannot be read.
+        MismatchError: a profile was made for another model (see `ModelIdentity.check` on `allow_mismatch`).
+        StateError: the model is steered already.
+    """
+    return Steering(model, profiles, max_profiles=max_profiles, allow_mismatch=allow_mismatch)
+
+
+class Steering:
+    """A model's steering, made by `steer`. As a context manager it detaches when the block is left.
+
+    The model is called as usual, by its own forward or `generate`, compiled or not, from any thread; forwards are
+    serialised. It cannot be copied or pickled while steered (`save_pretrained` and `state_dict` are as ever).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        profiles: Mapping[str, Profile | StrPath] | StrPath | ProfileStore,
+        *,
+        max_profiles: int,
+        allow_mismatch: bool,
+    ) -> None:
+        if max_profiles < 1:
+            raise RoutingError(f"max_profiles is {max_profiles}; it must be at least 1")
+        inner = unwrap(model)
+        layout = find_layout(model)
+        self._identity = ModelIdentity.from_model(inner)
+        self._allow_mismatch = allow_mismatch
+        self._profiles = {name: self._checked(name, source) for name, source in _sources(profiles).items()}
+        self._current: ContextVar[Routing | None] = ContextVar("hones_steer_routing", default=None)
+        self._generating: ContextVar[bool] = ContextVar("hones_steer_generating", default=False)
+        self._open: list[Routing] = []
+        self._folded: Folded | None = None
+        injection = Injection(_entries(model, inner), layout, max_profiles + 1, self._current.get, self._generating.get)
+        pool = SlotPool(injection.tables, max_profiles)
+        self._attached: _Attached | None = _Attached(inner, layout, injection, pool, _own_generate(inner))
+        self._wrap_generate(inner, injection)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The loaded tasks."""
+        return tuple(self._profiles)
+
+    def task(self, expression: str | None) -> AbstractContextManager[None]:
+        """Within the block, every row of every forward is steered by an expression such as "vqa@0.5+ocr".
+
+        "none" and None switch steering off; of nested blocks the inner one counts. The task belongs to the
+        calling context: a new thread starts without one (see `wrap`), so leaving the block without a forward
+        raises. With gradient checkpointing, call backward() inside the block and before the next forward.
+
+        Raises:
+            RoutingError: an unknown task, a malformed expression, more different profiles at once than
+                `max_profiles`, or no forward ran inside the block.
+            StateError: detached, or folded.
+        """
+        return self._routed([expression], per_row=False)
+
+    def tasks(self, expressions: Sequence[str | None]) -> AbstractContextManager[None]:
+        """As `task`, with one expression per batch row; in `generate`, one per prompt.
+
+        Beams and `num_return_sequences` follow their prompt.
+
+        Raises:
+            RoutingError: also if the model is called with another number of rows.
+        """
+        if isinstance(expressions, str) or not expressions:
+            raise RoutingError(f"tasks() takes a list with one expression per row, not {expressions!r}")
+        return self._routed(list(expressions), per_row=True)
+
+    def wrap(self, function: Callable[P, R]) -> Callable[P, R]:
+        """The function, carrying the present task along into another thread.
+
+        with steering.task("vqa"):
+            thread = Thread(target=steering.wrap(model.generate), kwargs={**inputs, "streamer": streamer})
+            thread.start()
+            ...
+            thread.join()
+        """
+        routing = self._current.get()
+
+        @functools.wraps(function)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+            token = self._current.set(routing)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._current.reset(token)
+
+        return wrapped
+
+    def load(self, name: str, profile: Profile | StrPath) -> None:
+        """Add a profile, or replace the one of this name; blocks already entered keep what they had.
+
+        Raises:
+            ProfileError: it cannot be read, or `name` cannot name a task.
+            MismatchError: it was made for another model.
+        """
+        self._require_attached()
+        self._profiles = {**self._profiles, name: self._checked(name, profile)}
+
+    def unload(self, name: str) -> None:
+        """Forget a profile.
+
+        Raises:
+            RoutingError: no such profile.
+            StateError: a block that names it is still open.
+        """
+        with self._require_attached().injection.lock:
+            self._lookup(name)
+            for routing in self._open:
+                if any(name in parse_expression(expression).names for expression in routing.expressions):
+                    raise StateError(f"{name!r} is in use by {routing}; leave that block before unload({name!r})")
+            self._profiles = {key: profile for key, profile in self._profiles.items() if key != name}
+
+    def fold(self, expression: str) -> None:
+        """Multiply an expression's scales into the weights: the whole model is steered, at no cost per token.
+
+        Raises:
+            RoutingError: an unknown task or a malformed expression.
+            StateError: a task is active, something is folded already, or a weight cannot be changed in place
+                (quantised, offloaded, sharded, shared, or under a PEFT adapter).
+        """
+        attached = self._require_attached()
+        with attached.injection.lock:
+            profile = self._resolve(expression)
+            self._require_idle("fold()")
+            if self._folded is not None:
+                raise StateError("a profile is folded already; unfold() it first")
+            if profile is None:
+                raise RoutingError(f"{expression!r} steers nothing; there is nothing to fold")
+            self._folded = Folded(attached.model, attached.layout, profile)
+
+    def unfold(self) -> None:
+        """Restore the weights, bit for bit."""
+        with self._require_attached().injection.lock:
+            if self._folded is None:
+                raise StateError("nothing is folded; unfold() undoes a fold()")
+            self._folded.unfold()
+            self._folded = None
+
+    def verify(self) -> Verification:
+        """Test on the live model that every profile scales exactly its neurons, in its own row only.
+
+        Runs a few tokens through the model. The report's `lines()` are for people.
+
+        Raises:
+            StateError: naming what is off, or that the model is folded or in training mode.
+        """
+        attached = self._require_attached()
+        self._require_unfolded("verify()")
+        return self_test(attached.model, attached.layout, attached.injection, self._profiles, self.tasks)
+
+    def detach(self) -> None:
+        """Give the model back as it was: no hooks, original weights.
+
+        Raises:
+            StateError: a task is active, or already detached.
+        """
+        attached = self._require_attached()
+        with attached.injection.lock:
+            self._require_idle("detach()")
+            if self._folded is not None:
+                self.unfold()
+            attached.injection.detach()
+            attached.restore_generate()
+            self._attached = None
+
+    def __enter__(self) -> Steering:
+        self._require_attached()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._attached is not None:
+            self.detach()
+
+    @contextmanager
+    def _routed(self, expressions: list[str | None], *, per_row: bool) -> Generator[None]:
+        attached = self._require_attached()
+        injection = attached.injection
+        texts = tuple("none" if expression is None else expression for expression in expressions)
+        with injection.lock:
+            self._require_unfolded("task()")
+            profiles = [self._resolve(text) for text in texts]
+            slots = attached.pool.acquire(profiles)
+            routing = Routing(texts, slots, per_row)
+            self._open.append(routing)
+        outer = self._current.get()
+        token = self._current.set(routing)
+        try:
+            yield
+            if routing.steers and not routing.forwards:
+                raise RoutingError(
+                    f"no forward of the model ran inside {routing}; if another thread runs it, start it with "
+                    "steering.wrap(function) and join it inside the block"
+                )
+        finally:
+            self._current.reset(token)
+            injection.release()
+            with injection.lock:
+                routing.closed = True
+                self._open.remove(routing)
+                attached.pool.release(profiles)
+                injection.rest()
+            if outer is not None:
+                outer.forwards += routing.forwards
+
+    def _resolve(self, text: str) -> Profile | None:
+        return combine(parse_expression(text), self._lookup, allow_mismatch=self._allow_mismatch)
+
+    def _lookup(self, name: str) -> Profile:
+        if name not in self._profiles:
+            known = ", ".join(self._profiles) or "none is loaded"
+            raise RoutingError(f"there is no profile for the task {name!r}; known tasks: {known}")
+        return self._profiles[name]
+
+    def _checked(self, name: str, source: Profile | StrPath) -> Profile:
+        if not is_task_name(name):
+            raise ProfileError(f"{name!r} cannot name a task; use letters, digits, '_', '.' and '-' (not 'none')")
+        profile = source if isinstance(source, Profile) else load_profile(source)
+        profile.base_model.check(self._identity, allow_mismatch=self._allow_mismatch)
+        return profile
+
+    def _wrap_generate(self, model: nn.Module, injection: Injection) -> None:
+        """Let `generate` compare its prompts with the tasks before beams make their number ambiguous."""
+        generate = getattr(model, "generate", None)
+        if generate is None:
+            return
+
+        @functools.wraps(generate)
+        def steered_generate(*args: Any, **kwargs: Any) -> Any:
+            routing = self._current.get()
+            if routing is not None and routing.per_row:
+                routing.require_prompts(_num_prompts(args, kwargs))
+            token = self._generating.set(True)
+            try:
+                return generate(*args, **kwargs)
+            except BaseException:
+                injection.release()  # an interrupted forward would keep other threads waiting
+                raise
+            finally:
+                self._generating.reset(token)
+
+        model.__dict__["generate"] = steered_generate
+
+    def _require_attached(self) -> _Attached:
+        if self._attached is None:
+            raise StateError("this Steering is detached; attach a new one with steer()")
+        return self._attached
+
+    def _require_unfolded(self, call: str) -> None:
+        if self._folded is not None:
+            raise StateError(f"a profile is folded into the weights; unfold() it before {call}")
+
+    def _require_idle(self, call: str) -> None:
+        if self._open:
+            raise StateError(f"{self._open[-1]} is active; leave its block before {call}")
+
+
+@dataclass(eq=False)
+class _Attached:
+    """What a Steering holds on to while it is attached."""
+
+    model: nn.Module
+    layout: Layout
+    injection: Injection
+    pool: SlotPool
+    own_generate: Callable[..., Any] | None
+
+    def restore_generate(self) -> None:
+        self.model.__dict__.pop("generate", None)
+        if self.own_generate is not None:
+            self.model.__dict__["generate"] = self.own_generate
+
+
+def _own_generate(model: nn.Module) -> Callable[..., Any] | None:
+    """A `generate` that somebody has put on the instance, to be put back."""
+    return model.__dict__.get("generate")
+
+
+def _sources(
+    profiles: Mapping[str, Profile | StrPath] | StrPath | ProfileStore,
+) -> dict[str, Profile | StrPath]:
+    if isinstance(profiles, Mapping):
+        return dict(profiles)
+    store = ProfileStore(profiles) if isinstance(profiles, str | os.PathLike) else profiles
+    return {name: store.get(name) for name in store.names()}
+
+
+def _entries(model: nn.Module, inner: nn.Module) -> list[nn.Module]:
+    """The modules from the outermost wrapper to the model in it; PEFT calls the inner ones past their hooks."""
+    while isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
+        model = original
+    path = next(name for name, module in model.named_modules() if module is inner)
+    parts = path.split(".") if path else []
+    return [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
+
+
+def _num_prompts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """The number of rows that `generate` is called with, or None if no input tells it."""
+    for value in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
+        if isinstance(value, Tensor):
+            return value.shape[0]
+    return None
