@@ -55,7 +55,7 @@ example:
 
 # The extra that brings what the commands of a package import.
 _EXTRAS = {"hones_steer": "hf", "hones_offline": "offline", "hones_serving": "serve"}
-_EXTRA_MODULES = {"torch", "transformers", "PIL", "tqdm"}
+_EXTRA_MODULES = {"torch", "transformers", "PIL", "jinja2", "rapidfuzz", "tqdm"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
