@@ -158,8 +158,8 @@ def find_layout(model: nn.Module) -> Layout:
         layers=layers,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
-        final_norm=_find_final_norm(decoder, names, hidden_size),
-        unembedding=_find_unembedding(model, names, hidden_size),
+        final_norm=_find_final_norm(decoder, model_type, names, hidden_size),
+        unembedding=_find_unembedding(model, model_type, names, hidden_size),
     )
 
 
@@ -168,9 +168,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
-        elif hasattr(model, "peft_config") and callable(
-            get_base_model := getattr(model, "get_base_model", None)
-        ):
+        elif hasattr(model, "peft_config") and callable(get_base_model := getattr(model, "get_base_model", None)):
             model = get_base_model()
         else:
             return model
@@ -221,9 +219,7 @@ def _find_decoder(model: nn.Module, model_type: str, names: _Names) -> nn.Module
     decoder = get_decoder() if callable(get_decoder) else None
     if isinstance(decoder, nn.Module):
         # Some wrappers answer with a language model that still has its head around the stack.
-        while _first(decoder, _LAYER_LISTS) is None and isinstance(
-            inner := getattr(decoder, "model", None), nn.Module
-        ):
+        while _first(decoder, _LAYER_LISTS) is None and isinstance(inner := getattr(decoder, "model", None), nn.Module):
             decoder = inner
         return decoder
     raise _unrecognised(model_type, "no text decoder was found")
@@ -252,11 +248,7 @@ def _describe_layer(
             model_type, f"the down-projection of {name} is a {type(down_proj).__name__}, not a linear layer"
         )
 
-    attn_out = (
-        _required(module, names.attn_out, model_type)
-        if names.attn_out
-        else _first(module, _ATTENTION_OUTPUTS)
-    )
+    attn_out = _required(module, names.attn_out, model_type) if names.attn_out else _first(module, _ATTENTION_OUTPUTS)
     num_heads = names.num_heads or getattr(text_config, "num_attention_heads", None)
     shape = linear_shape(attn_out) if attn_out is not None else None
     if shape is None or not isinstance(num_heads, int) or shape[0] % num_heads:
@@ -279,8 +271,7 @@ def _down_projection_by_shape(layer: nn.Module) -> nn.Module | None:
         for name, module, (width, hidden) in linears
         if width > hidden
         and any(
-            other_name.rpartition(".")[0] == name.rpartition(".")[0]
-            and other in ((hidden, width), (hidden, 2 * width))
+            other_name.rpartition(".")[0] == name.rpartition(".")[0] and other in ((hidden, width), (hidden, 2 * width))
             for other_name, _, other in linears
         )
     ]
@@ -347,15 +338,15 @@ def _stored_width(module: nn.Module) -> tuple[int, int]:
     return int(to_local().shape[0 if is_transposed(module) else -1]), shape[0]
 
 
-def _find_final_norm(decoder: nn.Module, names: _Names, hidden_size: int) -> nn.Module | None:
-    norm = _resolve(decoder, names.final_norm) if names.final_norm else _first(decoder, _FINAL_NORMS)
+def _find_final_norm(decoder: nn.Module, model_type: str, names: _Names, hidden_size: int) -> nn.Module | None:
+    norm = _required(decoder, names.final_norm, model_type) if names.final_norm else _first(decoder, _FINAL_NORMS)
     weight = getattr(norm, "weight", None)
     return norm if isinstance(weight, Tensor) and weight.shape == (hidden_size,) else None
 
 
-def _find_unembedding(model: nn.Module, names: _Names, hidden_size: int) -> nn.Module | None:
+def _find_unembedding(model: nn.Module, model_type: str, names: _Names, hidden_size: int) -> nn.Module | None:
     if names.unembedding is not None:
-        unembedding = _resolve(model, names.unembedding)
+        unembedding = _required(model, names.unembedding, model_type)
     else:
         get_output_embeddings = getattr(model, "get_output_embeddings", None)
         unembedding = get_output_embeddings() if callable(get_output_embeddings) else None

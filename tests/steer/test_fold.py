@@ -1,0 +1,155 @@
+"""Folding: the scales in the weights, and the weights back bit for bit."""
+
+import pytest
+import tiny_models
+import torch
+from peft import LoraConfig, get_peft_model
+from reference_steering import down_projections, new_tokens
+from tiny_models import random_profile, text_inputs
+from torch import nn
+
+from hones_steer.errors import RoutingError, StateError
+from hones_steer.huggingface import steer
+
+MODELS = {**tiny_models.FULL_MATRIX, "gpt2": tiny_models.gpt2, "opt": tiny_models.opt}
+
+
+@pytest.fixture(params=MODELS)
+def any_model(request):
+    return MODELS[request.param]()
+
+
+@pytest.fixture
+def model():
+    return tiny_models.llama()
+
+
+def attach(model):
+    return steer(model, {"a": random_profile(model, 1), "b": random_profile(model, 2)})
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**text_inputs()).logits
+
+
+def generate(model):
+    inputs = text_inputs()
+    return new_tokens(model.generate(**inputs, max_new_tokens=8, do_sample=False), inputs)
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unfold_restores_every_bit(any_model, dtype):
+    model = any_model.to(dtype)
+    before, untouched = weights(model), logits(model)
+    steering = attach(model)
+    for expression in ("a", "a@0.5+b"):
+        steering.fold(expression)
+        assert not torch.equal(logits(model), untouched)
+        steering.unfold()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert torch.equal(logits(model), untouched)
+
+
+def test_folded_it_gives_what_the_hooks_give(any_model):
+    steering = attach(any_model)
+    for expression in ("a", "a@0.5+b"):
+        with steering.task(expression):
+            expected, tokens = logits(any_model), generate(any_model)
+        steering.fold(expression)
+        torch.testing.assert_close(logits(any_model), expected, atol=1e-3, rtol=1e-4)
+        assert generate(any_model) == tokens
+        steering.unfold()
+
+
+def test_only_the_touched_columns_change(model):
+    before = [module.weight.clone() for module in down_projections(model)]
+    profile = random_profile(model, 1)
+    steering = steer(model, {"a": profile})
+    steering.fold("a")
+    for layer, (module, original) in enumerate(zip(down_projections(model), before, strict=True)):
+        changed = (module.weight != original).any(0).nonzero().flatten().tolist()
+        neurons, scales = profile.layers[layer]
+        assert changed == neurons[scales != 1].tolist()
+        columns = torch.tensor(neurons)
+        assert torch.equal(module.weight[:, columns], original[:, columns] * torch.tensor(scales))
+
+
+def test_detach_unfolds(model):
+    before = weights(model)
+    steering = attach(model)
+    steering.fold("a")
+    steering.detach()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_folded_model_takes_no_task_and_a_task_no_fold(model):
+    steering = attach(model)
+    steering.fold("a")
+    for call in (lambda: steering.task("b").__enter__(), steering.verify):
+        with pytest.raises(StateError, match=r"folded into the weights; unfold\(\) it"):
+            call()
+    with pytest.raises(StateError, match="folded already"):
+        steering.fold("b")
+    steering.unfold()
+    with pytest.raises(StateError, match="nothing is folded"):
+        steering.unfold()
+    with steering.task("a"):
+        with pytest.raises(StateError, match=r"task\('a'\) is active"):
+            steering.fold("b")
+        logits(model)
+
+
+def test_nothing_to_fold_is_refused(model):
+    steering = attach(model)
+    with pytest.raises(RoutingError, match="known tasks: a, b"):
+        steering.fold("vqa")
+    with pytest.raises(RoutingError, match="nothing to fold"):
+        steering.fold("none")
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with weights rounded to 8 bits, as a quantisation library would put in."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scale = linear.weight.abs().max() / 127
+        self.register_buffer("weight", (linear.weight / self.scale).round().to(torch.int8))
+
+    def forward(self, x):
+        return x @ (self.weight.float() * self.scale).t()
+
+
+def quantise(model):
+    for layer in model.model.layers:
+        layer.mlp.down_proj = Int8Linear(layer.mlp.down_proj)
+
+
+def share(model):
+    model.model.layers[2].mlp.down_proj.weight = model.model.layers[1].mlp.down_proj.weight
+
+
+@pytest.mark.parametrize(("change", "message"), [(quantise, "quantisation"), (share, "layers.1: .* shares its weight")])
+def test_weights_that_cannot_be_changed_in_place_are_refused_untouched(model, change, message):
+    with torch.no_grad():
+        change(model)
+    before = weights(model)
+    steering = attach(model)
+    with pytest.raises(StateError, match=message):
+        steering.fold("a")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with steering.task("a"):
+        logits(model)
+    steering.verify()
+
+
+def test_an_adapter_on_the_projection_is_refused(model):
+    peft_model = get_peft_model(model, LoraConfig(target_modules=["down_proj"]))
+    steering = attach(peft_model)
+    with pytest.raises(StateError, match="PEFT adapter"):
+        steering.fold("a")

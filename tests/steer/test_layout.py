@@ -1,0 +1,179 @@
+"""What `find_layout` recognises, and how it refuses the rest."""
+
+import pytest
+import tiny_models
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from reference_steering import down_projections
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import LlamaModel
+
+from hones_steer import layout as layout_module
+from hones_steer.errors import LayoutError
+from hones_steer.layout import down_weight, find_layout, register_layout
+
+
+@pytest.fixture(params=tiny_models.ALL)
+def any_model(request):
+    return tiny_models.ALL[request.param]()
+
+
+@pytest.fixture
+def model():
+    return tiny_models.llama()
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch):
+    monkeypatch.setattr(layout_module, "_registered", {})
+
+
+def test_every_architecture(any_model):
+    layout = find_layout(any_model)
+    layout.require_attribution()
+    assert layout.model_type == any_model.config.model_type
+    assert [layer.down_proj for layer in layout.layers] == down_projections(any_model)
+    assert [layer.index for layer in layout.layers] == [0, 1, 2]
+    assert (layout.hidden_size, layout.intermediate_size) == (32, 96)
+    for layer in layout.layers:
+        assert any_model.get_submodule(layer.name) is layer.module
+        assert layer.num_heads == 4
+        assert layer.attn_out in set(layer.module.modules())
+    assert layout.unembedding is any_model.get_output_embeddings()
+    assert layout.final_norm in set(layout.decoder.children())
+
+
+def test_down_weight_is_a_view_hidden_by_neurons(any_model):
+    layer = find_layout(any_model).layers[1]
+    weight = down_weight(layer)
+    assert weight.shape == (32, 96)
+    assert weight.data_ptr() == layer.down_proj.weight.data_ptr()
+    z = torch.randn(5, 96)
+    torch.testing.assert_close(
+        z @ weight.t() + (layer.down_proj.bias if layer.down_proj.bias is not None else 0), layer.down_proj(z)
+    )
+
+
+def test_the_decoder_takes_embeddings(any_model):
+    layout = find_layout(any_model)
+    embeddings = any_model.get_input_embeddings()(tiny_models.text_inputs()["input_ids"])
+    with torch.no_grad():
+        assert layout.decoder(inputs_embeds=embeddings, use_cache=False)[0].shape == embeddings.shape
+
+
+def test_inside_wrappers(model):
+    compiled = find_layout(torch.compile(model, backend="eager"))
+    assert [layer.name for layer in compiled.layers] == [f"model.layers.{i}" for i in range(3)]
+    peft_model = get_peft_model(model, LoraConfig(target_modules=["down_proj", "o_proj"]))
+    layout = find_layout(peft_model)
+    layout.require_attribution()
+    assert layout.layers[0].name == "model.layers.0"
+    assert layout.layers[0].down_proj is model.model.layers[0].mlp.down_proj
+    assert down_weight(layout.layers[0]) is model.model.layers[0].mlp.down_proj.base_layer.weight
+
+
+def test_a_model_without_a_head_has_a_layout_but_cannot_be_attributed(model):
+    layout = find_layout(model.model)
+    assert len(layout.layers) == 3
+    with pytest.raises(LayoutError, match=r"attribution needs unembedding, .*register_layout\('llama'"):
+        layout.require_attribution()
+    assert isinstance(layout.decoder, LlamaModel)
+
+
+def test_mixtures_of_experts_are_refused():
+    with pytest.raises(LayoutError, match="mixture-of-experts FFNs are not supported yet"):
+        find_layout(tiny_models.mixtral())
+
+
+def test_models_that_are_no_decoders_are_refused():
+    with pytest.raises(LayoutError, match=r"'Linear' is not recognised: no text decoder.*register_layout"):
+        find_layout(nn.Linear(3, 4))
+
+
+def rename(model, name):
+    """Give the FFN of every layer another name."""
+    for layer in model.model.layers:
+        layer.add_module(name, layer.mlp)
+        del layer.mlp
+
+
+def test_an_unknown_name_is_found_by_shape(model):
+    rename(model, "feedforward")
+    layout = find_layout(model)
+    assert [layer.down_proj for layer in layout.layers] == [layer.feedforward.down_proj for layer in model.model.layers]
+
+
+def test_an_unknown_structure_is_refused_until_registered(model):
+    for layer in model.model.layers:
+        layer.add_module("up", nn.Linear(32, 96))
+        layer.add_module("down", layer.mlp.down_proj)
+        layer.add_module("other", nn.Linear(96, 32))
+        del layer.mlp
+    with pytest.raises(
+        LayoutError, match=r"model.layers.0 \(LlamaDecoderLayer\) has no recognised FFN.*register_layout"
+    ):
+        find_layout(model)
+    register_layout("llama", down_proj="down")
+    layout = find_layout(model)
+    layout.require_attribution()
+    assert layout.layers[2].down_proj is model.model.layers[2].down
+
+
+def test_registered_paths_are_used(model):
+    register_layout(
+        "llama",
+        decoder="model",
+        layers="layers",
+        down_proj="mlp.down_proj",
+        attn_out="self_attn.o_proj",
+        num_heads=2,
+        final_norm="norm",
+        unembedding="lm_head",
+    )
+    layout = find_layout(model)
+    assert {layer.num_heads for layer in layout.layers} == {2}
+    assert layout.layers[0].attn_out is model.model.layers[0].self_attn.o_proj
+    assert layout.unembedding is model.lm_head
+
+
+@pytest.mark.parametrize("part", ["decoder", "layers", "down_proj", "attn_out", "final_norm", "unembedding"])
+def test_a_registered_path_that_does_not_exist_is_named(model, part):
+    register_layout("llama", **{part: "no.such"})
+    with pytest.raises(LayoutError, match=r"names 'no.such', which .* does not have"):
+        find_layout(model)
+
+
+def test_different_widths_are_refused(model):
+    model.model.layers[1].mlp.down_proj = nn.Linear(80, 32)
+    with pytest.raises(LayoutError, match="differ between layers"):
+        find_layout(model)
+
+
+def test_a_shared_ffn_is_refused(model):
+    model.model.layers[2].mlp = model.model.layers[0].mlp
+    with pytest.raises(LayoutError, match=r"model\.layers\.2 and model\.layers\.0 .* share one FFN"):
+        find_layout(model)
+
+
+def test_an_ffn_sharded_by_tensor_parallelism_is_refused(model):
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in model.model.layers:
+            linear = layer.mlp.down_proj
+            linear.weight = nn.Parameter(distribute_tensor(linear.weight, mesh, [Shard(1)]))
+        with pytest.raises(LayoutError, match=r"holds 48 of 96 FFN neurons.*tp_plan"):
+            find_layout(model)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_an_ffn_sharded_by_hand_is_refused(model):
+    for layer in model.model.layers:
+        layer.mlp.down_proj = nn.Linear(48, 32)
+    with pytest.raises(LayoutError, match="holds 48 of 96 FFN neurons"):
+        find_layout(model)
