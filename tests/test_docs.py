@@ -1,0 +1,62 @@
+"""Every code block of the README and of docs/ runs as it stands, one after the other, where `hones demo` has run."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hones_steer.cli import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> Iterator[tuple[str, str]]:
+    """(language, code) of every fenced block."""
+    yield from BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like the repository after a (small) demo."""
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "examples").symlink_to(ROOT / "examples")
+    small = ["--discovery", "24", "--dev", "8", "--test", "8"]
+    assert main(["demo", "--out", str(folder / "runs" / "demo"), *small]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_runs(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    namespace: dict[str, object] = {"__name__": "__docs__"}
+    for language, code in blocks(page):
+        if language == "bash":
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", code], env={**os.environ, "PATH": search}, capture_output=True
+            )
+            assert done.returncode == 0, f"{code}\n{done.stdout.decode()}\n{done.stderr.decode()}"
+        elif language == "python":
+            exec(compile(code, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_says_what_it_is(page: Path) -> None:
+    """`bash` and `python` run here; `make` shows commands that would build everything again; `text` is output."""
+    for language, code in blocks(page):
+        assert language in ("bash", "python", "make", "text"), code
+        if language == "make":
+            for line in filter(None, (line.partition("#")[0].strip() for line in code.splitlines())):
+                subprocess.run([*line.split(), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_links_inside_the_repository_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
