@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hones_steer.errors import DataError
+from hones_steer.layout import Layout
 
 Bank = Mapping[int, npt.NDArray[np.int32]]
 """{decoder layer: strictly increasing neuron indices, int32}; layers without neurons are absent."""
@@ -19,8 +20,7 @@ def select_bank(importance: npt.NDArray[np.float32], top_fraction: float) -> Ban
     Raises:
         DataError: the fraction is outside (0, 1], or no neuron has a positive importance.
     """
-    if not 0 < top_fraction <= 1:
-        raise DataError(f"top_fraction must lie in (0, 1], not {top_fraction}")
+    check_fraction(top_fraction)
     flat = importance.reshape(-1)
     count = max(1, round(top_fraction * flat.size))
     top = np.argsort(-flat, kind="stable")[:count]
@@ -29,6 +29,30 @@ def select_bank(importance: npt.NDArray[np.float32], top_fraction: float) -> Ban
         raise DataError("no neuron has a positive importance; use more examples or more heads")
     layers, neurons = np.divmod(top, importance.shape[1])
     return {int(layer): neurons[layers == layer].astype(np.int32) for layer in np.unique(layers)}
+
+
+def check_fraction(top_fraction: float) -> None:
+    """Raise DataError for a bank's share of the neurons outside (0, 1]."""
+    if not 0 < top_fraction <= 1:
+        raise DataError(f"top_fraction must lie in (0, 1], not {top_fraction}")
+
+
+def check_bank(bank: Bank, layout: Layout) -> None:
+    """Raise DataError for a bank that is empty or that names layers or neurons the model does not have."""
+    if not bank_size(bank):
+        raise DataError("the bank is empty; there is nothing to learn or mask")
+    for layer, neurons in bank.items():
+        if not 0 <= layer < len(layout.layers):
+            raise DataError(
+                f"the bank names layer {layer}, but the model has {len(layout.layers)}; use a bank made for this model"
+            )
+        if len(neurons) and not (neurons[0] >= 0 and neurons[-1] < layout.intermediate_size):
+            raise DataError(
+                f"the bank's layer {layer} names neurons outside [0, {layout.intermediate_size}), the model's width; "
+                "use a bank made for this model"
+            )
+        if (np.diff(neurons) <= 0).any():
+            raise DataError(f"the bank's layer {layer} does not name its neurons in increasing order, each once")
 
 
 def random_bank(bank: Bank, intermediate_size: int, seed: int) -> Bank:

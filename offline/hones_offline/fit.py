@@ -12,12 +12,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hones_offline.banks import Bank, bank_size
+from hones_offline.banks import Bank, bank_size, check_bank
 from hones_offline.decoding import Segment, TextDecoder, pad_answers
 from hones_offline.examples import Example
 from hones_offline.prompts import Prepared, prepare
 from hones_offline.recording import scaled_ffn
-from hones_offline.runs import Arrays, RunFolder, examples_digest
+from hones_offline.runs import Arrays, RunFolder, check_seed, run_settings
 from hones_offline.tasks import Task
 from hones_steer.errors import DataError
 from hones_steer.profile import ModelIdentity, Profile
@@ -44,8 +44,12 @@ class FitSettings:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "lr", "clamp", "batch_size", "accumulation_steps", "max_grad_norm"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise DataError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("beta_kl", "l2"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise DataError(f"{name} must be zero or positive, not {getattr(self, name)}")
+        check_seed(self.seed)
 
 
 def fit(
@@ -78,11 +82,13 @@ def fit(
         **settings: fields of `FitSettings`: epochs=2, lr=5e-4, beta_kl=0.05, batch_size=1, accumulation_steps=4 …
 
     Raises:
-        DataError: no usable example, an empty bank, or a run folder with other settings.
+        DataError: no usable example, an empty bank or one of another model, a setting out of range, or a run folder
+            with other settings.
         LayoutError: the model's structure is not supported.
     """
     chosen = FitSettings(**settings)
     prepared = prepare(model, processor, task, examples, max_failures=max_failures, progress=progress)
+    check_bank(bank, prepared.decoder.layout)
     run = None
     if run_dir is not None:
         run = RunFolder(run_dir, fit_run_settings(prepared, bank, chosen))
@@ -93,9 +99,7 @@ def fit_run_settings(prepared: Prepared, bank: Bank, settings: FitSettings) -> d
     """What decides the bytes of a fitted profile."""
     return {
         "stage": "fit",
-        "task": prepared.task.name,
-        "examples": examples_digest(prepared.examples),
-        "model": asdict(ModelIdentity.from_model(prepared.decoder.model)),
+        **run_settings(prepared),
         "bank": {str(layer): neurons.tolist() for layer, neurons in bank.items()},
         **asdict(settings),
     }
@@ -113,8 +117,7 @@ def learn(
     """`fit` on examples that are already encoded; `name` is the method's, for the profile's metadata."""
     from tqdm import tqdm
 
-    if not bank_size(bank):
-        raise DataError("the bank is empty; there is nothing to learn")
+    check_bank(bank, prepared.decoder.layout)
     learner = _Learner(prepared, bank, settings)
     state: Arrays = learner.start()
     bar = tqdm(

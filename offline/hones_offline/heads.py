@@ -10,6 +10,7 @@ from hones_offline.evaluate import mean_log_probability, score
 from hones_offline.prompts import Prepared
 from hones_offline.recording import replaced_head
 from hones_steer.errors import DataError, LayoutError
+from hones_steer.layout import DecoderLayer
 
 HeadMetric = Literal["task", "logprob"]
 
@@ -18,9 +19,16 @@ def utility(prepared: Prepared, head_metric: HeadMetric, *, batch_size: int) -> 
     """P(θ): the task's metric under greedy generation, or the mean log-probability of the answers."""
     if head_metric == "task":
         return score(prepared, batch_size=batch_size).value
-    if head_metric == "logprob":
-        return mean_log_probability(prepared, batch_size=batch_size)
-    raise DataError(f"head_metric must be 'task' or 'logprob', not {head_metric!r}")
+    return mean_log_probability(prepared, batch_size=batch_size)
+
+
+def head_count(layer: DecoderLayer) -> int:
+    """How many attention heads a layer has; raises LayoutError if there is no other to replace one by."""
+    if layer.num_heads is None or layer.num_heads < 2:
+        raise LayoutError(
+            f"layer {layer.index} has {layer.num_heads} attention head(s); replacing one by the others needs two"
+        )
+    return layer.num_heads
 
 
 def layer_head_scores(
@@ -34,11 +42,8 @@ def layer_head_scores(
 ) -> list[float]:
     """S(h) = P(θ) − P(θ_Ih) for the heads of one layer; `tick` is called after each."""
     layout = prepared.decoder.layout
-    heads = layout.layers[layer].num_heads
-    if heads is None or heads < 2:
-        raise LayoutError(f"layer {layer} has {heads} attention head(s); replacing one by the others needs two")
     scores = []
-    for head in range(heads):
+    for head in range(head_count(layout.layers[layer])):
         with replaced_head(layout, layer, head):
             scores.append(base - utility(prepared, head_metric, batch_size=batch_size))
         tick()

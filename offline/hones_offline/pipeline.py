@@ -4,23 +4,22 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from hones_offline.banks import Bank, select_bank
+from hones_offline.banks import Bank, check_fraction, select_bank
 from hones_offline.examples import Example
-from hones_offline.heads import HeadMetric, layer_head_scores, top_heads, utility
+from hones_offline.heads import HeadMetric, head_count, layer_head_scores, top_heads, utility
 from hones_offline.neurons import importance
 from hones_offline.prompts import Prepared, prepare
-from hones_offline.runs import RunFolder, examples_digest
+from hones_offline.runs import RunFolder, check_seed, run_settings
 from hones_offline.tasks import Task
 from hones_steer.errors import DataError
-from hones_steer.profile import ModelIdentity
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,8 @@ def attribute(
         DataError: no usable example, too many failures, no head or neuron that matters, or a run with other settings.
         LayoutError: the model's structure is not supported.
     """
+    _check_settings(top_heads, top_fraction, head_metric, batch_size)
+    check_seed(seed)
     order = np.random.default_rng(seed).permutation(len(examples))
     prepared = prepare(
         model, processor, task, [examples[i] for i in order], max_failures=max_failures, progress=progress
@@ -89,6 +90,8 @@ def attribute(
         "seed": seed,
         "batch_size": batch_size,
     }
+    for layer in prepared.decoder.layout.layers:
+        head_count(layer)
     run = None
     if run_dir is not None:
         run = RunFolder(run_dir, attribution_run_settings(prepared, settings))
@@ -107,9 +110,7 @@ def attribution_run_settings(prepared: Prepared, settings: dict[str, Any]) -> di
     """What decides the bytes of an attribution (the bank's size does not: it is cut from the importance)."""
     return {
         "stage": "attribute",
-        "task": prepared.task.name,
-        "examples": examples_digest(prepared.examples),
-        "model": asdict(ModelIdentity.from_model(prepared.decoder.model)),
+        **run_settings(prepared),
         **settings,
     }
 
@@ -127,12 +128,11 @@ def find_bank(
     """`attribute` on examples that are already encoded; every layer's head scores are one resumable step."""
     from tqdm import tqdm
 
-    if count < 1:
-        raise DataError(f"top_heads must be at least 1, not {count}")
+    _check_settings(count, top_fraction, head_metric, batch_size)
     layers = prepared.decoder.layout.layers
     base = _step(run, "base", lambda: utility(prepared, head_metric, batch_size=batch_size))
     bar = tqdm(
-        total=sum(layer.num_heads or 0 for layer in layers),
+        total=sum(map(head_count, layers)),
         desc=f"{prepared.task.name}: heads",
         delay=2,
         leave=False,
@@ -156,6 +156,16 @@ def find_bank(
     found = run.arrays("attribution", write_in) if run else write_in()
     bank = select_bank(found["importance"], top_fraction)
     return Attribution(scores, found["importance"], bank, heads, base, len(prepared), dict(prepared.failures))
+
+
+def _check_settings(top_heads: int, top_fraction: float, head_metric: str, batch_size: int) -> None:
+    """Before hours of work, not after them."""
+    for name, value in {"top_heads": top_heads, "batch_size": batch_size}.items():
+        if value < 1:
+            raise DataError(f"{name} must be at least 1, not {value}")
+    check_fraction(top_fraction)
+    if head_metric not in get_args(HeadMetric):
+        raise DataError(f"head_metric must be 'task' or 'logprob', not {head_metric!r}")
 
 
 def _step(run: RunFolder | None, name: str, compute: Any) -> Any:

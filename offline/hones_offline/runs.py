@@ -7,8 +7,10 @@ only what is missing, and the bytes are those of a run that was never interrupte
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from hones_offline.examples import Example
+from hones_offline.prompts import Prepared
 from hones_steer.errors import DataError
+from hones_steer.profile import ModelIdentity
 
 _MISSING = "{file} is missing; the run that should have written it is not finished"
+_TEMPORARY = ".tmp-"
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -38,10 +43,13 @@ class RunFolder:
         file = self.path / "run.json"
         if file.exists():
             _check_settings(file, settings)
-        elif self.path.is_dir() and any(self.path.iterdir()) and not _only_leftovers(self.path):
+        elif self.path.is_dir() and any(not _is_leftover(entry) for entry in self.path.iterdir()):
             raise DataError(f"{self.path} is not empty and holds no run; choose another folder")
         else:
             write_atomically(file, json_bytes(settings))
+        for entry in self.path.iterdir():
+            if _is_leftover(entry):
+                entry.unlink(missing_ok=True)
 
     def json(self, name: str, compute: Callable[[], Any]) -> Any:
         """The result of step `name`, a JSON value: read if it was done before, else computed and kept."""
@@ -84,6 +92,8 @@ def read_json(file: Path) -> Any:
 
 def _check_settings(file: Path, settings: Mapping[str, Any]) -> None:
     before = read_json(file)
+    if not isinstance(before, dict):
+        raise DataError(f"{file} is damaged (no JSON object); delete its folder and run again")
     if before != settings:
         names = [
             f"{name} was {before.get(name)!r} and now is {settings.get(name)!r}"
@@ -96,8 +106,9 @@ def _check_settings(file: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _only_leftovers(folder: Path) -> bool:
-    return all(entry.name.startswith(".tmp-") for entry in folder.iterdir())
+def _is_leftover(entry: Path) -> bool:
+    """Whether it is what `write_atomically` leaves behind when it is killed."""
+    return entry.name.startswith(_TEMPORARY)
 
 
 def json_bytes(value: Any) -> bytes:
@@ -111,19 +122,48 @@ def write_atomically(file: Path, data: bytes) -> None:
     Raises:
         DataError: the disk is full or the folder cannot be written.
     """
-    temporary = None
+    temporary = file.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
+    created = [folder for folder in file.parents if not folder.exists()]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".tmp-", delete=False) as stream:
-            temporary = Path(stream.name)
+        with temporary.open("xb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(file)
-    except OSError as error:
-        if temporary:
-            temporary.unlink(missing_ok=True)
-        raise DataError(f"cannot write {file}: {error.strerror}; nothing was changed") from error
+    except BaseException as error:  # Ctrl-C leaves nothing behind either
+        _remove(temporary, created)
+        if isinstance(error, OSError):
+            raise DataError(f"cannot write {file}: {error.strerror}; nothing was changed") from error
+        raise
+
+
+def _remove(temporary: Path, folders: Sequence[Path]) -> None:
+    for remove in (temporary.unlink, *(folder.rmdir for folder in folders)):
+        with suppress(OSError):  # not there, or not empty
+            remove()
+
+
+def run_settings(prepared: Prepared) -> dict[str, Any]:
+    """What of a model, its task and its examples decides a result's bytes, for `RunFolder`."""
+    task = prepared.task
+    asked = [[task.prompts(e), task.answers(e), task.target_texts(e)] for e in prepared.examples]
+    return {
+        "task": task.name,
+        "metric": task.metric,
+        "max_new_tokens": task.max_new_tokens,
+        "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12],
+        "examples": examples_digest(prepared.examples),
+        "model": asdict(ModelIdentity.from_model(prepared.decoder.model)),
+        "dtype": str(next(prepared.decoder.model.parameters()).dtype).removeprefix("torch."),
+        "device": prepared.decoder.device.type,
+    }
+
+
+def check_seed(seed: int) -> None:
+    """Raise DataError for a seed that NumPy or PyTorch refuses."""
+    if not 0 <= seed < 2**32:
+        raise DataError(f"seed must lie in [0, 2**32), not {seed}")
 
 
 def examples_digest(examples: Sequence[Example]) -> str:
