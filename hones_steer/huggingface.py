@@ -81,7 +81,7 @@ class Steering:
         self._generating: ContextVar[bool] = ContextVar("hones_steer_generating", default=False)
         self._open: list[Routing] = []
         self._folded: Folded | None = None
-        injection = Injection(_entries(model, inner), layout, max_profiles + 1, self._current.get, self._generating.get)
+        injection = Injection(inner, layout, max_profiles + 1, self._current.get, self._generating.get)
         pool = SlotPool(injection.tables, max_profiles)
         self._attached: _Attached | None = _Attached(inner, layout, injection, pool, _own_generate(inner))
         self._wrap_generate(inner, injection)
@@ -334,15 +334,6 @@ def _sources(
         return dict(profiles)
     store = ProfileStore(profiles) if isinstance(profiles, str | os.PathLike) else profiles
     return {name: store.get(name) for name in store.names()}
-
-
-def _entries(model: nn.Module, inner: nn.Module) -> list[nn.Module]:
-    """The modules from the outermost wrapper to the model in it; PEFT calls the inner ones past their hooks."""
-    while isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
-        model = original
-    path = next(name for name, module in model.named_modules() if module is inner)
-    parts = path.split(".") if path else []
-    return [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
 
 
 def _num_prompts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

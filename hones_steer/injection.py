@@ -100,14 +100,14 @@ class Routing:
 class Injection:
     """The hooks of one steered model; nothing of them is left after `detach`.
 
-    `entries` are the modules that a forward may enter through (a PEFT wrapper and the model in it), outermost
-    first. `current` gives the routing of the calling context, `generating` whether it is inside `generate`.
-    Forwards are serialised by `lock`, because the static tensors hold one forward's rows at a time.
+    `model` is the one that wrappers (PEFT, torch.compile) call in the end. `current` gives the routing of the
+    calling context, `generating` whether it is inside `generate`. Forwards are
+    serialised by `lock`, because the static tensors hold one forward's rows at a time.
     """
 
     def __init__(
         self,
-        entries: Sequence[nn.Module],
+        model: nn.Module,
         layout: Layout,
         slots: int,
         current: Callable[[], Routing | None],
@@ -118,7 +118,6 @@ class Injection:
         self._current = current
         self._generating = generating
         self._owner: int | None = None  # the thread whose forward is in progress
-        self._entered: list[nn.Module] = []  # the entries it is in
         self._slots: tuple[int, ...] = (IDENTITY,)  # of its rows
         self._last_with_grad: tuple[Routing | None, tuple[int, ...]] = (None, (IDENTITY,))
         devices = [execution_device(layer.down_proj, layer.name) for layer in layout.layers]
@@ -126,16 +125,15 @@ class Injection:
         self._rows = {device: RowSlots(device) for device in devices}
         self._written: tuple[tuple[int, ...], int] = ((IDENTITY,), 1)
         self._handles: list[RemovableHandle] = []
-        self._attach(entries, layout, devices)
+        self._attach(model, layout, devices)
 
-    def _attach(self, entries: Sequence[nn.Module], layout: Layout, devices: Sequence[torch.device]) -> None:
-        modules = [*entries, *(layer.down_proj for layer in layout.layers)]
+    def _attach(self, model: nn.Module, layout: Layout, devices: Sequence[torch.device]) -> None:
+        modules = [model, *(layer.down_proj for layer in layout.layers)]
         if any(isinstance(hook, _Hook) for module in modules for hook in module._forward_pre_hooks.values()):
             raise StateError("the model is steered already; use that Steering, or detach() it first")
         try:
-            for module in entries:
-                self._handles.append(module.register_forward_pre_hook(_EnterHook(self), with_kwargs=True))
-                self._handles.append(module.register_forward_hook(_LeaveHook(self), always_call=True))
+            self._handles.append(model.register_forward_pre_hook(_EnterHook(self), with_kwargs=True))
+            self._handles.append(model.register_forward_hook(_LeaveHook(self), always_call=True))
             for layer, table, device in zip(layout.layers, self.tables.tables, devices, strict=True):
                 hook = LayerHook(self, layer.name, table, self._rows[device])
                 self._handles.append(layer.down_proj.register_forward_pre_hook(hook))
@@ -156,32 +154,21 @@ class Injection:
         hooks = module._forward_pre_hooks.values()
         return any(isinstance(hook, LayerHook) and hook.injection is self for hook in hooks)
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward enters `module`: the outermost one fixes the rows' slots for all that it calls."""
-        if self._owner == threading.get_ident() and module in self._entered:
-            # Only an interrupt (KeyboardInterrupt skips PyTorch's hooks) leaves a forward that never ended.
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward begins: fix the slots of its rows for all layers that it calls."""
+        # Only an interrupt leaves a forward without an end (KeyboardInterrupt skips PyTorch's hooks).
+        self.release()
+        self.lock.acquire()
+        self._owner = threading.get_ident()
+        try:
+            self._begin(_num_rows(args, kwargs))
+        except BaseException:
             self.release()
-        if self._owner != threading.get_ident():
-            self.lock.acquire()
-            self._owner = threading.get_ident()
-            try:
-                self._begin(_num_rows(args, kwargs))
-            except BaseException:
-                self.release()
-                raise
-        self._entered.append(module)
-
-    def leave(self, module: nn.Module) -> None:
-        """The forward of `module` has ended, also by an exception."""
-        if self._owner == threading.get_ident() and module in self._entered:
-            del self._entered[self._entered.index(module) :]
-            if not self._entered:
-                self.release()
+            raise
 
     def release(self) -> None:
         """End this thread's forward if one is in progress, so that other threads can go on."""
         if self._owner == threading.get_ident():
-            self._entered.clear()
             self._owner = None
             self.lock.release()
 
@@ -225,7 +212,8 @@ class Injection:
         routing = self._current()
         if routing is not None and routing.steers:
             raise RoutingError(
-                f"{hook.layer} was called on its own inside {routing}; call the whole model, so that the rows are known"
+                f"{hook.layer} was called past the model inside {routing}; call the model itself, model(...), "
+                "so that its rows are known"
             )
         return None
 
@@ -268,14 +256,14 @@ class _Hook:
 
 class _EnterHook(_Hook):
     @_never_compiled
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.injection.enter(module, args, kwargs)
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.injection.enter(args, kwargs)
 
 
 class _LeaveHook(_Hook):
     @_never_compiled
-    def __call__(self, module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
-        self.injection.leave(module)
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
+        self.injection.release()
 
 
 class LayerHook(_Hook):

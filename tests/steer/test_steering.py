@@ -8,10 +8,12 @@ import weakref
 import pytest
 import tiny_models
 import torch
+from accelerate import cpu_offload, dispatch_model
+from peft import LoraConfig, get_peft_model
 from reference_steering import generated_alone, logits_alone, new_tokens, scaled
 from tiny_models import random_profile, text_inputs
 
-from hones_steer.errors import MismatchError, ProfileError, RoutingError, StateError
+from hones_steer.errors import LayoutError, MismatchError, ProfileError, RoutingError, StateError
 from hones_steer.huggingface import steer
 from hones_steer.profile import save_profile
 from hones_steer.store import ProfileStore
@@ -309,9 +311,10 @@ class TestNeverSilentlyUnsteered:
 
     def test_layers_called_past_the_model_are_refused(self, model):
         steering, _ = steered(model)
-        with pytest.raises(RoutingError, match="call the whole model"), steering.task("a"):
-            model.model(**text_inputs())
-        model.model(**text_inputs())
+        for call in (model.model, model.forward):
+            with pytest.raises(RoutingError, match="call the model itself"), steering.task("a"):
+                call(**text_inputs())
+            call(**text_inputs())
 
     def test_attaching_twice_is_refused_also_to_a_part(self):
         model = tiny_models.llava()
@@ -515,3 +518,63 @@ def test_inference_mode(model):
     with steering.tasks(ROWS):
         outside = logits(model, inputs)
     assert torch.equal(inside, outside)
+
+
+class TestWrappedModels:
+    def test_a_peft_model_is_steered_through_every_entry(self, model):
+        inputs = text_inputs()
+        peft_model = get_peft_model(model, LoraConfig(target_modules=["down_proj", "q_proj"], init_lora_weights=False))
+        peft_model.eval()
+        steering, profiles = steered(peft_model)
+        for entry in (peft_model, peft_model.base_model, model):
+            with steering.tasks(ROWS):
+                found = logits(entry, inputs)
+            for row, task in enumerate(ROWS):
+                with scaled(model, profiles[task]):
+                    expected = logits(model, inputs)[row]
+                torch.testing.assert_close(found[row], expected, atol=1e-3, rtol=1e-4)
+        with steering.tasks(ROWS):
+            mixed = generate(peft_model, inputs, num_beams=2)
+        for row, task in enumerate(ROWS):
+            with steering.task(task):
+                assert generate(peft_model, tiny_models.select_row(inputs, row), num_beams=2) == [mixed[row]]
+        with pytest.raises(RoutingError, match="names 2 rows"), steering.tasks(["a", "b"]):
+            peft_model.generate(**inputs, num_beams=2, max_new_tokens=2)
+        steering.verify()
+
+    def test_a_model_wrapped_after_steer_stays_steered(self, model):
+        inputs = text_inputs()
+        steering, _ = steered(model)
+        with steering.task("a"):
+            expected = logits(model, inputs)
+        peft_model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        with steering.task("a"):
+            assert torch.equal(logits(peft_model, inputs), expected)
+
+    def test_accelerate_hooks_go_together_with_steering(self, model):
+        inputs = text_inputs()
+        untouched = logits(model, inputs)
+        profiles = {"a": random_profile(model, 1), "b": random_profile(model, 2)}
+        with steer(model, profiles) as steering, steering.tasks(ROWS):
+            expected = logits(model, inputs)
+        dispatch_model(model, {"": "cpu"}, force_hooks=True)
+        with steer(model, profiles) as steering, steering.tasks(ROWS):
+            assert torch.equal(logits(model, inputs), expected)
+        assert torch.equal(logits(model, inputs), untouched)
+
+    def test_offloaded_weights(self, model):
+        inputs = text_inputs()
+        profiles = {"a": random_profile(model, 1), "b": random_profile(model, 2)}
+        with steer(model, profiles) as steering, steering.tasks(ROWS):
+            expected = logits(model, inputs)
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        with pytest.warns(UserWarning, match="no sketch"):
+            steering = steer(model, profiles)
+        with steering.tasks(ROWS):
+            assert torch.equal(logits(model, inputs), expected)
+        with pytest.raises(StateError, match="offloaded"):
+            steering.fold("a")
+
+    def test_weights_that_are_nowhere_are_refused(self, model):
+        with pytest.raises(LayoutError, match=r"not loaded \(meta device\)"):
+            steer(model.to("meta"), {})
