@@ -109,7 +109,7 @@ def _run(point: EntryPoint, arguments: list[str], debug: bool) -> int:
             command: Callable[[Sequence[str]], int] = point.load()
             return command(arguments)
     except SystemExit as stop:  # argparse: 0 after --help, 2 after a usage error
-        return stop.code if isinstance(stop.code, int) else OK
+        return _fail(prog, stop.code) if isinstance(stop.code, str) else int(stop.code or OK)
     except KeyboardInterrupt:
         _show_traceback(debug)
         sys.stderr.write(f"{prog}: interrupted; run the same command again to resume\n")

@@ -17,7 +17,7 @@ from hones_steer.errors import HonesError
 from hones_steer.profile import FORMAT, ModelIdentity, Profile, file_sha256, load_profile
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import PreTrainedModel
 
 _BAR_WIDTH = 40
 _SCALE_BINS = (
@@ -84,7 +84,7 @@ def verify(argv: Sequence[str]) -> int:
     profile = load_profile(options.file)
     from hones_steer.huggingface import steer
 
-    model = _load_model(options.model)
+    model = load_model(options.model)
     reason, lines = None, []
     try:
         steering = steer(model, {profile.task: profile})
@@ -100,7 +100,12 @@ def verify(argv: Sequence[str]) -> int:
     return 1 if reason else 0
 
 
-def _load_model(name: str) -> nn.Module:
+def load_model(name: str) -> PreTrainedModel:
+    """A model of a folder or the Hub, in its stored dtype.
+
+    Raises:
+        HonesError: it cannot be loaded.
+    """
     import transformers
 
     logging: Any = transformers.utils.logging  # untyped
@@ -110,10 +115,11 @@ def _load_model(name: str) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(name)
         multimodal = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         loader = transformers.AutoModelForImageTextToText if multimodal else transformers.AutoModelForCausalLM
-        model: nn.Module = loader.from_pretrained(name, config=config, dtype="auto")
+        model: PreTrainedModel = loader.from_pretrained(name, config=config, dtype="auto")
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise HonesError(f"the model {name} cannot be loaded: {error}") from error
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _parser(name: str, description: str, example: str) -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ from tiny_models import llama, llava, random_profile
 import hones_steer
 from hones_steer import Profile, load_profile, save_profile
 from hones_steer.cli import main
+from hones_steer.commands import load_model
 
 GOLDEN = str(Path(__file__).parent / "golden" / "vqa.safetensors")
 
@@ -108,6 +109,8 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "    if argv == ['interrupt']: raise KeyboardInterrupt\n"
         "    if argv == ['sleep']: print('started', flush=True); time.sleep(60)\n"
         "    if argv == ['bug']: raise ZeroDivisionError\n"
+        "    if argv == ['exit']: raise SystemExit\n"
+        "    if argv == ['message']: raise SystemExit('no good')\n"
         "    if argv == ['import']: import no_such_module_of_ours\n"
         "    return 1\n"
     )
@@ -120,6 +123,9 @@ def test_a_command_of_another_distribution(capsys: pytest.CaptureFixture[str]) -
     assert main(["--help"]) == 0
     assert "  trial      trial_command:run\n" in capsys.readouterr().out
     assert main(["trial"]) == 1
+    assert main(["trial", "exit"]) == 0
+    assert main(["trial", "message"]) == 2
+    assert capsys.readouterr().err == "hones trial: error: no good\n"
     assert main(["trial", "missing"]) == 2
     assert capsys.readouterr().err == "hones trial: error: missing/file: No such file or directory\n"
 
@@ -332,6 +338,7 @@ def test_verify_loads_the_stored_dtype(tmp_path: Path) -> None:
     model = llama().to(torch.bfloat16)
     path = write(tmp_path, random_profile(model, seed=1))
     model.save_pretrained(tmp_path / "model")
+    assert load_model(str(tmp_path / "model")).dtype == torch.bfloat16
     assert main(["verify", path, str(tmp_path / "model")]) == 0
 
 
