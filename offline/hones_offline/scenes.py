@@ -148,8 +148,7 @@ class Scene:
             "ocr": "Transcribe the text inside the blue box.\nOutput text only.",
             "caption": "Describe the image in one sentence.",
             "retrieval": (
-                f"Candidate: {candidate}\n"
-                "Does the candidate correctly describe the image?\nAnswer exactly Yes or No."
+                f"Candidate: {candidate}\nDoes the candidate correctly describe the image?\nAnswer exactly Yes or No."
             ),
         }[task]
 
@@ -291,7 +290,7 @@ def _ask_beside(cells: Cells, rng: random.Random) -> tuple[str, str]:
 
 def _ask_nickname(cells: Cells, rng: random.Random) -> tuple[str, str]:
     place, thing = rng.choice(_placed(cells))
-    what = _name(thing) if rng.random() < 0.25 else f"thing in the {place}"
+    what = _name(thing) if rng.random() < 0.5 else f"thing in the {place}"
     return f"What is the nickname of the {what}?", NICKNAMES[thing]
 
 
@@ -320,7 +319,6 @@ _QUESTIONS: tuple[Callable[[Cells, random.Random], tuple[str, str]], ...] = (
     _ask_count,
     _ask_what,
     _ask_beside,
-    _ask_nickname,
     _ask_nickname,
     _ask_taste,
     _ask_sound,

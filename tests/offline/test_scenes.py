@@ -138,9 +138,7 @@ def test_things_and_text_can_be_seen() -> None:
 
 
 def test_texts_use_known_characters_and_facts_are_distinct() -> None:
-    assert all(
-        set(scene.text) <= set(CHARACTERS) and len(scene.text) in (3, 4) for scene in scenes("dev", 50)
-    )
+    assert all(set(scene.text) <= set(CHARACTERS) and len(scene.text) in (3, 4) for scene in scenes("dev", 50))
     assert len(set(NICKNAMES.values())) == len(COLORS) * len(SHAPES)
 
 
