@@ -2,16 +2,19 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from hones_offline.banks import Bank, bank_size, random_bank
+from hones_offline.banks import Bank, bank_size, check_bank, random_bank
 from hones_offline.evaluate import Scores, intervention, score
-from hones_offline.examples import Loaded, load_coco, load_jsonl
+from hones_offline.examples import Loaded, check_disjoint, load_coco, load_jsonl
 from hones_offline.fit import FIXED_AMP, GRID, FitSettings, fit_run_settings, learn, uniform_profile
 from hones_offline.metrics import METRICS, paired_bootstrap_interval
 from hones_offline.models import load_model
@@ -20,7 +23,8 @@ from hones_offline.pipeline import attribute as find_task_bank
 from hones_offline.prompts import Prepared, prepare
 from hones_offline.runs import RunFolder, json_bytes, read_json, write_atomically
 from hones_offline.tasks import TASKS, JsonlTask, Task
-from hones_steer.errors import DataError
+from hones_steer.errors import DataError, MismatchError, ProfileError
+from hones_steer.layout import find_layout
 from hones_steer.profile import ModelIdentity, Profile, load_profile, save_profile
 
 METHODS = ("hones", "hones_no_kl", "random_neurons", "fixed_amp", "grid_search")
@@ -78,7 +82,7 @@ def attribute(argv: Sequence[str]) -> int:
         max_failures=args.max_failures,
         progress=True,
     )
-    result = _attribution_result(task, found, loaded.skipped, args.top_fraction)
+    result = _attribution_result(task, found, loaded.skipped, args.top_fraction, ModelIdentity.from_model(model))
     write_atomically(args.out / RESULT, json_bytes(result))
     _show(args.json, result, _attribution_lines(result, args.out))
     return 0
@@ -112,15 +116,20 @@ def fit(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.method == "grid_search" and args.dev is None:
         parser.error("grid_search chooses its factor on --dev data")
+    settings = _fit_settings(args)
+    _check_writable(args.out)
     task, loaded = _load_data(args)
-    bank = _read_bank(args.bank, task)
+    dev_loaded = None if args.dev is None else _load_file(args, args.dev, task)
+    if dev_loaded is not None:
+        check_disjoint(data=loaded.examples, dev=dev_loaded.examples)
+    found = _read_found(args.bank, task)
     model, processor = load_model(args.model, dtype=args.dtype, device=args.device)
+    bank = found.bank_for(model)
     prepared = prepare(model, processor, task, loaded.examples, max_failures=args.max_failures, progress=True)
     dev = None
-    if args.dev is not None:
-        dev_examples = _load_file(args, args.dev, task).examples
-        dev = prepare(model, processor, task, dev_examples, max_failures=args.max_failures, progress=True)
-    profile = _fitted(args, prepared, dev, bank)
+    if dev_loaded is not None:
+        dev = prepare(model, processor, task, dev_loaded.examples, max_failures=args.max_failures, progress=True)
+    profile = _fitted(args, settings, prepared, dev, bank)
     evidence = {} if dev is None else _evidence(dev, profile, args.batch_size)
     profile = _with_metadata(profile, args.description, args.license, evidence)
     save_profile(profile, args.out)
@@ -169,13 +178,18 @@ def evaluate(argv: Sequence[str]) -> int:
         help="with --mask: also mask N random banks of the same size per layer (default: %(default)s)",
     )
     args = parser.parse_args(argv)
+    if args.random_banks < 0:
+        raise DataError(f"--random-banks must be zero or more, not {args.random_banks}")
+    if args.random_banks and not args.mask:
+        parser.error("--random-banks stand beside the bank of a --mask")
     task, loaded = _load_data(args)
     profiles = {str(path): load_profile(path) for path in args.profile}
-    banks = {str(path): _read_bank(path) for path in args.mask}
+    masked = {str(path): _read_found(path) for path in args.mask}
     model, processor = load_model(args.model, dtype=args.dtype, device=args.device)
     identity = ModelIdentity.from_model(model)
     for profile in profiles.values():
         profile.base_model.check(identity)
+    banks = {path: found.bank_for(model) for path, found in masked.items()}
     prepared = prepare(model, processor, task, loaded.examples, max_failures=args.max_failures, progress=True)
     base = score(prepared, batch_size=args.batch_size)
     rows = {"base": _row(base, base)}
@@ -302,6 +316,10 @@ def _load_data(args: argparse.Namespace) -> tuple[Task, Loaded]:
     task = TASKS.get(args.task) or JsonlTask(args.task, args.metric, args.max_new_tokens)
     if args.batch_size < 1:
         raise DataError(f"--batch-size must be at least 1, not {args.batch_size}")
+    if args.limit is not None and args.limit < 1:
+        raise DataError(f"--limit must be at least 1, not {args.limit}")
+    if not 0 <= args.max_failures <= 1:
+        raise DataError(f"--max-failures is a share from 0 to 1, not {args.max_failures}")
     return task, _load_file(args, args.data, task)
 
 
@@ -315,22 +333,55 @@ def _load_file(args: argparse.Namespace, path: Path, task: Task) -> Loaded:
     return Loaded(loaded.examples[: args.limit], loaded.skipped)
 
 
-def _read_bank(folder: Path, task: Task | None = None) -> Bank:
-    """The bank of a finished `hones attribute` run, of the given task if any."""
+def _check_writable(file: Path) -> None:
+    """Before hours of work, not after them."""
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        raise DataError(f"--out {file} cannot be written; name a file in an existing folder that you may write to")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The bank of a finished `hones attribute` run, and the model it belongs to."""
+
+    folder: Path
+    bank: Bank
+    model: ModelIdentity
+
+    def bank_for(self, model: torch.nn.Module) -> Bank:
+        """The bank, if it belongs to this model; raises MismatchError naming the folder if not."""
+        try:
+            self.model.check(ModelIdentity.from_model(model))
+        except MismatchError as error:
+            raise MismatchError(
+                f"{self.folder} holds the bank of another model; run `hones attribute` on the one given"
+            ) from error
+        check_bank(self.bank, find_layout(model))
+        return self.bank
+
+
+def _read_found(folder: Path, task: Task | None = None) -> _Found:
+    """What `hones attribute` wrote into a folder, for the given task if any."""
     result = read_json(folder / RESULT)
-    if task is not None and result["task"] != task.name:
-        raise DataError(f"{folder} holds the bank of task {result['task']!r}, not {task.name!r}")
-    return {int(layer): np.array(neurons, dtype=np.int32) for layer, neurons in result["bank"].items()}
+    try:
+        bank = {int(layer): np.array(neurons, dtype=np.int32) for layer, neurons in result["bank"].items()}
+        found = _Found(folder, bank, ModelIdentity(**result["model"]))
+        name = result["task"]
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ProfileError) as error:
+        raise DataError(f"{folder / RESULT} is no result of `hones attribute`; run it again") from error
+    if task is not None and name != task.name:
+        raise DataError(f"{folder} holds the bank of task {name!r}, not {task.name!r}")
+    return found
 
 
 # ------------------------------------------------------------------------------------------- results
 
 
 def _attribution_result(
-    task: Task, found: Attribution, skipped: Mapping[str, str], top_fraction: float
+    task: Task, found: Attribution, skipped: Mapping[str, str], top_fraction: float, model: ModelIdentity
 ) -> dict[str, Any]:
     return {
         "task": task.name,
+        "model": asdict(model),
         "metric": task.metric,
         "n": found.n,
         "base": found.base,
@@ -352,15 +403,8 @@ def _attribution_lines(result: Mapping[str, Any], out: Path) -> list[str]:
     ]
 
 
-def _fitted(args: argparse.Namespace, prepared: Prepared, dev: Prepared | None, bank: Bank) -> Profile:
-    if args.method == "fixed_amp":
-        return uniform_profile(prepared, bank, FIXED_AMP, "fixed_amp")
-    if args.method == "grid_search":
-        assert dev is not None  # checked with the arguments
-        return _grid_search(dev, bank, args.batch_size)
-    if args.method == "random_neurons":
-        bank = random_bank(bank, prepared.decoder.layout.intermediate_size, args.seed)
-    settings = FitSettings(
+def _fit_settings(args: argparse.Namespace) -> FitSettings:
+    return FitSettings(
         epochs=args.epochs,
         lr=args.lr,
         beta_kl=0.0 if args.method == "hones_no_kl" else args.beta_kl,
@@ -369,6 +413,18 @@ def _fitted(args: argparse.Namespace, prepared: Prepared, dev: Prepared | None, 
         seed=args.seed,
         gradient_checkpointing=args.gradient_checkpointing,
     )
+
+
+def _fitted(
+    args: argparse.Namespace, settings: FitSettings, prepared: Prepared, dev: Prepared | None, bank: Bank
+) -> Profile:
+    if args.method == "fixed_amp":
+        return uniform_profile(prepared, bank, FIXED_AMP, "fixed_amp")
+    if args.method == "grid_search":
+        assert dev is not None  # checked with the arguments
+        return _grid_search(dev, bank, args.batch_size)
+    if args.method == "random_neurons":
+        bank = random_bank(bank, prepared.decoder.layout.intermediate_size, args.seed)
     run = RunFolder(args.state or args.bank / f"fit-{args.method}", fit_run_settings(prepared, bank, settings))
     return learn(prepared, bank, settings, run=run, name=args.method, progress=True)
 
