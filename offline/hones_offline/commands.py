@@ -335,7 +335,7 @@ def _load_file(args: argparse.Namespace, path: Path, task: Task) -> Loaded:
 
 def _check_writable(file: Path) -> None:
     """Before hours of work, not after them."""
-    if file.is_dir() or not os.access(file.parent, os.W_OK):
+    if file.is_dir() or not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
         raise DataError(f"--out {file} cannot be written; name a file in an existing folder that you may write to")
 
 

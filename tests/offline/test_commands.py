@@ -1,0 +1,538 @@
+"""`hones attribute | fit | evaluate`: a user's own model and data, files to files; and everything given wrongly."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+from PIL import Image
+from problems import problem
+from tiny_processors import text_tokenizer
+from transformers import MambaConfig, MambaForCausalLM
+
+from hones_steer.cli import main
+from hones_steer.profile import load_profile
+
+DATA = Path(__file__).parent / "data" / "coco_excerpt.json"
+QUICK = ["--head-metric", "logprob", "--top-heads", "4", "--top-fraction", "0.05"]
+FIT = ["--epochs", "1", "--lr", "0.05", "--accumulation-steps", "1"]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def hones(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run `hones ...`: exit code, standard output, standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def fails(hones: Run) -> Callable[..., str]:
+    """Run a command that must fail: exit code 2, no output, one line of error, which is returned."""
+
+    def run(*arguments: object) -> str:
+        code, out, error = hones(*arguments)
+        assert code == 2, out + error
+        assert out == ""
+        lines = error.splitlines()
+        assert len(lines) == 1, error
+        assert lines[0].startswith(f"hones {arguments[0]}: error: ")
+        return lines[0]
+
+    return run
+
+
+def save(folder: Path, model: object, processor: object) -> Path:
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path: Path, records: Sequence[object]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models `vlm` and `text`; data `cats.jsonl`, `dev.jsonl` (with images) and `text.jsonl`, `text-dev.jsonl`."""
+    root = tmp_path_factory.mktemp("commands")
+    vlm, text = problem("llava", "vqa"), problem("llama", "text")
+    save(root / "vlm", vlm.model, vlm.processor)
+    save(root / "text", text.model, text.processor)
+    rng = np.random.default_rng(0)
+    (root / "images").mkdir()
+    for name, count in {"cats": 6, "dev": 4}.items():
+        records = []
+        for i in range(count):
+            image = f"images/{name}-{i}.png"
+            Image.fromarray(rng.integers(0, 255, (20 + i, 24, 3), dtype=np.uint8)).save(root / image)
+            records.append(
+                {"image": image, "prompt": f"what is the {['cat', 'dog'][i % 2]}", "targets": ["red", "a cat"]}
+            )
+        write_jsonl(root / f"{name}.jsonl", records)
+    for name, count in {"text": 6, "text-dev": 4}.items():
+        words = ["red", "blue", "green", "cat", "dog", "town"]
+        records = [{"prompt": f"{name} is {words[i]}", "targets": [words[-i], "one"]} for i in range(count)]
+        write_jsonl(root / f"{name}.jsonl", records)
+    return root
+
+
+@pytest.fixture(scope="module")
+def found(root: Path) -> Path:
+    """The run folder of `hones attribute` on the VLM and its own task `cats`."""
+    folder = root / "runs" / "cats"
+    command = ["attribute", root / "vlm", "--task", "cats", "--data", root / "cats.jsonl", "--out", folder, *QUICK]
+    assert main([str(argument) for argument in command]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def profile(root: Path, found: Path) -> Path:
+    """The profile of `hones fit` for it, with evidence."""
+    path = root / "cats.safetensors"
+    command = ["fit", root / "vlm", "--task", "cats", "--data", root / "cats.jsonl", "--bank", found]
+    command += ["--dev", root / "dev.jsonl", "--out", path, *FIT]
+    assert main([str(argument) for argument in command]) == 0
+    return path
+
+
+def listing(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+# ------------------------------------------------------------------------------------------- the way through
+
+
+@pytest.mark.parametrize("command", ["attribute", "fit", "evaluate"])
+def test_help_shows_an_example(hones: Run, command: str) -> None:
+    code, out, _ = hones(command, "--help")
+    assert code == 0
+    assert f"hones {command} " in out.partition("example")[2]
+
+
+def test_attribute_writes_its_bank_and_says_what_it_found(hones: Run, root: Path, tmp_path: Path) -> None:
+    command = ["attribute", root / "vlm", "--task", "cats", "--data", root / "cats.jsonl", "--out", tmp_path, *QUICK]
+    code, out, error = hones(*command)
+    assert (code, error) == (0, "")
+    result = json.loads((tmp_path / "result.json").read_bytes())
+    size = sum(map(len, result["bank"].values()))
+    assert size == round(0.05 * 3 * 96)
+    assert 1 <= len(result["heads"]) <= 4
+    assert result["n"] == 6
+    assert f"cats: {size} neurons in {len(result['bank'])} layers, from 6 examples" in out
+    assert f"results: {tmp_path}" in out
+
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    code, out, error = hones(*command, "--json")
+    assert (code, error) == (0, "")
+    assert json.loads(out) == result
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("method", ["hones", "hones_no_kl", "random_neurons", "fixed_amp", "grid_search"])
+def test_fit_writes_a_profile_with_its_evidence(
+    hones: Run, root: Path, found: Path, tmp_path: Path, method: str
+) -> None:
+    path = tmp_path / "cats.safetensors"
+    command = ["fit", root / "vlm", "--task", "cats", "--data", root / "cats.jsonl", "--bank", found, "--out", path]
+    command += ["--dev", root / "dev.jsonl", "--method", method, "--state", tmp_path / "state", *FIT]
+    code, out, error = hones(*command, "--description", "cats, red", "--license", "cc0-1.0", "--json")
+    assert (code, error) == (0, "")
+    result, fitted = json.loads(out), load_profile(path)
+    bank = json.loads((found / "result.json").read_bytes())["bank"]
+    assert result["digest"] == fitted.digest
+    assert fitted.method["name"] == method
+    assert (fitted.task, fitted.description, fitted.license) == ("cats", "cats, red", "cc0-1.0")
+    assert fitted.evidence["n"] == 4
+    assert fitted.evidence["split"] == "dev"
+    assert {str(layer): len(neurons) for layer, (neurons, _) in fitted.layers.items()} == {
+        layer: len(neurons) for layer, neurons in bank.items()
+    }
+    same = all(neurons.tolist() == bank[str(layer)] for layer, (neurons, _) in fitted.layers.items())
+    assert same == (method != "random_neurons")
+    scales = np.concatenate([scales for _, scales in fitted.layers.values()])
+    if method in ("fixed_amp", "grid_search"):
+        assert len(set(scales.tolist())) == 1
+        assert (scales == fitted.method["factor"]).all()
+    else:
+        assert (scales != 1).all()
+    assert fitted.method.get("beta_kl", 0) == (0.05 if method in ("hones", "random_neurons") else 0)
+
+    code, out, error = hones("inspect", path)
+    assert (code, error) == (0, "")
+    for text in ("cats, red", method, "exact match", "gain_ci95"):
+        assert text in out
+
+
+def test_fit_again_gives_the_same_bytes_at_once(hones: Run, root: Path, found: Path, profile: Path) -> None:
+    before = profile.read_bytes()
+    command = ["fit", root / "vlm", "--task", "cats", "--data", root / "cats.jsonl", "--bank", found]
+    code, out, _ = hones(*command, "--dev", root / "dev.jsonl", "--out", profile, *FIT)
+    assert code == 0
+    assert "on 4 dev examples" in out
+    assert profile.read_bytes() == before
+
+
+def test_evaluate_measures_steering_and_masking(hones: Run, root: Path, found: Path, profile: Path) -> None:
+    command = ["evaluate", root / "vlm", "--task", "cats", "--data", root / "dev.jsonl", "--metric", "bleu4"]
+    code, out, error = hones(*command, "--profile", profile, "--mask", found, "--random-banks", "2", "--json")
+    assert (code, error) == (0, "")
+    result = json.loads(out)
+    masks = [f"{found} masked", *(f"{found} random bank {i} masked" for i in range(2))]
+    assert set(result["rows"]) == {"base", str(profile), *masks}
+    assert result["rows"]["base"]["difference_ci95"] == [0, 0]
+    assert len({result["rows"][name]["neurons"] for name in masks}) == 1
+    assert result["n"] == 4
+    code, out, _ = hones(*command, "--profile", profile)
+    assert code == 0
+    assert "cats: BLEU-4 on 4 examples" in out
+    assert f"  {profile}  " in out
+
+
+def test_a_text_only_model_with_a_task_of_its_own(hones: Run, root: Path, tmp_path: Path) -> None:
+    common = [root / "text", "--task", "words", "--data"]
+    assert hones("attribute", *common, root / "text.jsonl", "--out", tmp_path / "run", *QUICK)[0] == 0
+    path = tmp_path / "words.safetensors"
+    code, out, _ = hones("fit", *common, root / "text.jsonl", "--bank", tmp_path / "run", "--out", path, *FIT)
+    assert code == 0
+    assert load_profile(path).evidence == {}
+    assert f"digest {load_profile(path).short_digest}" in out
+    code, out, _ = hones("evaluate", *common, root / "text-dev.jsonl", "--profile", path, "--json")
+    assert code == 0
+    assert set(json.loads(out)["rows"]) == {"base", str(path)}
+
+
+def test_the_papers_coco_file(hones: Run, root: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    records = json.loads(DATA.read_bytes())["data"]
+    for info in (record["image_info"] for record in records):
+        pixels = rng.integers(0, 255, (info["height"] // 8, info["width"] // 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / info["file_name"])
+    command = ["attribute", root / "vlm", "--task", "retrieval", "--data", DATA, "--images", tmp_path]
+    command += ["--negatives", "3", "--limit", "6", "--top-heads", "3", "--out", tmp_path / "run", "--json"]
+    code, out, error = hones(*command)
+    assert (code, error) == (0, "")
+    result = json.loads(out)
+    assert (result["metric"], result["n"], result["failures"]) == ("NDCG@5", 6, {})
+
+    (tmp_path / records[2]["image_info"]["file_name"]).unlink()
+    command = ["evaluate", root / "vlm", "--task", "vqa", "--data", DATA, "--images", tmp_path, "--max-failures", "0.2"]
+    code, out, error = hones(*command)
+    assert (code, error) == (0, "")
+    assert "vqa: VQA accuracy on 9 examples" in out
+    assert "1 examples could not be used" in out
+    assert (
+        f"  {records[2]['image_id']}: Image '{tmp_path / records[2]['image_info']['file_name']}' cannot be read" in out
+    )
+
+
+# ------------------------------------------------------------------------------------------- data given wrongly
+
+
+def test_some_unusable_images_are_counted_and_named(hones: Run, root: Path, tmp_path: Path) -> None:
+    data = broken_images(root, tmp_path)
+    command = ["evaluate", root / "vlm", "--task", "cats", "--data", data, "--max-failures", "0.5"]
+    code, out, error = hones(*command)
+    assert (code, error) == (0, "")
+    assert "on 4 examples" in out
+    assert "2 examples could not be used:" in out
+    code, out, _ = hones(*command, "--json")
+    failures = json.loads(out)["failures"]
+    assert set(failures) == {"2", "5"}
+    assert "missing.png" in failures["2"]
+    assert "broken.png" in failures["5"]
+
+
+def test_too_many_unusable_images_are_an_error(fails: Callable[..., str], root: Path, tmp_path: Path) -> None:
+    data = broken_images(root, tmp_path)
+    before = listing(tmp_path)
+    command = ["attribute", root / "vlm", "--task", "cats", "--data", data, "--out", tmp_path / "run", *QUICK]
+    error = fails(*command)
+    assert "2 of 6 examples cannot be used, more than max_failures=0.05 allows; the first is " in error
+    assert "missing.png" in error or "broken.png" in error
+    assert listing(tmp_path) == before
+
+
+def test_no_usable_example_is_an_error_whatever_is_allowed(
+    fails: Callable[..., str], root: Path, tmp_path: Path
+) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", [{"image": "no.png", "prompt": "x", "targets": ["y"]}] * 2)
+    command = ["evaluate", root / "vlm", "--task", "cats", "--data", data, "--max-failures", "1"]
+    assert "2 of 2 examples cannot be used" in fails(*command)
+
+
+def broken_images(root: Path, folder: Path) -> Path:
+    shutil.copytree(root / "images", folder / "images")
+    (folder / "images" / "broken.png").write_bytes(b"\x89PNG nothing")
+    records = [json.loads(line) for line in (root / "cats.jsonl").read_text().splitlines()]
+    records[1]["image"], records[4]["image"] = "images/missing.png", "images/broken.png"
+    return write_jsonl(folder / "data.jsonl", records)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "has no usable example: 0 skipped; first reason: it is empty"),
+        ("\n \n", "has no usable example"),
+        ('{"prompt": "x", "targets": ["y"]}\n{"prompt": "x", \n', "line 2: not valid JSON"),
+        ('{"prompt": "x", "targets": ["y"]}\n[1]\n', "line 2: not a JSON object"),
+        ('{"prompt": "x", "targets": []}\n', 'line 1: "targets" must be a list of at least one non-blank text'),
+        ('{"prompt": "x", "targets": [" "]}\n', 'line 1: "targets" must be'),
+        ('{"prompt": "x"}\n', 'line 1: "targets" must be'),
+        ('{"targets": ["y"]}\n', 'line 1: "prompt" must be'),
+        ('{"prompt": "x", "targets": ["y"], "image": 3}\n', 'line 1: "image" must be a file name'),
+    ],
+)
+def test_a_bad_data_file(fails: Callable[..., str], root: Path, tmp_path: Path, content: str, message: str) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(content)
+    error = fails("attribute", root / "text", "--task", "words", "--data", data, "--out", tmp_path / "run")
+    assert message in error
+    assert str(data) in error
+    assert list(tmp_path.iterdir()) == [data]
+
+
+def test_a_missing_data_file(fails: Callable[..., str], root: Path, tmp_path: Path) -> None:
+    for name in ("no.jsonl", "no.json"):
+        command = ["evaluate", root / "text", "--task", "vqa", "--data", tmp_path / name, "--images", tmp_path]
+        assert f"Data file '{tmp_path / name}' cannot be read: No such file or directory" in fails(*command)
+
+
+def test_a_coco_file_without_images_or_with_a_task_it_lacks(fails: Callable[..., str], root: Path) -> None:
+    command = ["evaluate", root / "vlm", "--data", DATA, "--task"]
+    assert "name its image folder with --images" in fails(*command, "vqa")
+    assert "has no task 'colour'; choose one of vqa, ocr, caption, retrieval" in fails(
+        *command, "colour", "--images", "."
+    )
+
+
+def test_retrieval_needs_candidates(fails: Callable[..., str], root: Path) -> None:
+    command = ["evaluate", root / "vlm", "--task", "retrieval", "--data", root / "cats.jsonl"]
+    assert "Example '1' has no candidates to rank" in fails(*command)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--limit", "0"], "--limit must be at least 1, not 0"),
+        (["--limit", "-3"], "--limit must be at least 1, not -3"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
+        (["--max-failures", "-0.1"], "--max-failures is a share from 0 to 1, not -0.1"),
+        (["--max-failures", "nan"], "--max-failures is a share from 0 to 1, not nan"),
+        (["--max-new-tokens", "0"], "can't answer in 0 tokens"),
+        (["--top-heads", "0"], "top_heads must be at least 1, not 0"),
+        (["--top-fraction", "0"], "top_fraction must lie in (0, 1], not 0.0"),
+        (["--top-fraction", "-1"], "top_fraction must lie in (0, 1], not -1.0"),
+        (["--seed", "-1"], "seed must lie in [0, 2**32), not -1"),
+        (["--task", "none"], "'none' can't name a task"),
+        (["--device", "abacus"], "there is no device 'abacus' here"),
+    ],
+)
+def test_a_number_or_name_out_of_range(
+    fails: Callable[..., str], root: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    command = ["attribute", root / "text", "--task", "words", "--data", root / "text.jsonl", "--out", tmp_path / "run"]
+    assert message in fails(*command, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "epochs must be positive, not 0"),
+        (["--lr", "-1"], "lr must be positive, not -1.0"),
+        (["--beta-kl", "nan"], "beta_kl must be zero or positive, not nan"),
+        (["--fit-batch-size", "0"], "batch_size must be positive, not 0"),
+        (["--accumulation-steps", "-2"], "accumulation_steps must be positive, not -2"),
+        (["--seed", "-1"], "seed must lie in"),
+        (["--method", "random_neurons", "--seed", "-1"], "seed must lie in"),
+    ],
+)
+def test_fit_settings_out_of_range(
+    fails: Callable[..., str], root: Path, found: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    before = listing(found)
+    command = ["fit", root / "vlm", "--task", "cats", "--data", root / "cats.jsonl", "--bank", found]
+    assert message in fails(*command, "--out", tmp_path / "p.safetensors", *arguments)
+    assert list(tmp_path.iterdir()) == []
+    assert listing(found) == before
+
+
+def test_usage_errors_name_what_is_missing(hones: Run, root: Path, found: Path, tmp_path: Path) -> None:
+    common = [root / "vlm", "--task", "cats", "--data", root / "cats.jsonl"]
+    code, _, error = hones("fit", *common, "--bank", found, "--out", tmp_path / "p", "--method", "grid_search")
+    assert code == 2
+    assert error.endswith("hones fit: error: grid_search chooses its factor on --dev data\n")
+    code, _, error = hones("evaluate", *common, "--random-banks", "3")
+    assert code == 2
+    assert error.endswith("hones evaluate: error: --random-banks stand beside the bank of a --mask\n")
+    code, _, error = hones("evaluate", *common, "--metric", "beauty")
+    assert code == 2
+    assert "invalid choice: 'beauty'" in error
+
+
+def test_dev_data_that_shares_an_image_with_the_data_is_refused(
+    fails: Callable[..., str], root: Path, found: Path, tmp_path: Path
+) -> None:
+    command = ["fit", root / "vlm", "--task", "cats", "--data", root / "cats.jsonl", "--bank", found]
+    error = fails(*command, "--dev", root / "cats.jsonl", "--out", tmp_path / "p.safetensors")
+    assert "Splits 'data' and 'dev' share image" in error
+
+
+# ------------------------------------------------------------------------------------------- models given wrongly
+
+
+def damaged(source: Path, target: Path, change: Callable[[Path], object]) -> Path:
+    shutil.copytree(source, target)
+    change(target)
+    return target
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("source", "change", "message"),
+    [
+        ("text", lambda f: (f / "config.json").unlink(), "there is no {}/config.json; name a model folder"),
+        ("text", lambda f: (f / "config.json").write_text("{"), "is not a valid JSON file"),
+        ("text", lambda f: edit_config(f, model_type="future"), "model type `future`"),
+        ("text", lambda f: edit_config(f, model_type="t5"), "Unrecognized configuration class"),
+        (
+            "text",
+            lambda f: edit_config(f, intermediate_size=64),
+            "has shape [32, 96], where config.json asks for [32, 64]",
+        ),
+        (
+            "text",
+            lambda f: edit_config(f, num_hidden_layers=4),
+            "lacks 9 of its weights, the first being 'model.layers.3.",
+        ),
+        ("text", lambda f: (f / "model.safetensors").unlink(), "cannot load the weights of '{}': "),
+        ("text", lambda f: os.truncate(f / "model.safetensors", 5000), "cannot load the weights of '{}': "),
+        ("text", lambda f: (f / "tokenizer.json").unlink(), "cannot load the tokenizer of '{}': "),
+        ("vlm", lambda f: (f / "processor_config.json").unlink(), "cannot load the processor of '{}': "),
+    ],
+)
+def test_a_damaged_model_folder(
+    fails: Callable[..., str],
+    root: Path,
+    tmp_path: Path,
+    source: str,
+    change: Callable[[Path], object],
+    message: str,
+) -> None:
+    model = damaged(root / source, tmp_path / "model", change)
+    command = ["attribute", model, "--task", "words", "--data", root / "text.jsonl", "--out", tmp_path / "run"]
+    assert message.format(model) in fails(*command)
+    assert list(tmp_path.iterdir()) == [model]
+
+
+def test_a_model_that_does_not_exist(fails: Callable[..., str], root: Path, tmp_path: Path) -> None:
+    for name in (tmp_path / "nothing", "./nothing", "nobody/nothing"):
+        command = ["evaluate", name, "--task", "words", "--data", root / "text.jsonl"]
+        assert f"cannot load the model '{name}': " in fails(*command)
+
+
+def test_a_model_without_a_recognised_ffn(fails: Callable[..., str], root: Path, tmp_path: Path) -> None:
+    mixtral = tiny_models.mixtral()
+    mixtral.generation_config.eos_token_id = 2
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=160, hidden_size=32, num_hidden_layers=2, eos_token_id=2))
+    for model, message in ((mixtral, "experts"), (mamba, "")):
+        folder = save(tmp_path / model.config.model_type, model, text_tokenizer(model.config))
+        command = ["attribute", folder, "--task", "words", "--data", root / "text.jsonl", "--out", tmp_path / "run"]
+        error = fails(*command)
+        assert message in error
+        assert model.config.model_type in error
+        assert not (tmp_path / "run").exists()
+
+
+def test_an_image_task_on_a_text_only_model(fails: Callable[..., str], root: Path, tmp_path: Path) -> None:
+    command = ["attribute", root / "text", "--task", "cats", "--data", root / "cats.jsonl", "--out", tmp_path / "run"]
+    assert "the examples have images, but " in (error := fails(*command))
+    assert "takes none; use a vision-language model" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------- files that do not belong
+
+
+def test_a_profile_of_another_model(fails: Callable[..., str], root: Path, profile: Path) -> None:
+    command = ["evaluate", root / "text", "--task", "words", "--data", root / "text.jsonl", "--profile", profile]
+    error = fails(*command)
+    assert "the profile belongs to another model" in error
+
+
+def test_a_file_that_is_no_profile(fails: Callable[..., str], root: Path, tmp_path: Path) -> None:
+    (tmp_path / "p").write_bytes(b"x" * 100)
+    command = ["evaluate", root / "text", "--task", "words", "--data", root / "text.jsonl", "--profile"]
+    assert str(tmp_path / "p") in fails(*command, tmp_path / "p")
+    assert str(tmp_path / "none") in fails(*command, tmp_path / "none")
+
+
+def test_the_bank_of_another_task_model_or_folder(
+    fails: Callable[..., str], root: Path, found: Path, tmp_path: Path
+) -> None:
+    out = ["--out", tmp_path / "p.safetensors"]
+    command = ["fit", root / "vlm", "--task", "dogs", "--data", root / "cats.jsonl", *out, "--bank"]
+    assert f"{found} holds the bank of task 'cats', not 'dogs'" in fails(*command, found)
+    assert "result.json is missing; the run that should have written it is not finished" in fails(*command, tmp_path)
+    other = ["fit", root / "text", "--task", "cats", "--data", root / "text.jsonl", *out, "--bank", found]
+    assert f"{found} holds the bank of another model; run `hones attribute` on the one given" in fails(*other)
+    mask = ["evaluate", root / "text", "--task", "words", "--data", root / "text.jsonl", "--mask", found]
+    assert f"{found} holds the bank of another model" in fails(*mask)
+    for content in ("[]", "{}", '{"task": "dogs", "bank": {"x": [1]}, "model": {}}'):
+        (tmp_path / "result.json").write_text(content)
+        assert "result.json is no result of `hones attribute`" in fails(*command, tmp_path)
+
+
+def test_a_run_with_other_settings(
+    fails: Callable[..., str], hones: Run, root: Path, found: Path, tmp_path: Path
+) -> None:
+    common = [root / "vlm", "--task", "cats", "--data", root / "cats.jsonl"]
+    error = fails("attribute", *common, "--out", found, *QUICK, "--seed", "5")
+    assert f"{found} holds a run with other settings: " in error
+    assert "seed was 3407 and now is 5; use the same settings to resume it, or another folder" in error
+    error = fails("attribute", *common, "--out", found, *QUICK, "--limit", "5")
+    assert "examples was" in error
+    fit = ["fit", *common, "--bank", found, *FIT, "--limit", "3", "--method", "hones_no_kl", "--out"]
+    assert hones(*fit, tmp_path / "first.safetensors")[0] == 0
+    before = listing(found)
+    error = fails(*fit, tmp_path / "second.safetensors", "--lr", "0.1")
+    assert "fit-hones_no_kl holds a run with other settings: lr was 0.05 and now is 0.1" in error
+    assert listing(found) == before
+    assert list(tmp_path.iterdir()) == [tmp_path / "first.safetensors"]
+
+
+def test_a_place_that_cannot_be_written(fails: Callable[..., str], root: Path, found: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    common = [root / "vlm", "--task", "cats", "--data", root / "cats.jsonl"]
+    error = fails("attribute", *common, "--out", file / "run", *QUICK)
+    assert f"cannot write {file / 'run' / 'run.json'}: Not a directory" in error
+    before = listing(found)
+    for out in (file / "p.safetensors", tmp_path / "no" / "p.safetensors", tmp_path):
+        error = fails("fit", *common, "--bank", found, "--out", out, *FIT)
+        assert f"--out {out} cannot be written; name a file in an existing folder" in error
+    assert listing(found) == before
+    assert list(tmp_path.iterdir()) == [file]
+    assert file.read_text() == "mine"
+
+
+def test_a_folder_with_other_things_in_it(fails: Callable[..., str], root: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    command = ["attribute", root / "vlm", "--task", "cats", "--data", root / "cats.jsonl", "--out", tmp_path, *QUICK]
+    assert f"{tmp_path} is not empty and holds no run; choose another folder" in fails(*command)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
