@@ -63,9 +63,9 @@ def self_test(
     """Run test tokens through the model, each profile beside an unsteered row, and compare every layer's input."""
     if model.training:
         raise StateError("the model is in training mode, where dropout hides differences; call model.eval() first")
-    found = find_layout(model)
-    for layer, now in zip(layout.layers, found.layers, strict=True):
-        if layer.down_proj is not now.down_proj or not injection.is_attached_to(layer.down_proj):
+    present = {layer.down_proj for layer in find_layout(model).layers}
+    for layer in layout.layers:
+        if layer.down_proj not in present or not injection.is_attached_to(layer.down_proj):
             raise StateError(f"{layer.name}: its down-projection was replaced after steer(); detach() and steer again")
     return Verification(
         layout.model_type,

@@ -96,7 +96,7 @@ class Steering:
 
         "none" and None switch steering off; of nested blocks the inner one counts. The task belongs to the
         calling context: a new thread starts without one (see `wrap`), so leaving the block without a forward
-        raises. With gradient checkpointing, call backward() inside the block and before the next forward.
+        raises. With gradient checkpointing, call backward() inside the block and before a forward of another task.
 
         Raises:
             RoutingError: an unknown task, a malformed expression, more different profiles at once than

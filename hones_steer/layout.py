@@ -346,7 +346,7 @@ def _find_final_norm(decoder: nn.Module, model_type: str, names: _Names, hidden_
 
 def _find_unembedding(model: nn.Module, model_type: str, names: _Names, hidden_size: int) -> nn.Module | None:
     if names.unembedding is not None:
-        unembedding = _required(model, names.unembedding, model_type)
+        unembedding: Any = _required(model, names.unembedding, model_type)
     else:
         get_output_embeddings = getattr(model, "get_output_embeddings", None)
         unembedding = get_output_embeddings() if callable(get_output_embeddings) else None

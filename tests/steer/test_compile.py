@@ -1,5 +1,6 @@
 """Steering under torch.compile: nothing recompiles on a switch, nothing is stale, and the scaling is fused."""
 
+import itertools
 import re
 
 import pytest
@@ -58,12 +59,16 @@ def call(function, inputs):
 
 def assert_switches_are_right(steering, model, compiled, inputs):
     """Every kind of switch gives the eager result, and only the first call compiles."""
+    results = []
     for step, tasks in enumerate(SWITCHES):
         with steering.tasks(tasks), torch.compiler.set_stance("force_eager"):
             expected = call(model, inputs)
         with torch._dynamo.config.patch(error_on_recompile=step > 0), steering.tasks(tasks):
             found = call(compiled, inputs)
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
+        results.append(found)
+    for one, other in itertools.pairwise(results):
+        assert not torch.allclose(one, other, atol=1e-1)
     with torch._dynamo.config.patch(error_on_recompile=True), steering.task("a"):
         uniform = call(compiled, inputs)
     with steering.task("a"), torch.compiler.set_stance("force_eager"):

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import tiny_models
@@ -11,10 +11,10 @@ from reference_steering import new_tokens
 from tiny_models import random_profile, text_inputs
 from transformers.generation.streamers import BaseStreamer
 
-from hones_steer.errors import RoutingError, StateError
+from hones_steer.errors import HonesError, RoutingError, StateError
 from hones_steer.huggingface import steer
 
-WAIT = 30  # seconds; a test that waits this long has failed
+WAIT = 20  # seconds; a test that waits this long has failed
 
 
 class QueueStreamer(BaseStreamer):
@@ -59,8 +59,17 @@ def generate_under(steering, model, task):
 
 
 def run(function, *args):
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(function, *args).result(timeout=WAIT)
+    """The function's result or error in a thread of its own, which a deadlock does not keep alive."""
+    future = Future()
+
+    def work():
+        try:
+            future.set_result(function(*args))
+        except HonesError as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future.result(timeout=WAIT)
 
 
 def test_threads_with_different_tasks_do_not_mix(model):
@@ -155,16 +164,36 @@ def test_an_interrupted_forward_leaves_nothing_locked(llama, error):
     def interrupt(_module, _args):
         raise error
 
-    for call in (generate, lambda model: model(**text_inputs(1))):
+    # Outside generate and outside a task an interrupt (not an error) is noticed by the thread's next forward only.
+    calls = [generate] if error is KeyboardInterrupt else [generate, lambda model: model(**text_inputs(1))]
+    for call in calls:
         handle = llama.model.layers[1].register_forward_pre_hook(interrupt)
         with pytest.raises(error):
             call(llama)
+        handle.remove()
+        assert run(generate, llama) == unsteered
+        handle = llama.model.layers[1].register_forward_pre_hook(interrupt)
         with pytest.raises(error), steering.task("b"):
             call(llama)
         handle.remove()
-        assert generate_under(steering, llama, "a") == expected
         assert run(generate_under, steering, llama, "a") == expected
         assert run(generate, llama) == unsteered
+        assert generate_under(steering, llama, "a") == expected
+
+
+def test_an_interrupted_forward_does_not_stop_its_own_thread(llama):
+    steering = attach(llama)
+    unsteered = generate(llama)
+
+    def interrupt(_module, _args):
+        raise KeyboardInterrupt
+
+    handle = llama.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        llama(**text_inputs(1))
+    handle.remove()
+    assert generate(llama) == unsteered
+    assert run(generate_under, steering, llama, "a") != unsteered
 
 
 def test_a_refused_forward_leaves_nothing_locked(llama):
