@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
+from hones_offline.embedded import checkpoint
+from hones_offline.scenes import scenes
 from PIL import Image
 from problems import problem
 from tiny_processors import text_tokenizer
@@ -234,6 +236,27 @@ def test_the_papers_coco_file(hones: Run, root: Path, tmp_path: Path) -> None:
     assert (
         f"  {records[2]['image_id']}: Image '{tmp_path / records[2]['image_info']['file_name']}' cannot be read" in out
     )
+
+
+def test_a_trained_model_with_the_papers_head_scores(hones: Run, tmp_path: Path) -> None:
+    """The embedded model, loaded from its folder as any other, transcribing the text in its generated scenes."""
+    for split, count in {"discovery": 8, "dev": 12}.items():
+        records = []
+        for i, scene in enumerate(scenes(split, count)):
+            scene.image().save(tmp_path / f"{split}-{i}.png")
+            records.append({"image": f"{split}-{i}.png", "prompt": "Transcribe", "targets": [scene.text]})
+        write_jsonl(tmp_path / f"{split}.jsonl", records)
+    run, path = tmp_path / "run", tmp_path / "ocr.safetensors"
+    common = [checkpoint(), "--task", "ocr", "--data"]
+    data = [*common, tmp_path / "discovery.jsonl"]
+    assert hones("attribute", *data, "--out", run, "--top-heads", "8", "--top-fraction", "0.1")[0] == 0
+    assert hones("fit", *data, "--bank", run, "--out", path, *FIT)[0] == 0
+    code, out, error = hones("evaluate", *common, tmp_path / "dev.jsonl", "--profile", path, "--mask", run, "--json")
+    assert (code, error) == (0, "")
+    rows = json.loads(out)["rows"]
+    assert rows["base"]["value"] > 0.3  # it reads
+    assert set(rows) == {"base", str(path), f"{run} masked"}
+    assert hones("verify", path, checkpoint())[0] == 0
 
 
 # ------------------------------------------------------------------------------------------- data given wrongly
