@@ -5,19 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import safetensors
 
 from hones_steer.errors import HonesError
 from hones_steer.profile import FORMAT, ModelIdentity, Profile, file_sha256, load_profile
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 _BAR_WIDTH = 40
 _SCALE_BINS = (
@@ -83,6 +81,7 @@ def verify(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     profile = load_profile(options.file)
     from hones_steer.huggingface import steer
+    from hones_steer.loading import load_model
 
     model = load_model(options.model)
     reason, lines = None, []
@@ -98,28 +97,6 @@ def verify(argv: Sequence[str]) -> int:
     else:
         print("\n".join(["yes", *(f"  {line}" for line in lines)]))
     return 1 if reason else 0
-
-
-def load_model(name: str) -> PreTrainedModel:
-    """A model of a folder or the Hub, in its stored dtype.
-
-    Raises:
-        HonesError: it cannot be loaded.
-    """
-    import transformers
-
-    logging: Any = transformers.utils.logging  # untyped
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        multimodal = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        loader = transformers.AutoModelForImageTextToText if multimodal else transformers.AutoModelForCausalLM
-        model: PreTrainedModel = loader.from_pretrained(name, config=config, dtype="auto")
-    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        raise HonesError(f"the model {name} cannot be loaded: {error}") from error
-    model.eval()
-    return model
 
 
 def _parser(name: str, description: str, example: str) -> argparse.ArgumentParser:

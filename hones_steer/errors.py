@@ -6,7 +6,7 @@ HonesError
 ├── LayoutError     a model whose FFN, heads or norms are not recognised
 ├── RoutingError    a request names steering that cannot be given: unknown task, bad expression, wrong row count
 ├── StateError      a call in a state that does not allow it: attached twice, fold while a task is active
-└── DataError       examples, images or a run folder that cannot be used
+└── DataError       examples, images, a model's files or a run folder that cannot be used
 
 A message states what is wrong, names the culprit (file, task, layer) and says what to do.
 The command line prints it as one line and exits with code 2.
@@ -38,4 +38,4 @@ class StateError(HonesError):
 
 
 class DataError(HonesError):
-    """Examples, images or a run folder cannot be used."""
+    """Examples, images, a model's files or a run folder cannot be used."""

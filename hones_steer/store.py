@@ -68,9 +68,7 @@ def parse_expression(text: str) -> Expression:
         return Expression((), ())
     parts = text.split("+")
     if len(parts) > MAX_TERMS:
-        raise RoutingError(
-            f"the steering expression {text!r} has {len(parts)} terms; at most {MAX_TERMS} are allowed"
-        )
+        raise RoutingError(f"the steering expression {text!r} has {len(parts)} terms; at most {MAX_TERMS} are allowed")
     strengths: dict[str, int] = {}
     for part in parts:
         name, thousandths = _parse_term(part, text)
@@ -147,17 +145,13 @@ class ProfileStore:
     def __init__(self, folder: StrPath) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise ProfileError(
-                f"{self.folder}: no such folder; give the folder that holds <task>.safetensors files"
-            )
+            raise ProfileError(f"{self.folder}: no such folder; give the folder that holds <task>.safetensors files")
         self._cache: dict[str, tuple[tuple[int, int, int], Profile]] = {}
 
     def names(self) -> list[str]:
         """The tasks that have a file, sorted. Broken files are listed too: `get` says what is wrong."""
         files = self.folder.glob("*" + SUFFIX)
-        return sorted(
-            name for name in (file.name.removesuffix(SUFFIX) for file in files) if is_task_name(name)
-        )
+        return sorted(name for name in (file.name.removesuffix(SUFFIX) for file in files) if is_task_name(name))
 
     def path(self, name: str) -> Path:
         """The real path of a task's file, which may not exist yet.
@@ -195,9 +189,7 @@ class ProfileStore:
             return cached[1]
         profile = load_profile(path)
         if profile.task != name:
-            raise ProfileError(
-                f"{path}: holds the task {profile.task!r}; rename it to {profile.task}{SUFFIX}"
-            )
+            raise ProfileError(f"{path}: holds the task {profile.task!r}; rename it to {profile.task}{SUFFIX}")
         self._cache[name] = (key, profile)
         return profile
 

@@ -107,7 +107,8 @@ def answer_logits(model, processor, example, prompt, answer):
     inputs = prompt_inputs(processor, example, prompt)
     length = inputs["input_ids"].shape[1]
     end = model.generation_config.eos_token_id
-    end = min(end) if isinstance(end, list) else end
+    if isinstance(end, list):
+        end = tokenizer.eos_token_id if tokenizer.eos_token_id in end else end[0]
     ids = torch.tensor([[*tokenizer(answer, add_special_tokens=False)["input_ids"], end]])
     for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
         if name in inputs:

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ import torch
 from hones_offline.banks import Bank, bank_size, check_bank, random_bank
 from hones_offline.evaluate import Scores, intervention, score
 from hones_offline.examples import Loaded, check_disjoint, load_coco, load_jsonl
-from hones_offline.fit import FIXED_AMP, GRID, FitSettings, fit_run_settings, learn, uniform_profile
-from hones_offline.metrics import METRICS, paired_bootstrap_interval
+from hones_offline.fit import FIXED_AMP, FitSettings, fit_run_settings, grid_search, learn, uniform_profile
+from hones_offline.metrics import METRICS
 from hones_offline.models import load_model
 from hones_offline.pipeline import Attribution
 from hones_offline.pipeline import attribute as find_task_bank
@@ -130,8 +130,11 @@ def fit(argv: Sequence[str]) -> int:
     if dev_loaded is not None:
         dev = prepare(model, processor, task, dev_loaded.examples, max_failures=args.max_failures, progress=True)
     profile = _fitted(args, settings, prepared, dev, bank)
-    evidence = {} if dev is None else _evidence(dev, profile, args.batch_size)
-    profile = _with_metadata(profile, args.description, args.license, evidence)
+    evidence = {}
+    if dev is not None:
+        base = score(dev, batch_size=args.batch_size)
+        evidence = _steered(dev, profile, args.batch_size).evidence(base, "dev")
+    profile = replace(profile, description=args.description, license=args.license, evidence=evidence)
     save_profile(profile, args.out)
     result = {
         "profile": str(args.out),
@@ -194,8 +197,7 @@ def evaluate(argv: Sequence[str]) -> int:
     base = score(prepared, batch_size=args.batch_size)
     rows = {"base": _row(base, base)}
     for name, profile in profiles.items():
-        with intervention(prepared, steering=profile):
-            rows[name] = _row(score(prepared, batch_size=args.batch_size), base)
+        rows[name] = _row(_steered(prepared, profile, args.batch_size), base)
     for name, bank in banks.items():
         rows[f"{name} masked"] = _masked_row(prepared, bank, base, args.batch_size)
         for seed in range(args.random_banks):
@@ -422,58 +424,25 @@ def _fitted(
         return uniform_profile(prepared, bank, FIXED_AMP, "fixed_amp")
     if args.method == "grid_search":
         assert dev is not None  # checked with the arguments
-        return _grid_search(dev, bank, args.batch_size)
+        return grid_search(dev, bank, lambda profile: _steered(dev, profile, args.batch_size).value)
     if args.method == "random_neurons":
         bank = random_bank(bank, prepared.decoder.layout.intermediate_size, args.seed)
     run = RunFolder(args.state or args.bank / f"fit-{args.method}", fit_run_settings(prepared, bank, settings))
     return learn(prepared, bank, settings, run=run, name=args.method, progress=True)
 
 
-def _grid_search(dev: Prepared, bank: Bank, batch_size: int) -> Profile:
-    profiles = [uniform_profile(dev, bank, factor, "grid_search") for factor in GRID]
-
-    def on_dev(profile: Profile) -> float:
-        with intervention(dev, steering=profile):
-            return score(dev, batch_size=batch_size).value
-
-    return max(sorted(profiles, key=lambda p: abs(p.method["factor"] - 1)), key=on_dev)
-
-
-def _evidence(dev: Prepared, profile: Profile, batch_size: int) -> dict[str, Any]:
-    base = score(dev, batch_size=batch_size)
-    with intervention(dev, steering=profile):
-        steered = score(dev, batch_size=batch_size)
-    row = _row(steered, base)
-    return {
-        "split": "dev",
-        "metric": dev.task.metric,
-        "n": base.n,
-        "base": base.value,
-        "steered": steered.value,
-        "gain_ci95": row["difference_ci95"],
-    }
-
-
-def _with_metadata(profile: Profile, description: str, license_: str, evidence: Mapping[str, Any]) -> Profile:
-    return Profile(
-        task=profile.task,
-        layers=profile.layers,
-        base_model=profile.base_model,
-        description=description,
-        license=license_,
-        method=profile.method,
-        evidence=evidence,
-    )
-
-
 def _row(measured: Scores, base: Scores) -> dict[str, Any]:
-    difference = paired_bootstrap_interval(measured.statistics, base.statistics, measured.task.aggregate, seed=0)
     return {
         "value": measured.value,
         "ci95": measured.interval(),
         "difference": measured.value - base.value,
-        "difference_ci95": list(difference),
+        "difference_ci95": measured.gain_interval(base),
     }
+
+
+def _steered(prepared: Prepared, profile: Profile, batch_size: int) -> Scores:
+    with intervention(prepared, steering=profile):
+        return score(prepared, batch_size=batch_size)
 
 
 def _masked_row(prepared: Prepared, bank: Bank, base: Scores, batch_size: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ candidates that share a prefix, log-probabilities of answers, FFN activations. R
 last position of every row is its last prompt token.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -116,7 +117,7 @@ class TextDecoder:
         """Greedy continuations of a batch of prompts: token ids up to, not including, the end token."""
         batch = self.collate(prompts)
         hidden, cache = self.run(batch, use_cache=True)
-        end = torch.tensor(sorted(self.end_tokens), device=self.device)
+        end = torch.tensor(self.end_tokens, device=self.device)
         mask, positions = batch.mask, batch.positions[:, :, -1:]
         finished = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
         steps: list[Tensor] = []
@@ -136,23 +137,29 @@ class TextDecoder:
         return tokens[: ends[0]] if ends else tokens
 
     @torch.no_grad()
-    def candidate_logits(self, prefixes: Sequence[Segment], suffixes: Sequence[Sequence[Segment]]) -> list[Tensor]:
+    def candidate_logits(
+        self, prefixes: Sequence[Segment], suffixes: Sequence[Sequence[Segment]], *, rows: int
+    ) -> list[Tensor]:
         """Next-token logits after each candidate: one [candidates, vocabulary] per prefix.
 
-        Each prefix runs once; its candidates' suffixes continue from its KV cache in one batch.
+        Each prefix runs once; its candidates' suffixes continue from its KV cache, at most `rows` at a time.
         """
         prefix = self.collate(prefixes)
         _, cache = self.run(prefix, use_cache=True)
         counts = [len(group) for group in suffixes]
-        owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(self.device)
-        cache.batch_select_indices(owner)
+        owners = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(self.device)
         flat = [segment for group in suffixes for segment in group]
-        batch = self.collate(flat, side="right")
-        mask = torch.cat([prefix.mask[owner], batch.mask], dim=1)
-        hidden, _ = self.run(Batch(batch.embeds, mask, batch.positions), cache, use_cache=True)
-        last = torch.tensor([len(segment) - 1 for segment in flat], device=hidden.device)
-        rows = torch.arange(len(flat), device=hidden.device)
-        return list(self.logits(hidden[rows, last]).split(counts))
+        logits = []
+        for start in range(0, len(flat), rows):
+            owner, chosen = owners[start : start + rows], flat[start : start + rows]
+            branch = copy.deepcopy(cache) if start + rows < len(flat) else cache
+            branch.batch_select_indices(owner)
+            batch = self.collate(chosen, side="right")
+            mask = torch.cat([prefix.mask[owner], batch.mask], dim=1)
+            hidden, _ = self.run(Batch(batch.embeds, mask, batch.positions), branch, use_cache=True)
+            last = torch.tensor([len(segment) - 1 for segment in chosen], device=hidden.device)
+            logits.append(self.logits(hidden[torch.arange(len(chosen), device=hidden.device), last]))
+        return list(torch.cat(logits).split(counts))
 
     def answer_logits(self, prompts: Sequence[Segment], answers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Teacher-forced logits at the answers' tokens: [B, N, vocabulary] and which of them are real, bool [B, N].
@@ -197,11 +204,11 @@ def in_batches(
     return [results[i] for i in range(len(items))]
 
 
-def _end_tokens(model: nn.Module) -> frozenset[int]:
+def _end_tokens(model: nn.Module) -> tuple[int, ...]:
     generation_config = getattr(model, "generation_config", None)
     end = getattr(generation_config, "eos_token_id", None)
     if end is None:
         raise LayoutError(
             f"{type(model).__name__} names no end token; set model.generation_config.eos_token_id to its id"
         )
-    return frozenset(np.atleast_1d(end).tolist())
+    return tuple(np.atleast_1d(end).tolist())

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hones_steer.huggingface import steer
-
 from hones_offline.embedded import load_tiny_vlm
 from hones_offline.examples import Example, check_disjoint, scene_examples
 from hones_offline.fit import FitSettings
@@ -19,6 +17,7 @@ from hones_offline.runs import json_bytes, write_atomically
 from hones_offline.scenes import scenes
 from hones_offline.study import Splits, Study, StudySettings, study, summarize
 from hones_offline.tasks import TASKS
+from hones_steer.huggingface import steer
 from hones_steer.profile import save_profile
 
 NEGATIVES = 9
@@ -49,9 +48,9 @@ def demo(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="hones demo",
         description="Find task neurons in the small vision-language model that ships with hones-steer, learn a "
-        "steering profile per task, measure both against controls on held-out images, and steer four requests differently in "
-        "one batch. Takes some minutes on two CPU cores; killed, it goes on where it stopped; finished, it shows the "
-        "results again at once.",
+        "steering profile per task, measure both against controls on held-out images, and steer four requests "
+        "differently in one batch. Takes some minutes on two CPU cores; killed, it goes on where it stopped; finished, "
+        "it shows the results again at once.",
         epilog="example: hones demo --out runs/demo && hones inspect runs/demo/profiles/vqa.safetensors",
     )
     parser.add_argument(
@@ -92,7 +91,7 @@ def run_demo(out: Path, counts: Mapping[str, int], say: Say) -> dict[str, Any]:
         prepared = {s: prepare(model, processor, task, examples[s], progress=True) for s in SPLITS}
         splits = Splits(**prepared, run_path=out / "work" / name, settings=SETTINGS)
         result = study(splits, partial(_announce, say, name), progress=True)
-        save_profile(result.profile, out / "profiles" / f"{name}.safetensors")
+        save_profile(result.profiles["hones"], out / "profiles" / f"{name}.safetensors")
         studied[name] = splits, result
         rows[name] = summarize(splits, result)
         seconds[name] = round(time.monotonic() - begun, 1)

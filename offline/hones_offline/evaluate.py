@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from hones_offline.banks import Bank
+from hones_offline.banks import Bank, check_bank
 from hones_offline.decoding import in_batches, pad_answers
 from hones_offline.examples import Example
-from hones_offline.metrics import FloatArray, bootstrap_interval
+from hones_offline.metrics import FloatArray, bootstrap_interval, paired_bootstrap_interval
 from hones_offline.prompts import Encoded, Prepared, prepare
 from hones_offline.recording import dense_scales, scaled_ffn
 from hones_offline.tasks import Output, Task
@@ -32,11 +32,26 @@ class Scores:
     @property
     def n(self) -> int:
         """How many examples were scored."""
-        return len(self.outputs)
+        return len(self.statistics)
 
-    def interval(self, seed: int = 0) -> tuple[float, float]:
+    def interval(self) -> tuple[float, float]:
         """95% percentile-bootstrap interval of `value` over examples."""
-        return bootstrap_interval(self.statistics, self.task.aggregate, seed=seed)
+        return bootstrap_interval(self.statistics, self.task.aggregate, seed=0)
+
+    def gain_interval(self, base: "Scores") -> tuple[float, float]:
+        """95% paired-bootstrap interval of the difference to `base`, measured on the same examples."""
+        return paired_bootstrap_interval(self.statistics, base.statistics, self.task.aggregate, seed=0)
+
+    def evidence(self, base: "Scores", split: str) -> dict[str, Any]:
+        """What a profile says of itself: the metric without and with it on a split, and the gain's interval."""
+        return {
+            "split": split,
+            "metric": self.task.metric,
+            "n": self.n,
+            "base": base.value,
+            "steered": self.value,
+            "gain_ci95": list(self.gain_interval(base)),
+        }
 
 
 def evaluate(
@@ -69,6 +84,8 @@ def evaluate(
         MismatchError: the profile belongs to another model.
         LayoutError: the model's structure is not supported.
     """
+    if batch_size < 1:
+        raise DataError(f"batch_size must be at least 1, not {batch_size}")
     prepared = prepare(model, processor, task, examples, max_failures=max_failures, progress=progress)
     if steering is not None:
         steering.base_model.check(ModelIdentity.from_model(model))
@@ -84,6 +101,7 @@ def intervention(prepared: Prepared, *, steering: Profile | None = None, mask: B
         if steering is not None:
             stack.enter_context(scaled_ffn(layout, dense_scales(layout.intermediate_size, steering.layers)))
         if mask is not None:
+            check_bank(mask, layout)
             zeros = {layer: (neurons, np.zeros(len(neurons))) for layer, neurons in mask.items()}
             stack.enter_context(scaled_ffn(layout, dense_scales(layout.intermediate_size, zeros)))
         yield
@@ -117,7 +135,9 @@ def _ranked(prepared: Prepared, batch_size: int) -> list[FloatArray]:
         raise DataError("the tokenizer starts 'Yes' and 'No' with one token, so their margin is always 0")
 
     def run(batch: list[Encoded]) -> list[FloatArray]:
-        logits = prepared.decoder.candidate_logits([e.shared for e in batch], [e.endings for e in batch])
+        logits = prepared.decoder.candidate_logits(
+            [e.shared for e in batch], [e.endings for e in batch], rows=batch_size
+        )
         return [(rows[:, yes] - rows[:, no]).double().cpu().numpy() for rows in logits]
 
     most = max(len(e.endings) for e in prepared.encoded)

@@ -180,9 +180,7 @@ def _jsonl_example(line: bytes, folder: Path, default_id: str) -> Example:
 # --------------------------------------------------------------------------------------------------- COCO
 
 
-def load_coco(
-    path: str | Path, task: str, image_root: str | Path, *, seed: int, negatives: int = 49
-) -> Loaded:
+def load_coco(path: str | Path, task: str, image_root: str | Path, *, seed: int, negatives: int = 49) -> Loaded:
     """Read the paper's COCO-format file for one of its tasks (vqa, ocr, caption, retrieval).
 
     A record has `image_info.file_name` and, per task, `vqa.question` with `all_answers` (or `answer`),
@@ -315,9 +313,7 @@ def _is_text(value: object) -> TypeGuard[str]:
 def _require_some(loaded: Loaded, path: Path) -> Loaded:
     if not loaded.examples:
         reason = next(iter(loaded.skipped.values()), "it is empty")
-        raise DataError(
-            f"{path} has no usable example: {len(loaded.skipped)} skipped; first reason: {reason}."
-        )
+        raise DataError(f"{path} has no usable example: {len(loaded.skipped)} skipped; first reason: {reason}.")
     return loaded
 
 

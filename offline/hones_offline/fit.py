@@ -1,7 +1,7 @@
 """Learning a profile: factors for a bank's neurons, with the backbone frozen (paper section 3.4, design 2.6-2.7)."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -150,6 +150,12 @@ def uniform_profile(prepared: Prepared, bank: Bank, factor: float, name: str) ->
     """One factor for every neuron of the bank: Fixed-Amp (2.0) and the points of Grid-Search."""
     scales = np.full(bank_size(bank), factor, dtype=np.float32)
     return bank_profile(prepared, bank, scales, {"name": name, "factor": factor})
+
+
+def grid_search(prepared: Prepared, bank: Bank, on_dev: Callable[[Profile], float]) -> Profile:
+    """The uniform factor of `GRID` with the best metric on dev, as `on_dev` measures it; of equals the nearest to 1."""
+    profiles = [uniform_profile(prepared, bank, factor, "grid_search") for factor in GRID]
+    return max(sorted(profiles, key=lambda profile: abs(profile.method["factor"] - 1)), key=on_dev)
 
 
 def bank_profile(prepared: Prepared, bank: Bank, scales: npt.NDArray[np.float32], method: Mapping[str, Any]) -> Profile:

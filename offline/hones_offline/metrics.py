@@ -179,9 +179,7 @@ def bleu4_from_statistics(total: FloatArray) -> float:
 def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Corpus BLEU-4 of n predictions against their references. Raises DataError on unequal or zero length."""
     if len(predictions) != len(references) or not predictions:
-        raise DataError(
-            f"BLEU needs as many references ({len(references)}) as predictions ({len(predictions)})."
-        )
+        raise DataError(f"BLEU needs as many references ({len(references)}) as predictions ({len(predictions)}).")
     rows = [bleu4_statistics(p, r) for p, r in zip(predictions, references, strict=True)]
     return bleu4_from_statistics(np.sum(rows, axis=0))
 
@@ -286,9 +284,7 @@ def _resampled(tables: Sequence[FloatArray], seed: int, resamples: int) -> Itera
     """Sums [k] of each table's rows, with the same rows drawn with replacement from all of them."""
     n = len(tables[0])
     if n == 0 or any(table.ndim != 2 or len(table) != n for table in tables):
-        raise DataError(
-            f"A bootstrap needs equal, non-zero numbers of examples; got {[len(t) for t in tables]}."
-        )
+        raise DataError(f"A bootstrap needs equal, non-zero numbers of examples; got {[len(t) for t in tables]}.")
     random = np.random.default_rng(seed)
     for _ in range(resamples):
         counts = np.bincount(random.integers(n, size=n), minlength=n).astype(np.float64)

@@ -1,87 +1,33 @@
 """Loading a Hugging Face model with its processor, for the commands."""
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
+from hones_steer import loading
 from hones_steer.errors import DataError
-
-# What transformers raises on a model that is missing, unknown, damaged or inconsistent.
-_UNLOADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
 def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple[torch.nn.Module, Any]:
     """A causal LM or VLM in eval mode, and its processor (the tokenizer for a text-only model).
 
-    Args:
-        name: local folder or hub name.
-        dtype: "float32", "bfloat16", "float16"; "auto" is the stored type on a GPU and float32 on a CPU.
-        device: "cpu", "cuda", "cuda:1", …; "auto" spreads the model over the GPUs there are, else the CPU.
+    `dtype` "auto" is the stored type on a GPU and float32 on a CPU; otherwise see `hones_steer.loading.load_model`.
 
     Raises:
-        DataError: there is no such model or device, the model is of a kind transformers cannot load, its files are
-            damaged or incomplete, or it has no processor.
+        DataError: as `hones_steer.loading.load_model`, or the model has no processor.
     """
-    from transformers import AutoConfig
-    from transformers.utils import logging
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    place = _device(device)
-    if dtype == "auto" and place.type == "cpu":
+    if dtype == "auto" and loading.find_device(device).type == "cpu":
         dtype = "float32"
-    if _is_path(name) and not Path(name, "config.json").is_file():
-        raise DataError(f"cannot load the model {name!r}: there is no {name}/config.json; name a model folder")
-    # Everywhere: remote code is refused at once; without the flag transformers asks on the terminal.
-    with _loading(f"the model {name!r}"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    with _loading(f"the {'processor' if _is_vlm(config) else 'tokenizer'} of {name!r}"):
+    config = loading.load_config(name)
+    with loading.loading(f"the {'processor' if loading.is_vlm(config) else 'tokenizer'} of {name!r}"):
         processor = _load_processor(name, config)
-    with _loading(f"the weights of {name!r}"):
-        model = _load_weights(name, config, dtype, place, spread=device == "auto")
-    return model.eval(), processor
-
-
-@contextmanager
-def _loading(what: str) -> Iterator[None]:
-    try:
-        yield
-    except _UNLOADABLE as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise DataError(f"cannot load {what}: {reason}") from error
-
-
-def _is_path(name: str) -> bool:
-    """Whether a name is a folder's, which a hub name (`owner/model`) never is unless such a folder exists."""
-    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch built without CUDA
-        raise DataError(f"there is no device {name!r} here ({str(error).splitlines()[0]}); try --device cpu") from error
-    return device
-
-
-def _is_vlm(config: Any) -> bool:
-    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
-    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return loading.load_model(name, dtype=dtype, device=device), processor
 
 
 def _load_processor(name: str, config: Any) -> Any:
     from transformers import AutoProcessor, AutoTokenizer
 
-    if not _is_vlm(config):
+    if not loading.is_vlm(config):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
     if getattr(processor, "image_processor", None) is None:  # AutoProcessor makes do with a tokenizer
@@ -90,32 +36,3 @@ def _load_processor(name: str, config: Any) -> Any:
             "save one beside the model (processor.save_pretrained)"
         )
     return processor
-
-
-def _load_weights(name: str, config: Any, dtype: str, device: torch.device, *, spread: bool) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    kind = AutoModelForImageTextToText if _is_vlm(config) else AutoModelForCausalLM
-    placement: dict[str, Any] = {}
-    if spread and torch.cuda.device_count() > 1:
-        placement["device_map"] = "auto"
-    load: Any = kind.from_pretrained  # annotated as if it never returned the report
-    model: torch.nn.Module
-    model, report = load(
-        name,
-        dtype=dtype,
-        trust_remote_code=False,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **placement,
-    )
-    if misfits := sorted(report["mismatched_keys"]):
-        raise DataError(
-            f"{name!r}: {misfits[0][0]} has shape {list(misfits[0][1])}, where config.json asks for "
-            f"{list(misfits[0][2])}; the two do not belong together"
-        )
-    if missing := sorted(report["missing_keys"]):
-        raise DataError(
-            f"{name!r} lacks {len(missing)} of its weights, the first being {missing[0]!r}; get the whole model"
-        )
-    return model if placement else model.to(device)

@@ -82,10 +82,9 @@ def mean_write_in(prepared: Prepared, directions: Tensor, *, batch_size: int) ->
 
 
 def importance(
-    prepared: Prepared, heads: Sequence[tuple[int, int, float]], *, batch_size: int
+    prepared: Prepared, directions: Tensor, heads: Sequence[tuple[int, int, float]], *, batch_size: int
 ) -> npt.NDArray[np.float32]:
     """I_{l,i} = Σ_h w_h·[mean c(θ) − mean c(θ_Ih)]_+ / Σ_h w_h, float32 [L, I]; `heads` are (layer, head, w)."""
-    directions = target_directions(prepared)
     base = mean_write_in(prepared, directions, batch_size=batch_size)
     total = torch.zeros_like(base)
     for layer, head, weight in heads:

@@ -15,7 +15,7 @@ import torch
 from hones_offline.banks import Bank, check_fraction, select_bank
 from hones_offline.examples import Example
 from hones_offline.heads import HeadMetric, head_count, layer_head_scores, top_heads, utility
-from hones_offline.neurons import importance
+from hones_offline.neurons import importance, target_directions
 from hones_offline.prompts import Prepared, prepare
 from hones_offline.runs import RunFolder, check_seed, run_settings
 from hones_offline.tasks import Task
@@ -129,6 +129,7 @@ def find_bank(
     from tqdm import tqdm
 
     _check_settings(count, top_fraction, head_metric, batch_size)
+    directions = target_directions(prepared)  # first: a target without tokens is found before hours of work
     layers = prepared.decoder.layout.layers
     base = _step(run, "base", lambda: utility(prepared, head_metric, batch_size=batch_size))
     bar = tqdm(
@@ -151,7 +152,7 @@ def find_bank(
     heads = top_heads(scores, count)
 
     def write_in() -> dict[str, npt.NDArray[Any]]:
-        return {"importance": importance(prepared, heads, batch_size=batch_size), "head_scores": scores}
+        return {"importance": importance(prepared, directions, heads, batch_size=batch_size), "head_scores": scores}
 
     found = run.arrays("attribution", write_in) if run else write_in()
     bank = select_bank(found["importance"], top_fraction)

@@ -1,7 +1,7 @@
 """From examples to encoded prompts: chat template, processor, vision tower — each image once for a whole run."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,10 +44,16 @@ class Prepared:
     def __len__(self) -> int:
         return len(self.examples)
 
+    def first(self, count: int) -> "Prepared":
+        """The first `count` examples only."""
+        return replace(self, examples=self.examples[:count], encoded=self.encoded[:count])
+
     def answer_ids(self, text: str) -> Tensor:
         """Token ids [n] of an answer as the model would write it, with the end token."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return torch.tensor([*ids, min(self.decoder.end_tokens)])
+        # Chat models list several end tokens; the tokenizer's own is the one that ends an answer.
+        ends, own = self.decoder.end_tokens, self.tokenizer.eos_token_id
+        return torch.tensor([*ids, own if own in ends else ends[0]])
 
     def pairs(self) -> list[tuple[Segment, Tensor]]:
         """Every (prompt, answer ids) the task learns from."""
@@ -130,6 +136,11 @@ def encode(decoder: TextDecoder, processor: Any, image: Image.Image | None, prom
 
     The prompts are split at their longest common prefix, so that the prefix's keys and values can be shared.
     """
+    if image is not None and getattr(processor, "image_processor", None) is None:
+        raise DataError(
+            f"the examples have images, but {type(processor).__name__} takes none; "
+            "use a vision-language model with its processor, or leave the images out"
+        )
     texts = [render(processor, prompt, has_image=image is not None) for prompt in prompts]
     tokenizer = tokenizer_of(processor)
     ids = [tokenizer(text, **_special_tokens(tokenizer, text))["input_ids"] for text in texts]

@@ -93,5 +93,5 @@ def dense_scales(width: int, layers: Mapping[int, tuple[Any, Any]]) -> dict[int,
     dense = {}
     for index, (neurons, factors) in layers.items():
         dense[index] = torch.ones(width)
-        dense[index][torch.as_tensor(neurons, dtype=torch.long)] = torch.as_tensor(factors, dtype=torch.float32)
+        dense[index][torch.tensor(neurons, dtype=torch.long)] = torch.tensor(factors, dtype=torch.float32)
     return dense

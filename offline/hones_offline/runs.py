@@ -167,8 +167,9 @@ def check_seed(seed: int) -> None:
 
 
 def examples_digest(examples: Sequence[Example]) -> str:
-    """12 hex digits that stand for the examples' content (images by their keys)."""
+    """12 hex digits that stand for the examples' content (images by their keys and boxes)."""
     digest = hashlib.sha256()
     for e in examples:
-        digest.update(json.dumps([e.id, e.prompt, e.targets, e.candidates, e.image and e.image.key]).encode() + b"\n")
+        image = [e.image.key, getattr(e.image, "box", None)] if e.image else None
+        digest.update(json.dumps([e.id, e.prompt, e.targets, e.candidates, image]).encode() + b"\n")
     return digest.hexdigest()[:12]

@@ -5,26 +5,28 @@ folder, so a killed study goes on where it stopped and ends in the same bytes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from hones_offline.banks import Bank, bank_size, random_bank, select_bank
-from hones_offline.evaluate import intervention, score
-from hones_offline.fit import FIXED_AMP, GRID, FitSettings, learn, uniform_profile
+from hones_offline.evaluate import Scores, intervention, score
+from hones_offline.fit import FIXED_AMP, FitSettings, grid_search, learn, uniform_profile
 from hones_offline.heads import HeadMetric
-from hones_offline.metrics import FloatArray, bootstrap_interval, paired_bootstrap_interval
+from hones_offline.metrics import FloatArray
 from hones_offline.pipeline import Attribution, find_bank
 from hones_offline.prompts import Prepared
-from hones_offline.runs import RunFolder, examples_digest
-from hones_steer.profile import ModelIdentity, Profile
+from hones_offline.runs import RunFolder, examples_digest, run_settings
+from hones_steer.profile import Profile
 
 
 @dataclass(frozen=True)
 class StudySettings:
     """Everything a study's results depend on besides model and examples."""
 
+    attribution_examples: int | None = None
+    """Heads and neurons are found on the first so many discovery examples (all), scales are learned on all."""
     top_heads: int = 30
     head_metric: HeadMetric = "task"
     fractions: Sequence[float] = (0.01,)
@@ -36,24 +38,15 @@ class StudySettings:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A metric on one split: its value and the per-example statistics [n, k] it is made from."""
-
-    value: float
-    statistics: FloatArray
-
-
-@dataclass(frozen=True)
 class Study:
     """What was found for one task; `test` holds a measurement per method, all on the same examples."""
 
     attribution: Attribution
     bank: Bank
     bank_fraction: float
-    grid_factor: float
-    test: Mapping[str, Measured]
+    test: Mapping[str, Scores]
     masked_random: Sequence[float]
-    profile: Profile
+    profiles: Mapping[str, Profile]
 
 
 class Splits:
@@ -64,21 +57,20 @@ class Splits:
     ) -> None:
         self.discovery, self.dev, self.test, self.settings = discovery, dev, test, settings
         self.task = discovery.task
-        splits = {"discovery": discovery, "dev": dev, "test": test}
         self.run = RunFolder(
             run_path,
             {
                 "stage": "study",
-                "task": self.task.name,
-                "model": asdict(ModelIdentity.from_model(discovery.decoder.model)),
-                "examples": {name: examples_digest(split.examples) for name, split in splits.items()},
+                **run_settings(discovery),
+                "dev": examples_digest(dev.examples),
+                "test": examples_digest(test.examples),
                 **asdict(settings),
             },
         )
 
     def measure(
         self, name: str, split: Prepared, *, steering: Profile | None = None, mask: Bank | None = None
-    ) -> Measured:
+    ) -> Scores:
         """The metric on a split under an intervention; a step of the run folder called `name`."""
 
         def compute() -> dict[str, FloatArray]:
@@ -86,7 +78,8 @@ class Splits:
                 return {"statistics": score(split, batch_size=self.settings.batch_size).statistics}
 
         statistics = self.run.arrays(name, compute)["statistics"]
-        return Measured(self.task.aggregate(statistics.sum(axis=0), len(statistics)), statistics)
+        value = self.task.aggregate(statistics.sum(axis=0), len(statistics))
+        return Scores(self.task, value, statistics, outputs=(), failures=split.failures)
 
 
 def study(splits: Splits, report: Callable[[str], object] = lambda _: None, *, progress: bool = False) -> Study:
@@ -94,7 +87,7 @@ def study(splits: Splits, report: Callable[[str], object] = lambda _: None, *, p
     settings, width = splits.settings, splits.discovery.decoder.layout.intermediate_size
     report("head scores and neuron importance")
     found = find_bank(
-        splits.discovery,
+        splits.discovery.first(settings.attribution_examples or len(splits.discovery)),
         count=settings.top_heads,
         top_fraction=max(settings.fractions),
         head_metric=settings.head_metric,
@@ -113,16 +106,18 @@ def study(splits: Splits, report: Callable[[str], object] = lambda _: None, *, p
         chosen = FitSettings(**{**asdict(settings.fit), **changes})
         return learn(splits.discovery, neurons, chosen, run=splits.run, name=name, progress=progress)
 
-    hones = learned("hones", bank)
     steered = {
         "fixed_amp": uniform_profile(splits.discovery, bank, FIXED_AMP, "fixed_amp"),
         "random_neurons": learned("random_neurons", randoms[0]),
         "hones_no_kl": learned("hones_no_kl", bank, beta_kl=0.0),
-        "hones": hones,
+        "hones": learned("hones", bank),
     }
     report("grid search, on dev")
-    grid_factor = _choose_grid_factor(splits, bank)
-    steered["grid_search"] = uniform_profile(splits.discovery, bank, grid_factor, "grid_search")
+
+    def on_dev(profile: Profile) -> float:
+        return splits.measure(f"dev-grid-{profile.method['factor']:g}", splits.dev, steering=profile).value
+
+    steered["grid_search"] = grid_search(splits.discovery, bank, on_dev)
 
     report("everything on test")
     test = {"base": splits.measure("test-base", splits.test)}
@@ -132,15 +127,9 @@ def study(splits: Splits, report: Callable[[str], object] = lambda _: None, *, p
     ]
     for name, profile in steered.items():
         test[name] = splits.measure(f"test-{name}", splits.test, steering=profile)
-    return Study(
-        found,
-        bank,
-        fraction,
-        grid_factor,
-        test,
-        [m.value for m in masked_random],
-        _with_evidence(splits, hones, test),
-    )
+    evidence = {**test["hones"].evidence(test["base"], "test"), "masked": test["masked"].value}
+    steered["hones"] = replace(steered["hones"], evidence=evidence)
+    return Study(found, bank, fraction, test, [scores.value for scores in masked_random], steered)
 
 
 def _choose_fraction(splits: Splits, found: Attribution) -> float:
@@ -157,61 +146,22 @@ def _choose_fraction(splits: Splits, found: Attribution) -> float:
     return fractions[0] if len(fractions) == 1 else max(fractions, key=margin)
 
 
-def _choose_grid_factor(splits: Splits, bank: Bank) -> float:
-    """The uniform factor with the best metric on dev; the one nearest 1 of equals."""
-
-    def on_dev(factor: float) -> float:
-        profile = uniform_profile(splits.dev, bank, factor, "grid_search")
-        return splits.measure(f"dev-grid-{factor:g}", splits.dev, steering=profile).value
-
-    return max(sorted(GRID, key=lambda factor: abs(factor - 1)), key=on_dev)
-
-
-def _with_evidence(splits: Splits, profile: Profile, test: Mapping[str, Measured]) -> Profile:
-    """The profile with what was measured on the test split inside."""
-    low, high = paired_bootstrap_interval(
-        test["hones"].statistics, test["base"].statistics, splits.task.aggregate, seed=0
-    )
-    return Profile(
-        task=profile.task,
-        layers=profile.layers,
-        base_model=profile.base_model,
-        description=profile.description,
-        license=profile.license,
-        method=profile.method,
-        evidence={
-            "split": "test",
-            "metric": splits.task.metric,
-            "n": len(splits.test),
-            "base": test["base"].value,
-            "steered": test["hones"].value,
-            "gain_ci95": [low, high],
-            "masked": test["masked"].value,
-        },
-    )
-
-
 def summarize(splits: Splits, result: Study) -> dict[str, Any]:
     """One task's row of the summary: values, 95% intervals of each, and of each difference to base."""
-    aggregate = splits.task.aggregate
-    base = result.test["base"].statistics
+    base = result.test["base"]
     return {
         "metric": splits.task.metric,
-        "n": len(splits.test),
-        **{name: measured.value for name, measured in result.test.items()},
+        "n": base.n,
+        **{name: scores.value for name, scores in result.test.items()},
         "masked_random": float(np.mean(result.masked_random)),
         "masked_random_banks": list(result.masked_random),
-        "ci95": {
-            name: bootstrap_interval(measured.statistics, aggregate, seed=0) for name, measured in result.test.items()
-        },
+        "ci95": {name: scores.interval() for name, scores in result.test.items()},
         "difference_to_base_ci95": {
-            name: paired_bootstrap_interval(measured.statistics, base, aggregate, seed=0)
-            for name, measured in result.test.items()
-            if name != "base"
+            name: scores.gain_interval(base) for name, scores in result.test.items() if name != "base"
         },
         "bank_fraction": result.bank_fraction,
         "bank_neurons": bank_size(result.bank),
-        "grid_factor": result.grid_factor,
+        "grid_factor": result.profiles["grid_search"].method["factor"],
         "heads": result.attribution.heads,
         "failures": {
             name: split.failures

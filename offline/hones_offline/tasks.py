@@ -154,9 +154,7 @@ class Retrieval(Task):
 
     def prompts(self, example: Example) -> tuple[str, ...]:
         if len(example.candidates) < 2:
-            raise DataError(
-                f"Example '{example.id}' has no candidates to rank; give the positive and a negative."
-            )
+            raise DataError(f"Example '{example.id}' has no candidates to rank; give the positive and a negative.")
         question = "Does the candidate correctly describe the image?\nAnswer exactly Yes or No."
         return tuple(f"Candidate: {candidate}\n{question}" for candidate in example.candidates)
 
@@ -207,9 +205,7 @@ def most_frequent(texts: tuple[str, ...]) -> str:
     return Counter(texts).most_common(1)[0][0]
 
 
-TASKS: Mapping[str, Task] = MappingProxyType(
-    {task.name: task for task in (VQA(), OCR(), Caption(), Retrieval())}
-)
+TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (VQA(), OCR(), Caption(), Retrieval())})
 """The paper's tasks by name. To add one: write its class above and list it here."""
 
 

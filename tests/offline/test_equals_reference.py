@@ -62,7 +62,7 @@ def test_importance_is_the_same_within_a_ten_thousandth(case: tuple[Problem, Pre
     )
     np.testing.assert_allclose(found_scores, scores, atol=1e-5)
     expected = reference.importance(p.model, p.processor, p.task, p.examples, scores, top_heads=4).numpy()
-    found = importance(prepared, top_heads(found_scores, 4), batch_size=9)
+    found = importance(prepared, target_directions(prepared), top_heads(found_scores, 4), batch_size=9)
     assert (expected > 0).any()
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * expected.max())
 

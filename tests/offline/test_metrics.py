@@ -31,9 +31,7 @@ targets = st.lists(texts, min_size=1, max_size=10)
 # ---------------------------------------------------------------------------------------------------- VQA
 
 
-@pytest.mark.parametrize(
-    ("agreeing", "expected"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)]
-)
+@pytest.mark.parametrize(("agreeing", "expected"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
 def test_vqa_accuracy_is_the_official_ten_answer_formula(agreeing: int, expected: float) -> None:
     answers = ["yes"] * agreeing + ["no"] * (10 - agreeing)
     assert vqa_accuracy("yes", answers) == pytest.approx(expected)
@@ -115,13 +113,10 @@ def test_bleu_counts_are_clipped_as_in_the_paper() -> None:
 
 def test_bleu_bigrams_as_in_the_paper() -> None:
     """Papineni et al., example 1, candidate 1: 17 of 18 unigrams and 10 of 17 bigrams."""
-    candidate = (
-        "It is a guide to action which ensures that the military always obeys the commands of the party."
-    )
+    candidate = "It is a guide to action which ensures that the military always obeys the commands of the party."
     references = [
         "It is a guide to action that ensures that the military will forever heed Party commands.",
-        "It is the guiding principle which guarantees the military forces always being under the command of "
-        "the Party.",
+        "It is the guiding principle which guarantees the military forces always being under the command of the Party.",
         "It is the practical guide for the army always to heed the directions of the party.",
     ]
     statistics = bleu4_statistics(candidate, references)
@@ -161,9 +156,7 @@ def test_bleu_refuses_lists_of_different_length() -> None:
 # --------------------------------------------------------------------------------------------------- NDCG
 
 
-@pytest.mark.parametrize(
-    ("rank", "expected"), [(1, 1.0), (2, 1 / np.log2(3)), (3, 0.5), (5, 1 / np.log2(6)), (6, 0.0)]
-)
+@pytest.mark.parametrize(("rank", "expected"), [(1, 1.0), (2, 1 / np.log2(3)), (3, 0.5), (5, 1 / np.log2(6)), (6, 0.0)])
 def test_ndcg_of_one_positive_is_its_discount(rank: int, expected: float) -> None:
     scores = -np.arange(10.0)
     assert ndcg_at_k(scores, relevant=rank - 1) == pytest.approx(expected)
@@ -183,9 +176,7 @@ def test_ndcg_gives_nothing_for_listing_the_positive_first() -> None:
 def test_ndcg_of_ties_is_the_mean_over_their_orders(scores: list[int], data: st.DataObject) -> None:
     relevant = data.draw(st.sets(st.integers(0, len(scores) - 1), min_size=1))
     k = data.draw(st.integers(1, 7))
-    orders = [
-        o for o in permutations(range(len(scores))) if all(scores[a] >= scores[b] for a, b in pairwise(o))
-    ]
+    orders = [o for o in permutations(range(len(scores))) if all(scores[a] >= scores[b] for a, b in pairwise(o))]
     ideal = sum(1 / np.log2(rank + 2) for rank in range(min(k, len(relevant))))
     gains = [sum(1 / np.log2(r + 2) for r, i in enumerate(o[:k]) if i in relevant) for o in orders]
     assert ndcg_at_k(scores, relevant, k) == pytest.approx(np.mean(gains) / ideal)

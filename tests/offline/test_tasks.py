@@ -44,8 +44,7 @@ def test_prompts_are_the_papers() -> None:
     assert prompts("ocr") == ("Transcribe the text inside the blue box.\nOutput text only.",)
     assert prompts("caption") == ("Describe the image in one sentence.",)
     assert prompts("retrieval") == tuple(
-        f"Candidate: {c}\nDoes the candidate correctly describe the image?\nAnswer exactly Yes or No."
-        for c in CAPTIONS
+        f"Candidate: {c}\nDoes the candidate correctly describe the image?\nAnswer exactly Yes or No." for c in CAPTIONS
     )
 
 
@@ -100,9 +99,7 @@ def test_means_are_over_examples_and_bleu_is_over_the_corpus() -> None:
     ocr, caption = get_task("ocr"), get_task("caption")
     rows = [ocr.statistics(EXAMPLES["ocr"], text) for text in ("RMF", "xxx")]
     assert ocr.aggregate(np.sum(rows, axis=0), 2) == 0.5
-    rows = [
-        caption.statistics(EXAMPLES["caption"], text) for text in ("a man on a bench", "a man on a bench")
-    ]
+    rows = [caption.statistics(EXAMPLES["caption"], text) for text in ("a man on a bench", "a man on a bench")]
     assert caption.aggregate(np.sum(rows, axis=0), 2) == pytest.approx(1.0)
     assert {row.shape for row in rows} == {(10,)}
 

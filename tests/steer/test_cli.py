@@ -20,7 +20,7 @@ from tiny_models import llama, llava, random_profile
 import hones_steer
 from hones_steer import Profile, load_profile, save_profile
 from hones_steer.cli import main
-from hones_steer.commands import load_model
+from hones_steer.loading import load_model
 
 GOLDEN = str(Path(__file__).parent / "golden" / "vqa.safetensors")
 
@@ -359,7 +359,7 @@ def test_verify_of_what_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().err == f"hones verify: error: {missing}: cannot be read: No such file or directory\n"
     assert main(["verify", GOLDEN, missing]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"hones verify: error: the model {missing} cannot be loaded")
+    assert error.startswith(f"hones verify: error: cannot load the model '{missing}'")
     assert error.count("\n") == 1
 
 
@@ -367,4 +367,4 @@ def test_verify_of_a_model_with_broken_weights(tmp_path: Path, capsys: pytest.Ca
     llama().save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"broken")
     assert main(["verify", GOLDEN, str(tmp_path / "model")]) == 2
-    assert "cannot be loaded" in capsys.readouterr().err
+    assert "cannot load the weights" in capsys.readouterr().err

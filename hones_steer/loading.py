@@ -1,0 +1,116 @@
+"""Loading a Hugging Face model for a command, with every way it can fail said in one sentence."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from hones_steer.errors import DataError
+
+# What transformers raises on a model that is missing, unknown, damaged or inconsistent.
+_UNLOADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+
+
+def load_config(name: str) -> Any:
+    """The configuration of a model, a folder's or the Hub's.
+
+    Raises:
+        DataError: there is no such model, or it is of a kind transformers does not know.
+    """
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    if _is_path(name) and not Path(name, "config.json").is_file():
+        raise DataError(f"cannot load the model {name!r}: there is no {name}/config.json; name a model folder")
+    # Everywhere: remote code is refused at once; without the flag transformers asks on the terminal.
+    with loading(f"the model {name!r}"):
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
+def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> torch.nn.Module:
+    """A causal LM or VLM in eval mode.
+
+    Args:
+        name: local folder or hub name.
+        dtype: "float32", "bfloat16", "float16"; "auto" is the stored type.
+        device: "cpu", "cuda", "cuda:1", …; "auto" spreads the model over the GPUs there are, else the CPU.
+
+    Raises:
+        DataError: there is no such model or device, the model is of a kind transformers cannot load, or its files are
+            damaged or incomplete.
+    """
+    place = find_device(device)
+    config = load_config(name)
+    with loading(f"the weights of {name!r}"):
+        return _load_weights(name, config, dtype, place, spread=device == "auto").eval()
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turn what transformers raises inside the block into a DataError of one sentence."""
+    try:
+        yield
+    except _UNLOADABLE as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise DataError(f"cannot load {what}: {reason}") from error
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name is a folder's, which a hub name (`owner/model`) never is unless such a folder exists."""
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name; "auto" is the GPU if there is one. Raises DataError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch built without CUDA
+        raise DataError(f"there is no device {name!r} here ({str(error).splitlines()[0]}); try --device cpu") from error
+    return device
+
+
+def is_vlm(config: Any) -> bool:
+    """Whether a model of this configuration takes images and gives text."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def _load_weights(name: str, config: Any, dtype: str, device: torch.device, *, spread: bool) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kind = AutoModelForImageTextToText if is_vlm(config) else AutoModelForCausalLM
+    placement: dict[str, Any] = {}
+    if spread and torch.cuda.device_count() > 1:
+        placement["device_map"] = "auto"
+    load: Any = kind.from_pretrained  # annotated as if it never returned the report
+    model: torch.nn.Module
+    model, report = load(
+        name,
+        dtype=dtype,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **placement,
+    )
+    if misfits := sorted(report["mismatched_keys"]):
+        raise DataError(
+            f"{name!r}: {misfits[0][0]} has shape {list(misfits[0][1])}, where config.json asks for "
+            f"{list(misfits[0][2])}; the two do not belong together"
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise DataError(
+            f"{name!r} lacks {len(missing)} of its weights, the first being {missing[0]!r}; get the whole model"
+        )
+    return model if placement else model.to(device)
