@@ -1,4 +1,4 @@
-"""Train the embedded vision-language model from nothing (about half an hour on two CPU cores).
+"""Train the embedded vision-language model from nothing (about 45 minutes on two CPU cores).
 
     OMP_NUM_THREADS=2 python -m examples.tiny_vlm.train --output examples/tiny_vlm/checkpoint
 
@@ -331,7 +331,7 @@ def main() -> None:
     parser.add_argument("--vision-steps", type=int, default=1500)
     parser.add_argument("--vision", type=Path, help="take the tower from this checkpoint and skip stage 1")
     parser.add_argument("--resume", type=Path, help="go on with stage 2 from this checkpoint, a --snapshots one")
-    parser.add_argument("--steps", type=int, default=2100, help="steps of stage 2")
+    parser.add_argument("--steps", type=int, default=3300, help="steps of stage 2")
     parser.add_argument("--snapshots", type=Path, help="folder for a checkpoint every 300 steps, measured on dev")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
