@@ -17,6 +17,14 @@ from hones_steer.errors import DataError
 _UNLOADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
+def no_bars_off_terminal() -> None:
+    """Keep transformers' loading bars out of logs and pipes."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
 def load_config(name: str) -> Any:
     """The configuration of a model, a folder's or the Hub's.
 
@@ -24,10 +32,8 @@ def load_config(name: str) -> Any:
         DataError: there is no such model, or it is of a kind transformers does not know.
     """
     from transformers import AutoConfig
-    from transformers.utils import logging
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    no_bars_off_terminal()
     if _is_path(name) and not Path(name, "config.json").is_file():
         raise DataError(f"cannot load the model {name!r}: there is no {name}/config.json; name a model folder")
     # Everywhere: remote code is refused at once; without the flag transformers asks on the terminal.

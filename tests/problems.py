@@ -10,6 +10,9 @@ from hones_offline.examples import Example, MemoryImage
 from hones_offline.tasks import JsonlTask, Task, get_task
 from PIL import Image
 
+SMALL_DEMO = ("--discovery", "24", "--dev", "8", "--test", "10")
+"""Arguments of `hones demo` that make it a matter of a minute."""
+
 CANDIDATES = ("a cat on the mat", "a big dog", "small town", "red square left of a blue circle")
 
 

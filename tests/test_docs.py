@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from hones_steer.cli import main
-
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -21,19 +19,9 @@ def blocks(page: Path) -> Iterator[tuple[str, str]]:
     yield from BLOCK.findall(page.read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that looks like the repository after a (small) demo."""
-    folder = tmp_path_factory.mktemp("docs")
-    (folder / "examples").symlink_to(ROOT / "examples")
-    small = ["--discovery", "24", "--dev", "8", "--test", "8"]
-    assert main(["demo", "--out", str(folder / "runs" / "demo"), *small]) == 0
-    return folder
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_block_runs(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(workplace)
+def test_every_block_runs(page: Path, after_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(after_demo)
     search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     namespace: dict[str, object] = {"__name__": "__docs__"}
     for language, code in blocks(page):

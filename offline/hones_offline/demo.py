@@ -20,7 +20,7 @@ from hones_offline.tasks import TASKS
 from hones_steer.huggingface import steer
 from hones_steer.profile import save_profile
 
-NEGATIVES = 9
+NEGATIVES = 7
 COLUMNS = (
     ("base", "base"),
     ("masked", "masked"),
@@ -32,13 +32,11 @@ COLUMNS = (
     ("hones", "HONES"),
 )
 SETTINGS = StudySettings(
+    attribution_examples=128,
     top_heads=8,
-    head_metric="task",
-    fractions=(0.05, 0.075, 0.1),
-    fit=FitSettings(epochs=4, lr=2e-2, batch_size=32, accumulation_steps=1),
+    fractions=(0.05, 0.1),
+    fit=FitSettings(epochs=1, lr=0.06, batch_size=32, accumulation_steps=1),
 )
-
-
 SPLITS = ("discovery", "dev", "test")
 Say = Callable[[str], object]
 
@@ -56,7 +54,7 @@ def demo(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="run folder (default: %(default)s)"
     )
-    for split, count, use in zip(SPLITS, (256, 200, 300), ("learn from", "choose on", "measure on"), strict=True):
+    for split, count, use in zip(SPLITS, (1024, 150, 300), ("learn from", "choose on", "measure on"), strict=True):
         parser.add_argument(
             f"--{split}", type=int, default=count, metavar="N", help=f"scenes to {use} (default: %(default)s)"
         )
@@ -76,6 +74,8 @@ def demo(argv: Sequence[str]) -> int:
 def run_demo(out: Path, counts: Mapping[str, int], say: Say) -> dict[str, Any]:
     """Study the four tasks on the embedded model; write profiles and summary.json below `out`; show what was found."""
     started = time.monotonic()
+    profiles = out / "profiles"
+    profiles.mkdir(parents=True, exist_ok=True)
     model, processor = load_tiny_vlm()
     say(
         f"The embedded model on scenes it has not seen: {counts['discovery']} to learn from, {counts['dev']} to choose "
@@ -91,7 +91,7 @@ def run_demo(out: Path, counts: Mapping[str, int], say: Say) -> dict[str, Any]:
         prepared = {s: prepare(model, processor, task, examples[s], progress=True) for s in SPLITS}
         splits = Splits(**prepared, run_path=out / "work" / name, settings=SETTINGS)
         result = study(splits, partial(_announce, say, name), progress=True)
-        save_profile(result.profiles["hones"], out / "profiles" / f"{name}.safetensors")
+        save_profile(result.profiles["hones"], profiles / f"{name}.safetensors")
         studied[name] = splits, result
         rows[name] = summarize(splits, result)
         seconds[name] = round(time.monotonic() - begun, 1)
@@ -115,10 +115,10 @@ def run_demo(out: Path, counts: Mapping[str, int], say: Say) -> dict[str, Any]:
     for line in [
         *results_table(rows),
         *cross_table(cross, rows),
-        *mixed_batch(model, processor, out / "profiles"),
+        *mixed_batch(model, processor, profiles),
     ]:
         say(line)
-    say(f"\nProfiles: {out / 'profiles'}; numbers with intervals: {out / 'summary.json'}; {seconds['total']:.0f} s.")
+    say(f"\nProfiles: {profiles}; numbers with intervals: {out / 'summary.json'}; {seconds['total']:.0f} s.")
     return summary
 
 

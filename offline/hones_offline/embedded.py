@@ -36,6 +36,9 @@ def load_tiny_vlm() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     import torch
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+    from hones_steer.loading import no_bars_off_terminal
+
+    no_bars_off_terminal()
     folder = checkpoint()
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     processor = LlavaProcessor.from_pretrained(folder, local_files_only=True)

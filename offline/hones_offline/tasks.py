@@ -20,6 +20,7 @@ A task with several prompts per example, or with a metric that is no mean over e
 `statistics` or `aggregate` instead: see `Retrieval` and `_TextTask`.
 '''
 
+import zlib
 from collections import Counter
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -158,8 +159,10 @@ class Retrieval(Task):
         question = "Does the candidate correctly describe the image?\nAnswer exactly Yes or No."
         return tuple(f"Candidate: {candidate}\n{question}" for candidate in example.candidates)
 
-    def answers(self, example: Example) -> tuple[tuple[int, str], ...]:  # noqa: ARG002
-        return ((0, "Yes"), (1, "No"))
+    def answers(self, example: Example) -> tuple[tuple[int, str], ...]:
+        """The positive, and one of the negatives: which one goes by the example's id, so that all kinds are learned."""
+        negative = 1 + zlib.crc32(example.id.encode()) % (len(example.candidates) - 1)
+        return ((0, "Yes"), (negative, "No"))
 
     def target_texts(self, example: Example) -> tuple[str, ...]:  # noqa: ARG002
         return ("Yes",)

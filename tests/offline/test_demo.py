@@ -8,19 +8,17 @@ import numpy as np
 import pytest
 from hones_offline.demo import NEGATIVES
 from hones_offline.embedded import load_tiny_vlm
+from problems import SMALL_DEMO
 
 from hones_steer import load_profile, steer
 from hones_steer.cli import main
 
-SMALL = ["--discovery", "24", "--dev", "8", "--test", "10"]
 METHODS = ("base", "masked", "fixed_amp", "grid_search", "random_neurons", "hones_no_kl", "hones")
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("demo")
-    assert main(["demo", "--out", str(folder), *SMALL]) == 0
-    return folder
+def out(after_demo: Path) -> Path:
+    return after_demo / "runs" / "demo"
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +62,7 @@ def test_profiles_are_small_carry_evidence_and_steer_the_model(out: Path, summar
 def test_it_tells_what_it_did_and_again_at_once(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {file: file.read_bytes() for file in (out / "work").rglob("*") if file.is_file()}
     profiles = {file: file.read_bytes() for file in (out / "profiles").iterdir()}
-    assert main(["demo", "--out", str(out), *SMALL]) == 0
+    assert main(["demo", "--out", str(out), *SMALL_DEMO]) == 0
     said = capsys.readouterr().out
     assert {file: file.read_bytes() for file in before} == before
     assert {file: file.read_bytes() for file in profiles} == profiles
@@ -81,5 +79,5 @@ def test_other_settings_in_the_same_folder_are_refused(out: Path, capsys: pytest
 
 
 def test_json_goes_to_stdout_alone(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--out", str(out), *SMALL, "--json"]) == 0
+    assert main(["demo", "--out", str(out), *SMALL_DEMO, "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)["tasks"]) == {"vqa", "ocr", "caption", "retrieval"}
