@@ -138,6 +138,15 @@ def test_an_image_is_encoded_once_for_all_its_candidates() -> None:
     assert len(calls) == 3 + 1  # one more compares the decoder path with the whole model
 
 
+def test_more_candidates_than_a_batch_holds_are_ranked_the_same() -> None:
+    p = problem("llava", "retrieval")
+    prepared = prepare(p.model, p.processor, p.task, p.examples)
+    expected = reference.outputs(p.model, p.processor, p.task, p.examples)
+    for rows in (1, 3):  # four candidates share a prefix
+        for got, want in zip(score(prepared, batch_size=rows).outputs, expected, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_a_model_that_changes_its_logits_after_the_head_is_refused() -> None:
     p = problem("llava", "vqa")
 
