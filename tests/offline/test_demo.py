@@ -13,6 +13,8 @@ from problems import SMALL_DEMO
 from hones_steer import load_profile, steer
 from hones_steer.cli import main
 
+N = {"vqa": 10, "ocr": 10, "caption": 10, "retrieval": 5}
+"""Scenes measured on: all of the test scenes, but half for retrieval with its many candidates."""
 METHODS = ("base", "masked", "fixed_amp", "grid_search", "random_neurons", "hones_no_kl", "hones")
 
 
@@ -28,8 +30,8 @@ def summary(out: Path) -> Any:
 
 def test_the_summary_holds_every_method_for_every_task(summary: Any) -> None:
     assert set(summary["tasks"]) == {"vqa", "ocr", "caption", "retrieval"}
+    assert {name: row["n"] for name, row in summary["tasks"].items()} == N
     for row in summary["tasks"].values():
-        assert row["n"] == 10
         for method in METHODS:
             low, high = row["ci95"][method]
             assert 0 <= low <= row[method] <= high <= 1
@@ -54,7 +56,7 @@ def test_profiles_are_small_carry_evidence_and_steer_the_model(out: Path, summar
         assert profile.task == name
         assert profile.num_neurons == summary["tasks"][name]["bank_neurons"]
         assert profile.evidence["steered"] == summary["tasks"][name]["hones"]
-        assert profile.evidence["n"] == 10
+        assert profile.evidence["n"] == N[name]
     with steer(model, files) as steering:
         assert len(steering.verify().profiles) == 4
 
