@@ -54,7 +54,7 @@ EXCEPTIONS = {("profile", "ModelIdentity.from_model", "layout")}
 # These run with the base dependencies; commands.py may import the rest inside `verify`.
 BASE_MODULES = {"__init__", "__main__", "_version", "cli", "errors", "profile", "store"}
 EXTRAS = {"hones_steer": "hf", "hones_offline": "offline", "hones_serving": "serve"}
-IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "prometheus_client": "prometheus_client"}
+IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "google_re2": "re2"}
 
 
 class Import(NamedTuple):
@@ -184,6 +184,8 @@ def requirements(extra: str | None) -> set[str]:
 
 
 def allowed_third_parties(found: Import) -> set[str]:
+    if found.package == "hones_serving" and found.module.startswith("vllm."):
+        return requirements(None) | requirements("hf") | requirements("vllm")
     if found.package != "hones_steer":
         return requirements(None) | requirements("hf") | requirements(EXTRAS[found.package])
     base_only = found.module in BASE_MODULES or (found.module == "commands" and not found.function)

