@@ -135,7 +135,7 @@ class ModelIdentity:
             num_layers=len(layout.layers),
             intermediate_size=layout.intermediate_size,
             hidden_size=layout.hidden_size,
-            sketch=_sketch(layout.final_norm, layout.hidden_size),
+            sketch=sketch_of(layout.final_norm, layout.hidden_size),
         )
 
     def check(self, expected_from_model: ModelIdentity, *, allow_mismatch: bool = False) -> None:
@@ -713,7 +713,8 @@ def _hub_name(name: object) -> str:
     return name
 
 
-def _sketch(final_norm: nn.Module | None, hidden_size: int) -> tuple[float, ...] | None:
+def sketch_of(final_norm: nn.Module | None, hidden_size: int) -> tuple[float, ...] | None:
+    """16 numbers of the final norm's stored weight `[hidden]`, or None where it is not in memory."""
     weight: Any = getattr(final_norm, "weight", None)
     if weight is None or weight.is_meta:
         return None

@@ -22,16 +22,24 @@ _INITIAL_ROWS = 256
 
 
 class ScaleTables:
-    """One table `[slots, I]` per decoder layer, each on its layer's device; slot 0 is never written."""
+    """One table `[slots, I]` per decoder layer, each on its layer's device; slot 0 is never written.
 
-    def __init__(self, devices: Sequence[torch.device], intermediate_size: int, slots: int) -> None:
-        self.tables = [_static((slots, intermediate_size), torch.float32, device, 1) for device in devices]
+    `shard` names the neurons that this process holds under tensor parallelism (default: all); the tables have its width.
+    """
+
+    def __init__(
+        self, devices: Sequence[torch.device], intermediate_size: int, slots: int, shard: slice | None = None
+    ) -> None:
+        self._intermediate_size = intermediate_size
+        self._shard = shard or slice(0, intermediate_size)
+        width = self._shard.stop - self._shard.start
+        self.tables = [_static((slots, width), torch.float32, device, 1) for device in devices]
 
     def write(self, slot: int, profile: Profile) -> None:
         """Put a profile's scales into a slot; neurons that it does not list get scale 1."""
         with torch.inference_mode(False), torch.no_grad():
             for layer, table in enumerate(self.tables):
-                table[slot].copy_(scale_row(profile, layer, table.shape[1]))
+                table[slot].copy_(scale_row(profile, layer, self._intermediate_size)[self._shard])
 
 
 class RowSlots:

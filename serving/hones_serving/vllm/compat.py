@@ -1,0 +1,110 @@
+"""What the plugin relies on in vLLM, and what it refuses, by name, when the server starts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import vllm
+from vllm import envs
+
+from hones_serving.settings import Settings
+from hones_steer.errors import StateError
+
+TESTED = "0.32"
+DEFAULT_MAX_PROFILES = 64
+
+
+def check_version() -> None:
+    """Compare the signatures of everything that is wrapped with those this was written for.
+
+    Raises:
+        StateError: naming what differs.
+    """
+    for function, expected in _expected_signatures():
+        found = tuple(inspect.signature(function).parameters)
+        if found[: len(expected)] != expected:
+            raise StateError(
+                f"this vLLM version is not supported: {vllm.__version__} ({function.__module__}."
+                f"{function.__qualname__} takes {', '.join(found)} instead of {', '.join(expected)}); tested: {TESTED}"
+            )
+
+
+def _expected_signatures() -> Iterator[tuple[Callable[..., Any], tuple[str, ...]]]:
+    """Functions that are wrapped, and the parameters they must begin with."""
+    try:
+        from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.engine.input_processor import InputProcessor
+        from vllm.v1.engine.llm_engine import LLMEngine
+        from vllm.v1.engine.output_processor import OutputProcessor
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
+        from vllm.v1.worker.gpu_worker import Worker
+
+        yield InputProcessor.__init__, ("self", "vllm_config", "renderer")
+        yield InputProcessor.process_inputs, ("self", "request_id", "prompt", "params")
+        yield OutputProcessor.add_request, ("self", "request", "prompt", "parent_req", "request_index", "queue")
+        yield OutputProcessor.abort_requests, ("self", "request_ids", "internal")
+        yield OutputProcessor._finish_request, ("self", "req_state")
+        yield LLMEngine.__init__, ("self", "vllm_config")
+        yield LLMEngine.collective_rpc, ("self", "method")
+        yield AsyncLLM.__init__, ("self", "vllm_config")
+        yield AsyncLLM.collective_rpc, ("self", "method")
+        yield Worker.load_model, ("self",)
+        yield RunnerV1.execute_model, ("self", "scheduler_output", "intermediate_tensors")
+        yield RunnerV1._prepare_inputs, ("self", "scheduler_output", "num_scheduled_tokens")
+        yield RunnerV2.execute_model, ("self", "scheduler_output", "intermediate_tensors", "dummy_run")
+        yield RunnerV2.prepare_inputs, ("self", "scheduler_output", "batch_req_state")
+    except (ImportError, AttributeError) as error:
+        raise StateError(
+            f"this vLLM version is not supported: {vllm.__version__} ({error}); tested: {TESTED}"
+        ) from error
+
+
+def refuse_unsupported(config: Any, settings: Settings) -> None:
+    """Refuse settings of vLLM under which requests would be steered wrongly, or under which this was never tried.
+
+    Args:
+        config: vLLM's VllmConfig.
+
+    Raises:
+        StateError: naming the setting.
+    """
+    model, parallel, speculative = config.model_config, config.parallel_config, config.speculative_config
+    backend = parallel.distributed_executor_backend
+    refused = {
+        "pooling models": model.runner_type != "generate",
+        "encoder-decoder models": model.is_encoder_decoder,
+        "diffusion models": model.is_diffusion,
+        "mixture-of-experts models": model.is_moe,
+        "microbatching (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
+        "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+        "decode context parallelism": parallel.decode_context_parallel_size > 1,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "data parallelism": parallel.data_parallel_size > 1,
+        "more than one API server (--api-server-count)": parallel._api_process_count > 1,
+        "the Rust frontend (VLLM_USE_RUST_FRONTEND)": envs.VLLM_USE_RUST_FRONTEND,
+        f"the executor backend {backend!r}": backend not in (None, "uni", "mp"),
+        "a KV connector (--kv-transfer-config)": config.kv_transfer_config is not None,
+        "an encoder-cache connector": config.ec_transfer_config is not None,
+        "speculative decoding other than n-gram": speculative is not None and speculative.method != "ngram",
+    }
+    if found := [name for name, is_set in refused.items() if is_set]:
+        raise StateError(f"hones-steer does not support {' and '.join(found)} in this version; start vLLM without")
+    if config.use_v2_model_runner and not settings.allow_untested:
+        raise StateError(
+            "hones-steer was never run with vLLM's V2 model runner; set VLLM_USE_V2_MODEL_RUNNER=0, "
+            "or HONES_ALLOW_UNTESTED=1 to try it"
+        )
+
+
+def max_profiles(config: Any, settings: Settings) -> int:
+    """How many different profiles the tables hold at once, beside the identity."""
+    return settings.max_profiles or min(max_requests(config), DEFAULT_MAX_PROFILES)
+
+
+def max_requests(config: Any) -> int:
+    """How many requests one step of the engine schedules at most."""
+    limit: int = config.scheduler_config.max_num_seqs
+    return limit

@@ -1,0 +1,239 @@
+"""Before the engine: what a request asks for becomes its profile and its cache salt.
+
+A request names its steering in `SamplingParams.extra_args`: offline as an expression (``hones_task``), over HTTP as
+the ticket of an admission (``hones_ticket``), which only this process can have issued. Both are replaced by the
+profile's bytes: JSON cannot hold those, so no client can smuggle a profile in.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from hones_serving.metrics import Metrics
+from hones_serving.registry import ProfileRegistry, label_of
+from hones_serving.settings import Settings
+from hones_serving.vllm import compat
+from hones_steer.errors import RoutingError, StateError
+from hones_steer.profile import ModelIdentity, Profile, serialize_profile
+from hones_steer.store import parse_expression
+
+PREFIX = "hones_"
+TASK = PREFIX + "task"
+TICKET = PREFIX + "ticket"
+# What the engine gets instead of the two above:
+PROFILE = PREFIX + "profile"  # bytes: the profile's file without what only people read
+DIGEST = PREFIX + "digest"
+LABEL = PREFIX + "label"  # of the metrics
+
+_SALT = "hones:"
+
+
+class SteeringRefused(RoutingError, ValueError):
+    """A request that names steering which it cannot have; vLLM answers a ValueError with 400."""
+
+
+class Front:
+    """The steering of one engine's requests, in the process where they enter."""
+
+    def __init__(self, registry: ProfileRegistry) -> None:
+        self.registry = registry
+        self.metrics: Metrics | None = None
+        self._live: dict[str, tuple[str | None, str, Any]] = {}  # request id -> digest, label, vLLM's RequestState
+
+    def steer(self, request: Any) -> None:
+        """Put the profile that an EngineCoreRequest asks for into it, and the salt of its prefix cache.
+
+        Raises:
+            RoutingError: the request asks for something that is not there.
+        """
+        asked = _reserved(request)
+        profile, label = self._asked_for(asked)
+        if profile is not None and request.resumable:
+            raise SteeringRefused("a session of streamed input cannot be steered; send the prompt in one request")
+        request.cache_salt = salted(profile, request.cache_salt)
+        if asked:
+            params = request.sampling_params
+            params.extra_args = {key: value for key, value in params.extra_args.items() if key not in asked}
+            if profile is not None:
+                params.extra_args |= {PROFILE: packed(profile), DIGEST: profile.digest, LABEL: label}
+
+    def _asked_for(self, asked: Mapping[str, Any]) -> tuple[Profile | None, str]:
+        if unknown := asked.keys() - {TASK, TICKET}:
+            raise SteeringRefused(f"{', '.join(sorted(unknown))}: a reserved name; name steering with {TASK!r}")
+        if TICKET in asked:
+            admission = self.registry.admission(asked[TICKET])
+            if admission is None:
+                raise SteeringRefused(f"{TICKET}: a reserved name; name steering with {TASK!r}")
+            return admission.profile, admission.label
+        text = asked.get(TASK)
+        if not isinstance(text, str | None):
+            raise SteeringRefused(f"{TASK} is {text!r}; give an expression like 'vqa@0.5+ocr'")
+        expression = parse_expression("none" if text is None else text)
+        return self.registry.resolve(expression), label_of(expression)
+
+    def enter(self, request: Any, states: Mapping[str, Any], add: Callable[[], None]) -> None:
+        """Let a request into the engine by calling `add`; its profile keeps a slot until `leave`.
+
+        `states` are the requests in the engine, by id; `add` puts this one there.
+
+        Raises:
+            RoutingError: more different profiles would be in use than there are slots.
+        """
+        request_id, asked = request.request_id, _reserved(request)
+        if asked.keys() & {TASK, TICKET}:
+            raise SteeringRefused("an EngineCoreRequest made by hand cannot be steered; pass the prompt itself")
+        if request_id in states:  # more input for a session that is in already
+            add()
+            return
+        digest = asked.get(DIGEST)
+        if digest is not None:
+            self.registry.hold(digest)
+        try:
+            add()
+        except BaseException:
+            if digest is not None:
+                self.registry.release(digest)
+            raise
+        self._live[request_id] = digest, asked.get(LABEL, "none"), states[request_id]
+
+    def leave(self, request_id: str) -> None:
+        """A request has finished or was aborted; may be called more than once."""
+        digest, label, state = self._live.pop(request_id, (None, "", None))
+        if digest is not None:
+            self.registry.release(digest)
+        if self.metrics is not None and state is not None and state.detokenizer is not None:
+            self.metrics.tokens(label, state.detokenizer.num_output_tokens())
+
+
+def salted(profile: Profile | None, salt: str | None) -> str | None:
+    """The cache salt of a request: blocks are shared between equal contents under equal salts of the users' own."""
+    if profile is not None:
+        return _SALT + profile.digest + ("" if salt is None else ":" + salt)
+    # A user's own salt must not pass for a steered request's.
+    return f"{_SALT}none:{salt}" if salt is not None and salt.startswith(_SALT) else salt
+
+
+@functools.lru_cache(maxsize=256)
+def packed(profile: Profile) -> bytes:
+    """A profile's file without what only people read."""
+    return serialize_profile(replace(profile, description="", license="", method={}, evidence={}))
+
+
+def _reserved(request: Any) -> dict[str, Any]:
+    """What a request's `extra_args` hold under names that begin with ``hones_``."""
+    params = request.sampling_params
+    extra = (params.extra_args if params is not None else None) or {}
+    return {key: value for key, value in extra.items() if key.startswith(PREFIX)}
+
+
+# In vLLM's classes --------------------------------------------------------------------------------
+
+
+def attach(engine: Any, identities: Sequence[Mapping[str, Any]], settings: Settings) -> Front:
+    """Give an LLMEngine or AsyncLLM its front, from what its workers say of their model (`hones_identity`).
+
+    Raises:
+        ProfileError, MismatchError, DataError: a profile of the folder cannot be used with this model.
+    """
+    if any(identity != identities[0] for identity in identities):
+        raise StateError(f"the workers disagree about their model: {identities}; restart the server")
+    slots = compat.max_profiles(engine.vllm_config, settings)
+    registry = ProfileRegistry(
+        settings.profiles,
+        ModelIdentity(**identities[0]),
+        max_profiles=slots,
+        always_enough=slots >= compat.max_requests(engine.vllm_config),
+    )
+    front = Front(registry)
+    engine.input_processor.hones_front = engine.output_processor.hones_front = front
+    return front
+
+
+def install() -> None:
+    """Wrap the methods of vLLM through which every request and every engine passes."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    _wrap(InputProcessor, "__init__", _check_config)
+    _wrap(InputProcessor, "process_inputs", _process_inputs)
+    _wrap(OutputProcessor, "add_request", _add_request)
+    _wrap(OutputProcessor, "_finish_request", _finish_request)
+    _wrap(OutputProcessor, "abort_requests", _abort_requests)
+    _wrap(LLMEngine, "__init__", _start_offline)
+    _wrap(AsyncLLM, "__init__", _start_server)
+
+
+def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, self, *args, **kwargs)
+
+    setattr(owner, name, method)
+
+
+def _check_config(original: Callable[..., None], self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    if settings := Settings.from_env():
+        compat.refuse_unsupported(vllm_config, settings)
+    original(self, vllm_config, *args, **kwargs)
+
+
+def _start_offline(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    if settings := Settings.from_env():
+        try:
+            attach(self, self.collective_rpc("hones_identity"), settings)
+        except BaseException:
+            self.engine_core.shutdown()
+            raise
+
+
+def _start_server(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    if Settings.from_env() and "hones" not in os.environ.get("VLLM_PLUGINS", "").split(","):
+        raise StateError(
+            "HONES_PROFILES is set, but vLLM only loads the HTTP side of hones-steer if VLLM_PLUGINS names it; "
+            "set VLLM_PLUGINS=hones, or use `hones serve`"
+        )
+    original(self, *args, **kwargs)
+
+
+def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    request = original(self, *args, **kwargs)
+    front: Front | None = getattr(self, "hones_front", None)
+    if front is not None:
+        front.steer(request)
+    elif Settings.from_env() and (asked := _reserved(request)):
+        raise SteeringRefused(
+            f"{', '.join(sorted(asked))}: this engine cannot steer; use LLM(...), `hones serve` or `vllm serve`"
+        )
+    return request
+
+
+def _add_request(original: Callable[..., None], self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+    add = functools.partial(original, self, request, *args, **kwargs)
+    front: Front | None = getattr(self, "hones_front", None)
+    if front is None:
+        add()
+    else:
+        front.enter(request, self.request_states, add)
+
+
+def _finish_request(original: Callable[..., None], self: Any, req_state: Any) -> None:
+    original(self, req_state)
+    if (front := getattr(self, "hones_front", None)) is not None:
+        front.leave(req_state.request_id)
+
+
+def _abort_requests(original: Callable[..., list[str]], self: Any, *args: Any, **kwargs: Any) -> list[str]:
+    aborted = original(self, *args, **kwargs)
+    if (front := getattr(self, "hones_front", None)) is not None:
+        for request_id in aborted:
+            front.leave(request_id)
+    return aborted

@@ -1,0 +1,301 @@
+"""In the engine: scale tables, each token's slot, and the activation that multiplies.
+
+A worker keeps the profile of every request that it has been told of and the engine has not finished. When a step is
+prepared, the profiles of its requests are put into slots of the tables, and each token gets its request's slot.
+A slot is owed to a profile for one step only: a step has at most `max_num_seqs` requests, so with that many slots
+they never run out; with fewer, the front admits no more different profiles than there are slots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hones_serving.settings import Settings
+from hones_serving.vllm import compat
+from hones_serving.vllm.front import PROFILE
+from hones_steer import __version__
+from hones_steer.errors import LayoutError, StateError
+from hones_steer.injection import scale
+from hones_steer.profile import ModelIdentity, Profile, parse_profile, sketch_of
+from hones_steer.slots import IDENTITY, ScaleTables, SlotPool
+
+_CHUNK = 2**22  # float32 scales gathered at a time in eager mode: 16 MB
+_MAX_RUNS = 4  # of tokens with one slot, beyond which one gather is quicker than a product for each
+
+
+class TokenSlots:
+    """The slot of each token of the step, `index` int64 `[max tokens]`.
+
+    Tokens beyond the step's own (padding) keep whatever slot they had: nobody reads them.
+    """
+
+    def __init__(self, max_tokens: int, device: torch.device) -> None:
+        self.index = torch.full((max_tokens,), IDENTITY, dtype=torch.int64, device=device)
+        self.runs: list[tuple[int, int, int]] = []  # (first token, end, slot) of the steered tokens
+        self._tokens = 0
+
+    def write(self, slots: Sequence[int], counts: Sequence[int]) -> None:
+        """Set the step's tokens: `counts[i]` tokens in a row belong to the request with `slots[i]`."""
+        if all(slot == IDENTITY for slot in slots):
+            if self.runs:
+                self.runs = []
+                self.index.fill_(IDENTITY)
+            return
+        self.runs = _runs(slots, counts)
+        host = torch.from_numpy(np.repeat(np.asarray(slots, dtype=np.int64), counts))
+        if self.index.device.type == "cuda":
+            host = host.pin_memory()  # else the copy would wait for the GPU
+        self.index[: len(host)].copy_(host, non_blocking=True)
+
+
+def _runs(slots: Sequence[int], counts: Sequence[int]) -> list[tuple[int, int, int]]:
+    runs: list[tuple[int, int, int]] = []
+    start = 0
+    for slot, count in zip(slots, counts, strict=True):
+        end = start + int(count)
+        if runs and runs[-1][1:] == (start, slot):
+            runs[-1] = (runs[-1][0], end, slot)
+        elif slot != IDENTITY:
+            runs.append((start, end, slot))
+        start = end
+    return runs
+
+
+class SteeredActivation(nn.Module):
+    """An FFN's activation with its output z `[tokens, w]` scaled, each token by the table's row of its slot.
+
+    Being of another type than the activation it wraps, it also keeps vLLM from fusing that with quantisation,
+    which would leave nothing to scale.
+    """
+
+    table: Tensor
+    index: Tensor
+
+    def __init__(self, activation: nn.Module, table: Tensor, tokens: TokenSlots, *, eager: bool) -> None:
+        super().__init__()
+        self.activation = activation
+        self.register_buffer("table", table, persistent=False)
+        self.register_buffer("index", tokens.index, persistent=False)
+        self._tokens = tokens
+        self._eager = eager
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Steer `activation(x)`. Compiled code and captured graphs read tensors only."""
+        z: Tensor = self.activation(x)
+        if self._eager:
+            return self._scale_in_place(z)
+        return scale(z, self.table.index_select(0, self.index[: z.shape[0]]))
+
+    def _scale_in_place(self, z: Tensor) -> Tensor:
+        runs = self._tokens.runs
+        if len(runs) <= _MAX_RUNS:
+            for start, end, slot in runs:
+                z[start:end].mul_(self.table[slot])
+            return z
+        step = max(1, _CHUNK // z.shape[1])
+        for start in range(runs[0][0], runs[-1][1], step):
+            end = min(start + step, runs[-1][1])
+            z[start:end].mul_(self.table.index_select(0, self.index[start:end]))
+        return z
+
+
+class WorkerSteering:
+    """The steering of one worker: told what the engine schedules, it says which slot each token uses."""
+
+    def __init__(self, identity: ModelIdentity, tables: ScaleTables, tokens: TokenSlots, max_profiles: int) -> None:
+        self.identity = identity
+        self._pool = SlotPool(tables, max_profiles)
+        self._tokens = tokens
+        self._profiles: dict[str, Profile] = {}  # request id -> profile, for steered requests
+
+    def begin(self, scheduler_output: Any) -> None:
+        """Note which requests have come and gone."""
+        for request_id in scheduler_output.finished_req_ids:
+            self._profiles.pop(request_id, None)
+        for request in scheduler_output.scheduled_new_reqs:
+            extra = (request.sampling_params and request.sampling_params.extra_args) or {}
+            if PROFILE in extra:
+                self._profiles[request.req_id] = unpacked(extra[PROFILE])
+
+    def fill(self, request_ids: Sequence[str], counts: Sequence[int]) -> None:
+        """Set the slots of the tokens about to run: `counts[i]` in a row belong to `request_ids[i]`."""
+        profiles = [self._profiles.get(request_id) for request_id in request_ids]
+        slots = self._pool.acquire(profiles)
+        self._pool.release(profiles)
+        self._tokens.write(slots, counts)
+
+
+@functools.lru_cache(maxsize=256)
+def unpacked(data: bytes) -> Profile:
+    """The profile that the front has packed into a request."""
+    return parse_profile(data)
+
+
+# In vLLM's worker ---------------------------------------------------------------------------------
+
+
+def install() -> None:
+    """Steer the model of every worker once it is loaded: before vLLM measures its memory and compiles it."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    load_model = Worker.load_model
+
+    @functools.wraps(load_model)
+    def load_and_attach(self: Any, *args: Any, **kwargs: Any) -> None:
+        load_model(self, *args, **kwargs)
+        if settings := Settings.from_env():
+            self.hones_steering = attach(self.model_runner, self.vllm_config, settings)
+
+    def hones_identity(self: Any) -> dict[str, Any]:
+        return dataclasses.asdict(self.hones_steering.identity)
+
+    Worker.load_model = load_and_attach
+    Worker.hones_identity = hones_identity
+
+
+def attach(runner: Any, config: Any, settings: Settings) -> WorkerSteering:
+    """Put tables and scaled activations into a runner's loaded model, and follow what it is given to run.
+
+    Raises:
+        LayoutError: the model's FFNs are not supported, naming them.
+        StateError: vLLM's configuration is not supported.
+    """
+    compat.refuse_unsupported(config, settings)
+    stack = _decoder_stack(runner.get_model())
+    ffns = [_ffn(f"layer {i} of {type(stack).__name__}", layer) for i, layer in enumerate(stack.layers)]
+    identity = _identity(config.model_config, stack, len(ffns))
+    max_profiles = compat.max_profiles(config, settings)
+    tables = ScaleTables(
+        [next(ffn.parameters()).device for ffn in ffns],
+        identity.intermediate_size,
+        max_profiles + 1,
+        _shard(ffns, identity.intermediate_size),
+    )
+    tokens = TokenSlots(_max_tokens(config), tables.tables[0].device)
+    eager = _runs_eagerly(config)
+    for ffn, table in zip(ffns, tables.tables, strict=True):
+        ffn.act_fn = SteeredActivation(ffn.act_fn, table, tokens, eager=eager)
+    _change_compile_cache_key(config, max_profiles)
+    steering = WorkerSteering(identity, tables, tokens, max_profiles)
+    adapt = _follow_v2 if config.use_v2_model_runner else _follow_v1
+    adapt(runner, steering)
+    return steering
+
+
+def _decoder_stack(model: Any) -> Any:
+    """The text decoder: the module that has `layers` and the final `norm`. Vision towers are never looked at."""
+    language_model = model.get_language_model() if hasattr(model, "get_language_model") else model
+    stack = getattr(language_model, "model", language_model)
+    if not isinstance(getattr(stack, "layers", None), nn.ModuleList):
+        raise LayoutError(f"hones-steer does not know where {type(model).__name__} keeps its decoder layers in vLLM")
+    return stack
+
+
+def _ffn(name: str, layer: nn.Module) -> Any:
+    """A decoder layer's gated FFN: the one module with an `act_fn` and a `down_proj`."""
+    found = [
+        module
+        for module in layer.modules()
+        if isinstance(getattr(module, "act_fn", None), nn.Module) and hasattr(module, "down_proj")
+    ]
+    if len(found) != 1:
+        kinds = ", ".join(type(module).__name__ for module in found) or "none"
+        raise LayoutError(
+            f"{name} ({type(layer).__name__}) has not one gated FFN with act_fn and down_proj (found: {kinds}); "
+            "hones-steer supports no other FFN in vLLM in this version"
+        )
+    if isinstance(found[0].act_fn, SteeredActivation):
+        raise StateError(f"{name} is steered already")
+    return found[0]
+
+
+def _shard(ffns: Sequence[Any], intermediate_size: int) -> slice:
+    """The neurons this worker holds. LoRA layers keep the linear layer inside them as `base_layer`."""
+    shards = set()
+    for ffn in ffns:
+        linear = getattr(ffn.down_proj, "base_layer", ffn.down_proj)
+        width = linear.input_size_per_partition
+        shards.add((linear.tp_rank * width, width, width * linear.tp_size))
+    if len(shards) != 1 or next(iter(shards))[2] != intermediate_size:
+        raise LayoutError(
+            f"the FFNs' shards (first neuron, width, neurons in all) are {sorted(shards)}, "
+            f"which do not make up {intermediate_size} neurons in every layer"
+        )
+    start, width, _ = shards.pop()
+    return slice(start, start + width)
+
+
+def _identity(model_config: Any, stack: Any, num_layers: int) -> ModelIdentity:
+    text_config = model_config.hf_text_config
+    return ModelIdentity(
+        name="",
+        revision=None,
+        model_type=model_config.hf_config.model_type,
+        num_layers=num_layers,
+        intermediate_size=text_config.intermediate_size,
+        hidden_size=text_config.hidden_size,
+        sketch=sketch_of(getattr(stack, "norm", None), text_config.hidden_size),
+    )
+
+
+def _max_tokens(config: Any) -> int:
+    """How many rows, padding included, a forward can have."""
+    return max(
+        config.scheduler_config.max_num_batched_tokens,
+        config.compilation_config.max_cudagraph_capture_size or 0,
+    )
+
+
+def _runs_eagerly(config: Any) -> bool:
+    from vllm.config import CompilationMode, CUDAGraphMode
+
+    compilation = config.compilation_config
+    return compilation.mode == CompilationMode.NONE and compilation.cudagraph_mode == CUDAGraphMode.NONE
+
+
+def _change_compile_cache_key(config: Any, max_profiles: int) -> None:
+    """Code that vLLM compiled and stored without this plugin, or with other tables, must not be used."""
+    if not isinstance(config.additional_config, dict):
+        raise StateError("hones-steer needs vLLM's additional_config to be a dict; start vLLM without yours")
+    config.additional_config["hones_steer"] = {"version": __version__, "max_profiles": max_profiles}
+
+
+def _follow_v1(runner: Any, steering: WorkerSteering) -> None:
+    """The V1 runner lays a step's tokens out by `input_batch.req_ids`, final when inputs are prepared."""
+    execute_model, prepare_inputs = runner.execute_model, runner._prepare_inputs
+
+    @functools.wraps(execute_model)
+    def execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        steering.begin(scheduler_output)
+        return execute_model(scheduler_output, *args, **kwargs)
+
+    @functools.wraps(prepare_inputs)
+    def prepare(scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        steering.fill(runner.input_batch.req_ids, num_scheduled_tokens)
+        return prepare_inputs(scheduler_output, num_scheduled_tokens, *args, **kwargs)
+
+    runner.execute_model, runner._prepare_inputs = execute, prepare
+
+
+def _follow_v2(runner: Any, steering: WorkerSteering) -> None:
+    """The V2 runner sorts the requests itself and says so in `batch_req_state`. Never run here (needs a GPU)."""
+    execute_model, prepare_inputs = runner.execute_model, runner.prepare_inputs
+
+    @functools.wraps(execute_model)
+    def execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        steering.begin(scheduler_output)
+        return execute_model(scheduler_output, *args, **kwargs)
+
+    @functools.wraps(prepare_inputs)
+    def prepare(scheduler_output: Any, batch_req_state: Any, *args: Any, **kwargs: Any) -> Any:
+        steering.fill(batch_req_state.req_ids, batch_req_state.num_scheduled_tokens)
+        return prepare_inputs(scheduler_output, batch_req_state, *args, **kwargs)
+
+    runner.execute_model, runner.prepare_inputs = execute, prepare
