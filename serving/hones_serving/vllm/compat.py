@@ -65,8 +65,7 @@ def _expected_signatures() -> Iterator[tuple[Callable[..., Any], tuple[str, ...]
 def refuse_unsupported(config: Any, settings: Settings) -> None:
     """Refuse settings of vLLM under which requests would be steered wrongly, or under which this was never tried.
 
-    Args:
-        config: vLLM's VllmConfig.
+    `config` is vLLM's VllmConfig.
 
     Raises:
         StateError: naming the setting.

@@ -29,7 +29,7 @@ class Endpoint:
         if self._settings is not None:
             app.add_middleware(HonesMiddleware, service=self.service)
 
-    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:  # noqa: ARG002
         """Ask the workers about their model and load the profiles for it.
 
         Raises:

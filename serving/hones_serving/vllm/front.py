@@ -32,7 +32,7 @@ LABEL = PREFIX + "label"  # of the metrics
 _SALT = "hones:"
 
 
-class SteeringRefused(RoutingError, ValueError):
+class RequestError(RoutingError, ValueError):
     """A request that names steering which it cannot have; vLLM answers a ValueError with 400."""
 
 
@@ -53,7 +53,7 @@ class Front:
         asked = _reserved(request)
         profile, label = self._asked_for(asked)
         if profile is not None and request.resumable:
-            raise SteeringRefused("a session of streamed input cannot be steered; send the prompt in one request")
+            raise RequestError("a session of streamed input cannot be steered; send the prompt in one request")
         request.cache_salt = salted(profile, request.cache_salt)
         if asked:
             params = request.sampling_params
@@ -63,15 +63,15 @@ class Front:
 
     def _asked_for(self, asked: Mapping[str, Any]) -> tuple[Profile | None, str]:
         if unknown := asked.keys() - {TASK, TICKET}:
-            raise SteeringRefused(f"{', '.join(sorted(unknown))}: a reserved name; name steering with {TASK!r}")
+            raise RequestError(f"{', '.join(sorted(unknown))}: a reserved name; name steering with {TASK!r}")
         if TICKET in asked:
             admission = self.registry.admission(asked[TICKET])
             if admission is None:
-                raise SteeringRefused(f"{TICKET}: a reserved name; name steering with {TASK!r}")
+                raise RequestError(f"{TICKET}: a reserved name; name steering with {TASK!r}")
             return admission.profile, admission.label
         text = asked.get(TASK)
         if not isinstance(text, str | None):
-            raise SteeringRefused(f"{TASK} is {text!r}; give an expression like 'vqa@0.5+ocr'")
+            raise RequestError(f"{TASK} is {text!r}; give an expression like 'vqa@0.5+ocr'")
         expression = parse_expression("none" if text is None else text)
         return self.registry.resolve(expression), label_of(expression)
 
@@ -85,7 +85,7 @@ class Front:
         """
         request_id, asked = request.request_id, _reserved(request)
         if asked.keys() & {TASK, TICKET}:
-            raise SteeringRefused("an EngineCoreRequest made by hand cannot be steered; pass the prompt itself")
+            raise RequestError("an EngineCoreRequest made by hand cannot be steered; pass the prompt itself")
         if request_id in states:  # more input for a session that is in already
             add()
             return
@@ -210,7 +210,7 @@ def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwarg
     if front is not None:
         front.steer(request)
     elif Settings.from_env() and (asked := _reserved(request)):
-        raise SteeringRefused(
+        raise RequestError(
             f"{', '.join(sorted(asked))}: this engine cannot steer; use LLM(...), `hones serve` or `vllm serve`"
         )
     return request

@@ -143,9 +143,10 @@ def unpacked(data: bytes) -> Profile:
 
 def install() -> None:
     """Steer the model of every worker once it is loaded: before vLLM measures its memory and compiles it."""
-    from vllm.v1.worker.gpu_worker import Worker
+    from vllm.v1.worker import gpu_worker
 
-    load_model = Worker.load_model
+    worker: Any = gpu_worker.Worker
+    load_model = worker.load_model
 
     @functools.wraps(load_model)
     def load_and_attach(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -156,8 +157,8 @@ def install() -> None:
     def hones_identity(self: Any) -> dict[str, Any]:
         return dataclasses.asdict(self.hones_steering.identity)
 
-    Worker.load_model = load_and_attach
-    Worker.hones_identity = hones_identity
+    worker.load_model = load_and_attach
+    worker.hones_identity = hones_identity
 
 
 def attach(runner: Any, config: Any, settings: Settings) -> WorkerSteering:
@@ -247,17 +248,15 @@ def _identity(model_config: Any, stack: Any, num_layers: int) -> ModelIdentity:
 
 def _max_tokens(config: Any) -> int:
     """How many rows, padding included, a forward can have."""
-    return max(
-        config.scheduler_config.max_num_batched_tokens,
-        config.compilation_config.max_cudagraph_capture_size or 0,
-    )
+    tokens: int = config.scheduler_config.max_num_batched_tokens
+    return max(tokens, config.compilation_config.max_cudagraph_capture_size or 0)
 
 
 def _runs_eagerly(config: Any) -> bool:
     from vllm.config import CompilationMode, CUDAGraphMode
 
     compilation = config.compilation_config
-    return compilation.mode == CompilationMode.NONE and compilation.cudagraph_mode == CUDAGraphMode.NONE
+    return bool(compilation.mode == CompilationMode.NONE and compilation.cudagraph_mode == CUDAGraphMode.NONE)
 
 
 def _change_compile_cache_key(config: Any, max_profiles: int) -> None:
