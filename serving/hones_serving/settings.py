@@ -14,13 +14,14 @@ An empty value counts as unset.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from hones_steer.errors import DataError
 
-_MAX_PROFILES = 65_535
+COUNT = re.compile(r"[1-9][0-9]{0,5}")  # what a maximum of profiles looks like
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,6 @@ def _count(environ: Mapping[str, str], name: str) -> int | None:
     value = environ.get(name)
     if not value:
         return None
-    if not (value.isascii() and value.isdecimal() and 1 <= int(value[:9]) <= _MAX_PROFILES):
-        raise DataError(f"{name} is {value!r}; set it to a whole number from 1 to {_MAX_PROFILES:,}")
+    if not COUNT.fullmatch(value):
+        raise DataError(f"{name} is {value!r}; set it to a whole number from 1 to 999999")
     return int(value)

@@ -1,0 +1,252 @@
+"""The command ``hones serve``: checks what can be checked at once, then becomes vLLM's server with the plugin on."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hones_serving.settings import COUNT, Settings, flag
+from hones_steer.errors import DataError, MismatchError
+from hones_steer.profile import Profile
+from hones_steer.store import SUFFIX, ProfileStore
+
+PLUGIN = "hones"
+
+# The server `vllm serve` starts where there is one of it. (The `vllm` command itself does not run in every build.)
+_SERVER = "vllm.entrypoints.launchers.api_server.entry"
+_PLUGIN_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.platform_plugins",
+    "vllm.stat_logger_plugins",
+)
+# Flags of vLLM that would have no effect, or another than `hones serve` promises.
+_REFUSED = {
+    "--model": "MODEL, the first argument, names the model",
+    "--api-server-count": "hones serve runs one API server",
+    "-asc": "hones serve runs one API server",
+    "--headless": "hones serve runs one API server",
+    "--grpc": "steering is for the HTTP server",
+}
+# A shape of a profile's base model -> its name in a language model's config.json.
+_SHAPES = {
+    "num_layers": "num_hidden_layers",
+    "intermediate_size": "intermediate_size",
+    "hidden_size": "hidden_size",
+}
+
+_DESCRIPTION = """\
+Serve MODEL with vLLM's OpenAI-compatible server. A request names its steering: the body's "hones_task", else the
+header X-Hones-Task, else the model "MODEL:task"; a routing file decides for those that do not. Every response says
+in X-Hones-Profile and X-Hones-Route what it got."""
+
+_EPILOG = """\
+Every other option goes to vLLM as it is; `vllm serve --help=all` lists them.
+
+examples:
+  hones serve llava-hf/llava-1.5-7b-hf --profiles profiles
+  hones serve ./model --profiles profiles --routing routing.yaml --port 8080 --max-model-len 4096
+  HONES_KEY=... ; hones serve ./model --profiles profiles --api-key "$HONES_KEY" --allow-profile-updates
+
+  curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -H 'X-Hones-Task: vqa@0.5+ocr' \\
+    -d '{"model": "./model", "messages": [{"role": "user", "content": "What is this?"}]}'
+  curl localhost:8000/v1/hones/profiles"""
+
+
+def serve(argv: Sequence[str]) -> int:
+    """``hones serve MODEL --profiles DIR ...``: start a server whose requests are steered. Returns only by raising."""
+    arguments, environment = launch(argv, os.environ, installed_plugins())
+    sys.stdout.flush()
+    os.execve(arguments[0], arguments, environment)
+
+
+def launch(
+    argv: Sequence[str], environ: Mapping[str, str], plugins: Collection[str]
+) -> tuple[list[str], dict[str, str]]:
+    """Check everything and return the arguments and the environment of the process that serves.
+
+    `plugins` are the vLLM plugins that an unset VLLM_PLUGINS would load: naming ours must not turn them off.
+
+    Raises:
+        HonesError: what is wrong, see `check`.
+    """
+    options, for_vllm = _parse(argv)
+    settings = Settings(
+        profiles=options.profiles,
+        max_profiles=options.max_profiles,
+        routing=options.routing,
+        allow_updates=options.allow_profile_updates,
+        allow_untested=flag(environ, "HONES_ALLOW_UNTESTED"),
+    )
+    if options.engine == "transformers":
+        raise DataError("--engine transformers comes with a later version; use --engine vllm")
+    if find_spec("vllm") is None:
+        raise DataError("vllm is not installed; run: pip install 'hones-steer[vllm]'")
+    check(options.model, settings)
+    return [*_arguments(options), *for_vllm], {**environ, **_variables(options, settings, environ, plugins)}
+
+
+# What was asked for -------------------------------------------------------------------------------
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of `hones serve`, and the arguments left for vLLM in their order."""
+    parser = _parser()
+    # Later, a MODEL could not be told from the value of an option that only vLLM knows.
+    if argv and argv[0].startswith("-") and not {"-h", "--help"} & set(argv):
+        parser.error(f"MODEL comes before all options, but the first argument is {argv[0]}")
+    options, for_vllm = parser.parse_known_args(argv)
+    for argument in for_vllm:
+        name = argument.partition("=")[0].replace("_", "-")
+        if name in _REFUSED:
+            parser.error(f"{name} cannot be given: {_REFUSED[name]}")
+    return options, for_vllm
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hones serve",
+        usage="hones serve MODEL --profiles DIR [options] [options of vLLM]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # or it would take --max-p... and the like from vLLM
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a model folder or a Hub name")
+    add("--engine", choices=("vllm", "transformers"), default="vllm", help="what runs the model (default: vllm)")
+    add("--profiles", metavar="DIR", type=Path, required=True, help="folder of profiles, <task>.safetensors")
+    add("--routing", metavar="FILE", type=Path, help="YAML: default, rules and canary for requests that do not ask")
+    add(
+        "--max-profiles",
+        metavar="N",
+        type=_count,
+        help="how many different profiles can be in use at once; requests beyond get 429 (default: as many as vLLM's "
+        "--max-num-seqs, at most 64)",
+    )
+    add(
+        "--allow-profile-updates",
+        action="store_true",
+        help="let clients replace profiles and switch steering off over HTTP; use it with --api-key",
+    )
+    add("--host", help="address to listen on (default: all)")
+    add("--port", type=int, help="port to listen on (default: 8000)")
+    # With underscores too, as vLLM reads them: a key must not slip through to its command line.
+    names = ("--served-model-name", "--served_model_name")
+    add(*names, metavar="NAME", nargs="+", help="what requests call the model (default: MODEL)")
+    add("--api-key", "--api_key", metavar="KEY", type=_key, help="what clients must send as a bearer token")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not COUNT.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 999999")
+    return int(text)
+
+
+def _key(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("the key is empty, so anybody could call the server; is its variable set?")
+    return text
+
+
+# Checks before the long start ---------------------------------------------------------------------
+
+
+def check(model: str, settings: Settings) -> None:
+    """Find what would stop the server, or leave it with nothing to steer, before the model is loaded.
+
+    Raises:
+        DataError: a model folder without a config.json, no profiles (where none can be added later).
+        ProfileError: no such folder of profiles, or a broken profile.
+        MismatchError: a profile for a model of other shapes than those in the folder's config.json.
+        RoutingError: a file whose name is no task's, a routing file that is not sound.
+    """
+    config = read_config(model)
+    store = ProfileStore(settings.profiles)
+    names = (file.name.removesuffix(SUFFIX) for file in sorted(store.folder.glob("*" + SUFFIX)))
+    profiles = {name: store.get(name) for name in names}
+    if not profiles and not settings.allow_updates:
+        raise DataError(f"{store.folder}: holds no profiles; put <task>{SUFFIX} files there, or name another folder")
+    for name, profile in profiles.items():
+        _check_shapes(profile, store.path(name), config)
+    if settings.routing is not None:
+        from hones_serving.routing import RoutingPlan
+
+        RoutingPlan.load(settings.routing, profiles)
+
+
+def read_config(model: str) -> dict[str, Any]:
+    """The config.json of a model folder; empty for anything but a folder, which vLLM may download.
+
+    Raises:
+        DataError: `model` is a path to nothing, or its config.json cannot be read.
+    """
+    folder = Path(model)
+    if not folder.exists() and model.startswith((".", "/", "~")):
+        raise DataError(f"{model}: there is no such model folder")
+    if not folder.is_dir():
+        return {}
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{file}: does not exist, so {model} is no model folder") from error
+    except ValueError as error:
+        raise DataError(f"{file}: is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise DataError(f"{file}: is not a JSON object")
+    return config
+
+
+def _check_shapes(profile: Profile, path: Path, config: Mapping[str, Any]) -> None:
+    """Compare the shapes that config.json states; the server compares all, with the loaded weights."""
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    shapes = {field: text[key] for field, key in _SHAPES.items() if isinstance(text.get(key), int)}
+    try:
+        profile.base_model.check(dataclasses.replace(profile.base_model, **shapes), allow_mismatch=True)
+    except MismatchError as error:
+        raise MismatchError(f"{path}: {error}") from error
+
+
+# The process that serves --------------------------------------------------------------------------
+
+
+def installed_plugins() -> set[str]:
+    """The names of the vLLM plugins that load where VLLM_PLUGINS is unset."""
+    return {point.name for group in _PLUGIN_GROUPS for point in entry_points(group=group)}
+
+
+def _arguments(options: argparse.Namespace) -> list[str]:
+    # -P: what lies in the current folder is no module, as with vLLM's own command.
+    arguments = [sys.executable, "-P", "-m", _SERVER, "--model", options.model]
+    for name in ("host", "port"):
+        if getattr(options, name) is not None:
+            arguments += [f"--{name}", str(getattr(options, name))]
+    if options.served_model_name:
+        arguments += ["--served-model-name", *options.served_model_name]
+    return arguments
+
+
+def _variables(
+    options: argparse.Namespace, settings: Settings, environ: Mapping[str, str], plugins: Collection[str]
+) -> dict[str, str]:
+    """The environment variables to set."""
+    wanted = environ["VLLM_PLUGINS"].split(",") if "VLLM_PLUGINS" in environ else sorted(plugins)
+    variables = {
+        **settings.to_env(),
+        "VLLM_PLUGINS": ",".join(dict.fromkeys([*filter(None, wanted), PLUGIN])),
+    }
+    if not settings.allow_untested and "VLLM_USE_V2_MODEL_RUNNER" not in environ:
+        variables["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    if options.api_key:
+        variables["VLLM_API_KEY"] = options.api_key  # every user of the machine can read a command line
+    return variables

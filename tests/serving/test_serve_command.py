@@ -1,0 +1,244 @@
+"""`hones serve`: what it refuses at once, and the process it becomes."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+import pytest
+from hones_serving.commands import launch
+from serving.engines import ENVIRONMENT, server
+from steer.profiles import identity, make
+from tiny_models import random_profile
+from transformers import AutoModelForCausalLM
+
+from hones_steer import save_profile
+from hones_steer.cli import main
+
+SHAPES = {"num_hidden_layers": 6, "intermediate_size": 40, "hidden_size": 32}  # those of `make`'s profiles
+
+
+@pytest.fixture
+def profiles(tmp_path: Path) -> Path:
+    folder = tmp_path / "profiles"
+    folder.mkdir()
+    for task in ("vqa", "ocr"):
+        save_profile(make(task), folder / f"{task}.safetensors")
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": SHAPES}))
+    return folder
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What `hones serve` with these arguments says on its one line of error, when it exits with 2."""
+    assert main(["serve", *map(str, arguments)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("hones serve: error: ")
+    return error
+
+
+# The process it becomes ---------------------------------------------------------------------------
+
+
+def flags_for_vllm(arguments: Sequence[str]) -> list[str]:
+    at = arguments.index("--model")
+    assert arguments[0] == sys.executable
+    return list(arguments[at:])
+
+
+def test_options_become_flags_and_variables(model: Path, profiles: Path, tmp_path: Path) -> None:
+    routing = tmp_path / "routing.yaml"
+    routing.write_text("default: vqa\n")
+    arguments, environment = launch(
+        [
+            *(str(model), "--profiles", str(profiles), "--routing", str(routing), "--max-profiles", "7"),
+            *("--allow-profile-updates", "--host", "127.0.0.1", "--port", "8123", "--served-model-name", "a", "b"),
+        ],
+        {"HOME": "/home/me"},
+        set(),
+    )
+    assert flags_for_vllm(arguments) == [
+        *("--model", str(model), "--host", "127.0.0.1", "--port", "8123", "--served-model-name", "a", "b")
+    ]
+    assert environment == {
+        "HOME": "/home/me",
+        "HONES_PROFILES": str(profiles),
+        "HONES_ROUTING": str(routing),
+        "HONES_MAX_PROFILES": "7",
+        "HONES_ALLOW_PROFILE_UPDATES": "1",
+        "HONES_ALLOW_UNTESTED": "",
+        "VLLM_PLUGINS": "hones",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+    }
+
+
+def test_what_only_vllm_knows_is_passed_on_untouched(model: Path, profiles: Path) -> None:
+    unknown = ["--max-model-len", "4096", "--max-p=1", "-tp", "2", "--enforce-eager", "--hf-overrides", '{"a": "-b c"}']
+    arguments, _ = launch([str(model), *unknown[:4], "--profiles", str(profiles), *unknown[4:]], {}, set())
+    assert flags_for_vllm(arguments) == ["--model", str(model), *unknown]
+
+
+@pytest.mark.parametrize("flag", [["--api-key", "s3cret"], ["--api-key=s3cret"], ["--api_key", "s3cret"]])
+def test_the_key_is_not_in_the_process_list(model: Path, profiles: Path, flag: list[str]) -> None:
+    arguments, environment = launch([str(model), "--profiles", str(profiles), *flag], {}, set())
+    assert "s3cret" not in " ".join(arguments)
+    assert environment["VLLM_API_KEY"] == "s3cret"
+
+
+@pytest.mark.parametrize(
+    ("before", "installed", "plugins"),
+    [
+        (None, {"hones"}, "hones"),
+        (None, {"zebra", "hones", "ascend"}, "ascend,hones,zebra"),
+        (None, {"zebra"}, "zebra,hones"),
+        ("mine", {"zebra", "hones"}, "mine,hones"),
+        ("hones,mine", {"zebra", "hones"}, "hones,mine"),
+        ("", {"zebra", "hones"}, "hones"),
+    ],
+)
+def test_other_plugins_stay_as_they_were(
+    model: Path, profiles: Path, before: str | None, installed: set[str], plugins: str
+) -> None:
+    environ = {} if before is None else {"VLLM_PLUGINS": before}
+    _, environment = launch([str(model), "--profiles", str(profiles)], environ, installed)
+    assert environment["VLLM_PLUGINS"] == plugins
+
+
+@pytest.mark.parametrize(
+    ("environ", "runner"),
+    [
+        ({}, "0"),
+        ({"VLLM_USE_V2_MODEL_RUNNER": "1"}, "1"),
+        ({"HONES_ALLOW_UNTESTED": "1"}, None),
+        ({"HONES_ALLOW_UNTESTED": "0"}, "0"),
+    ],
+)
+def test_the_tested_model_runner_runs(model: Path, profiles: Path, environ: dict[str, str], runner: str | None) -> None:
+    _, environment = launch([str(model), "--profiles", str(profiles)], environ, set())
+    assert environment.get("VLLM_USE_V2_MODEL_RUNNER") == runner
+
+
+def test_variables_from_another_server_do_not_leak_in(model: Path, profiles: Path) -> None:
+    left_over = {"HONES_ROUTING": "old.yaml", "HONES_MAX_PROFILES": "1", "HONES_ALLOW_PROFILE_UPDATES": "1"}
+    _, environment = launch([str(model), "--profiles", str(profiles)], left_over, set())
+    assert [environment[name] for name in left_over] == ["", "", ""]
+
+
+def test_a_hub_name_is_left_to_vllm(profiles: Path) -> None:
+    arguments, _ = launch(["llava-hf/llava-1.5-7b-hf", "--profiles", str(profiles)], {}, set())
+    assert flags_for_vllm(arguments) == ["--model", "llava-hf/llava-1.5-7b-hf"]
+
+
+# What it refuses at once --------------------------------------------------------------------------
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--help"]) == 0
+    text = capsys.readouterr().out
+    for option in ("MODEL", "--profiles", "--routing", "--max-profiles", "--api-key", "examples:", "X-Hones-Task"):
+        assert option in text
+
+
+def test_the_model_comes_first(profiles: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "MODEL comes before all options" in refusal(capsys, "--max-model-len", "4096", "m", "--profiles", profiles)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--model=other", "--api-server-count=2", "--api_server_count", "--headless", "--grpc"]
+)
+def test_flags_that_would_be_ignored(flag: str, profiles: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"{flag.partition('=')[0].replace('_', '-')} cannot be given" in refusal(
+        capsys, "m", "--profiles", profiles, flag
+    )
+
+
+def test_an_empty_key_would_protect_nothing(profiles: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "the key is empty" in refusal(capsys, "m", "--profiles", profiles, "--api-key", "")
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "many"])
+def test_a_maximum_that_is_none(count: str, profiles: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--max-profiles" in refusal(capsys, "m", "--profiles", profiles, f"--max-profiles={count}")
+
+
+def test_the_transformers_engine_is_announced(profiles: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "later version" in refusal(capsys, "m", "--profiles", profiles, "--engine", "transformers")
+
+
+def test_without_vllm(profiles: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not installed
+    assert "run: pip install 'hones-steer[vllm]'" in refusal(capsys, "m", "--profiles", profiles)
+
+
+def test_no_profiles(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no such folder" in refusal(capsys, model, "--profiles", tmp_path / "nowhere")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert f"{empty}: holds no profiles" in refusal(capsys, model, "--profiles", empty)
+    launch([str(model), "--profiles", str(empty), "--allow-profile-updates"], {}, set())  # they may come later
+
+
+@pytest.mark.parametrize("name", ["caption", "my profile"])
+def test_a_bad_profile(name: str, model: Path, profiles: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (profiles / f"{name}.safetensors").write_bytes(b"nonsense")
+    assert name in refusal(capsys, model, "--profiles", profiles)
+
+
+def test_a_profile_for_a_model_of_another_shape(
+    model: Path, profiles: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_profile(make("cap", base_model=identity(hidden_size=48)), profiles / "cap.safetensors")
+    error = refusal(capsys, model, "--profiles", profiles)
+    assert "cap.safetensors" in error
+    assert "48" in error
+    assert "32" in error
+
+
+@pytest.mark.parametrize("config", ["", "[]", None])
+def test_a_folder_that_is_no_model(
+    config: str | None, model: Path, profiles: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model / "config.json").unlink()
+    if config is not None:
+        (model / "config.json").write_text(config)
+    assert str(model / "config.json") in refusal(capsys, model, "--profiles", profiles)
+
+
+def test_a_path_to_nothing(tmp_path: Path, profiles: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "there is no such model folder" in refusal(capsys, tmp_path / "gone", "--profiles", profiles)
+
+
+def test_a_routing_file_that_is_not_sound(
+    model: Path, profiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    routing = tmp_path / "routing.yaml"
+    routing.write_text("default: captions\n")
+    error = refusal(capsys, model, "--profiles", profiles, "--routing", routing)
+    assert f"{routing}" in error
+    assert "captions" in error
+
+
+# For real -----------------------------------------------------------------------------------------
+
+
+def test_a_server_starts(llama: Path, tmp_path: Path) -> None:
+    profiles = tmp_path / "profiles"
+    profiles.mkdir()
+    save_profile(
+        random_profile(AutoModelForCausalLM.from_pretrained(llama), seed=0, task="vqa"), profiles / "vqa.safetensors"
+    )
+    command = [sys.executable, "-m", "hones_steer", "serve", str(llama), "--profiles", str(profiles)]
+    command += ["--api-key", "s3cret", "--served-model-name", "tiny", "--max-model-len", "128", "--enforce-eager"]
+    with server(command, tmp_path / "log", ENVIRONMENT) as running:
+        assert b"s3cret" not in Path(f"/proc/{running.process.pid}/cmdline").read_bytes()
+        models = f"{running.url}/v1/models"
+        assert httpx.get(models).status_code == 401
+        listed = httpx.get(models, headers={"Authorization": "Bearer s3cret"}).json()["data"]
+        assert [model["id"] for model in listed] == ["tiny", "tiny:vqa"]
