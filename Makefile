@@ -15,10 +15,15 @@ BIN := .venv/bin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# Only the tests need vLLM. What the line above installs later fits it: both follow constraints.txt.
+.venv/.vllm: tests/serving/install_vllm.py tests/serving/torchvision_schemas.py constraints.txt | .venv/.installed
+	$(BIN)/python tests/serving/install_vllm.py
+	touch $@
+
 demo: .venv/.installed
 	$(BIN)/hones demo --out runs/demo
 
-test: lint
+test: lint .venv/.vllm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: .venv/.installed
