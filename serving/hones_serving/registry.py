@@ -1,0 +1,232 @@
+"""The profiles a server knows by name, and which of them are in use: a server has room for so many at once."""
+
+from __future__ import annotations
+
+import functools
+import os
+import secrets
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple
+
+from hones_steer.errors import MismatchError, ProfileError, RoutingError, StateError
+from hones_steer.profile import ModelIdentity, Profile, StrPath, is_task_name, load_profile
+from hones_steer.store import SUFFIX, Expression, ProfileStore, combine
+
+_CACHED_BLENDS = 128
+
+
+class CapacityError(RoutingError):
+    """More different profiles would be in use at once than the server has room for: HTTP 429."""
+
+
+@dataclass(frozen=True)
+class Admission:
+    """One request's leave to be steered by `profile` (None: not at all), whatever is loaded or switched off later.
+
+    `ticket` is how the engine finds it again; nobody can guess one. `label` is what metrics count it under.
+    """
+
+    ticket: str = field(repr=False)
+    profile: Profile | None
+    label: str
+
+
+class _Entry(NamedTuple):
+    profile: Profile
+    file: str  # relative to the folder
+
+
+def label_of(expression: Expression) -> str:
+    """The metrics' label: the task whatever its strength, ``blend`` of several, ``none`` where nothing steers."""
+    if len(expression.terms) > 1:
+        return "blend"
+    return expression.terms[0][0] if expression.terms else "none"
+
+
+class ProfileRegistry:
+    """The profiles of one folder, for one model. Safe to use from several threads.
+
+    Files are read when the server starts and by `load`, never because they have changed. `enabled` is the kill
+    switch; who admits requests looks at it.
+
+    Args:
+        folder: holds ``<task>.safetensors`` files; every one is loaded and checked.
+        identity: the model's.
+        max_profiles: how many different profiles can be in use at once.
+        always_enough: no load of the engine can need more than `max_profiles`, so nobody is ever turned away.
+
+    Raises:
+        ProfileError: no such folder; a file is broken, leaves the folder, or is named otherwise than its task.
+        MismatchError: a profile was made for another model.
+    """
+
+    def __init__(self, folder: StrPath, identity: ModelIdentity, *, max_profiles: int, always_enough: bool) -> None:
+        self.enabled = True
+        self._folder = Path(folder)
+        self._identity = identity
+        self._max_profiles = max_profiles
+        self._always_enough = always_enough
+        self._lock = Lock()
+        self._entries = self._read_folder()
+        self._admissions: dict[str, Admission] = {}
+        self._uses: Counter[str] = Counter()  # digest -> admissions and holds
+        self._blend = functools.lru_cache(maxsize=_CACHED_BLENDS)(_blend)
+
+    def _read_folder(self) -> dict[str, _Entry]:
+        store = ProfileStore(self._folder)
+        names = store.names()
+        for file in sorted(self._folder.glob("*" + SUFFIX)):
+            if file.name.removesuffix(SUFFIX) not in names:
+                raise ProfileError(f"{file}: no task can have this name; rename the file to <its task>{SUFFIX}")
+        return {name: self._checked(store.get(name), name + SUFFIX) for name in names}
+
+    # What there is
+
+    def tasks(self) -> list[str]:
+        """The names that expressions can use, sorted."""
+        return sorted(self._entries)
+
+    def profiles(self) -> list[dict[str, Any]]:
+        """What to tell a client about each profile, sorted by name; JSON values."""
+        return [_described(name, entry) for name, entry in sorted(self._entries.items())]
+
+    def require_known(self, expression: Expression) -> None:
+        """Raises RoutingError if the expression mentions a task that has no profile, listing those that have."""
+        self._lookup(self._entries, expression)
+
+    def resolve(self, expression: Expression) -> Profile | None:
+        """The profile that an expression describes now, or None where nothing is left to steer.
+
+        Raises:
+            RoutingError: an unknown task, listing the known ones, or scales beyond 100 in magnitude.
+        """
+        return self._blend(expression, self._lookup(self._entries, expression))
+
+    def _lookup(self, entries: dict[str, _Entry], expression: Expression) -> tuple[tuple[str, Profile], ...]:
+        for name in expression.names:
+            if name not in entries:
+                known = ", ".join(sorted(entries)) or "none yet"
+                raise RoutingError(f"there is no profile for the task {name!r}; known tasks: {known}")
+        return tuple((name, entries[name].profile) for name in expression.names)
+
+    # Changing it
+
+    def load(self, name: str, path: str) -> dict[str, Any]:
+        """Add a profile, or replace the one of this name; returns its entry in `profiles`.
+
+        `path` is relative to the folder, or absolute and inside it. Requests admitted before keep what they have.
+
+        Raises:
+            ProfileError: `name` cannot name a task, or the file is broken or outside the folder.
+            MismatchError: it was made for another model.
+        """
+        if not is_task_name(name):
+            raise ProfileError(f"{name!r} cannot name a task; use letters, digits, '_', '.' and '-' (not 'none')")
+        root = os.path.realpath(self._folder)
+        try:
+            real = os.path.realpath(Path(root) / path)
+        except ValueError as error:  # a NUL character, or half a surrogate pair
+            raise ProfileError(f"{path!r} is not a path; name a file inside the folder of profiles") from error
+        if os.path.commonpath([root, real]) != root:
+            raise ProfileError(f"{path!r} leaves the folder of profiles; put the file itself into the folder")
+        entry = self._checked(load_profile(real), os.path.relpath(real, root))
+        with self._lock:
+            self._entries = {**self._entries, name: entry}
+        return _described(name, entry)
+
+    def unload(self, name: str) -> None:
+        """Forget a profile; its file stays. Requests admitted before keep what they have.
+
+        Raises:
+            RoutingError: no such profile.
+        """
+        with self._lock:
+            if name not in self._entries:
+                known = ", ".join(self.tasks()) or "none"
+                raise RoutingError(f"there is no profile {name!r} to unload; known tasks: {known}")
+            self._entries = {key: entry for key, entry in self._entries.items() if key != name}
+
+    def _checked(self, profile: Profile, file: str) -> _Entry:
+        try:
+            profile.base_model.check(self._identity)
+        except MismatchError as error:
+            raise MismatchError(f"{self._folder / file}: {error}") from error
+        return _Entry(profile, file)
+
+    # Who uses what
+
+    def admit(self, profile: Profile | None, label: str) -> Admission:
+        """Let a request in, with room for its profile until `leave`.
+
+        Raises:
+            CapacityError: other profiles take up all the room.
+        """
+        admission = Admission(secrets.token_hex(16), profile, label)
+        with self._lock:
+            if profile is not None:
+                self._hold(profile.digest)
+            self._admissions[admission.ticket] = admission
+        return admission
+
+    def leave(self, admission: Admission) -> None:
+        """Give the room back; doing it again changes nothing."""
+        with self._lock:
+            if self._admissions.pop(admission.ticket, None) is not None and admission.profile is not None:
+                self._release(admission.profile.digest)
+
+    def admission(self, ticket: str) -> Admission | None:
+        """The admission of a ticket, or None if nobody is admitted by it (any more)."""
+        return self._admissions.get(ticket)
+
+    def hold(self, digest: str) -> None:
+        """Count a request inside the engine as a user of this profile, until `release`.
+
+        Raises:
+            CapacityError: other profiles take up all the room.
+        """
+        with self._lock:
+            self._hold(digest)
+
+    def release(self, digest: str) -> None:
+        """Undo one `hold`. Raises StateError if nothing holds this profile."""
+        with self._lock:
+            self._release(digest)
+
+    def slots_used(self) -> int:
+        """How many different profiles are in use."""
+        return len(self._uses)
+
+    def _hold(self, digest: str) -> None:
+        if digest not in self._uses and len(self._uses) >= self._max_profiles and not self._always_enough:
+            raise CapacityError(
+                f"{self._max_profiles} other profiles are in use, as many as this server holds at once; "
+                "try again soon, or start it with a larger --max-profiles"
+            )
+        self._uses[digest] += 1
+
+    def _release(self, digest: str) -> None:
+        if digest not in self._uses:
+            raise StateError(f"nothing holds the profile {digest[:12]}; release it once per hold")
+        self._uses[digest] -= 1
+        if not self._uses[digest]:
+            del self._uses[digest]
+
+
+def _blend(expression: Expression, profiles: tuple[tuple[str, Profile], ...]) -> Profile | None:
+    # Each was checked against this model, whose sketch is the measure; two of them may differ by twice the tolerance.
+    return combine(expression, dict(profiles).__getitem__, allow_mismatch=True)
+
+
+def _described(name: str, entry: _Entry) -> dict[str, Any]:
+    profile = entry.profile
+    return {
+        "name": name,
+        "digest": profile.digest,
+        "neurons": profile.num_neurons,
+        "layers": len(profile.layers),
+        "description": profile.description,
+        "file": entry.file,
+    }
