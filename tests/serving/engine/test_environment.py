@@ -73,3 +73,12 @@ def test_qwen2_5_vl(qwen2_5_vl: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 32, 3), dtype=np.uint8)
     images = [Image.fromarray(pixels[0]), Image.fromarray(pixels[1, :, :16])]
     check_with_images(qwen2_5_vl, images, ["what is the color of the square ?", "w17 w18"])
+
+
+def test_engines_of_one_process_see_the_variables_of_their_time(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = {}
+    for gigabytes in (1, 2):
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", str(gigabytes))
+        with offline(llama) as llm:
+            blocks[gigabytes] = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+    assert blocks[2] == pytest.approx(2 * blocks[1], abs=2)
