@@ -47,7 +47,7 @@ Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
-FactsOf: TypeAlias = Callable[[object, Mapping[str, str]], RequestFacts]
+FactsOf: TypeAlias = Callable[[object, Mapping[str, str]], RequestFacts]  # from body and headers
 
 _COVERED: dict[str, FactsOf] = {"/v1/chat/completions": facts_of_chat, "/v1/completions": facts_of_completion}
 _MODELS = "/v1/models"
@@ -117,7 +117,7 @@ class HonesMiddleware:
             await self._complete(self._service(), _COVERED[path], scope, receive, send)
         elif method == "POST":
             await self._app(scope, await _checked_elsewhere(self._service(), scope, receive), send)
-        elif method == "GET" and path == _MODELS:
+        elif method in ("GET", "HEAD") and path == _MODELS:
             await self._app(scope, receive, _with_aliases(self._service(), send))
         else:
             await self._app(scope, receive, send)

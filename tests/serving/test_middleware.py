@@ -543,6 +543,11 @@ def test_steering_on_another_route_is_400(client, body, kind):
     refused(response, 400, "only /v1/chat/completions and /v1/completions can be steered")
 
 
+def test_a_large_upload_is_refused_before_it_is_read(client):
+    headers = {"X-Hones-Task": "vqa", "content-type": "audio/wav"}
+    refused(client.post("/tokenize", content=b"x" * 20_000_000, headers=headers), 400)
+
+
 def test_the_header_on_another_route_is_400(client):
     for content in (b"x", b"{}"):
         response = client.post("/tokenize", content=content, headers={"X-Hones-Task": "vqa"})
@@ -610,6 +615,7 @@ def test_every_served_name_has_its_aliases_unless_taken(client, engine):
     engine.service.registry.load("lora", "vqa.safetensors")
     ids = [model["id"] for model in client.get("/v1/models").json()["data"]]
     assert ids == ["m", "m:lora", "m:ocr", "m:vqa"]
+    assert client.head("/v1/models").headers["content-length"] == str(len(client.get("/v1/models").content))
     engine.service.registry.unload("vqa")
     assert "m:vqa" not in client.get("/v1/models").text
 
