@@ -2,8 +2,8 @@
 
 `make test` calls it. It only concerns the test environment; on a GPU machine a user installs `hones-steer[vllm]`.
 The wheel asks for torch, torchvision, torchaudio and torchcodec builds of one particular index, which not every
-machine reaches: those are left out, as nothing tested here uses their compiled code. Triton, which xgrammar brings,
-is a gigabyte that a CPU never uses.
+machine reaches: those are left out, which pip complains about, as nothing here uses their compiled code. Triton, which
+xgrammar brings, is a gigabyte that a CPU never uses.
 
 Qwen2.5-VL's processor alone imports torchvision. It goes to a folder of its own, which only the processes that serve
 that model have on their PYTHONPATH: transformers processes images otherwise where it finds torchvision.
