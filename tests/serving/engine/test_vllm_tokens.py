@@ -1,0 +1,155 @@
+"""Mixed batches in real engines: each request's tokens are those it gets alone, and those transformers gives it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hones_offline.scenes import scenes
+from PIL import Image
+from serving.steered import (
+    MIXED,
+    Reference,
+    answers,
+    answers_alone,
+    changed,
+    engine,
+    generate,
+    prompts,
+    tokens_of,
+    write_profiles,
+)
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+PROMPTS = prompts(len(MIXED), longest=30)
+MODES = {
+    "eager": {},
+    "compiled": {"enforce_eager": False},
+    "chunked prefill": {"max_num_batched_tokens": 8},
+    "compiled chunked prefill": {"enforce_eager": False, "max_num_batched_tokens": 16},
+}
+
+
+@pytest.fixture(scope="module")
+def profiles(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama_profiles") / "profiles"
+    write_profiles(AutoModelForCausalLM.from_pretrained(llama), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(llama: Path, profiles: Path) -> list[list[int]]:
+    """What transformers says to the mixed batch."""
+    return expected_tokens(Reference(AutoModelForCausalLM.from_pretrained(llama), profiles), PROMPTS)
+
+
+def expected_tokens(reference: Reference, prompts: Any) -> list[list[int]]:
+    tokens = reference.answers(prompts, MIXED)
+    assert changed(tokens, reference.answers(prompts, [None] * len(MIXED)), MIXED) >= 0.8
+    reference.steering.detach()
+    return tokens
+
+
+def logprobs_of(outputs: list[Any]) -> list[list[dict[int, float]]]:
+    return [
+        [{token: entry.logprob for token, entry in step.items()} for step in output.outputs[0].logprobs]
+        for output in outputs
+    ]
+
+
+def test_unsteered_requests_are_bit_equal_to_an_engine_without_hones(
+    llama: Path, profiles: Path, expected: list[list[int]]
+) -> None:
+    unsteered = [None] * len(MIXED)
+    with engine(llama, None) as llm:
+        without = generate(llm, PROMPTS, unsteered, logprobs=5)
+    with engine(llama, profiles) as llm:
+        idle = generate(llm, PROMPTS, unsteered, logprobs=5)
+        mixed = generate(llm, PROMPTS, MIXED, logprobs=5)
+    assert tokens_of(idle) == tokens_of(without)
+    assert logprobs_of(idle) == logprobs_of(without)
+    assert tokens_of(mixed) == expected
+    for row, expression in enumerate(MIXED):
+        same = logprobs_of(mixed)[row] == logprobs_of(without)[row]
+        assert same == (expression in (None, "none")), expression
+
+
+@pytest.mark.parametrize("options", MODES.values(), ids=MODES)
+def test_each_request_of_a_mixed_batch_is_right(
+    options: dict[str, Any], llama: Path, profiles: Path, expected: list[list[int]]
+) -> None:
+    with engine(llama, profiles, **options) as llm:
+        assert answers(llm, PROMPTS, MIXED) == expected
+        assert answers_alone(llm, PROMPTS, MIXED) == expected
+
+
+def test_preempted_requests_come_back_steered(llama: Path, profiles: Path, expected: list[list[int]]) -> None:
+    # 8 blocks of 32 tokens: all requests start, but some need a second block before others have finished.
+    options = {"num_gpu_blocks_override": 9, "block_size": 32, "max_model_len": 64, "enable_prefix_caching": False}
+    with engine(llama, profiles, disable_log_stats=False, **options) as llm:
+        assert answers(llm, PROMPTS, MIXED) == expected
+        (preemptions,) = (metric for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+        assert preemptions.value > 0
+
+
+def test_async_scheduling(
+    llama: Path, profiles: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps are scheduled before the ones before them have finished. vLLM switches that off on a CPU; here it is on."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    update = CpuPlatform.check_and_update_config
+
+    def update_and_switch_on(config: Any) -> None:
+        update(config)
+        config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", staticmethod(update_and_switch_on))
+    with engine(llama, profiles) as llm:
+        assert type(llm.llm_engine.engine_core.engine_core.scheduler).__name__ == "AsyncScheduler"
+        assert answers(llm, PROMPTS, MIXED) == expected
+
+
+# vLLM's client leaves its ZeroMQ context to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_tensor_parallel_in_processes_of_their_own(llama: Path, profiles: Path, expected: list[list[int]]) -> None:
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    with engine(llama, profiles, env, tensor_parallel_size=2) as llm:
+        assert answers(llm, PROMPTS, MIXED) == expected
+
+
+def test_the_embedded_llava(embedded: Path, tmp_path: Path) -> None:
+    some = scenes("test", len(MIXED))
+    texts, images = [scene.prompt("caption") for scene in some], [scene.image() for scene in some]
+    # A trained model keeps its answers under a few scales.
+    check_with_images(embedded, texts, images, tmp_path / "profiles", fraction=0.9)
+
+
+def test_qwen2_5_vl(qwen2_5_vl: Path, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (len(MIXED), 16, 32, 3), dtype=np.uint8)
+    images = [Image.fromarray(image[:, : 16 + 16 * (i % 2)]) for i, image in enumerate(pixels)]  # 4 or 8 tokens each
+    texts = [f"what is the color of w{10 * i} w{i + 20} ?" for i in range(len(MIXED))]
+    check_with_images(qwen2_5_vl, texts, images, tmp_path / "profiles", fraction=0.3)
+
+
+def check_with_images(folder: Path, texts: list[str], images: list[Any], profiles: Path, fraction: float) -> None:
+    """Mixed batches with an image each: eager, in chunks of a few tokens, and compiled."""
+    processor = AutoProcessor.from_pretrained(folder)
+    requests = [
+        (
+            processor.apply_chat_template(
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
+                add_generation_prompt=True,
+                tokenize=False,
+            ),
+            image,
+        )
+        for text, image in zip(texts, images, strict=True)
+    ]
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    write_profiles(model, profiles, fraction)
+    expected = expected_tokens(Reference(model, profiles, processor), requests)
+    for options in ({"max_num_batched_tokens": 64}, {"enforce_eager": False}):
+        with engine(folder, profiles, **options) as llm:
+            assert answers(llm, requests, MIXED) == expected
+            assert answers_alone(llm, requests, MIXED) == expected

@@ -1,0 +1,22 @@
+"""What a step's tokens should become, written plainly: one token and one neuron list at a time, no tables."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hones_steer import Profile
+
+
+def scale_tokens(z: Tensor, slots: Sequence[int], profiles: Mapping[int, Profile], layer: int) -> Tensor:
+    """FFN activations `[tokens, I]`, token i scaled by the profile in slots[i]; slots without one change nothing.
+
+    The product is taken in float32 and rounded once to z's own type.
+    """
+    out = z.clone()
+    for token, slot in enumerate(slots):
+        if slot in profiles and layer in profiles[slot].layers:
+            neurons, scales = profiles[slot].layers[layer]
+            for neuron, value in zip(neurons.tolist(), scales.tolist(), strict=True):
+                out[token, neuron] = (z[token, neuron].float() * torch.tensor(value)).to(z.dtype)
+    return out

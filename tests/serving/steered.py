@@ -1,0 +1,143 @@
+"""Steered vLLM engines for tests, and what transformers answers with the same profiles.
+
+Prompts are lists of token ids, or ``(text, image)`` pairs for a model with vision.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from serving.engines import offline
+from tiny_models import random_profile
+
+from hones_steer import Profile, save_profile, steer
+
+Prompt = list[int] | tuple[str, Image.Image]
+
+TASKS = ("cap", "ocr", "vqa")
+# A mixed batch: no task and "none", tasks, a blend, a strength, a negative strength; as one step lays them out,
+# some neighbours are steered alike.
+MIXED = (None, "vqa", "ocr", "vqa@0.5+ocr", "none", "cap@0.5", "vqa@-1", "vqa")
+NEW_TOKENS = 12
+
+
+def words(length: int, seed: int = 5) -> list[int]:
+    """A prompt of plain words."""
+    return torch.randint(10, 300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def prompts(count: int, longest: int = 20) -> list[list[int]]:
+    """Different prompts, 3 to `longest` tokens long."""
+    return [words(3 + i * (longest - 3) // max(1, count - 1), seed=i) for i in range(count)]
+
+
+def write_profiles(model: Any, folder: Path, fraction: float = 0.3) -> dict[str, Profile]:
+    """A folder with a profile for each of TASKS, random scales for a share of all neurons; returns them."""
+    folder.mkdir()
+    profiles = {task: random_profile(model, seed, task, fraction) for seed, task in enumerate(TASKS)}
+    for task, profile in profiles.items():
+        save_profile(profile, folder / f"{task}.safetensors")
+    return profiles
+
+
+class Reference:
+    """What transformers answers, one request at a time, steered by `hones_steer.steer` with a folder of profiles.
+
+    Made before an engine that compiles: attaching the steering makes PyTorch forget compiled code.
+    """
+
+    def __init__(self, model: Any, folder: Path, processor: Any = None) -> None:
+        model.generation_config.eos_token_id = None  # end tokens end nothing
+        self.model = model.eval()
+        self.steering = steer(model, {file.stem: file for file in sorted(folder.glob("*.safetensors"))})
+        self._processor = processor
+
+    def tokens(self, prompt: Prompt, expression: str | None, count: int = NEW_TOKENS) -> list[int]:
+        """The next `count` tokens, greedily."""
+        inputs = self._inputs(prompt)
+        with torch.no_grad(), self.steering.task(expression or "none"):
+            ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=count)
+        return ids[0, inputs["input_ids"].shape[1] :].tolist()
+
+    def answers(self, prompts: Sequence[Prompt], expressions: Sequence[str | None]) -> list[list[int]]:
+        """`tokens` of each request."""
+        return [self.tokens(p, e) for p, e in zip(prompts, expressions, strict=True)]
+
+    def logprobs(self, ids: Sequence[int], expression: str | None) -> torch.Tensor:
+        """Log-probabilities `[len(ids), vocabulary]`; row i is for the token after ids[i]."""
+        with torch.no_grad(), self.steering.task(expression or "none"):
+            logits = self.model(torch.tensor([ids])).logits[0]
+        return logits.float().log_softmax(-1)
+
+    def _inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
+        if isinstance(prompt, list):
+            ids = torch.tensor([prompt])
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        text, image = prompt
+        return dict(self._processor(images=image, text=text, return_tensors="pt"))
+
+
+@contextmanager
+def engine(model: Path, profiles: Path | None, env: Mapping[str, str] | None = None, **options: Any) -> Iterator[Any]:
+    """`engines.offline` with HONES_PROFILES set to a folder, or with None as if hones-steer were not there."""
+    import vllm.plugins
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("HONES_PROFILES", raising=False)
+        patch.setenv("VLLM_PLUGINS", "hones" if profiles else "none")
+        if profiles:
+            patch.setenv("HONES_PROFILES", str(profiles))
+        for name, value in (env or {}).items():
+            patch.setenv(name, value)
+        patch.setattr(vllm.plugins, "plugins_loaded", False)  # vLLM looks once per process
+        with offline(model, **options) as llm:
+            yield llm
+
+
+def request(prompt: Prompt, **more: Any) -> dict[str, Any]:
+    """A prompt as vLLM takes it; `more` as its cache_salt."""
+    if isinstance(prompt, list):
+        return {"prompt_token_ids": prompt, **more}
+    text, image = prompt
+    return {"prompt": text, "multi_modal_data": {"image": image}, **more}
+
+
+def sampling(expression: str | None, **options: Any) -> Any:
+    """Greedy SamplingParams for NEW_TOKENS tokens, steered by an expression."""
+    from vllm import SamplingParams
+
+    extra = None if expression is None else {"hones_task": expression}
+    greedy = {"temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True}
+    return SamplingParams(**{**greedy, **options}, extra_args=extra)
+
+
+def generate(llm: Any, prompts: Sequence[Prompt], expressions: Sequence[str | None], **options: Any) -> list[Any]:
+    """VLLM's outputs for one mixed batch, in order."""
+    params = [sampling(expression, **options) for expression in expressions]
+    outputs: list[Any] = llm.generate([request(p) for p in prompts], params, use_tqdm=False)
+    return outputs
+
+
+def tokens_of(outputs: Sequence[Any]) -> list[list[int]]:
+    """The tokens of each output's first sequence."""
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def answers(llm: Any, prompts: Sequence[Prompt], expressions: Sequence[str | None], **options: Any) -> list[list[int]]:
+    """The tokens of one mixed batch."""
+    return tokens_of(generate(llm, prompts, expressions, **options))
+
+
+def answers_alone(llm: Any, prompts: Sequence[Prompt], expressions: Sequence[str | None]) -> list[list[int]]:
+    """The tokens of the same requests, one after the other."""
+    return [answers(llm, [p], [e])[0] for p, e in zip(prompts, expressions, strict=True)]
+
+
+def changed(tokens: Sequence[list[int]], unsteered: Sequence[list[int]], expressions: Sequence[str | None]) -> float:
+    """The share of steered requests whose tokens differ from the unsteered ones."""
+    steered = [a != b for a, b, e in zip(tokens, unsteered, expressions, strict=True) if e not in (None, "none")]
+    return sum(steered) / len(steered)
