@@ -24,7 +24,7 @@ _INITIAL_ROWS = 256
 class ScaleTables:
     """One table `[slots, I]` per decoder layer, each on its layer's device; slot 0 is never written.
 
-    `shard` names the neurons that this process holds under tensor parallelism (default: all); the tables have its width.
+    `shard` names the neurons this process holds under tensor parallelism (default: all): the width of its tables.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""Serving: routing, HTTP middleware and engine plugins (nothing here yet; see CHANGELOG)."""
+"""Serving: the HTTP contract of steering, the command `hones serve`, and the plugin for vLLM."""

@@ -179,9 +179,9 @@ def check(model: str, settings: Settings) -> None:
     for name, profile in profiles.items():
         _check_shapes(profile, store.path(name), config)
     if settings.routing is not None:
-        from hones_serving.routing import RoutingPlan
+        from hones_serving.routing_file import load_plan
 
-        RoutingPlan.load(settings.routing, profiles)
+        load_plan(settings.routing, profiles)
 
 
 def read_config(model: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from hones_serving.metrics import Metrics
 from hones_serving.middleware import HonesMiddleware, Service
 from hones_serving.registry import ProfileRegistry
 from hones_serving.routing import RoutingPlan
+from hones_serving.routing_file import load_plan
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
@@ -294,7 +295,7 @@ def test_body_beats_header_beats_alias(client):
 
 def test_the_routing_file_decides_for_those_who_do_not_ask(client, engine, tmp_path):
     (tmp_path / "r.yaml").write_text("default: vqa\nrules:\n- {task: ocr, prompt_regex: read}\n")
-    engine.service.plan = RoutingPlan.load(tmp_path / "r.yaml", engine.service.registry.tasks())
+    engine.service.plan = load_plan(tmp_path / "r.yaml", engine.service.registry.tasks())
     assert steering(ask(client)) == (shown(VQA), "default")
     assert steering(ask(client, messages=[{"role": "user", "content": "read this"}])) == (shown(OCR), "rule")
     assert steering(ask(client, COMPLETIONS, prompt="read this")) == (shown(OCR), "rule")
@@ -700,7 +701,7 @@ def test_a_load_that_is_malformed_says_how_it_goes(client, body):
 
 def test_what_the_routing_file_needs_is_not_forgotten(client, engine, tmp_path):
     (tmp_path / "r.yaml").write_text("default: vqa\ncanary: {task: vqa, to: ocr@0.5, percent: 0}\n")
-    engine.service.plan = RoutingPlan.load(tmp_path / "r.yaml", engine.service.registry.tasks())
+    engine.service.plan = load_plan(tmp_path / "r.yaml", engine.service.registry.tasks())
     for name in ("vqa", "ocr"):
         refused(client.delete(f"/v1/hones/profiles/{name}"), 400, f"the routing file steers with '{name}'")
 
@@ -736,7 +737,7 @@ def test_a_replacement_does_not_touch_who_is_inside(client, engine, folder):
 
 def test_the_kill_switch(client, engine, tmp_path):
     (tmp_path / "r.yaml").write_text("default: vqa\n")
-    engine.service.plan = RoutingPlan.load(tmp_path / "r.yaml", engine.service.registry.tasks())
+    engine.service.plan = load_plan(tmp_path / "r.yaml", engine.service.registry.tasks())
     assert client.post("/v1/hones/steering", json={"enabled": False}).json() == {"enabled": False}
     assert client.get("/v1/hones/profiles").json()["enabled"] is False
     for asked in ({}, {"hones_task": "vqa"}, {"headers": {"X-Hones-Task": "vqa"}}, {"model": "m:vqa"}):

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from hones_serving.routing import (
     MATCHED_BYTES,
-    MAX_FILE_BYTES,
     ROUTES,
     Canary,
     Decision,
@@ -25,6 +24,7 @@ from hones_serving.routing import (
     facts_of_completion,
     split_alias,
 )
+from hones_serving.routing_file import MAX_FILE_BYTES, load_plan
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,7 +54,7 @@ def decided(facts: RequestFacts, plan: RoutingPlan | None = None, *, enabled: bo
 def loaded(folder: Path, text: str | bytes) -> RoutingPlan:
     path = folder / "routing.yaml"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return RoutingPlan.load(path, TASKS)
+    return load_plan(path, TASKS)
 
 
 # Precedence ---------------------------------------------------------------------------------------------------
@@ -593,7 +593,7 @@ def test_no_tasks_at_all(tmp_path: Path) -> None:
     path = tmp_path / "routing.yaml"
     path.write_text("default: vqa")
     with pytest.raises(RoutingError, match="known tasks: none yet"):
-        RoutingPlan.load(path, [])
+        load_plan(path, [])
 
 
 def test_a_file_beyond_1_mib_is_not_parsed(tmp_path: Path) -> None:
@@ -607,7 +607,7 @@ def test_a_file_beyond_1_mib_is_not_parsed(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "missing.yaml", "No such file")):
         with pytest.raises(RoutingError, match=f"^{path}: cannot be read: {reason}"):
-            RoutingPlan.load(path, TASKS)
+            load_plan(path, TASKS)
 
 
 @given(st.binary(max_size=60) | st.text("\n -:{}[]&*'\"|>?!%#abc\tdefaultrulstk", max_size=60))
@@ -615,4 +615,4 @@ def test_no_file_crashes_the_reader(tmp_path_factory: pytest.TempPathFactory, te
     path = tmp_path_factory.mktemp("fuzz") / "routing.yaml"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
     with contextlib.suppress(RoutingError):
-        RoutingPlan.load(path, TASKS)
+        load_plan(path, TASKS)

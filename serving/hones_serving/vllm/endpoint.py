@@ -9,6 +9,7 @@ from hones_serving.metrics import Metrics
 from hones_serving.middleware import HonesMiddleware, Service
 from hones_serving.registry import Admission
 from hones_serving.routing import RoutingPlan
+from hones_serving.routing_file import load_plan
 from hones_serving.settings import Settings
 from hones_serving.vllm.front import TICKET, attach
 from hones_steer.errors import StateError
@@ -47,7 +48,7 @@ class Endpoint:
         served = tuple(model.name for model in models.base_model_paths)
         self._service = Service(
             registry=registry,
-            plan=RoutingPlan.load(settings.routing, registry.tasks()) if settings.routing else RoutingPlan(),
+            plan=load_plan(settings.routing, registry.tasks()) if settings.routing else RoutingPlan(),
             metrics=metrics,
             served=served,
             exact=lambda: {*served, *models.lora_requests},

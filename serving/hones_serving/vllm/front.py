@@ -70,6 +70,10 @@ class Front:
                 raise RequestError(f"{TICKET}: a reserved name; name steering with {TASK!r}")
             return admission.profile, admission.label
         text = asked.get(TASK)
+        if (
+            text is not None and self.metrics is not None
+        ):  # a server's requests come with tickets, if they may be steered
+            raise RequestError(f"this route cannot be steered; leave out {TASK!r}")
         if not isinstance(text, str | None):
             raise RequestError(f"{TASK} is {text!r}; give an expression like 'vqa@0.5+ocr'")
         expression = parse_expression("none" if text is None else text)
