@@ -27,7 +27,9 @@ from hones_steer.profile import ModelIdentity, Profile, parse_profile, sketch_of
 from hones_steer.slots import IDENTITY, ScaleTables, SlotPool
 
 _CHUNK = 2**22  # float32 scales gathered at a time in eager mode: 16 MB
-_MAX_RUNS = 4  # of tokens with one slot, beyond which one gather is quicker than a product for each
+# Tokens in a row with one slot (a run) are multiplied at once where that is quicker than looking each one's row up:
+_FEW_RUNS = 4
+_LONG_RUN = 16  # tokens, on average
 
 
 class TokenSlots:
@@ -39,16 +41,18 @@ class TokenSlots:
     def __init__(self, max_tokens: int, device: torch.device) -> None:
         self.index = torch.full((max_tokens,), IDENTITY, dtype=torch.int64, device=device)
         self.runs: list[tuple[int, int, int]] = []  # (first token, end, slot) of the steered tokens
-        self._tokens = 0
+        self.by_run = True
 
     def write(self, slots: Sequence[int], counts: Sequence[int]) -> None:
         """Set the step's tokens: `counts[i]` tokens in a row belong to the request with `slots[i]`."""
         if all(slot == IDENTITY for slot in slots):
             if self.runs:
-                self.runs = []
+                self.runs, self.by_run = [], True
                 self.index.fill_(IDENTITY)
             return
         self.runs = _runs(slots, counts)
+        steered = sum(end - start for start, end, _ in self.runs)
+        self.by_run = len(self.runs) <= _FEW_RUNS or steered >= _LONG_RUN * len(self.runs)
         host = torch.from_numpy(np.repeat(np.asarray(slots, dtype=np.int64), counts))
         if self.index.device.type == "cuda":
             host = host.pin_memory()  # else the copy would wait for the GPU
@@ -95,7 +99,7 @@ class SteeredActivation(nn.Module):
 
     def _scale_in_place(self, z: Tensor) -> Tensor:
         runs = self._tokens.runs
-        if len(runs) <= _MAX_RUNS:
+        if self._tokens.by_run:
             for start, end, slot in runs:
                 z[start:end].mul_(self.table[slot])
             return z
@@ -114,18 +118,24 @@ class WorkerSteering:
         self._pool = SlotPool(tables, max_profiles)
         self._tokens = tokens
         self._profiles: dict[str, Profile] = {}  # request id -> profile, for steered requests
+        self._last: tuple[list[str], list[int]] | None = None  # the last step's requests, if none have come since
 
     def begin(self, scheduler_output: Any) -> None:
         """Note which requests have come and gone."""
         for request_id in scheduler_output.finished_req_ids:
             self._profiles.pop(request_id, None)
         for request in scheduler_output.scheduled_new_reqs:
+            self._last = None
             extra = (request.sampling_params and request.sampling_params.extra_args) or {}
             if PROFILE in extra:
                 self._profiles[request.req_id] = unpacked(extra[PROFILE])
 
     def fill(self, request_ids: Sequence[str], counts: Sequence[int]) -> None:
         """Set the slots of the tokens about to run: `counts[i]` in a row belong to `request_ids[i]`."""
+        step = list(request_ids), np.asarray(counts).tolist()
+        if step == self._last:  # the same requests go on decoding, with the profiles they came with
+            return
+        self._last = step
         profiles = [self._profiles.get(request_id) for request_id in request_ids]
         slots = self._pool.acquire(profiles)
         self._pool.release(profiles)

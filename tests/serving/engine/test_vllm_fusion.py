@@ -14,9 +14,7 @@ LAYERS = 4
 CALL = re.compile(r"^\s*(cpp_fused\w*)\(", re.MULTILINE)
 
 
-def test_the_scaling_is_fused_with_the_activation(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_scaling_is_fused_with_the_activation(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reads the code that Inductor has generated: each layer's activation kernel looks the scales up itself."""
     (tmp_path / "profiles").mkdir()
     model = AutoModelForCausalLM.from_pretrained(llama)

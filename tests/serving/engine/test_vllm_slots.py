@@ -70,7 +70,7 @@ def test_step_after_step_each_token_gets_its_slot(
     """Steered, unsteered, longer and shorter steps; one run of equally steered tokens, a few, or many."""
     tokens = TokenSlots(MAX_TOKENS, torch.device("cpu"))
     activations = [SteeredActivation(Copy(), table, tokens, eager=eager) for table in tables_of().tables]
-    assert 1 < worker._MAX_RUNS < 12  # so steps have fewer runs than that, and more
+    assert 1 < worker._FEW_RUNS < 12  # so steps have fewer runs than that, and more
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "_CHUNK", chunk)
         for step in steps:
