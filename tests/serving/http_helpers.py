@@ -1,0 +1,142 @@
+"""A client's side of a real server: questions, answers, what /metrics says, and a barrier around the engine."""
+
+import asyncio
+import base64
+import io
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from openai import AsyncOpenAI
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+from serving.engines import Server
+
+NEW_TOKENS = 12
+DEADLINE_SECONDS = 120
+
+# A name and its labels, sorted: ("hones_tokens_total", ("profile", "vqa")).
+Samples = dict[tuple[Any, ...], float]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A chat's one message if there is an image, else a completion's prompt."""
+
+    text: str
+    image: Image.Image | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """What the `openai` client is called with."""
+        if self.image is None:
+            return {"prompt": self.text}
+        png = io.BytesIO()
+        self.image.save(png, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": self.text}]
+        return {"messages": [{"role": "user", "content": content}]}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The texts of a response's choices, its two headers, and the tokens it says it cost."""
+
+    texts: list[str]
+    profile: str
+    route: str
+    tokens: int
+
+
+async def ask(
+    client: AsyncOpenAI,
+    question: Question,
+    *,
+    stream: bool = False,
+    count: int = NEW_TOKENS,
+    started: asyncio.Event | None = None,
+    extra_body: dict[str, Any] | None = None,
+    **options: Any,
+) -> Answer:
+    """Ask for `count` greedy tokens; sets `started` once a stream has brought text."""
+    completions = client.completions if question.image is None else client.chat.completions
+    if stream:
+        options["stream_options"] = {"include_usage": True}
+    raw = await completions.with_raw_response.create(
+        **{"model": "tiny", "temperature": 0, **options},
+        **question.arguments(),
+        stream=stream,
+        max_tokens=count,
+        extra_body={"ignore_eos": True, **(extra_body or {})},
+    )
+    texts, tokens = await _streamed(raw.parse(), started) if stream else _whole(raw.parse())
+    return Answer(texts, raw.headers["x-hones-profile"], raw.headers["x-hones-route"], tokens)
+
+
+def _whole(response: Any) -> tuple[list[str], int]:
+    chosen = [choice.message.content if hasattr(choice, "message") else choice.text for choice in response.choices]
+    return chosen, response.usage.completion_tokens
+
+
+async def _streamed(chunks: AsyncIterator[Any], started: asyncio.Event | None) -> tuple[list[str], int]:
+    texts: dict[int, str] = {}
+    tokens = 0
+    async for chunk in chunks:
+        for choice in chunk.choices:
+            text = choice.delta.content if hasattr(choice, "delta") else choice.text
+            texts[choice.index] = texts.get(choice.index, "") + (text or "")
+            if text and started is not None:
+                started.set()
+        if chunk.usage is not None:
+            tokens = chunk.usage.completion_tokens
+    return [texts[index] for index in sorted(texts)], tokens
+
+
+async def scrape(url: str) -> Samples:
+    """What Prometheus reads from a server at this moment."""
+    async with httpx.AsyncClient() as client:
+        text = (await client.get(f"{url}/metrics", timeout=DEADLINE_SECONDS)).raise_for_status().text
+    return {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def increase(before: Samples, after: Samples, name: str) -> dict[tuple[str, ...], float]:
+    """By how much the samples of one metric have grown, where they have: label values, sorted by label -> number."""
+    grown = {key: value - before.get(key, 0) for key, value in after.items() if key[0] == name}
+    return {tuple(value for _, value in key[1:]): more for key, more in grown.items() if more}
+
+
+async def until(number: Callable[[], Awaitable[float]], wanted: float) -> None:
+    """Wait until something counted is so many: `wanted` or more, or none; fails if that takes minutes."""
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while not ((now := await number()) >= wanted > 0 or now == wanted):
+            await asyncio.sleep(0.02)
+
+
+@contextmanager
+def frozen(server: Server) -> Iterator[None]:
+    """Stop the engine's process: what it runs stays unfinished, and what arrives stays queued, until the block ends."""
+    (engine,) = _engines(server.process.pid)
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(engine, signal.SIGCONT)
+
+
+def _engines(pid: int) -> list[int]:
+    children = [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in _read(task / "children").split()
+    ]
+    return [child for child in children if _read(Path(f"/proc/{child}/comm")).startswith("VLLM::EngineCor")]
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")

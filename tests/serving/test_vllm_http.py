@@ -1,0 +1,667 @@
+"""Steering over HTTP: real vLLM servers, called as people call them.
+
+Expected texts are those of transformers, steered with the same profiles. Where it matters what is in flight when
+something changes, the engine's process is stopped meanwhile.
+"""
+
+import asyncio
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from hones_offline.scenes import scenes
+from openai import AsyncOpenAI
+from serving.checkpoints import llama as make_llama
+from serving.engines import ENVIRONMENT, Server, server
+from serving.http_helpers import NEW_TOKENS, Answer, Question, Samples, ask, frozen, increase, scrape, until
+from serving.steered import Reference, write_profiles
+from tiny_models import random_profile
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+from hones_steer import Profile, save_profile
+from hones_steer.store import combine, parse_expression
+
+pytestmark = pytest.mark.anyio
+
+KEY = "s3cret"
+LONG = 250  # tokens: seconds
+ROUTING = """\
+default: vqa@0.5
+rules:
+  - task: ocr
+    header: {X-Tenant: documents}
+  - task: none
+    header: {X-Tenant: plain}
+  - task: cap@2
+    header: {X-Tenant: trial}
+canary: {task: cap@2, to: ocr@1.5, percent: 50}
+"""
+SCENES = scenes("test", 4)
+PICTURES = [Question(scene.prompt("caption"), scene.image()) for scene in SCENES]
+TEXTS = [Question(scene.captions[0][:20]) for scene in SCENES]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A server, and what its answers should be."""
+
+    server: Server
+    folder: Path
+    profiles: dict[str, Profile]
+    reference: Reference
+    processor: Any  # or tokenizer
+    key: str = "none"
+    known: dict[Any, str] = field(default_factory=dict)
+
+    def client(self) -> AsyncOpenAI:
+        return AsyncOpenAI(api_key=self.key, base_url=f"{self.server.url}/v1", max_retries=0, timeout=300)
+
+    async def call(self, method: str, path: str, body: object = None, **headers: str) -> httpx.Response:
+        """A call with the key, without a client that knows better."""
+        headers = {"Authorization": f"Bearer {self.key}", **headers}
+        async with httpx.AsyncClient(base_url=self.server.url, timeout=300) as client:
+            return await client.request(method, path, json=body, headers=headers)
+
+    async def slots_used(self) -> float:
+        return (await scrape(self.server.url))[("hones_slots_used",)]
+
+    async def admitted(self) -> float:
+        """How many requests have been admitted so far."""
+        samples = await scrape(self.server.url)
+        return sum(value for (name, *_), value in samples.items() if name == "hones_requests_total")
+
+    def text(self, question: Question, expression: str, count: int = NEW_TOKENS) -> str:
+        """What transformers answers."""
+        key = question.text, id(question.image), expression, count
+        if key not in self.known:
+            tokens = self.reference.tokens(self._prompt(question), expression, count)
+            before = self._tokenizer(question.text)["input_ids"]  # or a first word would lack its space
+            whole, known = (self._tokenizer.decode(ids, skip_special_tokens=True) for ids in (before + tokens, before))
+            # vLLM ends before a character that is cut.
+            self.known[key] = whole.removeprefix(known).rstrip("\N{REPLACEMENT CHARACTER}")
+        return self.known[key]
+
+    @property
+    def _tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    def _prompt(self, question: Question) -> Any:
+        if question.image is None:
+            return self._tokenizer(question.text)["input_ids"]
+        content = [{"type": "image"}, {"type": "text", "text": question.text}]
+        messages = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), question.image
+
+    def header(self, expression: str) -> str:
+        """What X-Hones-Profile should be."""
+        profile = combine(parse_expression(expression), self.profiles.__getitem__)
+        return "none" if profile is None else f"{expression} ({profile.short_digest})"
+
+    def check(self, answer: Answer, question: Question, expression: str, route: str, **options: int) -> None:
+        """Everything that one answer says."""
+        assert (answer.profile, answer.route) == (self.header(expression), route)
+        assert answer.texts == [self.text(question, expression, **options)] * len(answer.texts)
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+async def site(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
+    """The embedded VLM by `hones serve`, with a key, a routing file, and permission to change profiles."""
+    here = tmp_path_factory.mktemp("site")
+    model = AutoModelForImageTextToText.from_pretrained(embedded, dtype=torch.float32)
+    folder, routing = here / "profiles", here / "routing.yaml"
+    # A trained model keeps its answers under a few scales.
+    profiles = write_profiles(model, folder, fraction=0.9)
+    routing.write_text(ROUTING)
+    processor = AutoProcessor.from_pretrained(embedded)
+    reference = Reference(model, folder, processor)
+    profiles["new"] = random_profile(model, 99, "vqa", 0.9)
+    (folder / "next").mkdir()
+    save_profile(profiles["new"], folder / "next" / "vqa.safetensors")
+    reference.steering.load("new", folder / "next" / "vqa.safetensors")
+    command = [
+        *(sys.executable, "-m", "hones_steer", "serve", str(embedded), "--engine", "vllm"),
+        *("--profiles", str(folder), "--routing", str(routing), "--api-key", KEY, "--allow-profile-updates"),
+        *("--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8"),
+        *("--allowed-origins", '["https://app.example"]'),
+    ]
+    with server(command, here / "log", ENVIRONMENT) as running:
+        site = Site(running, folder, profiles, reference, processor, KEY)
+        # vLLM 0.32 may answer 500 ("P0/P1 cache drift") to requests that bring one new image at the same time.
+        async with site.client() as client:
+            for question in PICTURES:
+                await ask(client, question, count=1)
+        yield site
+        assert running.process.poll() is None
+
+
+@pytest.fixture
+async def client(site: Site) -> AsyncIterator[AsyncOpenAI]:
+    async with site.client() as client:
+        yield client
+    await until(site.slots_used, 0)  # no test leaves one in use
+
+
+# 64 at once ---------------------------------------------------------------------------------------
+
+EXPRESSIONS = ("vqa", "ocr@1.5", "none", "vqa@0.5+ocr", "cap@2", "vqa@-1+cap@2")
+FORMS: list[tuple[list[Question], dict[str, Any]]] = [
+    (PICTURES, {}),
+    (TEXTS, {}),
+    (PICTURES, {"stream": True}),
+    (TEXTS, {"stream": True}),
+    (PICTURES, {"n": 2, "temperature": 1, "extra_body": {"top_k": 1}}),  # vLLM calls n > 1 at temperature 0 an error
+]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One request of many, and what should steer it how."""
+
+    question: Question
+    options: dict[str, Any]
+    expression: str
+    route: str
+
+
+def named(way: str, expression: str) -> tuple[dict[str, Any], str, str]:
+    """A request that names its steering in some way: what to call the client with, the expression, the route."""
+    return {
+        "body": ({"extra_body": {"hones_task": expression}}, expression, "body"),
+        "xargs": ({"extra_body": {"vllm_xargs": {"hones_task": expression}}}, expression, "body"),
+        "header": ({"extra_headers": {"X-Hones-Task": expression}}, expression, "header"),
+        "alias": ({"model": f"tiny:{expression}"}, expression, "alias"),
+        "all": (
+            {
+                "extra_body": {"hones_task": expression},
+                "extra_headers": {"X-Hones-Task": "ocr", "X-Tenant": "plain"},
+                "model": "tiny:cap",
+            },
+            expression,
+            "body",
+        ),
+        "rule": ({"extra_headers": {"X-Tenant": "documents"}}, "ocr", "rule"),
+        "rule for none": ({"extra_headers": {"X-Tenant": "plain"}}, "none", "rule"),
+        "default": ({}, "vqa@0.5", "default"),
+    }[way]
+
+
+def mixed(count: int) -> list[Sent]:
+    """Every form and every way of naming, with changing expressions and questions."""
+    ways = ("body", "xargs", "header", "alias", "all", "rule", "rule for none", "default", "header")
+    requests = []
+    for i in range(count):
+        questions, form = FORMS[i % len(FORMS)]
+        options, expression, route = named(ways[i % len(ways)], EXPRESSIONS[i * 7 // 3 % len(EXPRESSIONS)])
+        extra = {"extra_body": {**options.pop("extra_body", {}), **form.get("extra_body", {})}}
+        requests.append(Sent(questions[i % 4], {**options, **form, **extra}, expression, route))
+    return requests
+
+
+@dataclass(frozen=True)
+class Burst:
+    """64 requests that were sent at once, and the metrics before and after."""
+
+    sent: list[Sent]
+    answers: list[Answer]
+    before: Samples
+    after: Samples
+
+
+@pytest.fixture(scope="module")
+async def burst(site: Site) -> Burst:
+    sent = mixed(64)
+    async with site.client() as client:
+        before = await scrape(site.server.url)
+        answers = await asyncio.gather(*(ask(client, one.question, **one.options) for one in sent))
+        with pytest.raises(openai.NotFoundError):  # counts nowhere
+            await ask(client, TEXTS[0], model="tiny:wqa")
+        await until(site.slots_used, 0)
+        return Burst(sent, answers, before, await scrape(site.server.url))
+
+
+async def test_64_mixed_requests_at_once_each_say_what_transformers_says(site: Site, burst: Burst) -> None:
+    for one, answer in zip(burst.sent, burst.answers, strict=True):
+        assert answer.texts == [site.text(one.question, one.expression)] * one.options.get("n", 1), one
+    steered = [one for one in burst.sent if one.expression != "none"]
+    changed = [site.text(one.question, one.expression) != site.text(one.question, "none") for one in steered]
+    assert sum(changed) >= 0.8 * len(changed)
+
+
+async def test_their_headers_say_what_steered_them(site: Site, burst: Burst) -> None:
+    expected = [(site.header(one.expression), one.route) for one in burst.sent]
+    assert [(answer.profile, answer.route) for answer in burst.answers] == expected
+    assert len(set(expected)) > 12
+
+
+async def test_the_metrics_count_what_was_sent(burst: Burst) -> None:
+    requests: Counter[tuple[str, str]] = Counter()
+    tokens: Counter[tuple[str]] = Counter()
+    for one, answer in zip(burst.sent, burst.answers, strict=True):
+        names = parse_expression(one.expression).names
+        label = "blend" if len(names) > 1 else names[0] if names else "none"
+        requests[label, one.route] += 1
+        tokens[(label,)] += answer.tokens
+    assert increase(burst.before, burst.after, "hones_requests_total") == requests
+    assert increase(burst.before, burst.after, "hones_tokens_total") == tokens
+    assert sum(tokens.values()) == sum(NEW_TOKENS * one.options.get("n", 1) for one in burst.sent)
+    assert burst.after[("hones_slots_used",)] == 0
+    assert burst.after[("hones_profiles_loaded",)] == 3
+
+
+# Names and refusals -------------------------------------------------------------------------------
+
+
+async def test_models_lists_an_alias_for_each_profile(client: AsyncOpenAI) -> None:
+    models = [(model.id, model.model_extra["parent"]) async for model in await client.models.list()]
+    assert models == [("tiny", None), ("tiny:cap", "tiny"), ("tiny:ocr", "tiny"), ("tiny:vqa", "tiny")]
+
+
+async def test_who_has_no_key_learns_nothing(site: Site) -> None:
+    body = {"model": "tiny", "prompt": "A", "hones_task": "unheard-of"}
+    for path in ("/v1/completions", "/v1/models", "/v1/hones/profiles", "/v1/hones/steering"):
+        method = "GET" if path.endswith(("models", "profiles")) else "POST"
+        response = await site.call(method, path, body, Authorization="Bearer wrong")
+        assert response.status_code == 401, path
+        assert not [name for name in response.headers if name.startswith("x-hones")]
+        assert "vqa" not in response.text
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize(
+    ("asked", "error", "words"),
+    [
+        ({"extra_body": {"hones_task": "wqa"}}, openai.BadRequestError, "known tasks: cap, ocr, vqa"),
+        ({"extra_body": {"vllm_xargs": {"hones_task": "wqa"}}}, openai.BadRequestError, "known tasks: cap, ocr, vqa"),
+        ({"extra_headers": {"X-Hones-Task": "vqa+wqa"}}, openai.BadRequestError, "'wqa'"),
+        ({"model": "tiny:wqa"}, openai.NotFoundError, "'tiny:wqa' does not exist"),
+        ({"model": "huge:vqa"}, openai.NotFoundError, "does not exist"),
+        ({"extra_body": {"hones_task": "vqa@@2"}}, openai.BadRequestError, "vqa@@2"),
+        ({"extra_headers": {"X-Hones-Task": "vqa +ocr"}}, openai.BadRequestError, "vqa +ocr"),
+        ({"model": "tiny:vqa@99"}, openai.BadRequestError, "99"),
+        ({"extra_body": {"hones_task": 3}}, openai.BadRequestError, "hones_task must be a string"),
+        ({"extra_body": {"vllm_xargs": {"hones_ticket": "0" * 32}}}, openai.BadRequestError, "reserved"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else None,
+)
+async def test_what_is_unknown_or_malformed(
+    client: AsyncOpenAI, asked: dict[str, Any], error: type[openai.APIStatusError], words: str, stream: bool
+) -> None:
+    for question in (PICTURES[0], TEXTS[0]):
+        with pytest.raises(error) as refused:
+            await ask(client, question, stream=stream, **asked)
+        assert words in refused.value.message
+        assert refused.value.response.headers["content-type"] == "application/json"
+        assert refused.value.body["code"] == refused.value.status_code
+
+
+async def test_beams_cannot_be_steered(site: Site) -> None:
+    beams = {"model": "tiny", "prompt": TEXTS[0].text, "max_tokens": 4, "use_beam_search": True, "n": 2}
+    for way in ({"hones_task": "vqa"}, {}, {"model": "tiny:vqa"}):
+        response = await site.call("POST", "/v1/completions", {**beams, **way})
+        assert response.status_code == 400
+        assert "beam search cannot be steered" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/responses", "/v1/messages", "/tokenize", "/invocations"])
+async def test_other_routes_cannot_be_steered(site: Site, path: str) -> None:
+    body = {"model": "tiny", "input": "A", "prompt": "A"}
+    ways: list[tuple[dict[str, str], dict[str, str]]] = [
+        ({"hones_task": "vqa"}, {}),
+        ({}, {"X-Hones-Task": "vqa"}),
+        ({"model": "tiny:vqa"}, {}),
+    ]
+    for named_in_body, headers in ways:
+        response = await site.call("POST", path, {**body, **named_in_body}, **headers)
+        assert response.status_code == 400
+        assert "only /v1/chat/completions and /v1/completions can be steered" in response.json()["error"]["message"]
+
+
+async def test_health_and_browsers(site: Site) -> None:
+    assert httpx.get(f"{site.server.url}/health").status_code == 200
+    origin = {"Origin": "https://app.example"}
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, x-hones-task"}
+    preflight = httpx.options(f"{site.server.url}/v1/chat/completions", headers={**origin, **asked})
+    assert preflight.status_code == 200
+    assert "x-hones-task" in preflight.headers["access-control-allow-headers"]
+    refused = await site.call("POST", "/v1/completions", {"model": "tiny:wqa", "prompt": "A"}, **origin)
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (404, origin["Origin"])
+    assert httpx.options(f"{site.server.url}/v1/chat/completions").status_code == 405
+
+
+# The canary ---------------------------------------------------------------------------------------
+
+
+async def test_a_canary_draws_by_key_and_never_flips(site: Site, client: AsyncOpenAI) -> None:
+    async def routes(question: Question, **options: Any) -> list[str]:
+        headers = [{"X-Tenant": "trial", "X-Hones-Key": f"user {i}"} for i in range(24)]
+        answers = await asyncio.gather(*(ask(client, question, extra_headers=h, **options) for h in headers))
+        for answer in answers:
+            site.check(answer, question, {"rule": "cap@2", "canary": "ocr@1.5"}[answer.route], answer.route)
+        return [answer.route for answer in answers]
+
+    drawn = await routes(TEXTS[0])
+    assert set(drawn) == {"rule", "canary"}
+    assert await routes(TEXTS[1], stream=True) == drawn
+    # Who asks gets what it asks for.
+    taken = {"X-Hones-Key": f"user {drawn.index('canary')}"}
+    answer = await ask(client, TEXTS[0], model="tiny:cap@2", extra_headers=taken)
+    site.check(answer, TEXTS[0], "cap@2", "alias")
+
+
+# Changes while it runs ----------------------------------------------------------------------------
+
+
+async def load(site: Site, path: str, name: str = "vqa") -> httpx.Response:
+    return await site.call("POST", "/v1/hones/profiles", {"name": name, "path": path})
+
+
+@contextmanager
+def broken_profiles(site: Site) -> Iterator[dict[str, str]]:
+    """Files that must not be loaded: path -> words of the refusal."""
+    folder = site.folder / "bad"
+    folder.mkdir()
+    (folder / "broken.safetensors").write_bytes((site.folder / "vqa.safetensors").read_bytes()[:-7])
+    (folder / "pickle.safetensors").write_bytes(b"\x80\x04N.")
+    other = AutoModelForCausalLM.from_pretrained(make_llama(folder / "llama"))
+    save_profile(random_profile(other, 0, "vqa"), folder / "other.safetensors")
+    outside = site.folder.parent / "outside.safetensors"
+    shutil.copy(site.folder / "vqa.safetensors", outside)
+    (folder / "link.safetensors").symlink_to(outside)
+    (folder / "linked").symlink_to(outside.parent)
+    try:
+        yield {
+            "bad/broken.safetensors": "broken.safetensors",
+            "bad/pickle.safetensors": "pickle.safetensors",
+            "bad/other.safetensors": "other.safetensors",
+            "bad/nothing.safetensors": "nothing.safetensors",
+            "bad": "bad",
+            "../outside.safetensors": "leaves the folder",
+            str(outside): "leaves the folder",
+            "bad/link.safetensors": "leaves the folder",
+            "bad/linked/outside.safetensors": "leaves the folder",
+            "/dev/zero": "leaves the folder",
+            "\0": "not a path",
+        }
+    finally:
+        shutil.rmtree(folder)
+        outside.unlink()
+
+
+async def test_bad_profiles_are_refused_and_the_server_lives(site: Site, client: AsyncOpenAI) -> None:
+    before = await scrape(site.server.url)
+    listed = (await site.call("GET", "/v1/hones/profiles")).json()
+    with broken_profiles(site) as bad:
+        for path, words in bad.items():
+            response = await load(site, path)
+            assert response.status_code == 400, path
+            assert words in response.json()["error"]["message"]
+        assert (await load(site, "vqa.safetensors", name="none")).status_code == 400
+    assert (await site.call("GET", "/v1/hones/profiles")).json() == listed
+    refused = increase(before, await scrape(site.server.url), "hones_profile_loads_total")
+    assert refused == {("error",): len(bad) + 1}
+    site.check(await ask(client, PICTURES[0], model="tiny:vqa"), PICTURES[0], "vqa", "alias")
+
+
+@asynccontextmanager
+async def running(
+    site: Site, client: AsyncOpenAI, group: asyncio.TaskGroup, model: str, count: int
+) -> AsyncIterator[list[asyncio.Task[Answer]]]:
+    """Requests that have brought some of their LONG tokens, and the engine stopped in the midst of them."""
+    so_far = await site.admitted()
+    started = [asyncio.Event() for _ in range(count)]
+    options: dict[str, Any] = {"model": model, "stream": True, "count": LONG}
+    with frozen(site.server):
+        tasks = [group.create_task(ask(client, TEXTS[0], started=event, **options)) for event in started]
+        await until(site.admitted, so_far + count)
+    await asyncio.gather(*(event.wait() for event in started))
+    with frozen(site.server):
+        assert await site.slots_used() == 1
+        yield tasks
+        assert not any(task.done() for task in tasks)
+
+
+async def test_a_replaced_profile_steers_only_what_comes_after(site: Site, client: AsyncOpenAI) -> None:
+    """What runs, what waits in the engine's queue, and what is sent afterwards, all unfinished when it is replaced."""
+
+    def send() -> list[asyncio.Task[Answer]]:
+        return [group.create_task(ask(client, question, model="tiny:vqa")) for question in PICTURES]
+
+    try:
+        async with asyncio.TaskGroup() as group, running(site, client, group, "tiny:vqa", count=8) as tasks:
+            so_far = await site.admitted()
+            waiting = send()  # no more than 8 run at once
+            await until(site.admitted, so_far + 4)
+            response = await load(site, "next/vqa.safetensors")
+            assert response.json()["digest"] == site.profiles["new"].digest
+            after = send()
+            await until(site.admitted, so_far + 8)
+            assert await site.slots_used() == 2
+    finally:
+        await load(site, "vqa.safetensors")
+    for task in tasks:
+        site.check(task.result(), TEXTS[0], "vqa", "alias", count=LONG)
+    for question, old, new in zip(PICTURES, waiting, after, strict=True):
+        site.check(old.result(), question, "vqa", "alias")
+        assert new.result().profile == f"vqa ({site.profiles['new'].short_digest})"
+        assert new.result().texts == [site.text(question, "new")] != [site.text(question, "vqa")]
+    site.check(await ask(client, PICTURES[0], model="tiny:vqa"), PICTURES[0], "vqa", "alias")
+
+
+async def test_replacing_under_load_mixes_nothing(site: Site, client: AsyncOpenAI) -> None:
+    old, new = site.header("vqa"), f"vqa ({site.profiles['new'].short_digest})"
+    answers: list[tuple[Question, Answer]] = []
+    over = asyncio.Event()
+
+    async def keep_asking(first: int) -> None:
+        for i in itertools.count(first):
+            question = (PICTURES + TEXTS)[i % 8]
+            answers.append((question, await ask(client, question, stream=i % 3 == 0, model="tiny:vqa")))
+            if over.is_set():
+                break
+
+    async def answered() -> int:
+        return len(answers)
+
+    async with asyncio.TaskGroup() as group:
+        for first in range(12):
+            group.create_task(keep_asking(first))
+        for path in ("next/vqa.safetensors", "vqa.safetensors") * 2:
+            await until(answered, len(answers) + 8)
+            assert (await load(site, path)).status_code == 200
+        over.set()
+    for question, answer in answers:
+        assert answer.texts == [site.text(question, {old: "vqa", new: "new"}[answer.profile])]
+    assert {answer.profile for _, answer in answers} == {old, new}
+
+
+async def test_an_unloaded_profile_steers_what_it_was_admitted_for(site: Site, client: AsyncOpenAI) -> None:
+    assert (await load(site, "next/vqa.safetensors", name="extra")).status_code == 200
+    async with asyncio.TaskGroup() as group, running(site, client, group, "tiny:extra", count=1) as (task,):
+        so_far = await site.admitted()
+        waiting = group.create_task(ask(client, PICTURES[0], model="tiny:extra"))
+        await until(site.admitted, so_far + 1)
+        assert (await site.call("DELETE", "/v1/hones/profiles/extra")).status_code == 200
+        with pytest.raises(openai.NotFoundError):
+            await ask(client, PICTURES[0], model="tiny:extra")
+    assert task.result().texts == [site.text(TEXTS[0], "new", LONG)]
+    assert waiting.result().texts == [site.text(PICTURES[0], "new")]
+    assert "tiny:extra" not in [model.id async for model in await client.models.list()]
+    assert (await site.call("DELETE", "/v1/hones/profiles/extra")).status_code == 404
+    assert (await site.call("DELETE", "/v1/hones/profiles/ocr")).status_code == 400  # the routing file needs it
+
+
+async def test_the_kill_switch_acts_at_admission(site: Site, client: AsyncOpenAI) -> None:
+    async def switch(on: bool) -> None:
+        assert (await site.call("POST", "/v1/hones/steering", {"enabled": on})).json() == {"enabled": on}
+
+    try:
+        async with asyncio.TaskGroup() as group, running(site, client, group, "tiny:ocr", count=1) as (task,):
+            await switch(False)
+            after = [group.create_task(ask(client, PICTURES[0], **way)) for way in ({}, {"model": "tiny:vqa"})]
+            with pytest.raises(openai.BadRequestError):
+                await ask(client, PICTURES[0], extra_body={"hones_task": "wqa"})
+    finally:
+        await switch(True)
+    site.check(task.result(), TEXTS[0], "ocr", "alias", count=LONG)
+    for late in after:
+        site.check(late.result(), PICTURES[0], "none", "off")
+    site.check(await ask(client, PICTURES[0]), PICTURES[0], "vqa@0.5", "default")
+
+
+# Clients that go away -----------------------------------------------------------------------------
+
+CLIENT = """
+import json, sys, httpx
+url, headers, body = json.loads(sys.argv[1])
+with httpx.stream("POST", url, headers=headers, json=body, timeout=300) as response:
+    for line in response.iter_lines():
+        print(line, flush=True)
+"""
+
+
+def start_client(site: Site, **body: Any) -> "subprocess.Popen[str]":
+    body = {"model": "tiny:vqa", "prompt": TEXTS[0].text, "max_tokens": 400, "ignore_eos": True, **body}
+    what = [f"{site.server.url}/v1/completions", {"Authorization": f"Bearer {site.key}"}, body]
+    return subprocess.Popen([sys.executable, "-c", CLIENT, json.dumps(what)], stdout=subprocess.PIPE, text=True)
+
+
+async def test_a_killed_client_leaks_no_slot(site: Site, client: AsyncOpenAI) -> None:
+    """The engine stands still meanwhile: a slot cannot come back because its request has finished."""
+    so_far = await site.admitted()
+    with ExitStack() as clients:
+        with frozen(site.server):
+            streaming = clients.enter_context(start_client(site, stream=True))
+            waiting = clients.enter_context(start_client(site, hones_task="ocr"))
+            await until(site.admitted, so_far + 2)
+        assert streaming.stdout is not None
+        assert streaming.stdout.readline().startswith("data: ")
+        with frozen(site.server):
+            assert await site.slots_used() == 2
+            for process in (streaming, waiting):
+                os.kill(process.pid, signal.SIGKILL)
+            await until(site.slots_used, 0)
+    site.check(await ask(client, PICTURES[0], model="tiny:cap@2"), PICTURES[0], "cap@2", "alias")
+
+    async def in_the_engine() -> float:
+        samples = await scrape(site.server.url)
+        return sum(value for (name, *_), value in samples.items() if name == "vllm:num_requests_running")
+
+    await until(in_the_engine, 0)
+
+
+# The plain way ------------------------------------------------------------------------------------
+
+
+def api_server(model: Path) -> list[str]:
+    module = "vllm.entrypoints.openai.api_server"
+    options = ["--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "8"]
+    return [sys.executable, "-m", module, "--model", str(model), *options]
+
+
+def plain_env(profiles: Path, **more: str) -> dict[str, str]:
+    return {**ENVIRONMENT, "HONES_PROFILES": str(profiles), "VLLM_USE_V2_MODEL_RUNNER": "0", **more}
+
+
+@pytest.fixture(scope="module")
+def plain(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A Llama by vLLM's own command, with room for two profiles at once."""
+    here = tmp_path_factory.mktemp("plain")
+    model, folder = AutoModelForCausalLM.from_pretrained(llama), here / "profiles"
+    profiles = write_profiles(model, folder)
+    reference = Reference(model, folder)
+    env = plain_env(folder, VLLM_PLUGINS="hones", HONES_MAX_PROFILES="2")
+    with server(api_server(llama), here / "log", env) as running:
+        yield Site(running, folder, profiles, reference, AutoTokenizer.from_pretrained(llama))
+
+
+WORDS = Question("w17 w42 w3")
+
+
+async def test_beyond_the_slots_429_until_there_is_room(plain: Site) -> None:
+    async with plain.client() as client, asyncio.TaskGroup() as group:
+        so_far = await plain.admitted()
+        with frozen(plain.server):
+            in_flight = {
+                expression: group.create_task(ask(client, WORDS, model=f"tiny:{expression}", stream=stream))
+                for expression, stream in (("vqa", False), ("ocr", True), ("none", False))
+            }
+            await until(plain.admitted, so_far + 3)
+            assert await plain.slots_used() == 2
+            for stream in (False, True):
+                with pytest.raises(openai.RateLimitError, match="2 other profiles are in use") as refused:
+                    await ask(client, WORDS, model="tiny:vqa@0.5", stream=stream)
+                assert refused.value.response.headers["x-hones-profile"] == "none"
+            in_flight["ocr@1"] = group.create_task(ask(client, WORDS, model="tiny:ocr@1"))  # one of those in use
+            await until(plain.admitted, so_far + 4)
+        for expression, task in in_flight.items():
+            plain.check(await task, WORDS, expression, "alias")
+        plain.check(await ask(client, WORDS, model="tiny:vqa@0.5"), WORDS, "vqa@0.5", "alias")
+        await until(plain.slots_used, 0)
+
+
+async def test_nothing_can_be_changed_unless_it_was_allowed(plain: Site) -> None:
+    assert [profile["name"] for profile in (await plain.call("GET", "/v1/hones/profiles")).json()["data"]] == [
+        *("cap", "ocr", "vqa")
+    ]
+    changes = [
+        ("POST", "/v1/hones/profiles", {"name": "vqa", "path": "ocr.safetensors"}),
+        ("DELETE", "/v1/hones/profiles/vqa", None),
+        ("POST", "/v1/hones/steering", {"enabled": False}),
+    ]
+    for method, path, body in changes:
+        response = await plain.call(method, path, body)
+        assert response.status_code == 403, path
+        assert "--allow-profile-updates" in response.json()["error"]["message"]
+    async with plain.client() as client:
+        plain.check(await ask(client, WORDS, extra_body={"hones_task": "vqa"}), WORDS, "vqa", "body")
+
+
+# Servers that must not start ----------------------------------------------------------------------
+
+
+def refusal(command: list[str], env: dict[str, str]) -> str:
+    """What a server says that ends with an error, and leaves no process behind: those would keep the pipe open."""
+    done = subprocess.run(
+        [*command, "--port", "0"],
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0, done.stdout
+    return done.stdout
+
+
+def test_without_its_http_side_the_server_does_not_start(llama: Path, plain: Site) -> None:
+    assert "set VLLM_PLUGINS=hones, or use `hones serve`" in refusal(api_server(llama), plain_env(plain.folder))
+
+
+def test_with_a_profile_of_another_model_the_server_does_not_start(llama: Path, tmp_path: Path) -> None:
+    other = AutoModelForCausalLM.from_pretrained(make_llama(tmp_path / "other", seed=1))
+    profiles = tmp_path / "profiles"
+    profiles.mkdir()
+    save_profile(random_profile(other, 0, "vqa"), profiles / "vqa.safetensors")
+    # Of the same shapes: only the loaded weights tell.
+    said = refusal(api_server(llama), plain_env(profiles, VLLM_PLUGINS="hones"))
+    assert "MismatchError" in said
+    assert "vqa.safetensors" in said
