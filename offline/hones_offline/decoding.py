@@ -9,13 +9,16 @@ last position of every row is its last prompt token.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import DynamicCache
 
+from hones_offline.recording import Head, replaced_heads, resumed
 from hones_steer.errors import LayoutError
 from hones_steer.layout import Layout, find_layout
 
@@ -51,6 +54,32 @@ class Batch:
     embeds: Tensor
     mask: Tensor
     positions: Tensor
+
+    def __add__(self, other: "Batch") -> "Batch":
+        return Batch(
+            torch.cat([self.embeds, other.embeds], dim=1),
+            torch.cat([self.mask, other.mask], dim=1),
+            torch.cat([self.positions, other.positions], dim=2),
+        )
+
+
+@dataclass
+class Started:
+    """Rows of which greedy decoding knows the first new token.
+
+    cache, mask [B, cached], positions [axes, B, 1] of the last cached token, tokens [B], how many tokens each row may
+    get (that one included), and which head is replaced in each row, if any are.
+    """
+
+    cache: Any
+    mask: Tensor
+    positions: Tensor
+    tokens: Tensor
+    budgets: Sequence[int]
+    heads: Sequence[Head] = ()
+
+
+Run = Callable[[Batch, Any], tuple[Tensor, Any]]
 
 
 class TextDecoder:
@@ -112,54 +141,90 @@ class TextDecoder:
         )
         return out.last_hidden_state, out.past_key_values
 
+    def resume(
+        self, batch: Batch, states: Tensor, heads: Sequence[Head], cache: Any = None, *, use_cache: bool = False
+    ) -> tuple[Tensor, Any]:
+        """`run` with each of `heads`, all of one layer, replaced: copy after copy of the batch, [heads·B, T, hidden].
+
+        Only the layers from theirs on are run, from `states` [B, T, hidden], what enters that layer when `batch` runs
+        undisturbed. Of the lower layers the cache holds the length alone.
+        """
+        copies, layer = len(heads), heads[0][0]
+        entering = states.repeat(copies, 1, 1)
+        rows = [head for head in heads for _ in range(len(states))]
+        repeated = Batch(entering.to(self.device), batch.mask.repeat(copies, 1), batch.positions.repeat(1, copies, 1))
+        with resumed(self.layout, layer, entering), replaced_heads(self.layout, rows):
+            hidden, cache = self.run(repeated, cache, use_cache=use_cache)
+        if use_cache:
+            nothing = entering.new_zeros(len(entering), 1, entering.shape[1], 1)
+            for lower in range(layer):
+                cache.update(
+                    nothing, nothing, lower
+                )  # masks of the next forward are made from the lowest layer's length
+        return hidden, cache
+
     @torch.no_grad()
     def greedy(self, prompts: Sequence[Segment], max_new_tokens: int) -> list[list[int]]:
         """Greedy continuations of a batch of prompts: token ids up to, not including, the end token."""
         batch = self.collate(prompts)
         hidden, cache = self.run(batch, use_cache=True)
-        end = torch.tensor(self.end_tokens, device=self.device)
-        mask, positions = batch.mask, batch.positions[:, :, -1:]
-        finished = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
-        steps: list[Tensor] = []
-        for step in range(max_new_tokens):
-            token = self.logits(hidden[:, -1]).argmax(-1).to(self.device)
-            steps.append(token)
-            finished = finished | torch.isin(token, end)
-            if step + 1 == max_new_tokens or bool(finished.all()):
-                break
-            mask = F.pad(mask, (0, 1), value=1)
-            positions = positions + 1
-            hidden, cache = self.run(Batch(self.embed(token[:, None]), mask, positions), cache, use_cache=True)
-        return [self._until_end(row) for row in torch.stack(steps, dim=1).tolist()]
+        first = self.logits(hidden[:, -1]).argmax(-1)
+        return self.continue_greedy(
+            Started(cache, batch.mask, batch.positions[:, :, -1:], first, [max_new_tokens] * len(prompts))
+        )
 
-    def _until_end(self, tokens: list[int]) -> list[int]:
-        ends = [i for i, token in enumerate(tokens) if token in self.end_tokens]
-        return tokens[: ends[0]] if ends else tokens
+    @torch.no_grad()
+    def continue_greedy(self, started: "Started") -> list[list[int]]:
+        """Go on after each row's first new token: token ids from that one up to, not including, the end token."""
+        cache, mask, positions, tokens = started.cache, started.mask, started.positions, started.tokens
+        texts: list[list[int]] = [[] for _ in started.budgets]
+        rows = list(range(len(texts)))  # of the cache
+        going = set(rows)
+        while True:
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                if row in going and token not in self.end_tokens:
+                    texts[row].append(token)
+                if token in self.end_tokens or len(texts[row]) >= started.budgets[row]:
+                    going.discard(row)
+            if not going:
+                return texts
+            if 2 * len(going) <= len(rows):  # dropping rows copies the cache, so not for each that ends
+                kept = torch.tensor([at for at, row in enumerate(rows) if row in going], device=mask.device)
+                cache.batch_select_indices(kept)
+                mask, positions, tokens = mask[kept], positions[:, kept], tokens[kept.to(tokens.device)]
+                rows = [row for row in rows if row in going]
+            mask, positions = F.pad(mask, (0, 1), value=1), positions + 1
+            with replaced_heads(self.layout, [started.heads[row] for row in rows] if started.heads else []):
+                hidden, cache = self.run(Batch(self.embed(tokens[:, None]), mask, positions), cache, use_cache=True)
+            tokens = self.logits(hidden[:, -1]).argmax(-1)
 
     @torch.no_grad()
     def candidate_logits(
-        self, prefixes: Sequence[Segment], suffixes: Sequence[Sequence[Segment]], *, rows: int
+        self, prefixes: Sequence[Segment], suffixes: Sequence[Sequence[Segment]], *, rows: int, run: Run | None = None
     ) -> list[Tensor]:
         """Next-token logits after each candidate: one [candidates, vocabulary] per prefix.
 
-        Each prefix runs once; its candidates' suffixes continue from its KV cache, at most `rows` at a time.
+        Each prefix runs once; its candidates' suffixes continue from its KV cache, at most `rows` at a time. `run`
+        stands in for `TextDecoder.run` and may return several copies of its rows, which then come one after another.
         """
+        run = run or partial(self.run, use_cache=True)
         prefix = self.collate(prefixes)
-        _, cache = self.run(prefix, use_cache=True)
-        counts = [len(group) for group in suffixes]
-        owners = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(self.device)
+        hidden, cache = run(prefix, DynamicCache())
+        copies = len(hidden) // len(prefixes)
+        owners = torch.tensor([i for i, group in enumerate(suffixes) for _ in group], device=self.device)
         flat = [segment for group in suffixes for segment in group]
-        logits = []
+        pieces = []
         for start in range(0, len(flat), rows):
             owner, chosen = owners[start : start + rows], flat[start : start + rows]
-            branch = copy.deepcopy(cache) if start + rows < len(flat) else cache
-            branch.batch_select_indices(owner)
+            repeated = torch.cat([owner + number * len(prefixes) for number in range(copies)])
             batch = self.collate(chosen, side="right")
             mask = torch.cat([prefix.mask[owner], batch.mask], dim=1)
-            hidden, _ = self.run(Batch(batch.embeds, mask, batch.positions), branch, use_cache=True)
-            last = torch.tensor([len(segment) - 1 for segment in chosen], device=hidden.device)
-            logits.append(self.logits(hidden[torch.arange(len(chosen), device=hidden.device), last]))
-        return list(torch.cat(logits).split(counts))
+            hidden, _ = run(Batch(batch.embeds, mask, batch.positions), _selected(cache, repeated))
+            last = torch.tensor([len(segment) - 1 for segment in chosen], device=hidden.device).repeat(copies)
+            logits = self.logits(hidden[torch.arange(len(last), device=hidden.device), last])
+            pieces.append(logits.unflatten(0, (copies, -1)))
+        counts = [len(group) for group in suffixes]
+        return [group for every in torch.cat(pieces, dim=1) for group in every.split(counts)]
 
     def answer_logits(self, prompts: Sequence[Segment], answers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Teacher-forced logits at the answers' tokens: [B, N, vocabulary] and which of them are real, bool [B, N].
@@ -168,8 +233,12 @@ class TextDecoder:
         Differentiable: gradients flow to whatever scales the FFNs.
         """
         rows = [prompt + self.continuation(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        longest = max(len(answer) for answer in answers)
         hidden, _ = self.run(self.collate(rows))
+        return self.logits_at_answers(hidden, answers)
+
+    def logits_at_answers(self, hidden: Tensor, answers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """`answer_logits` from what the forward gave, [B, T, hidden]."""
+        longest = max(len(answer) for answer in answers)
         logits = self.logits(hidden[:, -longest - 1 : -1])
         lengths = torch.tensor([len(answer) for answer in answers], device=logits.device)
         real = torch.arange(longest, device=logits.device) >= (longest - lengths)[:, None]
@@ -179,6 +248,14 @@ class TextDecoder:
         """Text tokens [n] following `prompt` as a segment: positions go on by one on every axis."""
         steps = torch.arange(1, len(ids) + 1)
         return Segment(self.embed(ids).detach().cpu(), prompt.positions[:, -1:] + steps)
+
+
+def _selected(cache: Any, rows: Tensor) -> Any:
+    """A KV cache of its own with these rows of another."""
+    branch = copy.copy(cache)
+    branch.layers = [copy.copy(layer) for layer in cache.layers]
+    branch.batch_select_indices(rows)
+    return branch
 
 
 def pad_answers(answers: Sequence[Tensor]) -> Tensor:

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hones_offline.banks import Bank, check_bank
-from hones_offline.decoding import in_batches, pad_answers
+from hones_offline.decoding import Segment, TextDecoder, in_batches, pad_answers
 from hones_offline.examples import Example
 from hones_offline.metrics import FloatArray, bootstrap_interval, paired_bootstrap_interval
 from hones_offline.prompts import Encoded, Prepared, prepare
@@ -124,24 +125,37 @@ def _generated(prepared: Prepared, batch_size: int) -> list[str]:
     def run(batch: list[Encoded]) -> list[list[int]]:
         return prepared.decoder.greedy([e.prompt(0) for e in batch], prepared.task.max_new_tokens)
 
-    tokens = in_batches(prepared.encoded, lambda e: len(e.shared), batch_size, run)
+    return decoded_texts(prepared, in_batches(prepared.encoded, lambda e: len(e.shared), batch_size, run))
+
+
+def decoded_texts(prepared: Prepared, tokens: Sequence[Sequence[int]]) -> list[str]:
+    """Generated tokens as the texts that are scored."""
     texts: list[str] = prepared.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [text.strip() for text in texts]
 
 
 def _ranked(prepared: Prepared, batch_size: int) -> list[FloatArray]:
-    yes, no = (_first_token(prepared, word) for word in ("Yes", "No"))
-    if yes == no:
-        raise DataError("the tokenizer starts 'Yes' and 'No' with one token, so their margin is always 0")
-
     def run(batch: list[Encoded]) -> list[FloatArray]:
         logits = prepared.decoder.candidate_logits(
             [e.shared for e in batch], [e.endings for e in batch], rows=batch_size
         )
-        return [(rows[:, yes] - rows[:, no]).double().cpu().numpy() for rows in logits]
+        return yes_no_margins(prepared, logits)
 
-    most = max(len(e.endings) for e in prepared.encoded)
-    return in_batches(prepared.encoded, lambda e: len(e.shared), max(1, batch_size // most), run)
+    at_once = max(1, batch_size // most_candidates(prepared))
+    return in_batches(prepared.encoded, lambda e: len(e.shared), at_once, run)
+
+
+def most_candidates(prepared: Prepared) -> int:
+    """The number of candidates of the example that has most."""
+    return max(len(e.endings) for e in prepared.encoded)
+
+
+def yes_no_margins(prepared: Prepared, logits: Sequence[Tensor]) -> list[FloatArray]:
+    """logit(Yes) − logit(No), [candidates] for each [candidates, vocabulary]."""
+    yes, no = (_first_token(prepared, word) for word in ("Yes", "No"))
+    if yes == no:
+        raise DataError("the tokenizer starts 'Yes' and 'No' with one token, so their margin is always 0")
+    return [(rows[:, yes] - rows[:, no]).double().cpu().numpy() for rows in logits]
 
 
 def _first_token(prepared: Prepared, word: str) -> int:
@@ -152,14 +166,19 @@ def _first_token(prepared: Prepared, word: str) -> int:
 @torch.no_grad()
 def mean_log_probability(prepared: Prepared, *, batch_size: int) -> float:
     """Mean over (prompt, answer) pairs of the answer's mean token log-probability, in nats (teacher forced)."""
-    pairs = prepared.pairs()
+    decoder = prepared.decoder
 
-    def run(batch: list[Any]) -> list[float]:
-        prompts, answers = zip(*batch, strict=True)
-        logits, real = prepared.decoder.answer_logits(prompts, answers)
-        targets = pad_answers(answers).to(logits.device)
-        tokens = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-        means: list[float] = ((tokens * real).sum(1) / real.sum(1)).tolist()
-        return means
+    def run(batch: list[tuple[Segment, Tensor]]) -> list[float]:
+        hidden, _ = decoder.run(decoder.collate([prompt + decoder.continuation(prompt, ids) for prompt, ids in batch]))
+        return mean_log_probabilities(decoder, hidden, [ids for _, ids in batch])
 
-    return float(np.mean(in_batches(pairs, lambda pair: len(pair[0]) + len(pair[1]), batch_size, run)))
+    return float(np.mean(in_batches(prepared.pairs(), lambda pair: len(pair[0]) + len(pair[1]), batch_size, run)))
+
+
+def mean_log_probabilities(decoder: TextDecoder, hidden: Tensor, answers: Sequence[Tensor]) -> list[float]:
+    """The mean token log-probability of the answer [n_i] at the end of each row of `hidden` [B, T, hidden]."""
+    logits, real = decoder.logits_at_answers(hidden, answers)
+    targets = pad_answers(answers).to(logits.device)
+    tokens = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    means: list[float] = ((tokens * real).sum(1) / real.sum(1)).tolist()
+    return means

@@ -1,14 +1,16 @@
 """Head scores: how much a task loses when one attention head's output is replaced (paper section 3.1, design 2.1)."""
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from hones_offline.evaluate import mean_log_probability, score
+from hones_offline.decoding import batches
+from hones_offline.evaluate import mean_log_probability, most_candidates, score
+from hones_offline.interventions import Generation, HeadRuns, LogProbabilities, Ranking
+from hones_offline.metrics import FloatArray, mean_of_rows
 from hones_offline.prompts import Prepared
-from hones_offline.recording import replaced_head
 from hones_steer.errors import DataError, LayoutError
 from hones_steer.layout import DecoderLayer
 
@@ -31,23 +33,29 @@ def head_count(layer: DecoderLayer) -> int:
     return layer.num_heads
 
 
-def layer_head_scores(
-    prepared: Prepared,
-    layer: int,
-    base: float,
-    head_metric: HeadMetric,
-    *,
-    batch_size: int,
-    tick: Callable[[], object] = lambda: None,
+def head_runs(prepared: Prepared, head_metric: HeadMetric, *, batch_size: int, memory_gb: float) -> Iterator[HeadRuns]:
+    """The task's examples, a few at a time; every item stands in exactly one of them."""
+    options = {"batch_size": batch_size, "memory_gb": memory_gb}
+    if head_metric == "logprob":
+        lengths = [len(prompt) + len(answer) for prompt, answer in prepared.pairs()]
+        yield from (LogProbabilities(prepared, items, **options) for items in batches(lengths, batch_size))
+    elif prepared.task.kind == "rank":
+        lengths = [len(encoded.shared) for encoded in prepared.encoded]
+        at_once = max(1, batch_size // most_candidates(prepared))
+        yield from (Ranking(prepared, items, **options) for items in batches(lengths, at_once))
+    else:
+        lengths = [len(encoded.shared) for encoded in prepared.encoded]
+        yield from (Generation(prepared, items, **options) for items in batches(lengths, batch_size))
+
+
+def head_scores(
+    prepared: Prepared, base: float, statistics: Sequence[FloatArray], head_metric: HeadMetric
 ) -> list[float]:
-    """S(h) = P(θ) − P(θ_Ih) for the heads of one layer; `tick` is called after each."""
-    layout = prepared.decoder.layout
-    scores = []
-    for head in range(head_count(layout.layers[layer])):
-        with replaced_head(layout, layer, head):
-            scores.append(base - utility(prepared, head_metric, batch_size=batch_size))
-        tick()
-    return scores
+    """S(h) = P(θ) − P(θ_Ih) for the heads of one layer, from their statistics [heads, items, k] of every run."""
+    total = np.sum([rows.sum(axis=1) for rows in statistics], axis=0)
+    items = sum(rows.shape[1] for rows in statistics)
+    aggregate = mean_of_rows if head_metric == "logprob" else prepared.task.aggregate
+    return [base - aggregate(row, items) for row in total]
 
 
 def top_heads(scores: npt.NDArray[np.float32], count: int) -> list[tuple[int, int, float]]:

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hones_offline.decoding import batches
+from hones_offline.interventions import WriteIn
 from hones_offline.prompts import Prepared
-from hones_offline.recording import recorded_ffn, replaced_head
+from hones_offline.recording import Head
 from hones_steer.errors import DataError
-from hones_steer.layout import down_weight
 
 MAX_TARGET_TOKENS = 128
 
@@ -61,35 +61,44 @@ def _smoothed_idf(documents: Sequence[Sequence[int]]) -> dict[int, float]:
     return {token: math.log((len(documents) + 1) / (df + 1)) + 1 for token, df in frequency.items()}
 
 
+def importance(
+    prepared: Prepared,
+    directions: Tensor,
+    heads: Sequence[tuple[int, int, float]],
+    *,
+    batch_size: int,
+    memory_gb: float = 4.0,
+) -> npt.NDArray[np.float32]:
+    """I_{l,i} = Σ_h w_h·[mean c(θ) − mean c(θ_Ih)]_+ / Σ_h w_h, float32 [L, I]; `heads` are (layer, head, w)."""
+    replaced = [(layer, head) for layer, head, _ in heads]
+    base, *changed = mean_write_in(prepared, directions, replaced, batch_size=batch_size, memory_gb=memory_gb)
+    total = torch.zeros_like(base)
+    for (_, _, weight), mean in zip(heads, changed, strict=True):
+        total += weight * (base - mean).clamp(min=0)
+    result: npt.NDArray[np.float32] = (total / sum(w for _, _, w in heads)).float().numpy()
+    return result
+
+
 @torch.no_grad()
-def mean_write_in(prepared: Prepared, directions: Tensor, *, batch_size: int) -> Tensor:
-    """Mean over pairs of c_{l,i} = z_i·⟨W_down[:,i], u_y⟩ at the last prompt token: float64 [L, I] on the CPU."""
+def mean_write_in(
+    prepared: Prepared, directions: Tensor, heads: Sequence[Head] = (), *, batch_size: int, memory_gb: float = 4.0
+) -> Tensor:
+    """Mean over pairs of c_{l,i} = z_i·⟨W_down[:,i], u_y⟩ at the last prompt token: float64 [1 + heads, L, I], CPU.
+
+    First with every head in place, then with each of `heads` replaced.
+    """
     layout = prepared.decoder.layout
     prompts = [
         encoded.prompt(index)
         for example, encoded in zip(prepared.examples, prepared.encoded, strict=True)
         for index, _ in prepared.task.answers(example)
     ]
-    total = torch.zeros(len(layout.layers), layout.intermediate_size, dtype=torch.float64)
-    with recorded_ffn(layout) as recorded:
-        for chosen in batches([len(prompt) for prompt in prompts], batch_size):
-            prepared.decoder.run(prepared.decoder.collate([prompts[i] for i in chosen]))
-            for layer in layout.layers:
-                z = recorded[layer.index]  # [rows, I]
-                alignment = directions[chosen].to(z.device) @ down_weight(layer).float()  # [rows, I]
-                total[layer.index] += (z * alignment).sum(0, dtype=torch.float64).cpu()
+    total = torch.zeros(1 + len(heads), len(layout.layers), layout.intermediate_size, dtype=torch.float64)
+    for chosen in batches([len(prompt) for prompt in prompts], batch_size):
+        some = [prompts[i] for i in chosen]
+        runs = WriteIn(prepared, some, directions[chosen], batch_size=batch_size, memory_gb=memory_gb)
+        changed = runs.results(heads)
+        if not heads:
+            runs.undisturbed()
+        total += torch.stack([runs.base, *map(torch.from_numpy, changed)])
     return total / len(prompts)
-
-
-def importance(
-    prepared: Prepared, directions: Tensor, heads: Sequence[tuple[int, int, float]], *, batch_size: int
-) -> npt.NDArray[np.float32]:
-    """I_{l,i} = Σ_h w_h·[mean c(θ) − mean c(θ_Ih)]_+ / Σ_h w_h, float32 [L, I]; `heads` are (layer, head, w)."""
-    base = mean_write_in(prepared, directions, batch_size=batch_size)
-    total = torch.zeros_like(base)
-    for layer, head, weight in heads:
-        with replaced_head(prepared.decoder.layout, layer, head):
-            changed = mean_write_in(prepared, directions, batch_size=batch_size)
-        total += weight * (base - changed).clamp(min=0)
-    result: npt.NDArray[np.float32] = (total / sum(w for _, _, w in heads)).float().numpy()
-    return result

@@ -14,12 +14,14 @@ import torch
 
 from hones_offline.banks import Bank, check_fraction, select_bank
 from hones_offline.examples import Example
-from hones_offline.heads import HeadMetric, head_count, layer_head_scores, top_heads, utility
+from hones_offline.heads import HeadMetric, HeadRuns, head_count, head_runs, head_scores, top_heads, utility
+from hones_offline.metrics import FloatArray
 from hones_offline.neurons import importance, target_directions
 from hones_offline.prompts import Prepared, prepare
 from hones_offline.runs import RunFolder, check_seed, run_settings
 from hones_offline.tasks import Task
 from hones_steer.errors import DataError
+from hones_steer.layout import DecoderLayer
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def attribute(
     head_metric: HeadMetric = "task",
     seed: int = 3407,
     batch_size: int = 16,
+    memory_gb: float = 4.0,
     run_dir: str | Path | None = None,
     max_failures: float = 0.05,
     progress: bool = False,
@@ -70,7 +73,11 @@ def attribute(
             log-probability of the answers ("logprob": one forward per batch, so much faster).
         seed: shuffles the examples before they are batched.
         batch_size: sequences run at a time.
-        run_dir: folder that keeps each layer's result, so that a killed run can be resumed.
+        memory_gb: GiB for the hidden states that enter the layers, of the `batch_size` sequences being run:
+            sequences · tokens · hidden size · bytes of the dtype for each layer (LLaVA-1.5-7B in bfloat16, 16
+            sequences of 640 tokens: 80 MiB, so 2.5 GiB for its 32). With less than all layers need, the forward they
+            come from is repeated, once for every so many layers as fit. Model, activations and KV cache come on top.
+        run_dir: folder that keeps the results of each few examples and layer, so that a killed run can be resumed.
         max_failures: share of examples whose image may be unusable before it is an error.
         progress: show progress bars on a terminal.
 
@@ -101,6 +108,7 @@ def attribute(
         top_fraction=top_fraction,
         head_metric=head_metric,
         batch_size=batch_size,
+        memory_gb=memory_gb,
         run=run,
         progress=progress,
     )
@@ -122,10 +130,11 @@ def find_bank(
     top_fraction: float,
     head_metric: HeadMetric,
     batch_size: int,
+    memory_gb: float = 4.0,
     run: RunFolder | None = None,
     progress: bool = False,
 ) -> Attribution:
-    """`attribute` on examples that are already encoded; every layer's head scores are one resumable step."""
+    """`attribute` on examples that are already encoded; a layer's heads on a few examples are one resumable step."""
     from tqdm import tqdm
 
     _check_settings(count, top_fraction, head_metric, batch_size)
@@ -133,26 +142,30 @@ def find_bank(
     layers = prepared.decoder.layout.layers
     base = _step(run, "base", lambda: utility(prepared, head_metric, batch_size=batch_size))
     bar = tqdm(
-        total=sum(map(head_count, layers)),
+        total=sum(map(head_count, layers)) * (len(prepared.pairs()) if head_metric == "logprob" else len(prepared)),
         desc=f"{prepared.task.name}: heads",
         delay=2,
         leave=False,
         disable=None if progress else True,
     )
-    rows: list[list[float]] = []
+    statistics: dict[int, list[FloatArray]] = {layer.index: [] for layer in layers}
     with bar:
-        for layer in layers:
+        for number, runs in enumerate(head_runs(prepared, head_metric, batch_size=batch_size, memory_gb=memory_gb)):
+            for layer in layers:
 
-            def compute(index: int = layer.index) -> list[float]:
-                return layer_head_scores(prepared, index, base, head_metric, batch_size=batch_size, tick=bar.update)
+                def compute(layer: DecoderLayer = layer, runs: HeadRuns = runs) -> dict[str, FloatArray]:
+                    heads = [(layer.index, head) for head in range(head_count(layer))]
+                    return {"statistics": np.stack(runs.results(heads))}
 
-            rows.append(_step(run, f"heads-{layer.index:03d}", compute))
-            bar.update(sum(map(len, rows)) - bar.n)
-    scores = np.array(rows, dtype=np.float32)
+                found = run.arrays(f"heads-{number:05d}-{layer.index:03d}", compute) if run else compute()
+                statistics[layer.index].append(found["statistics"])
+                bar.update(found["statistics"].shape[0] * found["statistics"].shape[1])
+    scores = np.array([head_scores(prepared, base, rows, head_metric) for rows in statistics.values()], np.float32)
     heads = top_heads(scores, count)
 
     def write_in() -> dict[str, npt.NDArray[Any]]:
-        return {"importance": importance(prepared, directions, heads, batch_size=batch_size), "head_scores": scores}
+        values = importance(prepared, directions, heads, batch_size=batch_size, memory_gb=memory_gb)
+        return {"importance": values, "head_scores": scores}
 
     found = run.arrays("attribution", write_in) if run else write_in()
     bank = select_bank(found["importance"], top_fraction)

@@ -1,11 +1,12 @@
 """The hooks attribution needs, as context managers that place all or none.
 
-Reading (`capture_call`, `recorded_ffn`) and intervening (`replaced_head`, `scaled_ffn`) on a decoder's layers. Nothing
-here recomputes what the model computes anyway: every hook reads or replaces an input the model has just produced.
+Reading (`capture_call`, `recorded_ffn`, `recorded_states`), intervening (`replaced_heads`, `scaled_ffn`) and resuming
+in the middle (`resumed`) on a decoder's layers. Nothing here recomputes what the model computes anyway: every hook
+reads or replaces an input the model has just produced.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from hones_steer.injection import input_hooks, scale
 from hones_steer.layout import Layout
 
 Scales = Mapping[int, Tensor]
+Head = tuple[int, int]
+"""(layer, head)."""
 
 
 class _Captured(Exception):  # noqa: N818 - control flow: leaves the model's forward early
@@ -57,23 +60,77 @@ def recorded_ffn(layout: Layout) -> Iterator[dict[int, Tensor]]:
 
 
 @contextmanager
-def replaced_head(layout: Layout, layer: int, head: int) -> Iterator[None]:
-    """Intervention I_h: at every position, head (layer, head)'s output becomes the mean of the layer's other heads.
+def recorded_states(layout: Layout, layers: Collection[int]) -> Iterator[dict[int, list[Tensor]]]:
+    """Record the hidden states entering each of `layers`, one tensor [rows, T, hidden] per forward."""
+    states: dict[int, list[Tensor]] = {index: [] for index in layers}
+
+    def recorder(index: int) -> Callable[[Tensor], Tensor]:
+        def record(x: Tensor) -> Tensor:
+            states[index].append(x.detach())
+            return x
+
+        return record
+
+    with input_hooks((layout.layers[index].module, recorder(index)) for index in layers):
+        yield states
+
+
+@contextmanager
+def resumed(layout: Layout, start: int, states: Tensor) -> Iterator[None]:
+    """Within the block, forwards of the decoder skip the layers below `start`, which is given `states` instead.
+
+    The decoder itself runs as always, so that masks, position embeddings and caches are its own for any architecture.
+    """
+
+    def skip(hidden_states: Tensor, *_args: object, **_kwargs: object) -> Tensor:
+        return hidden_states
+
+    with ExitStack() as stack:
+        for layer in layout.layers[:start]:
+            stack.callback(_restore_forward, layer.module, layer.module.__dict__.get("forward"))
+            layer.module.forward = skip
+        stack.enter_context(input_hooks([(layout.layers[start].module, lambda _: states)]))
+        yield
+
+
+def _restore_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:
+    """`own` is what was assigned to the instance before (accelerate does), or None."""
+    del module.forward
+    if own is not None:
+        module.forward = own
+
+
+@contextmanager
+def replaced_heads(layout: Layout, heads: Sequence[Head]) -> Iterator[None]:
+    """Intervention I_h: in row r, at every position, head `heads[r]`'s output becomes the mean of its layer's others.
 
     Acts on the input of the attention output projection, [rows, T, heads·head_dim] (paper, section 3; design 2.1).
     """
-    target = layout.layers[layer]
-    attn_out, heads = target.attn_out, target.num_heads
-    assert attn_out is not None  # Layout.require_attribution has been called
-    assert heads is not None
+    rows_of: dict[int, list[int]] = {}
+    for row, (layer, _) in enumerate(heads):
+        rows_of.setdefault(layer, []).append(row)
 
-    def intervene(x: Tensor) -> Tensor:
-        slices: Tensor = x.unflatten(-1, (heads, -1)).to(torch.float32, copy=True)
-        mean_of_others = (slices.sum(-2) - slices[..., head, :]) / (heads - 1)
-        slices[..., head, :] = mean_of_others
-        return slices.flatten(-2).to(x.dtype)
+    def intervention(layer: int, count: int) -> Callable[[Tensor], Tensor]:
+        rows = torch.tensor(rows_of[layer])
+        chosen = torch.tensor([heads[row][1] for row in rows_of[layer]])
 
-    with input_hooks([(attn_out, intervene)]):
+        def replace(x: Tensor) -> Tensor:
+            slices = x.unflatten(-1, (count, -1)).clone()  # [rows, T, heads, head_dim]
+            own = slices[rows, :, chosen].float()
+            total = slices.sum(-2, dtype=torch.float32)[rows]
+            slices[rows, :, chosen] = ((total - own) / (count - 1)).to(x.dtype)
+            return slices.flatten(-2)
+
+        return replace
+
+    def hooks() -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
+        for index in rows_of:
+            layer = layout.layers[index]
+            assert layer.attn_out is not None  # Layout.require_attribution has been called
+            assert layer.num_heads is not None
+            yield layer.attn_out, intervention(index, layer.num_heads)
+
+    with input_hooks(hooks()):
         yield
 
 

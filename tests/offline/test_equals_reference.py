@@ -8,7 +8,7 @@ import reference
 import torch
 from hones_offline.evaluate import intervention, mean_log_probability, score
 from hones_offline.fit import FitSettings, learn
-from hones_offline.heads import layer_head_scores, top_heads
+from hones_offline.heads import HeadMetric, head_runs, head_scores, top_heads
 from hones_offline.neurons import importance, mean_write_in, target_directions
 from hones_offline.prompts import Prepared, prepare
 from problems import Problem, problem
@@ -27,6 +27,15 @@ def case(request: pytest.FixtureRequest) -> tuple[Problem, Prepared]:
     return p, prepare(p.model, p.processor, p.task, p.examples)
 
 
+def scores_of_layer(
+    prepared: Prepared, layer: int, base: float, head_metric: HeadMetric, **options: Any
+) -> list[float]:
+    options = {"batch_size": 9, "memory_gb": 1, **options}
+    heads = [(layer, head) for head in range(prepared.decoder.layout.layers[layer].num_heads or 0)]
+    rows = [np.stack(runs.results(heads)) for runs in head_runs(prepared, head_metric, **options)]
+    return head_scores(prepared, base, rows, head_metric)
+
+
 def test_outputs_equal_generating_one_example_at_a_time(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
     found = score(prepared, batch_size=9)
@@ -41,11 +50,11 @@ def test_outputs_equal_generating_one_example_at_a_time(case: tuple[Problem, Pre
 
 
 @pytest.mark.parametrize("head_metric", ["task", "logprob"])
-def test_head_scores(case: tuple[Problem, Prepared], head_metric: str) -> None:
+def test_head_scores(case: tuple[Problem, Prepared], head_metric: HeadMetric) -> None:
     p, prepared = case
     utility = reference.metric if head_metric == "task" else reference.mean_log_probability
     base = utility(p.model, p.processor, p.task, p.examples)
-    found = layer_head_scores(prepared, 1, base, head_metric, batch_size=9)
+    found = scores_of_layer(prepared, 1, base, head_metric)
     for head, value in enumerate(found):
         with reference.head_replaced(p.model, 1, head):
             expected = base - utility(p.model, p.processor, p.task, p.examples)
@@ -57,7 +66,7 @@ def test_importance_is_the_same_within_a_ten_thousandth(case: tuple[Problem, Pre
     scores = reference.head_scores(p.model, p.processor, p.task, p.examples, reference.mean_log_probability)
     base = mean_log_probability(prepared, batch_size=9)
     found_scores = np.array(
-        [layer_head_scores(prepared, layer, base, "logprob", batch_size=9) for layer in range(len(scores))],
+        [scores_of_layer(prepared, layer, base, "logprob") for layer in range(len(scores))],
         dtype=np.float32,
     )
     np.testing.assert_allclose(found_scores, scores, atol=1e-5)
@@ -69,7 +78,7 @@ def test_importance_is_the_same_within_a_ten_thousandth(case: tuple[Problem, Pre
 
 def test_write_in_reads_the_last_prompt_token(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
-    found = mean_write_in(prepared, target_directions(prepared), batch_size=9)
+    (found,) = mean_write_in(prepared, target_directions(prepared), batch_size=9)
     expected = reference.mean_write_in(p.model, p.processor, p.task, p.examples)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
