@@ -180,15 +180,7 @@ def mean_write_in(model, processor, task, examples):
                 model(**prompt_inputs(processor, example, task.prompts(example)[index]))
             unit = next(units)
             total = total + torch.stack(
-                [
-                    torch.stack(
-                        [
-                            recorded[layer.index][i] * (layer.down_proj.weight[:, i] @ unit)
-                            for i in range(layout.intermediate_size)
-                        ]
-                    )
-                    for layer in layout.layers
-                ]
+                [recorded[layer.index] * (unit @ layer.down_proj.weight) for layer in layout.layers]
             )
             count += 1
     return total / count

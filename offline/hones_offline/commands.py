@@ -64,6 +64,14 @@ def attribute(argv: Sequence[str]) -> int:
         help="score heads by the task's metric under greedy generation (the paper's way), or by the answers' "
         "log-probability: one forward per batch, much faster (default: %(default)s)",
     )
+    parser.add_argument(
+        "--memory-gb",
+        type=float,
+        default=4.0,
+        metavar="GIB",
+        help="for the hidden states kept of --batch-size sequences: sequences x tokens x hidden size x bytes of each "
+        "layer, for as many layers as fit (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=3407, help="order of the examples (default: %(default)s)")
     args = parser.parse_args(argv)
     task, loaded = _load_data(args)
@@ -78,6 +86,7 @@ def attribute(argv: Sequence[str]) -> int:
         head_metric=args.head_metric,
         seed=args.seed,
         batch_size=args.batch_size,
+        memory_gb=args.memory_gb,
         run_dir=args.out,
         max_failures=args.max_failures,
         progress=True,

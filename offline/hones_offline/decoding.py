@@ -78,6 +78,26 @@ class Started:
     budgets: Sequence[int]
     heads: Sequence[Head] = ()
 
+    @staticmethod
+    def together(parts: Sequence["Started"]) -> "Started":
+        """The rows of all parts in one batch, padded on the left."""
+        length = max(part.mask.shape[1] for part in parts)
+        cache = DynamicCache()
+        for index, layers in enumerate(zip(*(part.cache.layers for part in parts), strict=True)):
+            keys, values = (
+                torch.cat([F.pad(x, (0, 0, length - x.shape[2], 0)) for x in states])  # [rows, kv heads, T, head_dim]
+                for states in ([layer.keys for layer in layers], [layer.values for layer in layers])
+            )
+            cache.update(keys, values, index)
+        return Started(
+            cache,
+            torch.cat([F.pad(part.mask, (length - part.mask.shape[1], 0)) for part in parts]),
+            torch.cat([part.positions for part in parts], dim=1),
+            torch.cat([part.tokens for part in parts]),
+            [budget for part in parts for budget in part.budgets],
+            [head for part in parts for head in part.heads],
+        )
+
 
 Run = Callable[[Batch, Any], tuple[Tensor, Any]]
 
@@ -157,10 +177,8 @@ class TextDecoder:
             hidden, cache = self.run(repeated, cache, use_cache=use_cache)
         if use_cache:
             nothing = entering.new_zeros(len(entering), 1, entering.shape[1], 1)
-            for lower in range(layer):
-                cache.update(
-                    nothing, nothing, lower
-                )  # masks of the next forward are made from the lowest layer's length
+            for lower in range(layer):  # the next forward's mask is made from the lowest layer's length
+                cache.update(nothing, nothing, lower)
         return hidden, cache
 
     @torch.no_grad()
@@ -189,9 +207,9 @@ class TextDecoder:
             if not going:
                 return texts
             if 2 * len(going) <= len(rows):  # dropping rows copies the cache, so not for each that ends
-                kept = torch.tensor([at for at, row in enumerate(rows) if row in going], device=mask.device)
+                kept = torch.tensor([at for at, row in enumerate(rows) if row in going])
                 cache.batch_select_indices(kept)
-                mask, positions, tokens = mask[kept], positions[:, kept], tokens[kept.to(tokens.device)]
+                mask, positions, tokens = mask[kept], positions[:, kept], tokens[kept]
                 rows = [row for row in rows if row in going]
             mask, positions = F.pad(mask, (0, 1), value=1), positions + 1
             with replaced_heads(self.layout, [started.heads[row] for row in rows] if started.heads else []):
@@ -211,7 +229,7 @@ class TextDecoder:
         prefix = self.collate(prefixes)
         hidden, cache = run(prefix, DynamicCache())
         copies = len(hidden) // len(prefixes)
-        owners = torch.tensor([i for i, group in enumerate(suffixes) for _ in group], device=self.device)
+        owners = torch.tensor([i for i, group in enumerate(suffixes) for _ in group])
         flat = [segment for group in suffixes for segment in group]
         pieces = []
         for start in range(0, len(flat), rows):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hones_offline.banks import Bank, check_bank
-from hones_offline.decoding import Segment, TextDecoder, in_batches, pad_answers
+from hones_offline.decoding import TextDecoder, in_batches, pad_answers
 from hones_offline.examples import Example
 from hones_offline.metrics import FloatArray, bootstrap_interval, paired_bootstrap_interval
 from hones_offline.prompts import Encoded, Prepared, prepare
@@ -161,18 +161,6 @@ def yes_no_margins(prepared: Prepared, logits: Sequence[Tensor]) -> list[FloatAr
 def _first_token(prepared: Prepared, word: str) -> int:
     ids: list[int] = prepared.tokenizer(word, add_special_tokens=False)["input_ids"]
     return ids[0]
-
-
-@torch.no_grad()
-def mean_log_probability(prepared: Prepared, *, batch_size: int) -> float:
-    """Mean over (prompt, answer) pairs of the answer's mean token log-probability, in nats (teacher forced)."""
-    decoder = prepared.decoder
-
-    def run(batch: list[tuple[Segment, Tensor]]) -> list[float]:
-        hidden, _ = decoder.run(decoder.collate([prompt + decoder.continuation(prompt, ids) for prompt, ids in batch]))
-        return mean_log_probabilities(decoder, hidden, [ids for _, ids in batch])
-
-    return float(np.mean(in_batches(prepared.pairs(), lambda pair: len(pair[0]) + len(pair[1]), batch_size, run)))
 
 
 def mean_log_probabilities(decoder: TextDecoder, hidden: Tensor, answers: Sequence[Tensor]) -> list[float]:

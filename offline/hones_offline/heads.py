@@ -1,13 +1,14 @@
 """Head scores: how much a task loses when one attention head's output is replaced (paper section 3.1, design 2.1)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from hones_offline.decoding import batches
-from hones_offline.evaluate import mean_log_probability, most_candidates, score
+from hones_offline.evaluate import most_candidates
 from hones_offline.interventions import Generation, HeadRuns, LogProbabilities, Ranking
 from hones_offline.metrics import FloatArray, mean_of_rows
 from hones_offline.prompts import Prepared
@@ -15,13 +16,6 @@ from hones_steer.errors import DataError, LayoutError
 from hones_steer.layout import DecoderLayer
 
 HeadMetric = Literal["task", "logprob"]
-
-
-def utility(prepared: Prepared, head_metric: HeadMetric, *, batch_size: int) -> float:
-    """P(θ): the task's metric under greedy generation, or the mean log-probability of the answers."""
-    if head_metric == "task":
-        return score(prepared, batch_size=batch_size).value
-    return mean_log_probability(prepared, batch_size=batch_size)
 
 
 def head_count(layer: DecoderLayer) -> int:
@@ -33,29 +27,28 @@ def head_count(layer: DecoderLayer) -> int:
     return layer.num_heads
 
 
-def head_runs(prepared: Prepared, head_metric: HeadMetric, *, batch_size: int, memory_gb: float) -> Iterator[HeadRuns]:
-    """The task's examples, a few at a time; every item stands in exactly one of them."""
+def head_runs(
+    prepared: Prepared, head_metric: HeadMetric, *, batch_size: int, memory_gb: float
+) -> Iterator[Callable[[], HeadRuns]]:
+    """The task's examples, a few at a time, each in exactly one result; nothing runs before these are called."""
     options = {"batch_size": batch_size, "memory_gb": memory_gb}
     if head_metric == "logprob":
-        lengths = [len(prompt) + len(answer) for prompt, answer in prepared.pairs()]
-        yield from (LogProbabilities(prepared, items, **options) for items in batches(lengths, batch_size))
-    elif prepared.task.kind == "rank":
-        lengths = [len(encoded.shared) for encoded in prepared.encoded]
-        at_once = max(1, batch_size // most_candidates(prepared))
-        yield from (Ranking(prepared, items, **options) for items in batches(lengths, at_once))
-    else:
-        lengths = [len(encoded.shared) for encoded in prepared.encoded]
-        yield from (Generation(prepared, items, **options) for items in batches(lengths, batch_size))
+        pairs = prepared.pairs()
+        for items in batches([len(prompt) + len(answer) for prompt, answer in pairs], batch_size):
+            yield cache(partial(LogProbabilities, prepared, [pairs[i] for i in items], **options))
+        return
+    kind: type[Ranking | Generation]
+    kind, rows = Generation, batch_size
+    if prepared.task.kind == "rank":
+        kind, rows = Ranking, max(1, batch_size // most_candidates(prepared))
+    for items in batches([len(encoded.shared) for encoded in prepared.encoded], rows):
+        yield cache(partial(kind, prepared, items, **options))
 
 
-def head_scores(
-    prepared: Prepared, base: float, statistics: Sequence[FloatArray], head_metric: HeadMetric
-) -> list[float]:
-    """S(h) = P(θ) − P(θ_Ih) for the heads of one layer, from their statistics [heads, items, k] of every run."""
-    total = np.sum([rows.sum(axis=1) for rows in statistics], axis=0)
-    items = sum(rows.shape[1] for rows in statistics)
+def utility(prepared: Prepared, head_metric: HeadMetric, statistics: FloatArray) -> float:
+    """P: the task's metric, or the mean log-probability of the answers, from the rows [items, k] of all items."""
     aggregate = mean_of_rows if head_metric == "logprob" else prepared.task.aggregate
-    return [base - aggregate(row, items) for row in total]
+    return float(aggregate(statistics.sum(axis=0), len(statistics)))
 
 
 def top_heads(scores: npt.NDArray[np.float32], count: int) -> list[tuple[int, int, float]]:

@@ -3,7 +3,7 @@
 A few examples are taken at a time. They run once undisturbed, and the states entering the layers are kept; each head's
 forward then starts at its own layer, for as many heads of a layer at once as fit a batch. Text is not generated again
 from the start: the undisturbed answer is fed to the model with the head replaced, in one forward, and only where this
-model would have chosen another token does decoding go on from there.
+model would have chosen another token does decoding go on from there, for the rows of several heads together.
 """
 
 from abc import ABC, abstractmethod
@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from hones_offline.decoding import Batch, Segment, Started
+from hones_offline.decoding import Batch, Run, Segment, Started
 from hones_offline.evaluate import decoded_texts, mean_log_probabilities, yes_no_margins
 from hones_offline.metrics import FloatArray
 from hones_offline.prompts import Prepared
 from hones_offline.recording import Head, recorded_ffn, recorded_states
-from hones_offline.tasks import Output
 from hones_steer.layout import down_weight
 
 
@@ -39,19 +38,30 @@ class HeadRuns(ABC):
         )
         self._layers_at_once = max(1, int(memory_gb * 2**30 / layer_bytes))
         self._states: dict[int, list[Tensor]] = {}
+        self._base: Any = None
 
     @abstractmethod
-    def undisturbed(self) -> None:
-        """Run the items with every head in place."""
+    def undisturbed(self) -> Any:
+        """Run the items with every head in place; the result."""
 
     @abstractmethod
-    def replaced(self, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[FloatArray]:
+    def replaced(self, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[Any]:
         """One result for each of `heads`, all of one layer; `states` entered it in each undisturbed forward."""
 
     @torch.no_grad()
+    def base(self) -> FloatArray:
+        """What comes out with every head in place: for utilities, statistics [items, k]."""
+        self._entering(0)
+        base: FloatArray = self._base
+        return base
+
+    @torch.no_grad()
     def results(self, heads: Sequence[Head]) -> list[FloatArray]:
-        """What comes out with each of `heads` replaced: for the utilities, statistics [items, k]."""
-        found: dict[Head, FloatArray] = {}
+        """The same with each of `heads` replaced."""
+        return self._in_batches(heads)
+
+    def _in_batches(self, heads: Sequence[Head]) -> list[Any]:
+        found: dict[Head, Any] = {}
         for layer in sorted({layer for layer, _ in heads}):
             same = [head for head in heads if head[0] == layer]
             for start in range(0, len(same), self._heads_at_once):
@@ -66,7 +76,7 @@ class HeadRuns(ABC):
             layout = self.decoder.layout
             kept = range(layer, min(layer + self._layers_at_once, len(layout.layers)))
             with recorded_states(layout, kept) as states:
-                self.undisturbed()
+                self._base = self.undisturbed()
             self._states = states
         return self._states[layer]
 
@@ -74,20 +84,23 @@ class HeadRuns(ABC):
 class LogProbabilities(HeadRuns):
     """Items are (prompt, answer) pairs; the statistic is the answer's mean token log-probability."""
 
-    def __init__(self, prepared: Prepared, items: Sequence[int], **options: Any) -> None:
-        pairs = [prepared.pairs()[i] for i in items]
+    def __init__(self, prepared: Prepared, pairs: Sequence[tuple[Segment, Tensor]], **options: Any) -> None:
         self.answers = [answer for _, answer in pairs]
         rows = [prompt + prepared.decoder.continuation(prompt, answer) for prompt, answer in pairs]
         self.batch = prepared.decoder.collate(rows)
         super().__init__(prepared, rows=len(rows), tokens=self.batch.mask.numel(), **options)
 
-    def undisturbed(self) -> None:
-        self.decoder.run(self.batch)
+    def undisturbed(self) -> FloatArray:
+        hidden, _ = self.decoder.run(self.batch)
+        return self._means(hidden, 1)[0]
 
     def replaced(self, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[FloatArray]:
         hidden, _ = self.decoder.resume(self.batch, states[0], heads)
-        means = mean_log_probabilities(self.decoder, hidden, self.answers * len(heads))
-        return list(np.array(means).reshape(len(heads), -1, 1))
+        return self._means(hidden, len(heads))
+
+    def _means(self, hidden: Tensor, copies: int) -> list[FloatArray]:
+        means = mean_log_probabilities(self.decoder, hidden, self.answers * copies)
+        return list(np.array(means).reshape(copies, -1, 1))
 
 
 class Ranking(HeadRuns):
@@ -102,8 +115,8 @@ class Ranking(HeadRuns):
         rows = max(len(items), min(len(flat), options["batch_size"]))
         super().__init__(prepared, rows=rows, tokens=tokens, **options)
 
-    def undisturbed(self) -> None:
-        self.decoder.candidate_logits(self.prefixes, self.suffixes, rows=self.batch_size)
+    def undisturbed(self) -> FloatArray:
+        return self._statistics(None)[0]
 
     def replaced(self, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[FloatArray]:
         following = iter(states)
@@ -111,14 +124,22 @@ class Ranking(HeadRuns):
         def run(batch: Batch, cache: Any) -> tuple[Tensor, Any]:
             return self.decoder.resume(batch, next(following), heads, cache, use_cache=True)
 
+        return self._statistics(run)
+
+    def _statistics(self, run: Run | None) -> list[FloatArray]:
+        """[items, k] for each copy of the rows that `run` makes."""
         logits = self.decoder.candidate_logits(self.prefixes, self.suffixes, rows=self.batch_size, run=run)
-        return _statistics(self.prepared, self.items, yes_no_margins(self.prepared, logits))
+        task, examples = self.prepared.task, [self.prepared.examples[i] for i in self.items]
+        margins = yes_no_margins(self.prepared, logits)
+        copies = [margins[start : start + len(examples)] for start in range(0, len(margins), len(examples))]
+        return [np.stack([task.statistics(*pair) for pair in zip(examples, copy, strict=True)]) for copy in copies]
 
 
 class Generation(HeadRuns):
     """Items are examples to generate for.
 
-    Besides the states, the undisturbed forward's KV cache is kept, for the rows that part from the undisturbed answer.
+    Besides the states, two KV caches are kept: the undisturbed forward's, and that of at most `batch_size` rows that
+    wait to be decoded because they parted from the undisturbed answer.
     """
 
     def __init__(self, prepared: Prepared, items: Sequence[int], **options: Any) -> None:
@@ -133,12 +154,32 @@ class Generation(HeadRuns):
         self.batch = prompt + decoder.collate(endings, side="right")
         self.expected = _expected_tokens(self.drafts, self.batch.mask.shape[1] - self.prompt_length + 1)
         self.cache: Any = None
+        self._waiting: list[tuple[Started, list[list[int]]]] = []
+        self._scored: dict[tuple[int, tuple[int, ...]], FloatArray] = {}
         super().__init__(prepared, rows=len(items), tokens=self.batch.mask.numel(), **options)
 
-    def undisturbed(self) -> None:
+    def undisturbed(self) -> FloatArray:
         _, self.cache = self.decoder.run(self.batch, DynamicCache(), use_cache=True)
+        return self._statistics(self.drafts)
 
-    def replaced(self, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[FloatArray]:
+    @torch.no_grad()
+    def results(self, heads: Sequence[Head]) -> list[FloatArray]:
+        texts = self._in_batches(heads)
+        self._decode_waiting()
+        return [self._statistics(of_head) for of_head in texts]
+
+    def _statistics(self, texts: Sequence[Sequence[int]]) -> FloatArray:
+        """[items, k]; most texts are the same for most heads, and scored once."""
+        keys = [(item, tuple(text)) for item, text in zip(self.items, texts, strict=True)]
+        for item, text in keys:
+            if (item, text) not in self._scored:
+                (output,) = decoded_texts(self.prepared, [text])
+                statistics = self.prepared.task.statistics(self.prepared.examples[item], output)
+                self._scored[item, text] = statistics
+        return np.stack([self._scored[key] for key in keys])
+
+    def replaced(self, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[list[list[int]]]:
+        """Tokens for each item; of rows that wait, the rest is filled in later."""
         hidden, cache = self.decoder.resume(self.batch, states[0], heads, DynamicCache(), use_cache=True)
         tokens = self.decoder.logits(hidden[:, self.prompt_length - 1 :]).argmax(-1).cpu()
         expected = self.expected.repeat(len(heads), 1)
@@ -148,14 +189,23 @@ class Generation(HeadRuns):
         parted: list[tuple[int, int]] = []  # row, and how many tokens it shares with the undisturbed answer
         for row in (~agrees).any(1).nonzero().flatten().tolist():
             at = int(agrees[row].int().argmin())
-            texts[row] = texts[row][:at] + ([] if end[row, at] else [int(tokens[row, at])])
-            if not end[row, at] and len(texts[row]) < self.budget:
+            texts[row][at:] = [] if end[row, at] else [int(tokens[row, at])]
+            if not end[row, at] and at + 1 < self.budget:
                 parted.append((row, at))
         if parted:
-            started = self._parted(parted, tokens, heads, cache)
-            for (row, at), text in zip(parted, self.decoder.continue_greedy(started), strict=True):
-                texts[row][at:] = text
-        return _statistics(self.prepared, self.items, decoded_texts(self.prepared, texts))
+            if len(parted) + sum(len(unfinished) for _, unfinished in self._waiting) > self.batch_size:
+                self._decode_waiting()
+            self._waiting.append((self._parted(parted, tokens, heads, cache), [texts[row] for row, _ in parted]))
+        return [texts[start : start + len(self.items)] for start in range(0, len(texts), len(self.items))]
+
+    def _decode_waiting(self) -> None:
+        """Go on with the rows that wait, after the token that each has last."""
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            unfinished = [text for _, texts in waiting for text in texts]
+            further = self.decoder.continue_greedy(Started.together([started for started, _ in waiting]))
+            for text, more in zip(unfinished, further, strict=True):
+                text[-1:] = more
 
     def _parted(self, parted: Sequence[tuple[int, int]], tokens: Tensor, heads: Sequence[Head], cache: Any) -> Started:
         """What greedy decoding needs to go on with these rows; layers below the heads' come from the undisturbed cache.
@@ -195,15 +245,6 @@ def _expected_tokens(drafts: Sequence[Sequence[int]], width: int) -> Tensor:
     return torch.tensor(rows)
 
 
-def _statistics(prepared: Prepared, items: Sequence[int], outputs: Sequence[Output]) -> list[FloatArray]:
-    """[items, k] for every head, from the outputs of all heads, one head after another."""
-    rows = [
-        prepared.task.statistics(prepared.examples[items[number % len(items)]], output)
-        for number, output in enumerate(outputs)
-    ]
-    return [np.stack(rows[start : start + len(items)]) for start in range(0, len(rows), len(items))]
-
-
 class WriteIn(HeadRuns):
     """Items are prompts with their target directions [items, hidden]; the result is Σ c_{l,i}, float64 [L, I]."""
 
@@ -212,23 +253,22 @@ class WriteIn(HeadRuns):
         self.batch = prepared.decoder.collate(prompts)
         weights = [down_weight(layer) for layer in self.layout.layers]
         self.alignments = [directions.to(weight.device) @ weight.float() for weight in weights]  # [items, I]
-        self.base = torch.zeros(len(weights), self.layout.intermediate_size, dtype=torch.float64)
         super().__init__(prepared, rows=len(prompts), tokens=self.batch.mask.numel(), **options)
 
-    def undisturbed(self) -> None:
+    def undisturbed(self) -> FloatArray:
         with recorded_ffn(self.layout) as recorded:
             self.decoder.run(self.batch)
-        self.base = self._sums(recorded, 1)[0]
+        nothing = np.zeros((len(self.alignments), self.layout.intermediate_size))
+        return self._sums(recorded, nothing[None])[0]
 
     def replaced(self, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[FloatArray]:
         with recorded_ffn(self.layout) as recorded:
             self.decoder.resume(self.batch, states[0], heads)
-        return list(self._sums(recorded, len(heads)).numpy())
+        return list(self._sums(recorded, self._base[None].repeat(len(heads), axis=0)))
 
-    def _sums(self, recorded: Mapping[int, Tensor], copies: int) -> Tensor:
-        """Σ over the items for each copy of the rows; layers that did not run are as they are undisturbed."""
-        sums = self.base.repeat(copies, 1, 1)
+    def _sums(self, recorded: Mapping[int, Tensor], sums: FloatArray) -> FloatArray:
+        """Σ over the items for each copy of the rows; layers that did not run stay as they are in `sums`."""
         for layer, z in recorded.items():  # [copies·items, I]
-            written = z.unflatten(0, (copies, -1)) * self.alignments[layer]
-            sums[:, layer] = written.sum(1, dtype=torch.float64).cpu()
+            written = z.unflatten(0, (len(sums), -1)) * self.alignments[layer]
+            sums[:, layer] = written.sum(1, dtype=torch.float64).cpu().numpy()
         return sums

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hones_offline.decoding import batches
 from hones_offline.interventions import WriteIn
+from hones_offline.metrics import FloatArray
 from hones_offline.prompts import Prepared
 from hones_offline.recording import Head
 from hones_steer.errors import DataError
@@ -72,18 +73,16 @@ def importance(
     """I_{l,i} = Σ_h w_h·[mean c(θ) − mean c(θ_Ih)]_+ / Σ_h w_h, float32 [L, I]; `heads` are (layer, head, w)."""
     replaced = [(layer, head) for layer, head, _ in heads]
     base, *changed = mean_write_in(prepared, directions, replaced, batch_size=batch_size, memory_gb=memory_gb)
-    total = torch.zeros_like(base)
-    for (_, _, weight), mean in zip(heads, changed, strict=True):
-        total += weight * (base - mean).clamp(min=0)
-    result: npt.NDArray[np.float32] = (total / sum(w for _, _, w in heads)).float().numpy()
+    weights = [weight for _, _, weight in heads]
+    drops = [weight * (base - mean).clip(min=0) for weight, mean in zip(weights, changed, strict=True)]
+    result: npt.NDArray[np.float32] = (sum(drops) / sum(weights)).astype(np.float32)
     return result
 
 
-@torch.no_grad()
 def mean_write_in(
     prepared: Prepared, directions: Tensor, heads: Sequence[Head] = (), *, batch_size: int, memory_gb: float = 4.0
-) -> Tensor:
-    """Mean over pairs of c_{l,i} = z_i·⟨W_down[:,i], u_y⟩ at the last prompt token: float64 [1 + heads, L, I], CPU.
+) -> FloatArray:
+    """Mean over pairs of c_{l,i} = z_i·⟨W_down[:,i], u_y⟩ at the last prompt token: float64 [1 + heads, L, I].
 
     First with every head in place, then with each of `heads` replaced.
     """
@@ -93,12 +92,9 @@ def mean_write_in(
         for example, encoded in zip(prepared.examples, prepared.encoded, strict=True)
         for index, _ in prepared.task.answers(example)
     ]
-    total = torch.zeros(1 + len(heads), len(layout.layers), layout.intermediate_size, dtype=torch.float64)
+    total = np.zeros((1 + len(heads), len(layout.layers), layout.intermediate_size))
     for chosen in batches([len(prompt) for prompt in prompts], batch_size):
         some = [prompts[i] for i in chosen]
         runs = WriteIn(prepared, some, directions[chosen], batch_size=batch_size, memory_gb=memory_gb)
-        changed = runs.results(heads)
-        if not heads:
-            runs.undisturbed()
-        total += torch.stack([runs.base, *map(torch.from_numpy, changed)])
+        total += np.stack([runs.base(), *runs.results(heads)])
     return total / len(prompts)

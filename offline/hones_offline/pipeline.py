@@ -3,7 +3,8 @@
 `fit` takes the bank on to scales and a profile, `evaluate` measures what they do.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -14,14 +15,15 @@ import torch
 
 from hones_offline.banks import Bank, check_fraction, select_bank
 from hones_offline.examples import Example
-from hones_offline.heads import HeadMetric, HeadRuns, head_count, head_runs, head_scores, top_heads, utility
+from hones_offline.heads import HeadMetric, head_count, head_runs, top_heads, utility
+from hones_offline.interventions import HeadRuns
 from hones_offline.metrics import FloatArray
 from hones_offline.neurons import importance, target_directions
 from hones_offline.prompts import Prepared, prepare
+from hones_offline.recording import Head
 from hones_offline.runs import RunFolder, check_seed, run_settings
 from hones_offline.tasks import Task
 from hones_steer.errors import DataError
-from hones_steer.layout import DecoderLayer
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def attribute(
         DataError: no usable example, too many failures, no head or neuron that matters, or a run with other settings.
         LayoutError: the model's structure is not supported.
     """
-    _check_settings(top_heads, top_fraction, head_metric, batch_size)
+    _check_settings(top_heads, top_fraction, head_metric, batch_size, memory_gb)
     check_seed(seed)
     order = np.random.default_rng(seed).permutation(len(examples))
     prepared = prepare(
@@ -135,36 +137,14 @@ def find_bank(
     progress: bool = False,
 ) -> Attribution:
     """`attribute` on examples that are already encoded; a layer's heads on a few examples are one resumable step."""
-    from tqdm import tqdm
-
-    _check_settings(count, top_fraction, head_metric, batch_size)
+    _check_settings(count, top_fraction, head_metric, batch_size, memory_gb)
     directions = target_directions(prepared)  # first: a target without tokens is found before hours of work
-    layers = prepared.decoder.layout.layers
-    base = _step(run, "base", lambda: utility(prepared, head_metric, batch_size=batch_size))
-    bar = tqdm(
-        total=sum(map(head_count, layers)) * (len(prepared.pairs()) if head_metric == "logprob" else len(prepared)),
-        desc=f"{prepared.task.name}: heads",
-        delay=2,
-        leave=False,
-        disable=None if progress else True,
-    )
-    statistics: dict[int, list[FloatArray]] = {layer.index: [] for layer in layers}
-    with bar:
-        for number, runs in enumerate(head_runs(prepared, head_metric, batch_size=batch_size, memory_gb=memory_gb)):
-            for layer in layers:
-
-                def compute(layer: DecoderLayer = layer, runs: HeadRuns = runs) -> dict[str, FloatArray]:
-                    heads = [(layer.index, head) for head in range(head_count(layer))]
-                    return {"statistics": np.stack(runs.results(heads))}
-
-                found = run.arrays(f"heads-{number:05d}-{layer.index:03d}", compute) if run else compute()
-                statistics[layer.index].append(found["statistics"])
-                bar.update(found["statistics"].shape[0] * found["statistics"].shape[1])
-    scores = np.array([head_scores(prepared, base, rows, head_metric) for rows in statistics.values()], np.float32)
+    limits: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb}
+    base, scores = score_heads(prepared, head_metric, run=run, progress=progress, **limits)
     heads = top_heads(scores, count)
 
     def write_in() -> dict[str, npt.NDArray[Any]]:
-        values = importance(prepared, directions, heads, batch_size=batch_size, memory_gb=memory_gb)
+        values = importance(prepared, directions, heads, **limits)
         return {"importance": values, "head_scores": scores}
 
     found = run.arrays("attribution", write_in) if run else write_in()
@@ -172,15 +152,62 @@ def find_bank(
     return Attribution(scores, found["importance"], bank, heads, base, len(prepared), dict(prepared.failures))
 
 
-def _check_settings(top_heads: int, top_fraction: float, head_metric: str, batch_size: int) -> None:
+def score_heads(
+    prepared: Prepared,
+    head_metric: HeadMetric,
+    *,
+    batch_size: int,
+    memory_gb: float = 4.0,
+    run: RunFolder | None = None,
+    progress: bool = False,
+) -> tuple[float, npt.NDArray[np.float32]]:
+    """P(θ), and S(h) = P(θ) − P(θ_Ih) for every head, [L, H]."""
+    from tqdm import tqdm
+
+    heads = [[(layer.index, head) for head in range(head_count(layer))] for layer in prepared.decoder.layout.layers]
+    statistics: list[list[FloatArray]] = [[] for _ in heads]
+    base: list[FloatArray] = []
+    items = len(prepared.pairs() if head_metric == "logprob" else prepared)
+    bar = tqdm(
+        total=sum(map(len, heads)) * items,
+        desc=f"{prepared.task.name}: heads",
+        delay=2,
+        leave=False,
+        disable=None if progress else True,
+    )
+    with bar:
+        for number, runs in enumerate(head_runs(prepared, head_metric, batch_size=batch_size, memory_gb=memory_gb)):
+            base.append(_statistics(run, f"heads-{number:05d}-base", runs))
+            for layer, of_layer in enumerate(heads):
+                some = _statistics(run, f"heads-{number:05d}-{layer:03d}", runs, of_layer)
+                statistics[layer].append(some)
+                bar.update(some.shape[0] * some.shape[1])
+    whole = utility(prepared, head_metric, np.concatenate(base))
+    scores = [
+        [whole - utility(prepared, head_metric, of_head) for of_head in np.concatenate(of_layer, axis=1)]
+        for of_layer in statistics
+    ]
+    return whole, np.array(scores, dtype=np.float32)
+
+
+def _check_settings(top_heads: int, top_fraction: float, head_metric: str, batch_size: int, memory_gb: float) -> None:
     """Before hours of work, not after them."""
     for name, value in {"top_heads": top_heads, "batch_size": batch_size}.items():
         if value < 1:
             raise DataError(f"{name} must be at least 1, not {value}")
+    if not 0 < memory_gb < math.inf:
+        raise DataError(f"memory_gb must be positive, not {memory_gb}")
     check_fraction(top_fraction)
     if head_metric not in get_args(HeadMetric):
         raise DataError(f"head_metric must be 'task' or 'logprob', not {head_metric!r}")
 
 
-def _step(run: RunFolder | None, name: str, compute: Any) -> Any:
-    return run.json(name, compute) if run else compute()
+def _statistics(
+    run: RunFolder | None, step: str, runs: Callable[[], HeadRuns], heads: Sequence[Head] | None = None
+) -> FloatArray:
+    """[items, k] with every head in place, or [heads, items, k] with each replaced: a step of the run."""
+
+    def compute() -> dict[str, FloatArray]:
+        return {"statistics": runs().base() if heads is None else np.stack(runs().results(heads))}
+
+    return (run.arrays(step, compute) if run else compute())["statistics"]

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import reference
 import torch
-from hones_offline.evaluate import intervention, mean_log_probability, score
+from hones_offline.evaluate import intervention, score
 from hones_offline.fit import FitSettings, learn
-from hones_offline.heads import HeadMetric, head_runs, head_scores, top_heads
+from hones_offline.heads import HeadMetric, top_heads
 from hones_offline.neurons import importance, mean_write_in, target_directions
+from hones_offline.pipeline import score_heads
 from hones_offline.prompts import Prepared, prepare
 from problems import Problem, problem
 
@@ -25,15 +26,6 @@ CASES = [
 def case(request: pytest.FixtureRequest) -> tuple[Problem, Prepared]:
     p = problem(*request.param)
     return p, prepare(p.model, p.processor, p.task, p.examples)
-
-
-def scores_of_layer(
-    prepared: Prepared, layer: int, base: float, head_metric: HeadMetric, **options: Any
-) -> list[float]:
-    options = {"batch_size": 9, "memory_gb": 1, **options}
-    heads = [(layer, head) for head in range(prepared.decoder.layout.layers[layer].num_heads or 0)]
-    rows = [np.stack(runs.results(heads)) for runs in head_runs(prepared, head_metric, **options)]
-    return head_scores(prepared, base, rows, head_metric)
 
 
 def test_outputs_equal_generating_one_example_at_a_time(case: tuple[Problem, Prepared]) -> None:
@@ -54,21 +46,32 @@ def test_head_scores(case: tuple[Problem, Prepared], head_metric: HeadMetric) ->
     p, prepared = case
     utility = reference.metric if head_metric == "task" else reference.mean_log_probability
     base = utility(p.model, p.processor, p.task, p.examples)
-    found = scores_of_layer(prepared, 1, base, head_metric)
-    for head, value in enumerate(found):
+    found_base, found = score_heads(prepared, head_metric, batch_size=9)
+    assert found_base == pytest.approx(base, abs=1e-5)
+    for head, value in enumerate(found[1]):
         with reference.head_replaced(p.model, 1, head):
             expected = base - utility(p.model, p.processor, p.task, p.examples)
         assert value == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("head_metric", ["task", "logprob"])
+def test_little_memory_and_small_batches_change_nothing(
+    case: tuple[Problem, Prepared], head_metric: HeadMetric
+) -> None:
+    """Kept states of all layers or of one at a time, several heads in a batch or one, rows parted alone or together."""
+    _, prepared = case
+    _, expected = score_heads(prepared, head_metric, batch_size=9)
+    _, found = score_heads(prepared, head_metric, batch_size=9, memory_gb=1e-9)
+    np.testing.assert_array_equal(found, expected)
+    for batch_size in (1, 3, 64):
+        _, found = score_heads(prepared, head_metric, batch_size=batch_size)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_importance_is_the_same_within_a_ten_thousandth(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
     scores = reference.head_scores(p.model, p.processor, p.task, p.examples, reference.mean_log_probability)
-    base = mean_log_probability(prepared, batch_size=9)
-    found_scores = np.array(
-        [scores_of_layer(prepared, layer, base, "logprob") for layer in range(len(scores))],
-        dtype=np.float32,
-    )
+    _, found_scores = score_heads(prepared, "logprob", batch_size=9)
     np.testing.assert_allclose(found_scores, scores, atol=1e-5)
     expected = reference.importance(p.model, p.processor, p.task, p.examples, scores, top_heads=4).numpy()
     found = importance(prepared, target_directions(prepared), top_heads(found_scores, 4), batch_size=9)

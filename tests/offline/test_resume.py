@@ -186,6 +186,7 @@ def test_an_interrupted_attribution_goes_on_and_ends_in_the_same_bytes(p, tmp_pa
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"top_fraction": 0}, "top_fraction must lie in"),
         ({"head_metric": "loss"}, "head_metric must be 'task' or 'logprob', not 'loss'"),
+        ({"memory_gb": 0}, "memory_gb must be positive, not 0"),
         ({"seed": -1}, "seed must lie in"),
     ],
 )

@@ -1,0 +1,427 @@
+"""How fast attribution is: against doing it plainly, and against the least that has to be computed.
+
+    .venv/bin/python benchmarks/attribution.py
+
+(about half an hour on one quiet core) attributes a few examples on three models and prints, for each,
+
+    speedup        the plain twin's time / ours. The twin is tests/reference.py: one example at a time, whole model
+                   forwards with KV cache and without gradients, processor and vision tower in each of them
+    limit_speedup  the same if ours took no more than the limit
+    over_limit     our time / the limit
+
+The limit is the layer-forwards that cannot be avoided times the best time of one. A head of layer l needs the layers
+from l on, for the prompt and for the answer as far as it is the undisturbed one: all these tokens are known, which is
+prefill. Every further token needs all layers, one token at a time: decode. The best time of one is that of the model's
+own layers, called one after another on unpadded copies of the middle-sized sequence, at the batch size that is best,
+prefill and decode apart. Embedding, vision tower, unembedding, processor and scoring are not in the limit.
+
+Everything is interleaved: each round runs ours whole, a share of the twin's heads, and the layers alone. Over the
+rounds the twin scores every head once, so that its result can be compared with ours. Its importance, a few heads' more,
+is timed once. Given are the rounds' medians and extremes.
+
+The models: the embedded VLM; SmolLM2-135M (`--smollm2 DIR` with a checkpoint, else random weights of its shape); a
+random LLaVA of 16 layers, hidden size 512, 256 image tokens. Answers of the last two are what the model itself writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import reference
+import tiny_models
+import tiny_processors
+from hones_offline import attribute
+from hones_offline.banks import select_bank
+from hones_offline.decoding import Batch, Segment, TextDecoder
+from hones_offline.embedded import load_tiny_vlm
+from hones_offline.examples import Example, MemoryImage, scene_examples
+from hones_offline.interventions import Generation
+from hones_offline.prompts import Prepared, prepare
+from hones_offline.recording import Head
+from hones_offline.scenes import scenes
+from hones_offline.tasks import JsonlTask, Task, get_task
+from PIL import Image
+from problems import problem
+from torch import Tensor
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+
+TOP_FRACTION = 0.01
+MOST_TOKENS = 4096  # of a batch in which layers are timed
+Text = list[int]
+COUNTRIES = ("France", "Japan", "Egypt", "Peru", "Norway", "Kenya", "Cuba", "Italy")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model and task."""
+
+    name: str
+    model: Any
+    processor: Any
+    task: Task
+    examples: list[Example]
+    metrics: tuple[str, ...] = ("task", "logprob")
+    top_heads: int = 8
+
+    def arguments(self) -> tuple[Any, Any, Task, list[Example]]:
+        """Of `attribute` and of the reference's functions."""
+        return self.model, self.processor, self.task, self.examples
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print."""
+    args = _parser().parse_args(argv)
+    torch.set_num_threads(args.threads)
+    cases = QUICK if args.quick else {name: CASES[name] for name in args.models}
+    rows = []
+    for build in cases.values():
+        case = build(args)
+        rows += [measure(case, metric, 1 if args.quick else args.repeats) for metric in case.metrics]
+        print(table(rows[-len(case.metrics) :]), file=sys.stderr, flush=True)
+    print(json.dumps(rows, indent=1) if args.json else table(rows))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Speed of attribution: against a plain twin, and against the least that has to be computed.",
+        epilog="The top of this file says how it is measured. Close everything else: the others' work is noise here.",
+    )
+    parser.add_argument("--json", action="store_true", help="print a list of rows instead of a table")
+    parser.add_argument("--quick", action="store_true", help="tiny models and one round: does it run?")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="rounds per row (default: 3)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of PyTorch (default: 1)")
+    parser.add_argument("--examples", type=int, metavar="N", help="per case (default: as many as take minutes)")
+    parser.add_argument("--models", nargs="+", choices=sorted(CASES), default=list(CASES), help="default: all")
+    parser.add_argument("--smollm2", type=Path, metavar="DIR", help="SmolLM2-135M (default: random weights)")
+    return parser
+
+
+# Cases --------------------------------------------------------------------------------------------
+
+
+def embedded(args: argparse.Namespace, task: str) -> Case:
+    """The shipped model on generated scenes."""
+    model, processor = load_tiny_vlm()
+    examples = scene_examples(task, scenes("discovery", args.examples or 24))
+    return Case(f"tiny-vlm {task}", model, processor, get_task(task), examples)
+
+
+def smollm2(args: argparse.Namespace) -> Case:
+    """A text model at a realistic size."""
+    if args.smollm2:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(args.smollm2, dtype=torch.float32).eval()
+        processor = AutoTokenizer.from_pretrained(args.smollm2)
+        processor.chat_template = None
+    else:
+        shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+        heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
+        model = LlamaForCausalLM(LlamaConfig(**{**tiny_models.TEXT, **shape, **heads, "vocab_size": 49_152})).eval()
+        randomise(model)
+        processor = tiny_processors.text_tokenizer(model.config)
+    prompts = [f"The capital city of {country} is" for country in COUNTRIES[: args.examples or 4]]
+    examples = [Example(str(i), prompt, ("?",)) for i, prompt in enumerate(prompts)]
+    return own_answers(Case("smollm2-135m", model, processor, JsonlTask("capitals", "anls", 8), examples))
+
+
+def llava(args: argparse.Namespace) -> Case:
+    """A random LLaVA with as many image tokens as LLaVA-1.5 has at half its resolution."""
+    text = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 16, "max_position_embeddings": 1024}
+    config = LlavaConfig(
+        text_config=LlamaConfig(**{**tiny_models.TEXT, **text, "num_attention_heads": 8, "vocab_size": 8192}),
+        vision_config=CLIPVisionConfig(
+            hidden_size=256,
+            intermediate_size=1024,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=224,
+            patch_size=14,
+        ),
+        image_token_id=tiny_models.IMAGE,
+        vision_feature_layer=-1,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    randomise(model)
+    rng = np.random.default_rng(0)
+    examples = []
+    for i in range(args.examples or 2):
+        image = MemoryImage(Image.fromarray(rng.integers(0, 255, (224, 224, 3), dtype=np.uint8)), f"random-{i}")
+        examples.append(Example(str(i), "what is the color of the square on the left", ("?",), image))
+    processor = tiny_processors.llava_processor(config)
+    return own_answers(Case("llava-16x512", model, processor, JsonlTask("colours", "anls", 8), examples))
+
+
+def quick(architecture: str, task: str) -> Case:
+    """A tiny model of the tests."""
+    p = problem(architecture, task, count=3)
+    return own_answers(Case(f"{architecture} {task}", p.model, p.processor, JsonlTask("text", "anls", 6), p.examples))
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Weights of unit gain from a fixed seed; the generation ends with token 2."""
+    tiny_models._randomise(model, 0)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
+
+
+def own_answers(case: Case) -> Case:
+    """The case with what the model writes as targets, so that a replaced head can only make it worse."""
+    texts = reference.outputs(*case.arguments())
+    examples = [replace(e, targets=(text or "a",)) for e, text in zip(case.examples, texts, strict=True)]
+    return replace(case, examples=examples)
+
+
+CASES: Mapping[str, Callable[[argparse.Namespace], Case]] = {
+    "tiny-vlm-vqa": lambda args: embedded(args, "vqa"),
+    "tiny-vlm-caption": lambda args: embedded(args, "caption"),
+    "smollm2": smollm2,
+    "llava": llava,
+}
+QUICK: Mapping[str, Callable[[argparse.Namespace], Case]] = {
+    "llama": lambda _: quick("llama", "text"),
+    "llava": lambda _: quick("llava", "vqa"),
+}
+
+
+# One row ------------------------------------------------------------------------------------------
+
+
+def measure(case: Case, metric: str, rounds: int) -> dict[str, Any]:
+    """Ours, the twin and the limit, in turn."""
+    prepared = prepare(*case.arguments())
+    twin = Twin(case, metric)
+    batch_size = LayerTimes(prepared, metric).batch_size
+    ours, plain, limit = [], [], []
+    for number in range(rounds):
+        with generated() as written:
+            start = time.perf_counter()
+            found = attribute(
+                *case.arguments(),
+                top_heads=case.top_heads,
+                top_fraction=TOP_FRACTION,
+                head_metric=metric,  # type: ignore[arg-type]
+                batch_size=batch_size,
+            )
+            ours.append(time.perf_counter() - start)
+        plain.append(twin.score_heads(number, rounds))
+        times = LayerTimes(prepared, metric)
+        prefill, decode = layer_forwards(prepared, metric, found.heads, written)
+        limit.append(prefill * times.prefill + decode * times.decode)
+    importance, seconds = twin.importance(case.top_heads)
+    plain = [scoring + seconds for scoring in plain]
+    return {
+        "model": case.name,
+        "metric": metric,
+        "mode": "exact",
+        **spread("speedup", plain, ours),
+        **spread("limit_speedup", plain, limit),
+        **spread("over_limit", ours, limit),
+        "same_bank": same_bank(found.bank, select_bank(importance, TOP_FRACTION)),
+        "importance_error": float(np.abs(found.importance - importance).max() / importance.max()),
+        "seconds": statistics.median(ours),
+        "twin_seconds": statistics.median(plain),
+        "limit_seconds": statistics.median(limit),
+        "n": len(prepared),
+        "heads": len(twin.heads),
+        "batch_size": batch_size,
+        "rounds": rounds,
+    }
+
+
+def spread(name: str, above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest of the rounds' ratios."""
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    return {name: statistics.median(ratios), f"{name}_min": min(ratios), f"{name}_max": max(ratios)}
+
+
+def same_bank(found: Mapping[int, Any], expected: Mapping[int, Any]) -> bool:
+    """Whether two banks hold the same neurons."""
+    return found.keys() == expected.keys() and all(np.array_equal(found[i], expected[i]) for i in found)
+
+
+class Twin:
+    """The reference, its heads scored a share at a time."""
+
+    def __init__(self, case: Case, metric: str) -> None:
+        self.case = case
+        self.utility = reference.metric if metric == "task" else reference.mean_log_probability
+        layers = TextDecoder(case.model).layout.layers
+        self.heads = [(layer.index, head) for layer in layers for head in range(layer.num_heads or 0)]
+        self.scores = [[0.0] * (layer.num_heads or 0) for layer in layers]
+        start = time.perf_counter()
+        self.base = self.utility(*case.arguments())
+        self.base_seconds = time.perf_counter() - start
+
+    def score_heads(self, number: int, rounds: int) -> float:
+        """Score every `rounds`-th head; seconds that all would take."""
+        share = self.heads[number::rounds]
+        start = time.perf_counter()
+        for layer, head in share:
+            with reference.head_replaced(self.case.model, layer, head):
+                self.scores[layer][head] = self.base - self.utility(*self.case.arguments())
+        return self.base_seconds + (time.perf_counter() - start) * len(self.heads) / len(share)
+
+    def importance(self, top_heads: int) -> tuple[Any, float]:
+        """[L, I], and the seconds it took."""
+        start = time.perf_counter()
+        with torch.no_grad():
+            found = reference.importance(*self.case.arguments(), self.scores, top_heads).float().numpy()
+        return found, time.perf_counter() - start
+
+
+# The limit ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def generated() -> Iterator[list[tuple[Sequence[Head], Sequence[Text], Sequence[Sequence[Text]]]]]:
+    """What is written while the block runs: heads, the undisturbed texts, and for each head its texts."""
+    written: list[tuple[Sequence[Head], Sequence[Text], Sequence[Sequence[Text]]]] = []
+    original = Generation.replaced
+
+    def recording(self: Generation, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[list[Text]]:
+        texts = original(self, heads, states)
+        written.append((heads, self.drafts, texts))
+        return texts
+
+    Generation.replaced = recording  # type: ignore[method-assign]
+    try:
+        yield written
+    finally:
+        Generation.replaced = original  # type: ignore[method-assign]
+
+
+def layer_forwards(
+    prepared: Prepared,
+    metric: str,
+    best: Sequence[tuple[int, int, float]],
+    written: Sequence[tuple[Sequence[Head], Sequence[Text], Sequence[Sequence[Text]]]],
+) -> tuple[int, int]:
+    """Layer-forwards of one token that cannot be avoided: (prefill, decode)."""
+    layers = prepared.decoder.layout.layers
+    depth, budget = len(layers), prepared.task.max_new_tokens
+    prompts = sum(len(prompt) for prompt, _ in prepared.pairs())
+    prefill = prompts * sum(depth - layer for layer, _, _ in best)
+    every_head = sum((depth - layer.index) * (layer.num_heads or 0) for layer in layers)
+    prefill += (depth + every_head) * sum(map(len, sequences(prepared, metric)))
+    decode = 0
+    for heads, drafts, texts in written:
+        if heads[0] == (0, 0):  # once for all heads
+            decode += depth * sum(_tokens(draft, budget) - 1 for draft in drafts)
+        for (layer, _), found in zip(heads, texts, strict=True):
+            for draft, text in zip(drafts, found, strict=True):
+                shared = _shared(draft, text)
+                if text != draft:
+                    decode += depth * (_tokens(text, budget) - shared - 1)
+                prefill += (depth - layer) * min(shared, budget - 1)
+    return prefill, decode
+
+
+def _tokens(text: Text, budget: int) -> int:
+    """How many tokens were chosen: the end token is one, where there was room for it."""
+    return len(text) + (len(text) < budget)
+
+
+def _shared(a: Text, b: Text) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def sequences(prepared: Prepared, metric: str) -> list[Segment]:
+    """What one head's forwards are fed, generated tokens aside."""
+    if metric == "task":
+        return [encoded.prompt(0) for encoded in prepared.encoded]
+    return [prompt + prepared.decoder.continuation(prompt, answer) for prompt, answer in prepared.pairs()]
+
+
+class LayerTimes:
+    """Seconds of one layer for one token, at the best batch size."""
+
+    @torch.no_grad()
+    def __init__(self, prepared: Prepared, metric: str) -> None:
+        self.decoder = prepared.decoder
+        rows = sorted(sequences(prepared, metric), key=len)
+        self.segment = rows[len(rows) // 2]
+        sizes = [2**i for i in range(10)]
+        prefill = {size: self._prefill(size) for size in sizes if size * len(self.segment) <= MOST_TOKENS or size == 1}
+        self.prefill = min(prefill.values())
+        self.decode = min(self._decode(size) for size in prefill) if metric == "task" else 0.0
+        self.batch_size = max(size for size, seconds in prefill.items() if seconds < 1.05 * self.prefill)
+
+    def _prefill(self, rows: int) -> float:
+        batch = self.decoder.collate([self.segment] * rows)
+        return self._seconds(self._calls(lambda: self.decoder.run(batch)), lambda: None) / batch.mask.numel()
+
+    def _decode(self, rows: int) -> float:
+        batch = self.decoder.collate([self.segment] * rows)
+        _, cache = self.decoder.run(batch, use_cache=True)
+        length = batch.mask.shape[1]
+        mask = torch.cat([batch.mask, batch.mask[:, :1]], dim=1)
+        step = Batch(batch.embeds[:, -1:], mask, batch.positions[:, :, -1:] + 1)
+
+        def crop() -> None:
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+
+        calls = self._calls(lambda: self.decoder.run(step, cache, use_cache=True))
+        return self._seconds(calls, crop) / rows
+
+    def _calls(self, run: Callable[[], object]) -> list[Callable[[], object]]:
+        """Each layer as the decoder calls it."""
+        calls: list[Callable[[], object]] = []
+
+        def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append(lambda: module.forward(*args, **kwargs))
+
+        layers = self.decoder.layout.layers
+        handles = [layer.module.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+        run()
+        for handle in handles:
+            handle.remove()
+        return calls
+
+    def _seconds(self, calls: Sequence[Callable[[], object]], before: Callable[[], None]) -> float:
+        """Of one layer: the median of three rounds through all of them, so that weights come from memory as they do."""
+        seconds = []
+        for _ in range(3):
+            before()
+            start = time.perf_counter()
+            for call in calls:
+                call()
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds) / len(calls)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows for people, as Markdown."""
+    lines = [
+        "| model | metric | speedup | limit's speedup | over limit | same bank | n | batch | ours, s |",
+        "|---|---|---|---|---|---|---:|---:|---:|",
+    ]
+    for row in rows:
+        cells = [
+            f"{row[name]:.2f} ({row[name + '_min']:.2f}–{row[name + '_max']:.2f})"
+            for name in ("speedup", "limit_speedup", "over_limit")
+        ]
+        bank = f"{'yes' if row['same_bank'] else 'NO'} ({row['importance_error']:.0e})"
+        numbers = f"{row['n']} | {row['batch_size']} | {row['seconds']:.1f}"
+        lines.append(f"| {row['model']} | {row['metric']} | {' | '.join(cells)} | {bank} | {numbers} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

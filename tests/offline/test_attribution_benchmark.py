@@ -1,0 +1,32 @@
+"""benchmarks/attribution.py runs, finds what the plain twin finds, and says what it promises to say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "attribution.py"
+
+
+def run(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, str(BENCHMARK), *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_rows() -> None:
+    rows = json.loads(run("--quick", "--json"))
+    assert [(row["model"], row["metric"], row["mode"]) for row in rows] == [
+        (model, metric, "exact") for model in ("llama text", "llava vqa") for metric in ("task", "logprob")
+    ]
+    for row in rows:
+        assert row["same_bank"]
+        assert row["importance_error"] < 1e-4
+        for name in ("speedup", "limit_speedup", "over_limit"):
+            assert 0 < row[f"{name}_min"] <= row[name] <= row[f"{name}_max"]
+
+
+def test_help_teaches() -> None:
+    text = run("--help")
+    assert "plain twin" in text
+    assert "--smollm2" in text

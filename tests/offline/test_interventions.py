@@ -1,0 +1,110 @@
+"""Forwards with a head replaced start at the head's layer, and give what the whole forward gives."""
+
+import numpy as np
+import pytest
+import reference
+import tiny_models
+import torch
+from hones_offline.decoding import Batch, Segment, TextDecoder
+from hones_offline.evaluate import score
+from hones_offline.pipeline import score_heads
+from hones_offline.prompts import prepare
+from hones_offline.recording import recorded_states, replaced_heads
+from problems import problem
+
+TEXT_MODELS = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3", "gpt2", "opt")
+
+
+def decoder_and_batch(architecture: str) -> tuple[TextDecoder, Batch]:
+    """Four rows of different length, padded on the left."""
+    model = getattr(tiny_models, architecture)()
+    model.generation_config.eos_token_id = 2
+    decoder = TextDecoder(model)
+    ids = tiny_models.text_inputs()["input_ids"]
+    rows = [row[: len(row) - i] for i, row in enumerate(ids)]
+    with torch.no_grad():
+        return decoder, decoder.collate([Segment(decoder.embed(row), torch.arange(len(row))[None]) for row in rows])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", TEXT_MODELS)
+def test_resuming_equals_the_whole_forward(architecture: str) -> None:
+    decoder, batch = decoder_and_batch(architecture)
+    layers = decoder.layout.layers
+    with recorded_states(decoder.layout, range(len(layers))) as states:
+        plain, _ = decoder.run(batch)
+    real = batch.mask.bool()
+    for layer in layers:
+        heads = [(layer.index, 1), (layer.index, 3)]
+        found, _ = decoder.resume(batch, states[layer.index][0], heads)
+        for head, hidden in zip(heads, found.chunk(2), strict=True):
+            with replaced_heads(decoder.layout, [head] * len(batch.mask)):
+                expected, _ = decoder.run(batch)
+            assert not torch.allclose(expected[real], plain[real], atol=1e-3)
+            torch.testing.assert_close(hidden[real], expected[real], rtol=1e-4, atol=1e-4)
+    assert torch.equal(decoder.run(batch)[0], plain)  # nothing stays behind
+
+
+@torch.no_grad()
+def test_layers_below_the_head_do_not_run() -> None:
+    decoder, batch = decoder_and_batch("llama")
+    layers = decoder.layout.layers
+    with recorded_states(decoder.layout, [2]) as states:
+        decoder.run(batch)
+    calls: list[int] = []
+    for layer in layers:
+        layer.down_proj.register_forward_hook(lambda *_, index=layer.index: calls.append(index))
+    decoder.resume(batch, states[2][0], [(2, 0)])
+    assert calls == [2]
+
+
+@torch.no_grad()
+def test_every_row_has_its_own_head() -> None:
+    decoder, batch = decoder_and_batch("llama")
+    heads = [(0, 1), (2, 3), (0, 2), (1, 0)]
+    with replaced_heads(decoder.layout, heads):
+        mixed, _ = decoder.run(batch)
+    for row, head in enumerate(heads):
+        with replaced_heads(decoder.layout, [head] * len(heads)):
+            alone, _ = decoder.run(batch)
+        real = batch.mask[row].bool()
+        torch.testing.assert_close(mixed[row][real], alone[row][real], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_forward_that_was_set_on_a_layer_is_there_again_also_after_an_error() -> None:
+    """Accelerate's hooks (device_map) are such forwards."""
+    decoder, batch = decoder_and_batch("llama")
+    first, second, third = (layer.module for layer in decoder.layout.layers)
+    own = first.forward
+    first.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    placed = first.forward
+    third.register_forward_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        decoder.resume(batch, batch.embeds, [(2, 0)])
+    assert first.forward is placed
+    assert "forward" not in vars(second)
+
+
+def fail(*_: object) -> None:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_answers_that_end_and_part_at_different_places(batch_size: int) -> None:
+    """End tokens are some that the model writes: rows leave a batch early, agree to the end, or end where they part."""
+    p = problem("llama", "text")
+    free = prepare(p.model, p.processor, p.task, p.examples)
+    written = free.decoder.greedy([e.prompt(0) for e in free.encoded], p.task.max_new_tokens)
+    ends = sorted({row[1 + i] for i, row in enumerate(written[:3])})
+    p.model.generation_config.eos_token_id = ends
+    p.processor.add_special_tokens({"additional_special_tokens": p.processor.convert_ids_to_tokens(ends)})
+    prepared = prepare(p.model, p.processor, p.task, p.examples)
+    lengths = {len(row) for row in prepared.decoder.greedy([e.prompt(0) for e in prepared.encoded], 6)}
+    assert len(lengths) > 1
+    assert list(score(prepared, batch_size=batch_size).outputs) == reference.outputs(
+        p.model, p.processor, p.task, p.examples
+    )
+    expected = reference.head_scores(p.model, p.processor, p.task, p.examples, reference.metric)
+    _, found = score_heads(prepared, "task", batch_size=batch_size)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
