@@ -259,7 +259,8 @@ class WriteIn(HeadRuns):
         with recorded_ffn(self.layout) as recorded:
             self.decoder.run(self.batch)
         nothing = np.zeros((len(self.alignments), self.layout.intermediate_size))
-        return self._sums(recorded, nothing[None])[0]
+        sums: FloatArray = self._sums(recorded, nothing[None])[0]
+        return sums
 
     def replaced(self, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[FloatArray]:
         with recorded_ffn(self.layout) as recorded:

@@ -119,7 +119,8 @@ def replaced_heads(layout: Layout, heads: Sequence[Head]) -> Iterator[None]:
             own = slices[rows, :, chosen].float()
             total = slices.sum(-2, dtype=torch.float32)[rows]
             slices[rows, :, chosen] = ((total - own) / (count - 1)).to(x.dtype)
-            return slices.flatten(-2)
+            joined: Tensor = slices.flatten(-2)
+            return joined
 
         return replace
 
