@@ -51,8 +51,9 @@ rules:
 canary: {task: cap@2, to: ocr@1.5, percent: 50}
 """
 SCENES = scenes("test", 4)
-PICTURES = [Question(scene.prompt("caption"), scene.image()) for scene in SCENES]
-TEXTS = [Question(scene.captions[0][:20]) for scene in SCENES]
+# Longer than the 32 tokens of a block, so that requests could share one with what steers them otherwise.
+PICTURES = [Question(" ".join([scene.prompt("caption")] * 3), scene.image()) for scene in SCENES]
+TEXTS = [Question(" ".join(scene.captions[:3])) for scene in SCENES]
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ async def site(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> Asyn
         *(sys.executable, "-m", "hones_steer", "serve", str(embedded), "--engine", "vllm"),
         *("--profiles", str(folder), "--routing", str(routing), "--api-key", KEY, "--allow-profile-updates"),
         *("--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8"),
-        *("--allowed-origins", '["https://app.example"]'),
+        *("--block-size", "32", "--allowed-origins", '["https://app.example"]'),
     ]
     with server(command, here / "log", ENVIRONMENT) as running:
         site = Site(running, folder, profiles, reference, processor, KEY)
