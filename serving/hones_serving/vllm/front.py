@@ -65,7 +65,8 @@ class Front:
         if unknown := asked.keys() - {TASK, TICKET}:
             raise RequestError(f"{', '.join(sorted(unknown))}: a reserved name; name steering with {TASK!r}")
         if TICKET in asked:
-            admission = self.registry.admission(asked[TICKET])
+            ticket = asked[TICKET]
+            admission = self.registry.admission(ticket) if isinstance(ticket, str) else None
             if admission is None:
                 raise RequestError(f"{TICKET}: a reserved name; name steering with {TASK!r}")
             return admission.profile, admission.label

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hones_serving.metrics import Metrics
 from hones_serving.settings import Settings
 from hones_serving.vllm import compat
+from prometheus_client import CollectorRegistry
 from serving.steered import Reference, answers, engine, generate, prompts, request, tokens_of, write_profiles
 from tiny_models import GROUPED, TEXT, _build
 from tiny_processors import text_tokenizer
@@ -209,11 +211,7 @@ class TestRequests:
             ({"hones_task": 3}, "hones_task is 3; give an expression"),
             ({"hones_task": ["vqa"]}, "hones_task is .'vqa'.; give an expression"),
             ({"hones_ticket": "0" * 32}, "hones_ticket: a reserved name"),
-            pytest.param(
-                {"hones_ticket": ["vqa"]},
-                "hones_ticket: a reserved name",
-                marks=pytest.mark.xfail(raises=TypeError, strict=True, reason="TypeError instead of RoutingError"),
-            ),
+            ({"hones_ticket": ["vqa"]}, "hones_ticket: a reserved name"),
             ({"hones_profile": b"bytes", "hones_digest": "0" * 64}, "hones_digest, hones_profile: a reserved name"),
             ({"hones_task": "vqa", "hones_label": "x"}, "hones_label: a reserved name"),
             ({"hones_anything": None}, "hones_anything: a reserved name"),
@@ -227,6 +225,16 @@ class TestRequests:
             llm.generate([request(PROMPTS[0])] * 2, [SamplingParams(max_tokens=4), params], use_tqdm=False)
         assert not llm.llm_engine.has_unfinished_requests()
         assert llm.llm_engine.input_processor.hones_front.registry.slots_used() == 0
+
+    def test_a_server_takes_no_expressions_past_its_middleware(self, llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As routes of vLLM's that take whole sampling parameters could give it."""
+        from vllm import SamplingParams
+
+        front = llm.llm_engine.input_processor.hones_front
+        monkeypatch.setattr(front, "metrics", Metrics(front.registry, CollectorRegistry()))
+        params = SamplingParams(max_tokens=4, extra_args={"hones_task": "vqa"})
+        with pytest.raises(RoutingError, match="this route cannot be steered; leave out 'hones_task'"):
+            llm.generate([request(PROMPTS[0])], params, use_tqdm=False)
 
     def test_other_extra_arguments_pass(self, llm: Any) -> None:
         from vllm import SamplingParams
