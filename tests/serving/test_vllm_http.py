@@ -590,7 +590,7 @@ def plain(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sit
     profiles = write_profiles(model, folder)
     reference = Reference(model, folder)
     env = plain_env(folder, VLLM_PLUGINS="hones", HONES_MAX_PROFILES="2")
-    with server(api_server(llama), here / "log", env) as running:
+    with server([*api_server(llama), "--enable-scale-out"], here / "log", env) as running:
         yield Site(running, folder, profiles, reference, AutoTokenizer.from_pretrained(llama))
 
 
@@ -651,6 +651,17 @@ def refusal(command: list[str], env: dict[str, str]) -> str:
     )
     assert done.returncode != 0, done.stdout
     return done.stdout
+
+
+async def test_routes_that_take_whole_sampling_parameters_cannot_be_steered(plain: Site) -> None:
+    """Whatever is named in there comes past the middleware."""
+    for extra, status in (({"mine": 1}, 200), ({"hones_task": "vqa"}, 400), ({"hones_ticket": "0" * 32}, 400)):
+        params = {"max_tokens": 2, "extra_args": extra}
+        body = {"model": "tiny", "token_ids": [17, 42], "sampling_params": params}
+        response = await plain.call("POST", "/inference/v1/generate", body)
+        assert response.status_code == status, response.text
+        if status == 400:
+            assert "hones_" in response.json()["error"]["message"]
 
 
 def test_without_its_http_side_the_server_does_not_start(llama: Path, plain: Site) -> None:

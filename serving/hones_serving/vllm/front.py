@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from vllm.exceptions import VLLMClientError
+
 from hones_serving.metrics import Metrics
 from hones_serving.registry import ProfileRegistry, label_of
 from hones_serving.settings import Settings
@@ -32,8 +34,8 @@ LABEL = PREFIX + "label"  # of the metrics
 _SALT = "hones:"
 
 
-class RequestError(RoutingError, ValueError):
-    """A request that names steering which it cannot have; vLLM answers a ValueError with 400."""
+class RequestError(RoutingError, VLLMClientError):
+    """A request that names steering which it cannot have; vLLM's server answers 400."""
 
 
 class Front:
