@@ -32,18 +32,19 @@ from hones_offline.tasks import JsonlTask
 from examples.smollm2.make_data import SPLITS, TASKS
 
 DATA = Path(__file__).parent / "data"
-MAX_NEW_TOKENS = 10
+MAX_NEW_TOKENS = 8  # no answer has more than 6, and the line ends after it
 STEERED = ("base", "fixed_amp", "grid_search", "random_neurons", "hones_no_kl", "hones")
 EncodedTasks = Mapping[str, Mapping[str, Prepared]]  # task -> split -> examples
 
 
 def encode(model: Any, tokenizer: Any, tasks: Sequence[str], limit: int | None) -> EncodedTasks:
-    """Every split of every task; `limit` cuts dev and test."""
+    """Every split of every task; with `limit` dev and test are random draws of that size."""
 
     def split(task: str, name: str) -> Prepared:
         examples = load_jsonl(DATA / name / f"{task}.jsonl").examples
-        kept = examples if name == "discovery" else examples[:limit]
-        return prepare(model, tokenizer, JsonlTask(task, "exact_match", MAX_NEW_TOKENS), kept)
+        order = np.random.default_rng(0).permutation(len(examples))  # the files are in the order of the alphabet
+        kept = order if name == "discovery" else order[:limit]
+        return prepare(model, tokenizer, JsonlTask(task, "exact_match", MAX_NEW_TOKENS), [examples[i] for i in kept])
 
     return {task: {name: split(task, name) for name in SPLITS} for task in tasks}
 
@@ -213,8 +214,10 @@ def main() -> None:
     parser.add_argument("--steered-fraction", type=float, default=0.01, metavar="F", help="default: %(default)s")
     parser.add_argument("--lr", type=float, default=0.02, help="learning rate of the factors (default: %(default)s)")
     parser.add_argument("--random-banks", type=int, default=3, metavar="N", help="default: %(default)s")
-    parser.add_argument("--limit", type=int, metavar="N", help="use the first N examples of dev and test only")
+    parser.add_argument("--limit", type=int, metavar="N", help="use N examples of dev and test only")
     args = parser.parse_args()
+    if len(args.tasks) < 2:
+        parser.error("selectivity compares tasks; name at least two")
     settings = StudySettings(
         attribution_examples=args.attribution_examples,
         top_heads=args.top_heads,
