@@ -34,7 +34,7 @@ LABEL = PREFIX + "label"  # of the metrics
 _SALT = "hones:"
 
 
-class RequestError(RoutingError, VLLMClientError):
+class RequestError(RoutingError, VLLMClientError):  # type: ignore[misc]  # mypy does not look into vLLM
     """A request that names steering which it cannot have; vLLM's server answers 400."""
 
 
