@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/vllm_serving.py --model-dir runs/benchmark --no-lora
 
-(9 minutes on two quiet cores; with LoRA much longer) compares, in eager and in compiled mode, for decode and for prefill,
+(9 minutes on two quiet cores; with LoRA much longer) compares, eager and compiled, for decode and for prefill,
 
     absent           vLLM as it comes
     idle             the plugin is there, no request is steered
