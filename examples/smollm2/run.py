@@ -150,7 +150,7 @@ def interval(
     values = [
         statistic([float(rng.choice(sample, len(sample)).mean()) for sample in samples]) for _ in range(resamples)
     ]
-    low, high = np.quantile(values, [0.025, 0.975])
+    low, high = np.quantile(np.asarray(values), [0.025, 0.975])
     return float(low), float(high)
 
 
