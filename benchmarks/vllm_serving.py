@@ -1,8 +1,8 @@
 """Tokens per second of vLLM with hones-steer, as ratios to vLLM without it.
 
-    .venv/bin/python benchmarks/vllm_serving.py --model-dir runs/benchmark
+    .venv/bin/python benchmarks/vllm_serving.py --model-dir runs/benchmark --no-lora
 
-(at most 12 minutes on two quiet cores) compares, in eager and in compiled mode, for decode and for prefill,
+(9 minutes on two quiet cores; with LoRA much longer) compares, eager and compiled, for decode and for prefill,
 
     absent           vLLM as it comes
     idle             the plugin is there, no request is steered
@@ -45,6 +45,9 @@ ADAPTERS = (1, 8)
 PHASES = ("decode", "prefill")
 MODES = ("eager", "compiled")
 LORA = "vllm-lora"
+# glibc gives large blocks back to the system or not, depending on what a process did before: without these, one eager
+# process is up to a quarter slower than another that runs the same code.
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ VARIANTS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print."""
     args = _parser().parse_args(argv)
+    os.environ.update(_ALLOCATOR)
     with ExitStack() as stack:
         folder = args.model_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hones-benchmark-")))
         rows = measure(args, folder)

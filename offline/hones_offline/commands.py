@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from hones_offline.banks import Bank, bank_size, check_bank, random_bank
+from hones_offline.datasets import load_dataset
 from hones_offline.evaluate import Scores, intervention, score
-from hones_offline.examples import Loaded, check_disjoint, load_coco, load_jsonl
+from hones_offline.examples import Loaded, check_disjoint, load_jsonl
 from hones_offline.fit import FIXED_AMP, FitSettings, fit_run_settings, grid_search, learn, uniform_profile
 from hones_offline.metrics import METRICS
 from hones_offline.models import load_model
@@ -128,7 +129,7 @@ def fit(argv: Sequence[str]) -> int:
     settings = _fit_settings(args)
     _check_writable(args.out)
     task, loaded = _load_data(args)
-    dev_loaded = None if args.dev is None else _load_file(args, args.dev, task)
+    dev_loaded = None if args.dev is None else _load_file(args, args.dev, task.name, args.limit)
     if dev_loaded is not None:
         check_disjoint(data=loaded.examples, dev=dev_loaded.examples)
     found = _read_found(args.bank, task)
@@ -189,12 +190,21 @@ def evaluate(argv: Sequence[str]) -> int:
         metavar="N",
         help="with --mask: also mask N random banks of the same size per layer (default: %(default)s)",
     )
+    parser.add_argument(
+        "--apart-from",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="refuse to measure on an image of this file, the discovery or dev data (repeatable)",
+    )
     args = parser.parse_args(argv)
     if args.random_banks < 0:
         raise DataError(f"--random-banks must be zero or more, not {args.random_banks}")
     if args.random_banks and not args.mask:
         parser.error("--random-banks stand beside the bank of a --mask")
     task, loaded = _load_data(args)
+    _check_apart(args, task, loaded)
     profiles = {str(path): load_profile(path) for path in args.profile}
     masked = {str(path): _read_found(path) for path in args.mask}
     model, processor = load_model(args.model, dtype=args.dtype, device=args.device)
@@ -239,9 +249,10 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help='JSONL, {"image": ..., "prompt": ..., "targets": [...]} per line, or a COCO-format .json (with --images)',
+        help='JSONL, {"image": ..., "prompt": ..., "targets": [...]} per line, or with --images a published file: '
+        "the paper's COCO-format .json, COCO captions, VQA v2 questions, TextVQA, GQA, flickr_annotations_30k.csv:test",
     )
-    parser.add_argument("--images", type=Path, metavar="DIR", help="image folder of a COCO-format file")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="image folder of a published dataset")
     parser.add_argument(
         "--negatives",
         type=int,
@@ -331,17 +342,26 @@ def _load_data(args: argparse.Namespace) -> tuple[Task, Loaded]:
         raise DataError(f"--limit must be at least 1, not {args.limit}")
     if not 0 <= args.max_failures <= 1:
         raise DataError(f"--max-failures is a share from 0 to 1, not {args.max_failures}")
-    return task, _load_file(args, args.data, task)
+    return task, _load_file(args, args.data, task.name, args.limit)
 
 
-def _load_file(args: argparse.Namespace, path: Path, task: Task) -> Loaded:
+def _load_file(args: argparse.Namespace, path: Path, task: str, limit: int | None) -> Loaded:
     if path.suffix == ".jsonl":
         loaded = load_jsonl(path)
-    elif args.images is None:
-        raise DataError(f"{path} is no .jsonl file; for a COCO-format file name its image folder with --images")
-    else:
-        loaded = load_coco(path, task.name, args.images, seed=3407, negatives=args.negatives)
-    return Loaded(loaded.examples[: args.limit], loaded.skipped)
+        return Loaded(loaded.examples[:limit], loaded.skipped)
+    if args.images is None:
+        raise DataError(f"{path} is no .jsonl file; for a published dataset name its image folder with --images")
+    if not args.images.is_dir():
+        raise DataError(f"--images {args.images} is no folder; name the one that holds the images")
+    return load_dataset(path, task, args.images, seed=3407, negatives=args.negatives, limit=limit)
+
+
+def _check_apart(args: argparse.Namespace, task: Task, loaded: Loaded) -> None:
+    """Raise DataError if an image of --data is in a file of --apart-from, naming it."""
+    name = "caption" if task.name == "retrieval" else task.name  # the same images, without a search for negatives
+    for path in args.apart_from:
+        other = _load_file(args, path, name, limit=None)
+        check_disjoint(**{"--data": loaded.examples, f"--apart-from {path}": other.examples})
 
 
 def _check_writable(file: Path) -> None:

@@ -153,7 +153,9 @@ class ProfileRegistry:
         try:
             profile.base_model.check(self._identity)
         except MismatchError as error:
-            raise MismatchError(f"{self._folder / file}: {error}") from error
+            # The argument that the message ends with is Python's; a server has none.
+            reason = str(error).removesuffix(" or pass allow_mismatch=True")
+            raise MismatchError(f"{self._folder / file}: {reason}") from error
         return _Entry(profile, file)
 
     # Who uses what

@@ -1,5 +1,6 @@
 """`hones attribute | fit | evaluate`: a user's own model and data, files to files; and everything given wrongly."""
 
+import csv
 import json
 import os
 import shutil
@@ -238,6 +239,46 @@ def test_the_papers_coco_file(hones: Run, root: Path, tmp_path: Path) -> None:
     )
 
 
+def gqa_file(root: Path, folder: Path, name: str, images: Sequence[str]) -> Path:
+    """GQA's questions about images `cats-0`, `dev-0` ... that lie in `root`/images, where GQA's would be .jpg."""
+    (folder / "gqa").mkdir(exist_ok=True)
+    for image in images:
+        Image.open(root / "images" / f"{image}.png").save(folder / "gqa" / f"{image}.jpg")
+    question = {"question": "what is the cat", "answer": "red", "isBalanced": True}
+    path = folder / f"{name}_balanced_questions.json"
+    path.write_text(json.dumps({f"0{i}": {**question, "imageId": image} for i, image in enumerate(images)}))
+    return path
+
+
+def test_a_published_dataset_from_attribution_to_measurement(hones: Run, root: Path, tmp_path: Path) -> None:
+    train = gqa_file(root, tmp_path, "train", [f"cats-{i}" for i in range(6)])
+    dev = gqa_file(root, tmp_path, "val", ["dev-0", "dev-1"])
+    test = gqa_file(root, tmp_path, "testdev", ["dev-2", "dev-3"])
+    common = [root / "vlm", "--task", "vqa", "--images", tmp_path / "gqa", "--data"]
+    run, out = tmp_path / "run", tmp_path / "p.safetensors"
+    assert hones("attribute", *common, train, "--out", run, *QUICK)[0] == 0
+    assert hones("fit", *common, train, "--dev", dev, "--bank", run, "--out", out, *FIT)[0] == 0
+    assert load_profile(out).evidence["n"] == 2
+    apart = ["--apart-from", train, "--apart-from", dev]
+    code, text, error = hones("evaluate", *common, test, "--profile", out, *apart)
+    assert (code, error) == (0, "")
+    assert "vqa: VQA accuracy on 2 examples" in text
+
+
+def test_a_split_of_flickr30k(hones: Run, root: Path, tmp_path: Path) -> None:
+    data = tmp_path / "flickr_annotations_30k.csv"
+    with data.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["raw", "sentids", "split", "filename", "img_id"])
+        for i in range(6):
+            captions, split = json.dumps([f"a cat {i}", f"the dog {i}"]), ["train", "test"][i % 2]
+            rows.writerow([captions, f"[{2 * i}, {2 * i + 1}]", split, f"cats-{i}.png", i])
+    command = ["evaluate", root / "vlm", "--task", "retrieval", "--negatives", "2", "--images", root / "images"]
+    code, out, error = hones(*command, "--data", f"{data}:test", "--apart-from", f"{data}:train")
+    assert (code, error) == (0, "")
+    assert "retrieval: NDCG@5 on 3 examples" in out
+
+
 def test_a_trained_model_with_the_papers_head_scores(hones: Run, tmp_path: Path) -> None:
     """The embedded model, loaded from its folder as any other, transcribing the text in its generated scenes."""
     for split, count in {"discovery": 8, "dev": 12}.items():
@@ -410,6 +451,26 @@ def test_dev_data_that_shares_an_image_with_the_data_is_refused(
     command = ["fit", root / "vlm", "--task", "cats", "--data", root / "cats.jsonl", "--bank", found]
     error = fails(*command, "--dev", root / "cats.jsonl", "--out", tmp_path / "p.safetensors")
     assert "Splits 'data' and 'dev' share image" in error
+
+
+def test_test_data_that_shares_an_image_with_other_data_is_refused(
+    fails: Callable[..., str], root: Path, tmp_path: Path
+) -> None:
+    own = ["evaluate", root / "vlm", "--task", "cats", "--data", root / "dev.jsonl", "--limit", "1", "--apart-from"]
+    record = {"image": str(root / "images" / "dev-0.png"), "prompt": "what", "targets": ["red"]}
+    other = write_jsonl(tmp_path / "discovery.jsonl", [{**record, "image": str(root / "images" / "dev-1.png")}, record])
+    error = fails(*own, root / "cats.jsonl", "--apart-from", other)
+    assert f"Splits '--data' and '--apart-from {other}' share image '{root / 'images' / 'dev-0.png'}'" in error
+    files = [gqa_file(root, tmp_path, "train", ["cats-0", "dev-1"]), gqa_file(root, tmp_path, "val", ["dev-1"])]
+    gqa = ["--task", "vqa", "--images", tmp_path / "gqa", "--data", files[0], "--apart-from", files[1]]
+    assert f"share image '{tmp_path / 'gqa' / 'dev-1.jpg'}'" in fails("evaluate", root / "vlm", *gqa)
+    fit = ["fit", root / "vlm", *gqa[:-2], "--dev", files[1], "--bank", tmp_path, "--out", tmp_path / "p.safetensors"]
+    assert f"Splits 'data' and 'dev' share image '{tmp_path / 'gqa' / 'dev-1.jpg'}'" in fails(*fit)
+
+
+def test_an_image_folder_that_is_not_there(fails: Callable[..., str], root: Path, tmp_path: Path) -> None:
+    command = ["evaluate", root / "vlm", "--task", "vqa", "--data", DATA, "--images", tmp_path / "no"]
+    assert f"--images {tmp_path / 'no'} is no folder" in fails(*command)
 
 
 # ------------------------------------------------------------------------------------------- models given wrongly

@@ -1,33 +1,24 @@
 """Loading examples: what the files say is what comes out, bad input is named, splits stay apart."""
 
 import json
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hones_offline.examples import (
     Example,
     FileImage,
-    Loaded,
     MemoryImage,
     check_disjoint,
-    load_coco,
     load_jsonl,
-    load_textvqa,
     scene_examples,
-    with_hard_negatives,
 )
-from hones_offline.metrics import caption_tokens
 from hones_offline.scenes import scenes
 from PIL import Image
 
 from hones_steer.errors import DataError
 
-EXCERPT = Path(__file__).parent / "data" / "coco_excerpt.json"
-RECORDS: list[dict[str, Any]] = json.loads(EXCERPT.read_text())["data"]
 BLUE = (0, 0, 255)
 
 
@@ -35,16 +26,6 @@ def grey_image(path: Path, size: tuple[int, int] = (20, 10)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (128, 128, 128)).save(path)
     return path
-
-
-@pytest.fixture(scope="module")
-def coco_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Grey images of the size and name that the excerpt gives."""
-    root = tmp_path_factory.mktemp("coco")
-    for record in RECORDS:
-        info = record["image_info"]
-        grey_image(root / info["file_name"], (info["width"], info["height"]))
-    return root
 
 
 def write_lines(path: Path, *lines: object) -> Path:
@@ -193,6 +174,7 @@ GOOD = '{"prompt": "What?", "targets": ["cat"]}'
         ('{"prompt": "What?", "targets": ["cat"], "image": "a\\u0000b"}', "image"),
         ('{"prompt": "What?", "targets": ["cat"], "id": ""}', "id"),
         ('{"prompt": "What?", "targets": ["cat"], "id": true}', "id"),
+        ('{"prompt": "What?", "targets": ["cat"], "prompt": "Who?"}', "key 'prompt' stands twice"),
         ('{"prompt": "What?", "targets": ["cat"], "id": "1"}', "'1' was used before"),
     ],
 )
@@ -208,208 +190,12 @@ def test_a_line_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
         load_jsonl(tmp_path / "own.jsonl")
 
 
-@pytest.mark.parametrize("load", [load_jsonl, lambda path: load_textvqa(path, ".")])
-def test_a_missing_or_empty_file_is_an_error(tmp_path: Path, load: Any) -> None:
-    with pytest.raises(DataError, match=r"none\.json"):
-        load(tmp_path / "none.json")
-    (tmp_path / "empty.json").write_text("")
-    with pytest.raises(DataError, match=r"empty\.json"):
-        load(tmp_path / "empty.json")
-
-
-# --------------------------------------------------------------------------------------------------- COCO
-
-
-def load(task: str, root: Path, seed: int = 0, negatives: int = 5) -> Loaded:
-    return load_coco(EXCERPT, task, root, seed=seed, negatives=negatives)
-
-
-def test_coco_vqa_has_questions_and_all_ten_answers(coco_images: Path) -> None:
-    examples, skipped = load("vqa", coco_images)
-    assert skipped == {}
-    assert [e.prompt for e in examples] == [r["vqa"]["question"] for r in RECORDS]
-    assert [list(e.targets) for e in examples] == [r["vqa"]["all_answers"] for r in RECORDS]
-
-
-def test_coco_ocr_has_the_text_and_a_box_around_it(coco_images: Path) -> None:
-    examples, skipped = load("ocr", coco_images)
-    assert list(skipped) == ["491229"]
-    assert "text" in skipped["491229"]
-    texts = {str(r["image_id"]): r["ocr"]["text"] for r in RECORDS}
-    assert {e.id: e.targets for e in examples} == {i: (t,) for i, t in texts.items() if t.strip()}
-    for example in examples:
-        assert example.image is not None
-        assert (np.asarray(example.image.load()) == BLUE).all(axis=-1).any()
-
-
-def test_coco_captions_are_at_most_five(coco_images: Path) -> None:
-    examples, skipped = load("caption", coco_images)
-    assert skipped == {}
-    assert Counter(len(e.targets) for e in examples) == {5: 10}
-    assert examples[0].targets[0] == RECORDS[0]["captions"][0]["caption"]
-
-
-def test_every_coco_image_is_found_and_has_its_size(coco_images: Path) -> None:
-    for example, record in zip(load("caption", coco_images).examples, RECORDS, strict=True):
-        assert example.image is not None
-        assert example.image.load().size == (record["image_info"]["width"], record["image_info"]["height"])
-
-
-def test_coco_images_are_found_where_coco_unpacks_them(tmp_path: Path) -> None:
-    name = RECORDS[0]["image_info"]["file_name"]
-    grey_image(tmp_path / "train2014" / name)
-    image = load("vqa", tmp_path).examples[0].image
-    assert isinstance(image, FileImage)
-    assert image.path == tmp_path / "train2014" / name
-
-
-def test_the_same_image_has_one_key_in_every_task(coco_images: Path) -> None:
-    vqa, ocr = load("vqa", coco_images).examples[1], load("ocr", coco_images).examples[0]
-    assert vqa.id == ocr.id
-    assert vqa.image is not None
-    assert ocr.image is not None
-    assert vqa.image.key == ocr.image.key
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "task"),
-    [
-        ("vqa", None, "vqa"),
-        ("vqa", {"question": "What?"}, "vqa"),
-        ("vqa", {"question": "What?", "all_answers": []}, "vqa"),
-        ("vqa", {"question": 3, "all_answers": ["cat"]}, "vqa"),
-        ("ocr", {"text": "STOP"}, "ocr"),
-        ("ocr", {"text": "STOP", "bbox": [1, 2, 3]}, "ocr"),
-        ("ocr", {"text": "STOP", "bbox": [1, 2, 3, 0]}, "ocr"),
-        ("ocr", {"text": "STOP", "bbox": [1, 2, float("nan"), 4]}, "ocr"),
-        ("ocr", {"text": "STOP", "bbox": [1, 2, 10**400, 4]}, "ocr"),
-        ("captions", [], "caption"),
-        ("captions", ["a cat"], "caption"),
-        ("captions", [{"caption": " "}], "caption"),
-        ("image_info", {}, "caption"),
-    ],
-)
-def test_a_record_without_the_tasks_part_is_skipped_with_its_reason(
-    tmp_path: Path, field: str, value: object, task: str
-) -> None:
-    path = tmp_path / "some.json"
-    path.write_text(json.dumps({"data": [*RECORDS[1:3], {**RECORDS[3], field: value}]}))
-    examples, skipped = load_coco(path, task, tmp_path, seed=0)
-    assert [e.id for e in examples] == [str(r["image_id"]) for r in RECORDS[1:3]]
-    assert list(skipped) == [str(RECORDS[3]["image_id"])]
-    assert field in skipped[str(RECORDS[3]["image_id"])]
-
-
-def test_two_records_of_one_image_keep_ids_apart(tmp_path: Path) -> None:
-    path = tmp_path / "some.json"
-    path.write_text(json.dumps([RECORDS[1], RECORDS[1]]))  # a bare list will do as well
-    examples, _ = load_coco(path, "vqa", tmp_path, seed=0)
-    assert [e.id for e in examples] == ["101094", "101094-2"]
-
-
-@pytest.mark.parametrize("content", ["", "{", "3", '{"data": {}}', "[1]", "{}"])
-def test_a_file_that_is_no_list_of_records_is_an_error(tmp_path: Path, content: str) -> None:
-    (tmp_path / "bad.json").write_text(content)
-    with pytest.raises(DataError, match=r"bad\.json"):
-        load_coco(tmp_path / "bad.json", "vqa", tmp_path, seed=0)
-
-
-def test_a_file_without_a_usable_record_is_an_error_that_says_why(tmp_path: Path) -> None:
-    (tmp_path / "bad.json").write_text(json.dumps([{"image_id": 1}, {"image_id": 2}]))
-    with pytest.raises(DataError, match="2 skipped; first reason: no vqa"):
-        load_coco(tmp_path / "bad.json", "vqa", tmp_path, seed=0)
-
-
-def test_an_unknown_coco_task_is_an_error_that_names_the_known(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"'count'.*vqa, ocr, caption, retrieval"):
-        load("count", tmp_path)
-
-
-# --------------------------------------------------------------------------------------------- negatives
-
-
-def test_retrieval_has_one_positive_and_negatives_of_other_images(tmp_path: Path) -> None:
-    examples, _ = load("retrieval", tmp_path, negatives=9)
-    owner = {c["caption"]: r["image_id"] for r in RECORDS for c in r["retrieval"]}
-    for example in examples:
-        owners = [owner[candidate] for candidate in example.candidates]
-        assert str(owners[0]) == example.id
-        assert len(set(owners)) == 10  # the positive's image, and every other one once
-        assert example.targets == ("Yes",)
-
-
-def test_the_hardest_negatives_come_first(tmp_path: Path) -> None:
-    """Against TF-IDF computed the long way: each image's best caption, the best image first."""
-    owner = {c["caption"]: str(r["image_id"]) for r in RECORDS for c in r["retrieval"]}
-    words = {caption: Counter(caption_tokens(caption)) for caption in owner}
-    documents = Counter(word for count in words.values() for word in count)
-    vocabulary = sorted(documents)
-    idf = np.log((len(words) + 1) / (np.array([documents[w] for w in vocabulary]) + 1)) + 1
-    vectors = {c: np.array([count[w] for w in vocabulary]) * idf for c, count in words.items()}
-    units = {caption: vector / np.linalg.norm(vector) for caption, vector in vectors.items()}
-    for example in load("retrieval", tmp_path, negatives=4).examples:
-        cosines = {caption: float(unit @ units[example.candidates[0]]) for caption, unit in units.items()}
-        best: dict[str, float] = {}
-        for caption, cosine in cosines.items():
-            best[owner[caption]] = max(cosine, best.get(owner[caption], 0.0))
-        del best[example.id]
-        chosen = [cosines[candidate] for candidate in example.candidates[1:]]
-        assert chosen == pytest.approx(sorted(best.values(), reverse=True)[:4])
-
-
-def test_a_stop_sign_is_hardest_to_tell_from_another_stop_sign(tmp_path: Path) -> None:
-    by_id = {e.id: e for e in load("retrieval", tmp_path).examples}
-    owner = {c["caption"]: str(r["image_id"]) for r in RECORDS for c in r["retrieval"]}
-    assert owner[by_id["364374"].candidates[1]] == "215215"
-    assert owner[by_id["215215"].candidates[1]] == "364374"
-
-
-def test_negatives_are_deterministic_for_the_seed(tmp_path: Path) -> None:
-    first = load("retrieval", tmp_path, seed=1)
-    assert first == load("retrieval", tmp_path, seed=1)
-    assert first != load("retrieval", tmp_path, seed=2)
-
-
-def retrieval_example(name: str, *captions: str, key: str | None = None) -> Example:
-    image = MemoryImage(Image.new("RGB", (1, 1)), key or name)
-    return Example(name, "", ("Yes",), image, captions)
-
-
-def test_a_caption_that_fits_the_image_is_no_negative() -> None:
-    examples = [
-        retrieval_example("a", "A red bus."),
-        retrieval_example("b", "a red  bus", "a blue car"),  # worded like a's own
-        retrieval_example("c", "a red bus on a road", key="a"),  # another record of a's image
-        retrieval_example("d", "a big red bus"),
-    ]
-    for seed in range(5):
-        of_a = with_hard_negatives(examples, 2, seed)[0]
-        assert of_a.candidates == ("A red bus.", "a big red bus", "a blue car")
-
-
-def test_no_two_negatives_are_worded_alike() -> None:
-    examples = [retrieval_example(n, f"a {n} bus") for n in "abcd"] + [retrieval_example("e", "A C bus!")]
-    candidates = with_hard_negatives(examples, 3, seed=0)[0].candidates
-    assert len({tuple(caption_tokens(c)) for c in candidates}) == 4
-
-
-def test_too_few_images_for_the_negatives_is_an_error_with_the_number(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="9 hard negatives among 10 images, 49 were asked for"):
-        load("retrieval", tmp_path, negatives=49)
-    with pytest.raises(DataError, match="at least 1"):
-        load("retrieval", tmp_path, negatives=0)
-
-
-# ------------------------------------------------------------------------------------------------ TextVQA
-
-
-def test_textvqa_is_read_as_vqa(tmp_path: Path) -> None:
-    record = {"question": "what brand?", "image_id": "003a", "question_id": 34602, "answers": ["dakota"] * 10}
-    path = tmp_path / "textvqa.json"
-    path.write_text(json.dumps({"dataset_name": "textvqa", "data": [record, {"question_id": 7}]}))
-    (example,), skipped = load_textvqa(path, tmp_path)
-    assert example == Example("34602", "what brand?", ("dakota",) * 10, FileImage(tmp_path / "003a.jpg"))
-    assert skipped == {"7": "no text in question"}
+def test_a_missing_or_empty_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.jsonl"):
+        load_jsonl(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"empty\.jsonl"):
+        load_jsonl(tmp_path / "empty.jsonl")
 
 
 # ------------------------------------------------------------------------------------------------- scenes
@@ -461,6 +247,21 @@ def test_splits_that_share_an_image_are_refused_by_name(tmp_path: Path) -> None:
     check_disjoint(discovery=[one, one], dev=[other])
     with pytest.raises(DataError, match=r"'discovery' and 'test' share image '.*a\.png'"):
         check_disjoint(discovery=[one], dev=[other], test=[boxed])
+
+
+def photo(path: str) -> list[Example]:
+    return [Example(path, "What?", ("cat",), FileImage(Path(path)))]
+
+
+def test_cocos_releases_name_the_same_photograph_differently() -> None:
+    old, new = photo("/coco/val2014/COCO_val2014_000000391895.jpg"), photo("/coco17/train2017/000000391895.jpg")
+    with pytest.raises(DataError, match=r"'dev' and 'test' share image '/coco17.*\.jpg', which is '/coco/.*\.jpg' in"):
+        check_disjoint(dev=old, test=new)
+    check_disjoint(dev=old, test=photo("/coco17/train2017/000000391896.jpg"))
+
+
+def test_equal_names_in_other_folders_are_other_images() -> None:
+    check_disjoint(dev=photo("/film/a/000000000001.jpg"), test=photo("/film/b/000000000001.jpg"))
 
 
 def test_texts_alone_are_shared_freely() -> None:

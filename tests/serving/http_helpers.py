@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving.engines import Server
 
 NEW_TOKENS = 12
-DEADLINE_SECONDS = 120
+DEADLINE_SECONDS = 60
 
 # A name and its labels, sorted: ("hones_tokens_total", ("profile", "vqa")).
 Samples = dict[tuple[Any, ...], float]
@@ -114,7 +114,7 @@ def increase(before: Samples, after: Samples, name: str) -> dict[tuple[str, ...]
 
 
 async def until(number: Callable[[], Awaitable[float]], wanted: float) -> None:
-    """Wait until something counted is so many: `wanted` or more, or none; fails if that takes minutes."""
+    """Wait until something counted is so many: `wanted` or more, or none; fails if that takes a minute."""
     async with asyncio.timeout(DEADLINE_SECONDS):
         while not ((now := await number()) >= wanted > 0 or now == wanted):
             await asyncio.sleep(0.02)

@@ -51,8 +51,9 @@ rules:
 canary: {task: cap@2, to: ocr@1.5, percent: 50}
 """
 SCENES = scenes("test", 4)
-PICTURES = [Question(scene.prompt("caption"), scene.image()) for scene in SCENES]
-TEXTS = [Question(scene.captions[0][:20]) for scene in SCENES]
+# Longer than the 32 tokens of a block, so that requests could share one with what steers them otherwise.
+PICTURES = [Question(" ".join([scene.prompt("caption")] * 3), scene.image()) for scene in SCENES]
+TEXTS = [Question(" ".join(scene.captions[:3])) for scene in SCENES]
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ async def site(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> Asyn
         *(sys.executable, "-m", "hones_steer", "serve", str(embedded), "--engine", "vllm"),
         *("--profiles", str(folder), "--routing", str(routing), "--api-key", KEY, "--allow-profile-updates"),
         *("--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8"),
-        *("--allowed-origins", '["https://app.example"]'),
+        *("--block-size", "32", "--allowed-origins", '["https://app.example"]'),
     ]
     with server(command, here / "log", ENVIRONMENT) as running:
         site = Site(running, folder, profiles, reference, processor, KEY)
@@ -589,7 +590,7 @@ def plain(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sit
     profiles = write_profiles(model, folder)
     reference = Reference(model, folder)
     env = plain_env(folder, VLLM_PLUGINS="hones", HONES_MAX_PROFILES="2")
-    with server(api_server(llama), here / "log", env) as running:
+    with server([*api_server(llama), "--enable-scale-out"], here / "log", env) as running:
         yield Site(running, folder, profiles, reference, AutoTokenizer.from_pretrained(llama))
 
 
@@ -650,6 +651,17 @@ def refusal(command: list[str], env: dict[str, str]) -> str:
     )
     assert done.returncode != 0, done.stdout
     return done.stdout
+
+
+async def test_routes_that_take_whole_sampling_parameters_cannot_be_steered(plain: Site) -> None:
+    """Whatever is named in there comes past the middleware."""
+    for extra, status in (({"mine": 1}, 200), ({"hones_task": "vqa"}, 400), ({"hones_ticket": "0" * 32}, 400)):
+        params = {"max_tokens": 2, "extra_args": extra}
+        body = {"model": "tiny", "token_ids": [17, 42], "sampling_params": params}
+        response = await plain.call("POST", "/inference/v1/generate", body)
+        assert response.status_code == status, response.text
+        if status == 400:
+            assert "hones_" in response.json()["error"]["message"]
 
 
 def test_without_its_http_side_the_server_does_not_start(llama: Path, plain: Site) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from vllm.exceptions import VLLMClientError
+
 from hones_serving.metrics import Metrics
 from hones_serving.registry import ProfileRegistry, label_of
 from hones_serving.settings import Settings
@@ -32,8 +34,8 @@ LABEL = PREFIX + "label"  # of the metrics
 _SALT = "hones:"
 
 
-class RequestError(RoutingError, ValueError):
-    """A request that names steering which it cannot have; vLLM answers a ValueError with 400."""
+class RequestError(RoutingError, VLLMClientError):  # type: ignore[misc]  # mypy does not look into vLLM
+    """A request that names steering which it cannot have; vLLM's server answers 400."""
 
 
 class Front:
@@ -65,7 +67,8 @@ class Front:
         if unknown := asked.keys() - {TASK, TICKET}:
             raise RequestError(f"{', '.join(sorted(unknown))}: a reserved name; name steering with {TASK!r}")
         if TICKET in asked:
-            admission = self.registry.admission(asked[TICKET])
+            ticket = asked[TICKET]
+            admission = self.registry.admission(ticket) if isinstance(ticket, str) else None
             if admission is None:
                 raise RequestError(f"{TICKET}: a reserved name; name steering with {TASK!r}")
             return admission.profile, admission.label

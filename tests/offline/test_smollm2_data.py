@@ -1,0 +1,176 @@
+"""The cloze tasks of examples/smollm2: well formed, right by rule where a rule exists, disjoint; and its run script."""
+
+import json
+import re
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny_models
+from hones_offline.examples import Example, load_jsonl
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "examples" / "smollm2" / "data"
+SPLITS = ("discovery", "dev", "test")
+WORD_TASKS = ("antonyms", "capitals", "french", "past_tense")
+TASKS = (*WORD_TASKS, "sums")
+
+DOUBLED = frozenset(
+    "admit beg chop clap drag drop grab hug occur permit plan prefer refer rub skip slip stop wrap".split()  # noqa: SIM905
+)
+IRREGULAR_IN_ED = {"bleed": "bled", "breed": "bred", "feed": "fed", "flee": "fled", "lead": "led"}
+
+
+def examples(task: str) -> list[Example]:
+    return [example for split in SPLITS for example in load_jsonl(DATA / split / f"{task}.jsonl").examples]
+
+
+def facts(task: str) -> list[tuple[str, list[str]]]:
+    """(what is asked, right answers)."""
+    return [(example.id, [target.strip() for target in example.targets]) for example in examples(task)]
+
+
+def answers(task: str) -> Iterator[tuple[str, str]]:
+    return ((asked, answer) for asked, right in facts(task) for answer in right)
+
+
+def test_the_files_are_what_the_script_makes_of_the_lists(tmp_path: Path) -> None:
+    run("examples.smollm2.make_data", "--output", tmp_path)
+    made = {file.relative_to(tmp_path): file.read_bytes() for file in tmp_path.rglob("*.jsonl")}
+    assert made == {file.relative_to(DATA): file.read_bytes() for file in DATA.rglob("*") if file.is_file()}
+    assert {str(name) for name in made} == {f"{split}/{task}.jsonl" for split in SPLITS for task in TASKS}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_each_task_has_a_few_hundred_facts_in_three_splits(task: str) -> None:
+    sizes = {split: len(load_jsonl(DATA / split / f"{task}.jsonl").examples) for split in SPLITS}
+    assert 200 <= sum(sizes.values()) <= 300
+    assert sizes["discovery"] >= 80
+    assert sizes["dev"] >= 40
+    assert sizes["test"] >= 70
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_nothing_is_asked_twice_and_the_worked_examples_are_not_asked(task: str) -> None:
+    everything = examples(task)
+    asked = [example.prompt.splitlines()[-1].casefold() for example in everything]
+    assert len(set(asked)) == len(asked)
+    (shown,) = {tuple(example.prompt.splitlines()[:-1]) for example in everything}
+    assert len(shown) == 2
+    for question in asked:
+        assert not any(line.casefold().startswith(f"{question.rstrip()} ") for line in shown)
+
+
+@pytest.mark.parametrize("task", WORD_TASKS)
+def test_no_word_occurs_twice_so_that_no_split_gives_away_another(task: str) -> None:
+    """Nor is a fact asked the other way round: hot -> cold here and cold -> hot there."""
+    words = [word.casefold() for asked, right in facts(task) for word in (asked, right[0])]
+    assert len(set(words)) == len(words)
+    shown = examples(task)[0].prompt.casefold().splitlines()[:-1]
+    assert not [word for word in words if any(line.endswith(f" {word}") for line in shown)]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_texts_are_clean_and_one_space_stands_before_each_answer(task: str) -> None:
+    for example in examples(task):
+        for target in example.targets:
+            text = example.prompt + target
+            assert example.prompt.endswith(" ") != target.startswith(" "), text
+            assert text == text.strip(), text
+            assert "  " not in text, text
+            assert unicodedata.is_normalized("NFC", text), text
+        assert len({target.casefold() for target in example.targets}) == len(example.targets), example
+
+
+def test_sums_are_right_and_differ_by_more_than_their_order() -> None:
+    seen = set()
+    for asked, right in facts("sums"):
+        a, b = map(int, asked.split(" + "))
+        assert min(a, b) >= 10
+        assert max(a, b) <= 99
+        assert right == [str(a + b)]
+        seen.add(frozenset({a, b}))
+    assert len(seen) == len(facts("sums"))
+
+
+def test_a_capital_does_not_give_itself_away() -> None:
+    """Luxembourg, Mexico City or Tunis could be copied from the question."""
+    for country, capital in answers("capitals"):
+        assert capital.casefold() not in country.casefold()
+        assert country.casefold() not in capital.casefold()
+        assert capital[0].isupper()
+
+
+def test_past_tenses_in_ed_are_spelled_by_the_rules() -> None:
+    for verb, past in answers("past_tense"):
+        assert past != verb
+        if past.endswith("ed"):
+            assert past in (regular(verb), IRREGULAR_IN_ED.get(verb))
+
+
+def regular(verb: str) -> str:
+    if verb.endswith("e"):
+        return f"{verb}d"
+    if verb.endswith("y") and verb[-2] not in "aeiou":
+        return f"{verb[:-1]}ied"
+    return f"{verb}{verb[-1]}ed" if verb in DOUBLED else f"{verb}ed"
+
+
+def test_antonyms_and_french_words_are_other_words_than_their_answers() -> None:
+    for task in ("antonyms", "french"):
+        for asked, answer in answers(task):
+            assert answer.casefold() != asked.casefold()
+
+
+def test_french_is_spelled_with_french_letters() -> None:
+    for word, right in facts("french"):
+        assert re.fullmatch(r"[a-zA-Zàâæçéèêëîïôœùûüÿ'-]+", word)
+        assert "oe" not in word, "œ in cœur, œil, œuf, sœur"
+        assert all(answer.isascii() for answer in right)
+
+
+# ---------------------------------------------------------------------------------------------- the run script
+
+
+def run(module: str, *arguments: object) -> str:
+    command = [sys.executable, "-W", "error::UserWarning", "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with random weights that reads bytes."""
+    folder = tmp_path_factory.mktemp("model")
+    alphabet = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    raw = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    llama = tiny_models.llama(vocab_size=len(alphabet))
+    llama.generation_config.eos_token_id = [2]
+    llama.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+def test_the_run_script_goes_from_base_to_steering_and_repeats_itself(model: Path, tmp_path: Path) -> None:
+    """Only that it runs and what it writes: a random model knows nothing."""
+    command = ["examples.smollm2.run", "--model", model, "--out", tmp_path / "run", "--tasks", "capitals", "sums"]
+    small = ["--seeds", 2, "--attribution-examples", 2, "--top-heads", 2, "--limit", 3, "--random-banks", 1]
+    shares = ["--fractions", 0.05, 0.1, "--steered-fraction", 0.05]
+    out = run(*command, *small, *shares)
+    written = (tmp_path / "run" / "summary.json").read_bytes()
+    summary = json.loads(written)
+    assert {task: rows["test"]["n"] for task, rows in summary["base"].items()} == {"capitals": 3, "sums": 3}
+    assert [(row["task"], row["fraction"], row["seeds"], row["n"]) for row in summary["masking"]] == [
+        (task, fraction, 2, 3) for task in ("capitals", "sums") for fraction in (0.05, 0.1)
+    ]
+    assert {task: len(rows) for task, rows in summary["steering"].items()} == {"capitals": 2, "sums": 2}
+    assert run(*command, *small, *shares) == out
+    assert (tmp_path / "run" / "summary.json").read_bytes() == written

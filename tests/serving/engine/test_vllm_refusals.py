@@ -1,0 +1,279 @@
+"""What cannot be steered is refused by name, when the engine starts or before a request enters it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hones_serving.metrics import Metrics
+from hones_serving.settings import Settings
+from hones_serving.vllm import compat
+from prometheus_client import CollectorRegistry
+from serving.steered import Reference, answers, engine, generate, prompts, request, tokens_of, write_profiles
+from tiny_models import GROUPED, TEXT, _build
+from tiny_processors import text_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+from hones_steer.errors import DataError, LayoutError, MismatchError, ProfileError, RoutingError, StateError
+from serving import checkpoints
+
+PROMPTS = prompts(2)
+
+
+@pytest.fixture(scope="module")
+def profiles(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama_profiles") / "profiles"
+    write_profiles(AutoModelForCausalLM.from_pretrained(llama), folder)
+    return folder
+
+
+# Without HONES_PROFILES (first: nothing has been wrapped yet) ----------------------------------------
+
+
+@pytest.mark.parametrize("plugins", ["hones", "none"])
+def test_without_a_folder_of_profiles_nothing_is_changed(llama: Path, plugins: str) -> None:
+    with engine(llama, None, {"VLLM_PLUGINS": plugins}) as llm:
+        kinds = llm.apply_model(lambda model: [type(layer.mlp.act_fn).__name__ for layer in model.model.layers])
+        assert kinds == [["SiluAndMul"] * 4]
+        unsteered, named = answers(llm, [PROMPTS[0]] * 2, [None, "whatever vLLM's users put there"])
+        assert unsteered == named
+
+
+# Settings of vLLM ---------------------------------------------------------------------------------
+
+UBATCH = {"ubatch_size": 2, "all2all_backend": "deepep_low_latency"}
+DRAFT = {"method": "draft_model", "num_speculative_tokens": 2}
+REFUSED = {
+    "pooling models": {"runner": "pooling"},
+    "microbatching": UBATCH,
+    "decode context parallelism": {"tensor_parallel_size": 4, "decode_context_parallel_size": 2},
+    "pipeline parallelism": {"pipeline_parallel_size": 2},
+    "data parallelism": {"data_parallel_size": 2},
+    "more than one API server": {"_api_process_count": 2},
+    "the executor backend 'external_launcher'": {"distributed_executor_backend": "external_launcher"},
+    "a KV connector": {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+    "an encoder-cache connector": {"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_both"}},
+    "speculative decoding other than n-gram": {"speculative_config": DRAFT},
+}
+
+
+def config_of(model: Path, **options: Any) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    if options.get("speculative_config") is DRAFT:
+        options["speculative_config"] = {**DRAFT, "model": str(model)}
+    return EngineArgs(model=str(model), dtype="float32", max_model_len=256, **options).create_engine_config()
+
+
+@pytest.mark.parametrize(("name", "options"), REFUSED.items(), ids=REFUSED)
+def test_settings_refused_by_name(llama: Path, profiles: Path, name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(StateError, match=f"does not support {name}.*start vLLM without"):
+        compat.refuse_unsupported(config_of(llama, **options), Settings(profiles))
+
+
+def test_several_at_once_are_all_named(llama: Path, profiles: Path) -> None:
+    config = config_of(llama, pipeline_parallel_size=2, **UBATCH)
+    with pytest.raises(StateError, match=r"microbatching .* and pipeline parallelism in this version"):
+        compat.refuse_unsupported(config, Settings(profiles))
+
+
+def test_prefill_context_parallelism(llama: Path, profiles: Path) -> None:
+    config = config_of(llama)
+    config.parallel_config.prefill_context_parallel_size = 2  # vLLM itself allows it only where there is Triton
+    with pytest.raises(StateError, match="does not support prefill context parallelism"):
+        compat.refuse_unsupported(config, Settings(profiles))
+
+
+def test_the_rust_frontend(llama: Path, profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(StateError, match="does not support the Rust frontend"):
+        compat.refuse_unsupported(config_of(llama), Settings(profiles))
+
+
+def test_the_untested_model_runner_wants_to_be_asked_for(
+    llama: Path, profiles: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(llama)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")  # later, as vLLM wants Triton for it
+    with pytest.raises(StateError, match="never run with vLLM's V2 model runner; set VLLM_USE_V2_MODEL_RUNNER=0"):
+        compat.refuse_unsupported(config, Settings(profiles))
+    compat.refuse_unsupported(config, Settings(profiles, allow_untested=True))
+
+
+def test_what_is_supported_is_not_refused(llama: Path, profiles: Path) -> None:
+    ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    for options in ({}, {"tensor_parallel_size": 2}, {"enable_lora": True}, {"speculative_config": ngram}):
+        compat.refuse_unsupported(config_of(llama, **options), Settings(profiles))
+
+
+def test_an_engine_with_a_refused_setting_does_not_start(llama: Path, profiles: Path) -> None:
+    with pytest.raises(StateError, match="does not support pooling models"), engine(llama, profiles, runner="pooling"):
+        pass
+
+
+def test_a_server_without_its_http_side_does_not_start(llama: Path, profiles: Path) -> None:
+    """With VLLM_PLUGINS unset vLLM loads the plugin for the engine, but not the one for the API server."""
+    from hones_serving.vllm import register
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HONES_PROFILES", str(profiles))
+        patch.delenv("VLLM_PLUGINS", raising=False)
+        register()
+        with pytest.raises(StateError, match="set VLLM_PLUGINS=hones, or use `hones serve`"):
+            AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(llama), dtype="float32", max_model_len=256))
+
+
+# Models -------------------------------------------------------------------------------------------
+
+
+def checkpoint(folder: Path, kind: Any, config: Any) -> Path:
+    model = _build(kind, config, seed=0)
+    model.save_pretrained(folder)
+    text_tokenizer(config).save_pretrained(folder)
+    return folder
+
+
+WIDE = {"hidden_size": 128, "num_attention_heads": 4}  # heads of 32
+
+
+def test_mixtures_of_experts(profiles: Path, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "m", MixtralForCausalLM, MixtralConfig(**{**GROUPED, **WIDE}, num_local_experts=2))
+    with pytest.raises(StateError, match="does not support mixture-of-experts models"), engine(folder, profiles):
+        pass
+
+
+def test_ungated_ffns(profiles: Path, tmp_path: Path) -> None:
+    text = {key: value for key, value in {**TEXT, **WIDE}.items() if key != "intermediate_size"}
+    opt = checkpoint(tmp_path / "opt", OPTForCausalLM, OPTConfig(**text, ffn_dim=96, word_embed_proj_dim=128))
+    with pytest.raises(LayoutError, match="OPT"), engine(opt, profiles):
+        pass
+    wide = {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": TEXT["vocab_size"]}
+    gpt2 = checkpoint(tmp_path / "gpt2", GPT2LMHeadModel, GPT2Config(**wide, tie_word_embeddings=False))
+    with pytest.raises(LayoutError, match="GPT2"), engine(gpt2, profiles):
+        pass
+
+
+# Profiles -----------------------------------------------------------------------------------------
+
+
+def test_profiles_that_cannot_be_used(llama: Path, profiles: Path, tmp_path: Path) -> None:
+    """The engine does not start; the message names the file."""
+    other = checkpoints.llama(tmp_path / "other", seed=1)
+    write_profiles(AutoModelForCausalLM.from_pretrained(other), tmp_path / "of_another")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "vqa.safetensors").write_bytes((profiles / "vqa.safetensors").read_bytes()[:-3])
+    for folder, error, message in (
+        ("of_another", MismatchError, r"of_another/cap\.safetensors: the profile belongs to another model"),
+        ("broken", ProfileError, r"broken/vqa\.safetensors: not a sound safetensors file"),
+        ("missing", ProfileError, r"missing: no such folder"),
+    ):
+        with pytest.raises(error, match=message), engine(llama, tmp_path / folder):
+            pass
+
+
+def test_settings_that_mean_nothing(llama: Path, profiles: Path) -> None:
+    with (
+        pytest.raises(DataError, match="HONES_MAX_PROFILES is '0'"),
+        engine(llama, profiles, {"HONES_MAX_PROFILES": "0"}),
+    ):
+        pass
+
+
+# Requests -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="class")
+def llm(llama: Path, profiles: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    env = {"VLLM_CACHE_ROOT": str(tmp_path_factory.getbasetemp() / "vllm")}
+    with engine(llama, profiles, env) as llm:
+        yield llm
+
+
+class TestRequests:
+    @pytest.mark.parametrize(
+        ("extra", "message"),
+        [
+            ({"hones_task": "poetry"}, "no profile for the task 'poetry'; known tasks: cap, ocr, vqa"),
+            ({"hones_task": "vqa@0+poetry@0"}, "no profile for the task 'poetry'"),
+            ({"hones_task": "vqa + ocr"}, "'vqa ' in the steering expression 'vqa . ocr' is not a task name"),
+            ({"hones_task": "vqa@11"}, "exceeds 10 in magnitude"),
+            ({"hones_task": ""}, "is not a task name"),
+            ({"hones_task": 3}, "hones_task is 3; give an expression"),
+            ({"hones_task": ["vqa"]}, "hones_task is .'vqa'.; give an expression"),
+            ({"hones_ticket": "0" * 32}, "hones_ticket: a reserved name"),
+            ({"hones_ticket": ["vqa"]}, "hones_ticket: a reserved name"),
+            ({"hones_profile": b"bytes", "hones_digest": "0" * 64}, "hones_digest, hones_profile: a reserved name"),
+            ({"hones_task": "vqa", "hones_label": "x"}, "hones_label: a reserved name"),
+            ({"hones_anything": None}, "hones_anything: a reserved name"),
+        ],
+    )
+    def test_refused(self, llm: Any, extra: dict[str, Any], message: str) -> None:
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=4, extra_args=extra)
+        with pytest.raises(RoutingError, match=message):
+            llm.generate([request(PROMPTS[0])] * 2, [SamplingParams(max_tokens=4), params], use_tqdm=False)
+        assert not llm.llm_engine.has_unfinished_requests()
+        assert llm.llm_engine.input_processor.hones_front.registry.slots_used() == 0
+
+    def test_a_server_takes_no_expressions_past_its_middleware(self, llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As routes of vLLM's that take whole sampling parameters could give it."""
+        from vllm import SamplingParams
+
+        front = llm.llm_engine.input_processor.hones_front
+        monkeypatch.setattr(front, "metrics", Metrics(front.registry, CollectorRegistry()))
+        params = SamplingParams(max_tokens=4, extra_args={"hones_task": "vqa"})
+        with pytest.raises(RoutingError, match="this route cannot be steered; leave out 'hones_task'"):
+            llm.generate([request(PROMPTS[0])], params, use_tqdm=False)
+
+    def test_other_extra_arguments_pass(self, llm: Any) -> None:
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=4, extra_args={"mine": 1, "hones_task": None})
+        (output,) = llm.generate([request(PROMPTS[0])], params, use_tqdm=False)
+        assert tokens_of([output]) == tokens_of(generate(llm, PROMPTS[:1], [None], max_tokens=4, ignore_eos=False))
+        assert params.extra_args == {"mine": 1, "hones_task": None}
+
+    def test_the_engine_lives(self, llm: Any, llama: Path, profiles: Path) -> None:
+        reference = Reference(AutoModelForCausalLM.from_pretrained(llama), profiles)
+        assert answers(llm, PROMPTS, ["vqa", "none"]) == reference.answers(PROMPTS, ["vqa", "none"])
+
+
+# Another vLLM -------------------------------------------------------------------------------------
+
+
+def test_a_changed_vllm_is_refused(llama: Path, profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrapped takes other parameters: the engine does not start, and the message says which."""
+    import hones_serving.vllm
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    def _prepare_inputs(self: Any, batch: Any) -> None:
+        """Not what it was."""
+
+    monkeypatch.setattr(hones_serving.vllm, "_registered", False)
+    monkeypatch.setattr(GPUModelRunner, "_prepare_inputs", _prepare_inputs)
+    with (
+        pytest.raises(
+            StateError, match=r"not supported: .*_prepare_inputs takes self, batch instead of .*tested: 0.32"
+        ),
+        engine(llama, profiles),
+    ):
+        pass
+
+
+def test_a_vllm_that_lacks_something_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    monkeypatch.delattr(OutputProcessor, "abort_requests")
+    with pytest.raises(StateError, match=r"not supported: .*abort_requests.*; tested: 0\.32"):
+        compat.check_version()
