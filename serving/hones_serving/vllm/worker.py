@@ -195,8 +195,9 @@ def attach(runner: Any, config: Any, settings: Settings) -> WorkerSteering:
         ffn.act_fn = SteeredActivation(ffn.act_fn, table, tokens, eager=eager)
     _change_compile_cache_key(config, max_profiles)
     steering = WorkerSteering(identity, tables, tokens, max_profiles)
-    adapt = _follow_v2 if config.use_v2_model_runner else _follow_v1
-    adapt(runner, steering)
+    _follow(runner, steering)
+    fill = _fill_v2 if config.use_v2_model_runner else _fill_v1
+    fill(runner, steering)
     return steering
 
 
@@ -276,35 +277,37 @@ def _change_compile_cache_key(config: Any, max_profiles: int) -> None:
     config.additional_config["hones_steer"] = {"version": __version__, "max_profiles": max_profiles}
 
 
-def _follow_v1(runner: Any, steering: WorkerSteering) -> None:
-    """The V1 runner lays a step's tokens out by `input_batch.req_ids`, final when inputs are prepared."""
-    execute_model, prepare_inputs = runner.execute_model, runner._prepare_inputs
+def _follow(runner: Any, steering: WorkerSteering) -> None:
+    """Tell the steering what every real step schedules, before the runner's own bookkeeping."""
+    execute_model = runner.execute_model
 
     @functools.wraps(execute_model)
     def execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         steering.begin(scheduler_output)
         return execute_model(scheduler_output, *args, **kwargs)
+
+    runner.execute_model = execute
+
+
+def _fill_v1(runner: Any, steering: WorkerSteering) -> None:
+    """The V1 runner lays a step's tokens out by `input_batch.req_ids`, final when inputs are prepared."""
+    prepare_inputs = runner._prepare_inputs
 
     @functools.wraps(prepare_inputs)
     def prepare(scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
         steering.fill(runner.input_batch.req_ids, num_scheduled_tokens)
         return prepare_inputs(scheduler_output, num_scheduled_tokens, *args, **kwargs)
 
-    runner.execute_model, runner._prepare_inputs = execute, prepare
+    runner._prepare_inputs = prepare
 
 
-def _follow_v2(runner: Any, steering: WorkerSteering) -> None:
+def _fill_v2(runner: Any, steering: WorkerSteering) -> None:
     """The V2 runner sorts the requests itself and says so in `batch_req_state`. Never run here (needs a GPU)."""
-    execute_model, prepare_inputs = runner.execute_model, runner.prepare_inputs
-
-    @functools.wraps(execute_model)
-    def execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        steering.begin(scheduler_output)
-        return execute_model(scheduler_output, *args, **kwargs)
+    prepare_inputs = runner.prepare_inputs
 
     @functools.wraps(prepare_inputs)
     def prepare(scheduler_output: Any, batch_req_state: Any, *args: Any, **kwargs: Any) -> Any:
         steering.fill(batch_req_state.req_ids, batch_req_state.num_scheduled_tokens)
         return prepare_inputs(scheduler_output, batch_req_state, *args, **kwargs)
 
-    runner.execute_model, runner.prepare_inputs = execute, prepare
+    runner.prepare_inputs = prepare
