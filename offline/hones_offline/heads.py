@@ -1,6 +1,6 @@
 """Head scores: how much a task loses when one attention head's output is replaced (paper section 3.1, design 2.1)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Literal
 
@@ -12,6 +12,8 @@ from hones_offline.evaluate import most_candidates
 from hones_offline.interventions import Generation, HeadRuns, LogProbabilities, Ranking
 from hones_offline.metrics import FloatArray, mean_of_rows
 from hones_offline.prompts import Prepared
+from hones_offline.recording import Head
+from hones_offline.runs import RunFolder
 from hones_steer.errors import DataError, LayoutError
 from hones_steer.layout import DecoderLayer
 
@@ -29,20 +31,83 @@ def head_count(layer: DecoderLayer) -> int:
 
 def head_runs(
     prepared: Prepared, head_metric: HeadMetric, *, batch_size: int, memory_gb: float
-) -> Iterator[Callable[[], HeadRuns]]:
-    """The task's examples, a few at a time, each in exactly one result; nothing runs before these are called."""
+) -> Iterator[tuple[list[int], Callable[[], HeadRuns]]]:
+    """The task's items, a few at a time, each in exactly one result; nothing runs before these are called.
+
+    Items are the examples, or for log-probabilities the (prompt, answer) pairs; with them come their numbers.
+    """
     options = {"batch_size": batch_size, "memory_gb": memory_gb}
     if head_metric == "logprob":
         pairs = prepared.pairs()
         for items in batches([len(prompt) + len(answer) for prompt, answer in pairs], batch_size):
-            yield cache(partial(LogProbabilities, prepared, [pairs[i] for i in items], **options))
+            yield items, cache(partial(LogProbabilities, prepared, [pairs[i] for i in items], **options))
         return
     kind: type[Ranking | Generation]
     kind, rows = Generation, batch_size
     if prepared.task.kind == "rank":
         kind, rows = Ranking, max(1, batch_size // most_candidates(prepared))
     for items in batches([len(encoded.shared) for encoded in prepared.encoded], rows):
-        yield cache(partial(kind, prepared, items, **options))
+        yield items, cache(partial(kind, prepared, items, **options))
+
+
+def head_statistics(
+    prepared: Prepared,
+    head_metric: HeadMetric,
+    *,
+    batch_size: int,
+    memory_gb: float = 4.0,
+    run: RunFolder | None = None,
+    progress: bool = False,
+) -> tuple[FloatArray, FloatArray]:
+    """Every item's statistics: with all heads in place [items, k], and with each replaced [L, H, items, k].
+
+    A layer's heads on a few items are one resumable step of `run`.
+    """
+    from tqdm import tqdm
+
+    heads = [[(layer.index, head) for head in range(head_count(layer))] for layer in prepared.decoder.layout.layers]
+    replaced: list[list[FloatArray]] = [[] for _ in heads]
+    base: list[FloatArray] = []
+    order: list[int] = []
+    bar = tqdm(
+        total=sum(map(len, heads)) * len(prepared.pairs() if head_metric == "logprob" else prepared),
+        desc=f"{prepared.task.name}: heads",
+        delay=2,
+        leave=False,
+        disable=None if progress else True,
+    )
+    with bar:
+        steps = head_runs(prepared, head_metric, batch_size=batch_size, memory_gb=memory_gb)
+        for number, (items, runs) in enumerate(steps):
+            order += items
+            base.append(_statistics(run, f"heads-{number:05d}-base", runs))
+            for layer, of_layer in enumerate(heads):
+                some = _statistics(run, f"heads-{number:05d}-{layer:03d}", runs, of_layer)
+                replaced[layer].append(some)
+                bar.update(some.shape[0] * some.shape[1])
+    own_order = np.argsort(order)
+    every = np.stack([np.concatenate(of_layer, axis=1) for of_layer in replaced])
+    return np.concatenate(base)[own_order], every[:, :, own_order]
+
+
+def _statistics(
+    run: RunFolder | None, step: str, runs: Callable[[], HeadRuns], heads: Sequence[Head] | None = None
+) -> FloatArray:
+    """[items, k] with every head in place, or [heads, items, k] with each replaced: a step of the run."""
+
+    def compute() -> dict[str, FloatArray]:
+        return {"statistics": runs().base() if heads is None else np.stack(runs().results(heads))}
+
+    return (run.arrays(step, compute) if run else compute())["statistics"]
+
+
+def head_scores(
+    prepared: Prepared, head_metric: HeadMetric, base: FloatArray, replaced: FloatArray
+) -> tuple[float, npt.NDArray[np.float32]]:
+    """P(θ), and S(h) = P(θ) − P(θ_Ih) for every head, [L, H], from `head_statistics` of all items or of some."""
+    whole = utility(prepared, head_metric, base)
+    scores = [[whole - utility(prepared, head_metric, head) for head in layer] for layer in replaced]
+    return whole, np.array(scores, dtype=np.float32)
 
 
 def utility(prepared: Prepared, head_metric: HeadMetric, statistics: FloatArray) -> float:

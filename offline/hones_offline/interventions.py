@@ -7,7 +7,7 @@ model would have chosen another token does decoding go on from there, for the ro
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,7 @@ from hones_offline.decoding import Batch, Run, Segment, Started
 from hones_offline.evaluate import decoded_texts, mean_log_probabilities, yes_no_margins
 from hones_offline.metrics import FloatArray
 from hones_offline.prompts import Prepared
-from hones_offline.recording import Head, recorded_ffn, recorded_states
-from hones_steer.layout import down_weight
+from hones_offline.recording import Head, recorded_states
 
 
 class HeadRuns(ABC):
@@ -243,33 +242,3 @@ def _expected_tokens(drafts: Sequence[Sequence[int]], width: int) -> Tensor:
     """[drafts, width]: the tokens of each answer, `_END` after them where there is room, then `_ANY`."""
     rows = [[*draft, _END, *[_ANY] * width][:width] for draft in drafts]
     return torch.tensor(rows)
-
-
-class WriteIn(HeadRuns):
-    """Items are prompts with their target directions [items, hidden]; the result is Σ c_{l,i}, float64 [L, I]."""
-
-    def __init__(self, prepared: Prepared, prompts: Sequence[Segment], directions: Tensor, **options: Any) -> None:
-        self.layout = prepared.decoder.layout
-        self.batch = prepared.decoder.collate(prompts)
-        weights = [down_weight(layer) for layer in self.layout.layers]
-        self.alignments = [directions.to(weight.device) @ weight.float() for weight in weights]  # [items, I]
-        super().__init__(prepared, rows=len(prompts), tokens=self.batch.mask.numel(), **options)
-
-    def undisturbed(self) -> FloatArray:
-        with recorded_ffn(self.layout) as recorded:
-            self.decoder.run(self.batch)
-        nothing = np.zeros((len(self.alignments), self.layout.intermediate_size))
-        sums: FloatArray = self._sums(recorded, nothing[None])[0]
-        return sums
-
-    def replaced(self, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[FloatArray]:
-        with recorded_ffn(self.layout) as recorded:
-            self.decoder.resume(self.batch, states[0], heads)
-        return list(self._sums(recorded, self._base[None].repeat(len(heads), axis=0)))
-
-    def _sums(self, recorded: Mapping[int, Tensor], sums: FloatArray) -> FloatArray:
-        """Σ over the items for each copy of the rows; layers that did not run stay as they are in `sums`."""
-        for layer, z in recorded.items():  # [copies·items, I]
-            written = z.unflatten(0, (len(sums), -1)) * self.alignments[layer]
-            sums[:, layer] = written.sum(1, dtype=torch.float64).cpu().numpy()
-        return sums

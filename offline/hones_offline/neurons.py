@@ -2,7 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hones_offline.decoding import batches
-from hones_offline.interventions import WriteIn
+from hones_offline.decoding import Segment, batches
+from hones_offline.interventions import HeadRuns
 from hones_offline.metrics import FloatArray
 from hones_offline.prompts import Prepared
-from hones_offline.recording import Head
+from hones_offline.recording import Head, recorded_ffn
 from hones_steer.errors import DataError
+from hones_steer.layout import down_weight
 
 MAX_TARGET_TOKENS = 128
 
@@ -98,3 +100,33 @@ def mean_write_in(
         runs = WriteIn(prepared, some, directions[chosen], batch_size=batch_size, memory_gb=memory_gb)
         total += np.stack([runs.base(), *runs.results(heads)])
     return total / len(prompts)
+
+
+class WriteIn(HeadRuns):
+    """Items are prompts with their target directions [items, hidden]; the result is Σ c_{l,i}, float64 [L, I]."""
+
+    def __init__(self, prepared: Prepared, prompts: Sequence[Segment], directions: Tensor, **options: Any) -> None:
+        self.layout = prepared.decoder.layout
+        self.batch = prepared.decoder.collate(prompts)
+        weights = [down_weight(layer) for layer in self.layout.layers]
+        self.alignments = [directions.to(weight.device) @ weight.float() for weight in weights]  # [items, I]
+        super().__init__(prepared, rows=len(prompts), tokens=self.batch.mask.numel(), **options)
+
+    def undisturbed(self) -> FloatArray:
+        with recorded_ffn(self.layout) as recorded:
+            self.decoder.run(self.batch)
+        nothing = np.zeros((len(self.alignments), self.layout.intermediate_size))
+        sums: FloatArray = self._sums(recorded, nothing[None])[0]
+        return sums
+
+    def replaced(self, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[FloatArray]:
+        with recorded_ffn(self.layout) as recorded:
+            self.decoder.resume(self.batch, states[0], heads)
+        return list(self._sums(recorded, self._base[None].repeat(len(heads), axis=0)))
+
+    def _sums(self, recorded: Mapping[int, Tensor], sums: FloatArray) -> FloatArray:
+        """Σ over the items for each copy of the rows; layers that did not run stay as they are in `sums`."""
+        for layer, z in recorded.items():  # [copies·items, I]
+            written = z.unflatten(0, (len(sums), -1)) * self.alignments[layer]
+            sums[:, layer] = written.sum(1, dtype=torch.float64).cpu().numpy()
+        return sums

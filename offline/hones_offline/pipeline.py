@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -15,12 +15,9 @@ import torch
 
 from hones_offline.banks import Bank, check_fraction, select_bank
 from hones_offline.examples import Example
-from hones_offline.heads import HeadMetric, head_count, head_runs, top_heads, utility
-from hones_offline.interventions import HeadRuns
-from hones_offline.metrics import FloatArray
+from hones_offline.heads import HeadMetric, head_count, head_scores, head_statistics, top_heads
 from hones_offline.neurons import importance, target_directions
 from hones_offline.prompts import Prepared, prepare
-from hones_offline.recording import Head
 from hones_offline.runs import RunFolder, check_seed, run_settings
 from hones_offline.tasks import Task
 from hones_steer.errors import DataError
@@ -140,7 +137,8 @@ def find_bank(
     _check_settings(count, top_fraction, head_metric, batch_size, memory_gb)
     directions = target_directions(prepared)  # first: a target without tokens is found before hours of work
     limits: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb}
-    base, scores = score_heads(prepared, head_metric, run=run, progress=progress, **limits)
+    statistics = head_statistics(prepared, head_metric, run=run, progress=progress, **limits)
+    base, scores = head_scores(prepared, head_metric, *statistics)
     heads = top_heads(scores, count)
 
     def write_in() -> dict[str, npt.NDArray[Any]]:
@@ -150,44 +148,6 @@ def find_bank(
     found = run.arrays("attribution", write_in) if run else write_in()
     bank = select_bank(found["importance"], top_fraction)
     return Attribution(scores, found["importance"], bank, heads, base, len(prepared), dict(prepared.failures))
-
-
-def score_heads(
-    prepared: Prepared,
-    head_metric: HeadMetric,
-    *,
-    batch_size: int,
-    memory_gb: float = 4.0,
-    run: RunFolder | None = None,
-    progress: bool = False,
-) -> tuple[float, npt.NDArray[np.float32]]:
-    """P(θ), and S(h) = P(θ) − P(θ_Ih) for every head, [L, H]."""
-    from tqdm import tqdm
-
-    heads = [[(layer.index, head) for head in range(head_count(layer))] for layer in prepared.decoder.layout.layers]
-    statistics: list[list[FloatArray]] = [[] for _ in heads]
-    base: list[FloatArray] = []
-    items = len(prepared.pairs() if head_metric == "logprob" else prepared)
-    bar = tqdm(
-        total=sum(map(len, heads)) * items,
-        desc=f"{prepared.task.name}: heads",
-        delay=2,
-        leave=False,
-        disable=None if progress else True,
-    )
-    with bar:
-        for number, runs in enumerate(head_runs(prepared, head_metric, batch_size=batch_size, memory_gb=memory_gb)):
-            base.append(_statistics(run, f"heads-{number:05d}-base", runs))
-            for layer, of_layer in enumerate(heads):
-                some = _statistics(run, f"heads-{number:05d}-{layer:03d}", runs, of_layer)
-                statistics[layer].append(some)
-                bar.update(some.shape[0] * some.shape[1])
-    whole = utility(prepared, head_metric, np.concatenate(base))
-    scores = [
-        [whole - utility(prepared, head_metric, of_head) for of_head in np.concatenate(of_layer, axis=1)]
-        for of_layer in statistics
-    ]
-    return whole, np.array(scores, dtype=np.float32)
 
 
 def _check_settings(top_heads: int, top_fraction: float, head_metric: str, batch_size: int, memory_gb: float) -> None:
@@ -200,14 +160,3 @@ def _check_settings(top_heads: int, top_fraction: float, head_metric: str, batch
     check_fraction(top_fraction)
     if head_metric not in get_args(HeadMetric):
         raise DataError(f"head_metric must be 'task' or 'logprob', not {head_metric!r}")
-
-
-def _statistics(
-    run: RunFolder | None, step: str, runs: Callable[[], HeadRuns], heads: Sequence[Head] | None = None
-) -> FloatArray:
-    """[items, k] with every head in place, or [heads, items, k] with each replaced: a step of the run."""
-
-    def compute() -> dict[str, FloatArray]:
-        return {"statistics": runs().base() if heads is None else np.stack(runs().results(heads))}
-
-    return (run.arrays(step, compute) if run else compute())["statistics"]

@@ -8,9 +8,8 @@ import reference
 import torch
 from hones_offline.evaluate import intervention, score
 from hones_offline.fit import FitSettings, learn
-from hones_offline.heads import HeadMetric, top_heads
+from hones_offline.heads import HeadMetric, head_scores, head_statistics, top_heads
 from hones_offline.neurons import importance, mean_write_in, target_directions
-from hones_offline.pipeline import score_heads
 from hones_offline.prompts import Prepared, prepare
 from problems import Problem, problem
 
@@ -46,7 +45,7 @@ def test_head_scores(case: tuple[Problem, Prepared], head_metric: HeadMetric) ->
     p, prepared = case
     utility = reference.metric if head_metric == "task" else reference.mean_log_probability
     base = utility(p.model, p.processor, p.task, p.examples)
-    found_base, found = score_heads(prepared, head_metric, batch_size=9)
+    found_base, found = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, batch_size=9))
     assert found_base == pytest.approx(base, abs=1e-5)
     for head, value in enumerate(found[1]):
         with reference.head_replaced(p.model, 1, head):
@@ -60,18 +59,18 @@ def test_little_memory_and_small_batches_change_nothing(
 ) -> None:
     """Kept states of all layers or of one at a time, several heads in a batch or one, rows parted alone or together."""
     _, prepared = case
-    _, expected = score_heads(prepared, head_metric, batch_size=9)
-    _, found = score_heads(prepared, head_metric, batch_size=9, memory_gb=1e-9)
+    _, expected = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, batch_size=9))
+    _, found = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, batch_size=9, memory_gb=1e-9))
     np.testing.assert_array_equal(found, expected)
     for batch_size in (1, 3, 64):
-        _, found = score_heads(prepared, head_metric, batch_size=batch_size)
+        _, found = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, batch_size=batch_size))
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_importance_is_the_same_within_a_ten_thousandth(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
     scores = reference.head_scores(p.model, p.processor, p.task, p.examples, reference.mean_log_probability)
-    _, found_scores = score_heads(prepared, "logprob", batch_size=9)
+    _, found_scores = head_scores(prepared, "logprob", *head_statistics(prepared, "logprob", batch_size=9))
     np.testing.assert_allclose(found_scores, scores, atol=1e-5)
     expected = reference.importance(p.model, p.processor, p.task, p.examples, scores, top_heads=4).numpy()
     found = importance(prepared, target_directions(prepared), top_heads(found_scores, 4), batch_size=9)

@@ -7,7 +7,7 @@ import tiny_models
 import torch
 from hones_offline.decoding import Batch, Segment, TextDecoder
 from hones_offline.evaluate import score
-from hones_offline.pipeline import score_heads
+from hones_offline.heads import head_scores, head_statistics
 from hones_offline.prompts import prepare
 from hones_offline.recording import recorded_states, replaced_heads
 from problems import problem
@@ -106,5 +106,5 @@ def test_answers_that_end_and_part_at_different_places(batch_size: int) -> None:
         p.model, p.processor, p.task, p.examples
     )
     expected = reference.head_scores(p.model, p.processor, p.task, p.examples, reference.metric)
-    _, found = score_heads(prepared, "task", batch_size=batch_size)
+    _, found = head_scores(prepared, "task", *head_statistics(prepared, "task", batch_size=batch_size))
     np.testing.assert_allclose(found, expected, atol=1e-6)
