@@ -61,6 +61,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaC
 
 TOP_FRACTION = 0.01
 MOST_TOKENS = 4096  # of a batch in which layers are timed
+MOST_CACHED = 65536  # of one in which they decode
 Text = list[int]
 COUNTRIES = ("France", "Japan", "Egypt", "Peru", "Norway", "Kenya", "Cuba", "Italy")
 
@@ -359,7 +360,8 @@ class LayerTimes:
         sizes = [2**i for i in range(10)]
         prefill = {size: self._prefill(size) for size in sizes if size * len(self.segment) <= MOST_TOKENS or size == 1}
         self.prefill = min(prefill.values())
-        self.decode = min(self._decode(size) for size in prefill) if metric == "task" else 0.0
+        decoded = [size for size in sizes if size * len(self.segment) <= MOST_CACHED or size == 1]
+        self.decode = min(map(self._decode, decoded)) if metric == "task" else 0.0
         self.batch_size = max(size for size, seconds in prefill.items() if seconds < 1.05 * self.prefill)
 
     def _prefill(self, rows: int) -> float:

@@ -78,6 +78,10 @@ class Started:
     budgets: Sequence[int]
     heads: Sequence[Head] = ()
 
+    def nbytes(self) -> int:
+        """Of the KV cache."""
+        return cache_nbytes(self.cache)
+
     @staticmethod
     def together(parts: Sequence["Started"]) -> "Started":
         """The rows of all parts in one batch, padded on the left."""
@@ -182,6 +186,12 @@ class TextDecoder:
         return hidden, cache
 
     @torch.no_grad()
+    def cache_token_bytes(self, prompt: Segment) -> int:
+        """Bytes of the KV cache for one token of one row, found out with the prompt's first."""
+        _, cache = self.run(self.collate([prompt.split(1)[0]]), DynamicCache(), use_cache=True)
+        return cache_nbytes(cache)
+
+    @torch.no_grad()
     def greedy(self, prompts: Sequence[Segment], max_new_tokens: int) -> list[list[int]]:
         """Greedy continuations of a batch of prompts: token ids up to, not including, the end token."""
         batch = self.collate(prompts)
@@ -274,6 +284,11 @@ def _selected(cache: Any, rows: Tensor) -> Any:
     branch.layers = [copy.copy(layer) for layer in cache.layers]
     branch.batch_select_indices(rows)
     return branch
+
+
+def cache_nbytes(cache: Any) -> int:
+    """Bytes of a KV cache."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def pad_answers(answers: Sequence[Tensor]) -> Tensor:

@@ -43,9 +43,10 @@ def head_runs(
             yield items, cache(partial(LogProbabilities, prepared, [pairs[i] for i in items], **options))
         return
     kind: type[Ranking | Generation]
-    kind, rows = Generation, batch_size
     if prepared.task.kind == "rank":
         kind, rows = Ranking, max(1, batch_size // most_candidates(prepared))
+    else:
+        kind, rows = Generation, batch_size * Generation.batches_at_once(prepared, batch_size, memory_gb)
     for items in batches([len(encoded.shared) for encoded in prepared.encoded], rows):
         yield items, cache(partial(kind, prepared, items, **options))
 

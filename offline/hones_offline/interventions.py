@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from hones_offline.decoding import Batch, Run, Segment, Started
+from hones_offline.decoding import Batch, Run, Segment, Started, TextDecoder
 from hones_offline.evaluate import decoded_texts, mean_log_probabilities, yes_no_margins
 from hones_offline.metrics import FloatArray
 from hones_offline.prompts import Prepared
@@ -35,7 +35,8 @@ class HeadRuns(ABC):
         layer_bytes = (
             tokens * self.decoder.layout.hidden_size * next(self.decoder.embedding.parameters()).element_size()
         )
-        self._layers_at_once = max(1, int(memory_gb * 2**30 / layer_bytes))
+        self._memory = int(memory_gb * 2**30)
+        self._layers_at_once = max(1, self._memory // layer_bytes)
         self._states: dict[int, list[Tensor]] = {}
         self._base: Any = None
 
@@ -135,10 +136,10 @@ class Ranking(HeadRuns):
 
 
 class Generation(HeadRuns):
-    """Items are examples to generate for.
+    """Items are examples to generate for, in batches.
 
-    Besides the states, two KV caches are kept: the undisturbed forward's, and that of at most `batch_size` rows that
-    wait to be decoded because they parted from the undisturbed answer.
+    Besides the states, two KV caches are kept: those of the undisturbed forwards, and that of the rows that wait to be
+    decoded because they parted from the undisturbed answer; decoding many rows costs little more than decoding one.
     """
 
     def __init__(self, prepared: Prepared, items: Sequence[int], **options: Any) -> None:
@@ -146,19 +147,29 @@ class Generation(HeadRuns):
         self.budget = prepared.task.max_new_tokens
         prompts = [prepared.encoded[i].prompt(0) for i in items]
         self.drafts = decoder.greedy(prompts, self.budget)
-        fed = [torch.tensor(draft[: self.budget - 1], dtype=torch.long) for draft in self.drafts]
-        prompt = decoder.collate(prompts)
-        endings = [decoder.continuation(*pair) for pair in zip(prompts, fed, strict=True)]
-        self.prompt_length = prompt.mask.shape[1]
-        self.batch = prompt + decoder.collate(endings, side="right")
-        self.expected = _expected_tokens(self.drafts, self.batch.mask.shape[1] - self.prompt_length + 1)
-        self.cache: Any = None
+        rows = options["batch_size"]
+        self.parts = [
+            _Drafted(decoder, prompts[start : start + rows], self.drafts[start : start + rows], self.budget)
+            for start in range(0, len(items), rows)
+        ]
         self._waiting: list[tuple[Started, list[list[int]]]] = []
         self._scored: dict[tuple[int, tuple[int, ...]], FloatArray] = {}
-        super().__init__(prepared, rows=len(items), tokens=self.batch.mask.numel(), **options)
+        tokens = sum(part.batch.mask.numel() for part in self.parts)
+        super().__init__(prepared, rows=min(len(items), rows), tokens=tokens, **options)
+
+    @staticmethod
+    def batches_at_once(prepared: Prepared, batch_size: int, memory_gb: float) -> int:
+        """How many batches of items are worth taking together: as many as fill a batch of rows to decode, or memory."""
+        prompts = [encoded.prompt(0) for encoded in prepared.encoded]
+        row_bytes = prepared.decoder.cache_token_bytes(prompts[0]) * (
+            max(map(len, prompts)) + prepared.task.max_new_tokens
+        )
+        fitting = int(memory_gb * 2**30) // (batch_size * row_bytes)
+        return min(max(fitting, 1), _BATCHES_AT_ONCE)
 
     def undisturbed(self) -> FloatArray:
-        _, self.cache = self.decoder.run(self.batch, DynamicCache(), use_cache=True)
+        for part in self.parts:
+            _, part.cache = self.decoder.run(part.batch, DynamicCache(), use_cache=True)
         return self._statistics(self.drafts)
 
     @torch.no_grad()
@@ -179,12 +190,19 @@ class Generation(HeadRuns):
 
     def replaced(self, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[list[list[int]]]:
         """Tokens for each item; of rows that wait, the rest is filled in later."""
-        hidden, cache = self.decoder.resume(self.batch, states[0], heads, DynamicCache(), use_cache=True)
-        tokens = self.decoder.logits(hidden[:, self.prompt_length - 1 :]).argmax(-1).cpu()
-        expected = self.expected.repeat(len(heads), 1)
+        texts: list[list[list[int]]] = [[] for _ in heads]
+        for part, entering in zip(self.parts, states, strict=True):
+            for of_head, more in zip(texts, self._texts(part, heads, entering), strict=True):
+                of_head += more
+        return texts
+
+    def _texts(self, part: "_Drafted", heads: Sequence[Head], states: Tensor) -> Sequence[list[list[int]]]:
+        hidden, cache = self.decoder.resume(part.batch, states, heads, DynamicCache(), use_cache=True)
+        tokens = self.decoder.logits(hidden[:, part.prompt_length - 1 :]).argmax(-1).cpu()
+        expected = part.expected.repeat(len(heads), 1)
         end = torch.isin(tokens, torch.tensor(self.decoder.end_tokens))
         agrees = (tokens == expected) | (expected == _ANY) | (end & (expected == _END))
-        texts = [list(draft) for _ in heads for draft in self.drafts]
+        texts = [list(draft) for _ in heads for draft in part.drafts]
         parted: list[tuple[int, int]] = []  # row, and how many tokens it shares with the undisturbed answer
         for row in (~agrees).any(1).nonzero().flatten().tolist():
             at = int(agrees[row].int().argmin())
@@ -192,10 +210,12 @@ class Generation(HeadRuns):
             if not end[row, at] and at + 1 < self.budget:
                 parted.append((row, at))
         if parted:
-            if len(parted) + sum(len(unfinished) for _, unfinished in self._waiting) > self.batch_size:
+            started = part.parted(parted, tokens, heads, cache, self.budget)
+            if self._memory < started.nbytes() + sum(waiting.nbytes() for waiting, _ in self._waiting):
                 self._decode_waiting()
-            self._waiting.append((self._parted(parted, tokens, heads, cache), [texts[row] for row, _ in parted]))
-        return [texts[start : start + len(self.items)] for start in range(0, len(texts), len(self.items))]
+            self._waiting.append((started, [texts[row] for row, _ in parted]))
+        count = len(part.drafts)
+        return [texts[start : start + count] for start in range(0, len(texts), count)]
 
     def _decode_waiting(self) -> None:
         """Go on with the rows that wait, after the token that each has last."""
@@ -206,13 +226,31 @@ class Generation(HeadRuns):
             for text, more in zip(unfinished, further, strict=True):
                 text[-1:] = more
 
-    def _parted(self, parted: Sequence[tuple[int, int]], tokens: Tensor, heads: Sequence[Head], cache: Any) -> Started:
+
+class _Drafted:
+    """A batch of prompts, each followed by its undisturbed answer; `cache` is the undisturbed forward's."""
+
+    def __init__(
+        self, decoder: TextDecoder, prompts: Sequence[Segment], drafts: Sequence[list[int]], budget: int
+    ) -> None:
+        self.drafts = drafts
+        fed = [torch.tensor(draft[: budget - 1], dtype=torch.long) for draft in drafts]
+        prompt = decoder.collate(prompts)
+        endings = [decoder.continuation(*pair) for pair in zip(prompts, fed, strict=True)]
+        self.prompt_length = prompt.mask.shape[1]
+        self.batch = prompt + decoder.collate(endings, side="right")
+        self.expected = _expected_tokens(drafts, self.batch.mask.shape[1] - self.prompt_length + 1)
+        self.cache: Any = None
+
+    def parted(
+        self, parted: Sequence[tuple[int, int]], tokens: Tensor, heads: Sequence[Head], cache: Any, budget: int
+    ) -> Started:
         """What greedy decoding needs to go on with these rows; layers below the heads' come from the undisturbed cache.
 
         Rows share answers of different lengths, so what they keep of the cache is moved to the right, padding left.
         """
-        count = len(self.items)
-        rows, shared = torch.tensor(parted, device=self.decoder.device).T
+        count = len(self.drafts)
+        rows, shared = torch.tensor(parted, device=self.batch.mask.device).T
         length = self.prompt_length + shared
         longest = int(length.max())
         columns = torch.arange(longest, device=rows.device) - (longest - length)[:, None]  # [rows, longest]
@@ -230,12 +268,13 @@ class Generation(HeadRuns):
             self.batch.mask[rows % count].gather(1, columns) * real,
             (self.batch.positions[:, rows % count, self.prompt_length - 1] + shared)[..., None],
             tokens[tuple(torch.tensor(parted).T)],
-            [self.budget - at for _, at in parted],
+            [budget - at for _, at in parted],
             [heads[row // count] for row, _ in parted],
         )
 
 
 _END, _ANY = -1, -2
+_BATCHES_AT_ONCE = 8
 
 
 def _expected_tokens(drafts: Sequence[Sequence[int]], width: int) -> Tensor:
