@@ -14,6 +14,7 @@ import torch
 
 from hones_offline.banks import Bank, bank_size, check_bank, random_bank
 from hones_offline.datasets import load_dataset
+from hones_offline.distributed import launched, number_of_processes, own_device
 from hones_offline.evaluate import Scores, intervention, score
 from hones_offline.examples import Loaded, check_disjoint, load_jsonl
 from hones_offline.fit import FIXED_AMP, FitSettings, fit_run_settings, grid_search, learn, uniform_profile
@@ -24,7 +25,7 @@ from hones_offline.pipeline import attribute as find_task_bank
 from hones_offline.prompts import Prepared, prepare
 from hones_offline.runs import RunFolder, json_bytes, read_json, write_atomically
 from hones_offline.tasks import TASKS, JsonlTask, Task
-from hones_steer.errors import DataError, MismatchError, ProfileError
+from hones_steer.errors import DataError, MismatchError, ProfileError, StateError
 from hones_steer.layout import find_layout
 from hones_steer.profile import ModelIdentity, Profile, load_profile, save_profile
 
@@ -38,9 +39,11 @@ def attribute(argv: Sequence[str]) -> int:
         prog="hones attribute",
         description="Find the FFN neurons a task depends on. Scores every attention head by what replacing it costs, "
         "then the neurons by how much the best heads drive what they write towards the answers. A killed run goes on "
-        "where it stopped when the same command is given again.",
+        "where it stopped when the same command is given again. Several GPUs share the work when torchrun or "
+        "accelerate launch starts one process for each (docs/scaling.md).",
         epilog="examples: hones attribute llava-hf/llava-1.5-7b-hf --task vqa --data vqa.jsonl --out runs/vqa   |   "
-        "hones attribute MODEL --task ocr --data coco.json --images coco/ --out runs/ocr --head-metric logprob",
+        "hones attribute MODEL --task ocr --data coco.json --images coco/ --out runs/ocr --head-metric logprob   |   "
+        "torchrun --nproc-per-node 8 -m hones_steer attribute MODEL --task vqa --data vqa.jsonl --out runs/vqa",
     )
     _add_data_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run folder for results")
@@ -75,26 +78,30 @@ def attribute(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--seed", type=int, default=3407, help="order of the examples (default: %(default)s)")
     args = parser.parse_args(argv)
-    task, loaded = _load_data(args)
-    model, processor = load_model(args.model, dtype=args.dtype, device=args.device)
-    found = find_task_bank(
-        model,
-        processor,
-        task,
-        loaded.examples,
-        top_heads=args.top_heads,
-        top_fraction=args.top_fraction,
-        head_metric=args.head_metric,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        memory_gb=args.memory_gb,
-        run_dir=args.out,
-        max_failures=args.max_failures,
-        progress=True,
-    )
-    result = _attribution_result(task, found, loaded.skipped, args.top_fraction, ModelIdentity.from_model(model))
-    write_atomically(args.out / RESULT, json_bytes(result))
-    _show(args.json, result, _attribution_lines(result, args.out))
+    with launched() as processes:
+        task, loaded = _load_data(args)
+        model, processor = load_model(args.model, dtype=args.dtype, device=own_device(args.device))
+        found = find_task_bank(
+            model,
+            processor,
+            task,
+            loaded.examples,
+            top_heads=args.top_heads,
+            top_fraction=args.top_fraction,
+            head_metric=args.head_metric,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            memory_gb=args.memory_gb,
+            run_dir=args.out,
+            max_failures=args.max_failures,
+            progress=True,
+            processes=processes,
+        )
+        if processes.rank == 0:
+            identity = ModelIdentity.from_model(model)
+            result = _attribution_result(task, found, loaded.skipped, args.top_fraction, identity)
+            write_atomically(args.out / RESULT, json_bytes(result))
+            _show(args.json, result, _attribution_lines(result, args.out))
     return 0
 
 
@@ -124,6 +131,7 @@ def fit(argv: Sequence[str]) -> int:
     parser.add_argument("--license", default="", help="licence of the profile, e.g. apache-2.0")
     _add_fit_arguments(parser)
     args = parser.parse_args(argv)
+    _check_one_process("fit")
     if args.method == "grid_search" and args.dev is None:
         parser.error("grid_search chooses its factor on --dev data")
     settings = _fit_settings(args)
@@ -199,6 +207,7 @@ def evaluate(argv: Sequence[str]) -> int:
         help="refuse to measure on an image of this file, the discovery or dev data (repeatable)",
     )
     args = parser.parse_args(argv)
+    _check_one_process("evaluate")
     if args.random_banks < 0:
         raise DataError(f"--random-banks must be zero or more, not {args.random_banks}")
     if args.random_banks and not args.mask:
@@ -362,6 +371,12 @@ def _check_apart(args: argparse.Namespace, task: Task, loaded: Loaded) -> None:
     for path in args.apart_from:
         other = _load_file(args, path, name, limit=None)
         check_disjoint(**{"--data": loaded.examples, f"--apart-from {path}": other.examples})
+
+
+def _check_one_process(command: str) -> None:
+    """Several would write one file."""
+    if number_of_processes() > 1:
+        raise StateError(f"`hones {command}` runs in one process; start it without torchrun or accelerate launch")
 
 
 def _check_writable(file: Path) -> None:

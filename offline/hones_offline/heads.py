@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from hones_offline.decoding import batches
+from hones_offline.distributed import ALONE, Processes
 from hones_offline.evaluate import most_candidates
 from hones_offline.interventions import Generation, HeadRuns, LogProbabilities, Ranking
 from hones_offline.metrics import FloatArray, mean_of_rows
@@ -59,36 +60,53 @@ def head_statistics(
     memory_gb: float = 4.0,
     run: RunFolder | None = None,
     progress: bool = False,
+    processes: Processes = ALONE,
 ) -> tuple[FloatArray, FloatArray]:
     """Every item's statistics: with all heads in place [items, k], and with each replaced [L, H, items, k].
 
-    A layer's heads on a few items are one resumable step of `run`.
+    A layer's heads on a few items are one resumable step of `run`. Each of `processes` does some of the steps, which
+    are the same for any number of them, and all have all results.
     """
     from tqdm import tqdm
 
     heads = [[(layer.index, head) for head in range(head_count(layer))] for layer in prepared.decoder.layout.layers]
-    replaced: list[list[FloatArray]] = [[] for _ in heads]
-    base: list[FloatArray] = []
-    order: list[int] = []
+    options: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb}
+    chosen = [items for items, _ in head_runs(prepared, head_metric, **options)]
+    parts = processes.parts(len(chosen), len(heads))
+
+    def mine(number: int, layer: int) -> bool:  # costs fall with the layer, so parts take turns at layers
+        return processes.owns(number * parts + layer % parts)
+
     bar = tqdm(
-        total=sum(map(len, heads)) * len(prepared.pairs() if head_metric == "logprob" else prepared),
+        total=sum(
+            len(of_layer) * len(items)
+            for number, items in enumerate(chosen)
+            for layer, of_layer in enumerate(heads)
+            if mine(number, layer)
+        ),
         desc=f"{prepared.task.name}: heads",
         delay=2,
         leave=False,
-        disable=None if progress else True,
+        disable=None if progress and processes.rank == 0 else True,
     )
+    own: dict[tuple[str, int, int], FloatArray] = {}
     with bar:
-        steps = head_runs(prepared, head_metric, batch_size=batch_size, memory_gb=memory_gb)
-        for number, (items, runs) in enumerate(steps):
-            order += items
-            base.append(_statistics(run, f"heads-{number:05d}-base", runs))
+        for number, (_, runs) in enumerate(head_runs(prepared, head_metric, **options)):
+            if mine(number, 0):
+                own["base", number, 0] = _statistics(run, f"heads-{number:05d}-base", runs)
             for layer, of_layer in enumerate(heads):
-                some = _statistics(run, f"heads-{number:05d}-{layer:03d}", runs, of_layer)
-                replaced[layer].append(some)
-                bar.update(some.shape[0] * some.shape[1])
-    own_order = np.argsort(order)
-    every = np.stack([np.concatenate(of_layer, axis=1) for of_layer in replaced])
-    return np.concatenate(base)[own_order], every[:, :, own_order]
+                if mine(number, layer):
+                    some = _statistics(run, f"heads-{number:05d}-{layer:03d}", runs, of_layer)
+                    own["replaced", number, layer] = some
+                    bar.update(some.shape[0] * some.shape[1])
+    found = {key: value for of_process in processes.share(own) for key, value in of_process.items()}
+    own_order = np.argsort(np.concatenate(chosen))
+    base = np.concatenate([found["base", number, 0] for number in range(len(chosen))])
+    replaced = [
+        np.concatenate([found["replaced", number, layer] for number in range(len(chosen))], axis=1)
+        for layer in range(len(heads))
+    ]
+    return base[own_order], np.stack(replaced)[:, :, own_order]
 
 
 def _statistics(

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hones_offline.decoding import Segment, batches
+from hones_offline.distributed import ALONE, Processes
 from hones_offline.interventions import HeadRuns
 from hones_offline.metrics import FloatArray
 from hones_offline.prompts import Prepared
@@ -71,10 +73,12 @@ def importance(
     *,
     batch_size: int,
     memory_gb: float = 4.0,
+    processes: Processes = ALONE,
 ) -> npt.NDArray[np.float32]:
     """I_{l,i} = Σ_h w_h·[mean c(θ) − mean c(θ_Ih)]_+ / Σ_h w_h, float32 [L, I]; `heads` are (layer, head, w)."""
     replaced = [(layer, head) for layer, head, _ in heads]
-    base, *changed = mean_write_in(prepared, directions, replaced, batch_size=batch_size, memory_gb=memory_gb)
+    options: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb, "processes": processes}
+    base, *changed = mean_write_in(prepared, directions, replaced, **options)
     weights = [weight for _, _, weight in heads]
     drops = [weight * (base - mean).clip(min=0) for weight, mean in zip(weights, changed, strict=True)]
     result: npt.NDArray[np.float32] = (sum(drops) / sum(weights)).astype(np.float32)
@@ -82,11 +86,17 @@ def importance(
 
 
 def mean_write_in(
-    prepared: Prepared, directions: Tensor, heads: Sequence[Head] = (), *, batch_size: int, memory_gb: float = 4.0
+    prepared: Prepared,
+    directions: Tensor,
+    heads: Sequence[Head] = (),
+    *,
+    batch_size: int,
+    memory_gb: float = 4.0,
+    processes: Processes = ALONE,
 ) -> FloatArray:
     """Mean over pairs of c_{l,i} = z_i·⟨W_down[:,i], u_y⟩ at the last prompt token: float64 [1 + heads, L, I].
 
-    First with every head in place, then with each of `heads` replaced.
+    First with every head in place, then with each of `heads` replaced. Each of `processes` runs some of the batches.
     """
     layout = prepared.decoder.layout
     prompts = [
@@ -94,12 +104,15 @@ def mean_write_in(
         for example, encoded in zip(prepared.examples, prepared.encoded, strict=True)
         for index, _ in prepared.task.answers(example)
     ]
-    total = np.zeros((1 + len(heads), len(layout.layers), layout.intermediate_size))
-    for chosen in batches([len(prompt) for prompt in prompts], batch_size):
+
+    def of_batch(chosen: list[int]) -> FloatArray:
         some = [prompts[i] for i in chosen]
         runs = WriteIn(prepared, some, directions[chosen], batch_size=batch_size, memory_gb=memory_gb)
-        total += np.stack([runs.base(), *runs.results(heads)])
-    return total / len(prompts)
+        return np.stack([runs.base(), *runs.results(heads)])
+
+    units = [partial(of_batch, chosen) for chosen in batches([len(prompt) for prompt in prompts], batch_size)]
+    shape = (1 + len(heads), len(layout.layers), layout.intermediate_size)
+    return processes.sum(units, shape) / len(prompts)
 
 
 class WriteIn(HeadRuns):

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from hones_offline.banks import Bank, check_fraction, select_bank
+from hones_offline.distributed import ALONE, Processes, open_run, usable_everywhere
 from hones_offline.examples import Example
 from hones_offline.heads import HeadMetric, head_count, head_scores, head_statistics, top_heads
 from hones_offline.neurons import importance, target_directions
@@ -58,6 +59,7 @@ def attribute(
     run_dir: str | Path | None = None,
     max_failures: float = 0.05,
     progress: bool = False,
+    processes: Processes = ALONE,
 ) -> Attribution:
     """Find the FFN neurons a task depends on: the method of arXiv 2604.17941, section 3.
 
@@ -79,17 +81,26 @@ def attribute(
         run_dir: folder that keeps the results of each few examples and layer, so that a killed run can be resumed.
         max_failures: share of examples whose image may be unusable before it is an error.
         progress: show progress bars on a terminal.
+        processes: which share the work, each calling this with the same arguments; see `distributed.launched`.
 
     Raises:
         DataError: no usable example, too many failures, no head or neuron that matters, or a run with other settings.
         LayoutError: the model's structure is not supported.
+        StateError: another of `processes` has ended.
     """
     _check_settings(top_heads, top_fraction, head_metric, batch_size, memory_gb)
     check_seed(seed)
     order = np.random.default_rng(seed).permutation(len(examples))
     prepared = prepare(
-        model, processor, task, [examples[i] for i in order], max_failures=max_failures, progress=progress
+        model,
+        processor,
+        task,
+        [examples[i] for i in order],
+        max_failures=max_failures,
+        progress=progress and processes.rank == 0,
     )
+    if processes.size > 1:
+        prepared = usable_everywhere(prepared, max_failures, processes)
     settings: dict[str, Any] = {
         "top_heads": top_heads,
         "head_metric": head_metric,
@@ -98,9 +109,7 @@ def attribute(
     }
     for layer in prepared.decoder.layout.layers:
         head_count(layer)
-    run = None
-    if run_dir is not None:
-        run = RunFolder(run_dir, attribution_run_settings(prepared, settings))
+    run = open_run(run_dir, attribution_run_settings(prepared, settings), processes)
     return find_bank(
         prepared,
         count=top_heads,
@@ -110,6 +119,7 @@ def attribute(
         memory_gb=memory_gb,
         run=run,
         progress=progress,
+        processes=processes,
     )
 
 
@@ -132,11 +142,12 @@ def find_bank(
     memory_gb: float = 4.0,
     run: RunFolder | None = None,
     progress: bool = False,
+    processes: Processes = ALONE,
 ) -> Attribution:
     """`attribute` on examples that are already encoded; a layer's heads on a few examples are one resumable step."""
     _check_settings(count, top_fraction, head_metric, batch_size, memory_gb)
     directions = target_directions(prepared)  # first: a target without tokens is found before hours of work
-    limits: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb}
+    limits: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb, "processes": processes}
     statistics = head_statistics(prepared, head_metric, run=run, progress=progress, **limits)
     base, scores = head_scores(prepared, head_metric, *statistics)
     heads = top_heads(scores, count)
@@ -145,7 +156,11 @@ def find_bank(
         values = importance(prepared, directions, heads, **limits)
         return {"importance": values, "head_scores": scores}
 
-    found = run.arrays("attribution", write_in) if run else write_in()
+    if run is None:
+        found = write_in()
+    else:
+        values = {} if processes.from_first(lambda: run.holds("attribution")) else write_in()
+        found = processes.from_first(lambda: run.arrays("attribution", lambda: values))
     bank = select_bank(found["importance"], top_fraction)
     return Attribution(scores, found["importance"], bank, heads, base, len(prepared), dict(prepared.failures))
 
