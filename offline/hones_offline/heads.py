@@ -19,6 +19,7 @@ from hones_steer.errors import DataError, LayoutError
 from hones_steer.layout import DecoderLayer
 
 HeadMetric = Literal["task", "logprob"]
+_ROWS = 1024
 
 
 def head_count(layer: DecoderLayer) -> int:
@@ -64,25 +65,25 @@ def head_statistics(
 ) -> tuple[FloatArray, FloatArray]:
     """Every item's statistics: with all heads in place [items, k], and with each replaced [L, H, items, k].
 
-    A layer's heads on a few items are one resumable step of `run`. Each of `processes` does some of the steps, which
+    A few layers' heads on some items are one resumable step of `run`. Each of `processes` does some of the steps, which
     are the same for any number of them, and all have all results.
     """
     from tqdm import tqdm
 
-    heads = [[(layer.index, head) for head in range(head_count(layer))] for layer in prepared.decoder.layout.layers]
     options: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb}
     chosen = [items for items, _ in head_runs(prepared, head_metric, **options)]
-    parts = processes.parts(len(chosen), len(heads))
+    blocks = _head_blocks(prepared, max(map(len, chosen)))
+    parts = processes.parts(len(chosen), len(blocks))
 
-    def mine(number: int, layer: int) -> bool:  # costs fall with the layer, so parts take turns at layers
-        return processes.owns(number * parts + layer % parts)
+    def mine(number: int, block: int) -> bool:  # costs fall with the layer, so parts take turns at blocks
+        return processes.owns(number * parts + block % parts)
 
     bar = tqdm(
         total=sum(
-            len(of_layer) * len(items)
+            len(heads) * len(items)
             for number, items in enumerate(chosen)
-            for layer, of_layer in enumerate(heads)
-            if mine(number, layer)
+            for block, heads in enumerate(blocks)
+            if mine(number, block)
         ),
         desc=f"{prepared.task.name}: heads",
         delay=2,
@@ -94,19 +95,32 @@ def head_statistics(
         for number, (_, runs) in enumerate(head_runs(prepared, head_metric, **options)):
             if mine(number, 0):
                 own["base", number, 0] = _statistics(run, f"heads-{number:05d}-base", runs)
-            for layer, of_layer in enumerate(heads):
-                if mine(number, layer):
-                    some = _statistics(run, f"heads-{number:05d}-{layer:03d}", runs, of_layer)
-                    own["replaced", number, layer] = some
+            for block, heads in enumerate(blocks):
+                if mine(number, block):
+                    some = _statistics(run, f"heads-{number:05d}-{block:03d}", runs, heads)
+                    own["replaced", number, block] = some
                     bar.update(some.shape[0] * some.shape[1])
     found = {key: value for of_process in processes.share(own) for key, value in of_process.items()}
     own_order = np.argsort(np.concatenate(chosen))
     base = np.concatenate([found["base", number, 0] for number in range(len(chosen))])
-    replaced = [
-        np.concatenate([found["replaced", number, layer] for number in range(len(chosen))], axis=1)
-        for layer in range(len(heads))
-    ]
-    return base[own_order], np.stack(replaced)[:, :, own_order]
+    replaced = np.concatenate(
+        [
+            np.concatenate([found["replaced", number, block] for number in range(len(chosen))], axis=1)
+            for block in range(len(blocks))
+        ]
+    )
+    by_layer = replaced[:, own_order].reshape(len(prepared.decoder.layout.layers), -1, *replaced.shape[1:])
+    return base[own_order], by_layer
+
+
+def _head_blocks(prepared: Prepared, items: int) -> list[list[Head]]:
+    """All heads, in blocks of whole layers with about `_ROWS` (head, item) rows each: many rows decode together."""
+    blocks: list[list[Head]] = [[]]
+    for layer in prepared.decoder.layout.layers:
+        if len(blocks[-1]) * items >= _ROWS:
+            blocks.append([])
+        blocks[-1] += [(layer.index, head) for head in range(head_count(layer))]
+    return blocks
 
 
 def _statistics(

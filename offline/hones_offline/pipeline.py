@@ -78,7 +78,7 @@ def attribute(
             sequences · tokens · hidden size · bytes of the dtype for each layer (LLaVA-1.5-7B in bfloat16, 16
             sequences of 640 tokens: 80 MiB, so 2.5 GiB for its 32). With less than all layers need, the forward they
             come from is repeated, once for every so many layers as fit. Model, activations and KV cache come on top.
-        run_dir: folder that keeps the results of each few examples and layer, so that a killed run can be resumed.
+        run_dir: folder that keeps the results of each few examples and layers, so that a killed run can be resumed.
         max_failures: share of examples whose image may be unusable before it is an error.
         progress: show progress bars on a terminal.
         processes: which share the work, each calling this with the same arguments; see `distributed.launched`.
@@ -106,6 +106,7 @@ def attribute(
         "head_metric": head_metric,
         "seed": seed,
         "batch_size": batch_size,
+        "memory_gb": memory_gb,
     }
     for layer in prepared.decoder.layout.layers:
         head_count(layer)
@@ -144,7 +145,7 @@ def find_bank(
     progress: bool = False,
     processes: Processes = ALONE,
 ) -> Attribution:
-    """`attribute` on examples that are already encoded; a layer's heads on a few examples are one resumable step."""
+    """`attribute` on examples that are already encoded; some heads on some examples are one resumable step."""
     _check_settings(count, top_fraction, head_metric, batch_size, memory_gb)
     directions = target_directions(prepared)  # first: a target without tokens is found before hours of work
     limits: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb, "processes": processes}
