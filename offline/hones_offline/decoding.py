@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache
 
+from hones_offline.caching import nbytes, new_cache
 from hones_offline.recording import Head, replaced_heads, resumed
 from hones_steer.errors import LayoutError
 from hones_steer.layout import Layout, find_layout
@@ -80,13 +80,13 @@ class Started:
 
     def nbytes(self) -> int:
         """Of the KV cache."""
-        return cache_nbytes(self.cache)
+        return nbytes(self.cache)
 
     @staticmethod
     def together(parts: Sequence["Started"]) -> "Started":
         """The rows of all parts in one batch, padded on the left."""
         length = max(part.mask.shape[1] for part in parts)
-        cache = DynamicCache()
+        cache = new_cache()
         for index, layers in enumerate(zip(*(part.cache.layers for part in parts), strict=True)):
             keys, values = (
                 torch.cat([F.pad(x, (0, 0, length - x.shape[2], 0)) for x in states])  # [rows, kv heads, T, head_dim]
@@ -188,14 +188,14 @@ class TextDecoder:
     @torch.no_grad()
     def cache_token_bytes(self, prompt: Segment) -> int:
         """Bytes of the KV cache for one token of one row, found out with the prompt's first."""
-        _, cache = self.run(self.collate([prompt.split(1)[0]]), DynamicCache(), use_cache=True)
-        return cache_nbytes(cache)
+        _, cache = self.run(self.collate([prompt.split(1)[0]]), new_cache(), use_cache=True)
+        return nbytes(cache)
 
     @torch.no_grad()
     def greedy(self, prompts: Sequence[Segment], max_new_tokens: int) -> list[list[int]]:
         """Greedy continuations of a batch of prompts: token ids up to, not including, the end token."""
         batch = self.collate(prompts)
-        hidden, cache = self.run(batch, use_cache=True)
+        hidden, cache = self.run(batch, new_cache(), use_cache=True)
         first = self.logits(hidden[:, -1]).argmax(-1)
         return self.continue_greedy(
             Started(cache, batch.mask, batch.positions[:, :, -1:], first, [max_new_tokens] * len(prompts))
@@ -237,7 +237,7 @@ class TextDecoder:
         """
         run = run or partial(self.run, use_cache=True)
         prefix = self.collate(prefixes)
-        hidden, cache = run(prefix, DynamicCache())
+        hidden, cache = run(prefix, new_cache())
         copies = len(hidden) // len(prefixes)
         owners = torch.tensor([i for i, group in enumerate(suffixes) for _ in group])
         flat = [segment for group in suffixes for segment in group]
@@ -284,11 +284,6 @@ def _selected(cache: Any, rows: Tensor) -> Any:
     branch.layers = [copy.copy(layer) for layer in cache.layers]
     branch.batch_select_indices(rows)
     return branch
-
-
-def cache_nbytes(cache: Any) -> int:
-    """Bytes of a KV cache."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def pad_answers(answers: Sequence[Tensor]) -> Tensor:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from hones_offline.caching import new_cache
 from hones_offline.decoding import Batch, Run, Segment, Started, TextDecoder
 from hones_offline.evaluate import decoded_texts, mean_log_probabilities, yes_no_margins
 from hones_offline.metrics import FloatArray
@@ -169,7 +169,7 @@ class Generation(HeadRuns):
 
     def undisturbed(self) -> FloatArray:
         for part in self.parts:
-            _, part.cache = self.decoder.run(part.batch, DynamicCache(), use_cache=True)
+            _, part.cache = self.decoder.run(part.batch, new_cache(), use_cache=True)
         return self._statistics(self.drafts)
 
     @torch.no_grad()
@@ -197,7 +197,7 @@ class Generation(HeadRuns):
         return texts
 
     def _texts(self, part: "_Drafted", heads: Sequence[Head], states: Tensor) -> Sequence[list[list[int]]]:
-        hidden, cache = self.decoder.resume(part.batch, states, heads, DynamicCache(), use_cache=True)
+        hidden, cache = self.decoder.resume(part.batch, states, heads, new_cache(), use_cache=True)
         tokens = self.decoder.logits(hidden[:, part.prompt_length - 1 :]).argmax(-1).cpu()
         expected = part.expected.repeat(len(heads), 1)
         end = torch.isin(tokens, torch.tensor(self.decoder.end_tokens))
@@ -259,7 +259,7 @@ class _Drafted:
         def moved(x: Tensor, of: Tensor) -> Tensor:  # keys or values [rows, kv heads, T, head_dim]
             return x[of.to(x.device)[:, None], :, columns.to(x.device)].transpose(1, 2)
 
-        going_on = DynamicCache()
+        going_on = new_cache()
         for index, (before, now) in enumerate(zip(self.cache.layers, cache.layers, strict=True)):
             source, of = (before, rows % count) if index < heads[0][0] else (now, rows)
             going_on.update(moved(source.keys, of), moved(source.values, of), index)

@@ -1,0 +1,51 @@
+"""A KV cache to which tokens are added without copying those before them."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+_ROOM = 32  # tokens
+
+
+class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
+    """A layer's keys and values [rows, kv heads, T, head_dim], with room behind them once a second forward adds some.
+
+    `DynamicLayer` copies all of them for every token.
+    """
+
+    _rooms: tuple[Tensor, ...] = ()
+
+    def update(self, keys: Tensor, values: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = keys, values
+            return keys, values
+        length = self.keys.shape[2]
+        total = length + keys.shape[2]
+        if not self._rooms or self._rooms[0].shape[2] < total:
+            self._rooms = tuple(_roomy(x, total + _ROOM) for x in (self.keys, self.values))
+        for room, new in zip(self._rooms, (keys, values), strict=True):
+            room[:, :, length:total] = new
+        self.keys, self.values = (room[:, :, :total] for room in self._rooms)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._rooms = ()  # may be another cache's too, of which this one was a copy
+        super().batch_select_indices(indices)
+
+
+def _roomy(x: Tensor, length: int) -> Tensor:
+    room = x.new_empty(*x.shape[:2], length, x.shape[3])
+    room[:, :, : x.shape[2]] = x
+    return room
+
+
+def new_cache() -> Cache:
+    """An empty one."""
+    return Cache(layer_class_to_replicate=_RoomyLayer)
+
+
+def nbytes(cache: Cache) -> int:
+    """What its keys and values take."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
