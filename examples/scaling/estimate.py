@@ -108,7 +108,7 @@ class Run:
         )
         encoding = args.examples * self.shape.vision_flops / rate
         decoding = self.decoding(max(units), max(drafts)) if head_metric == "task" else 0.0
-        return (scoring + importance + encoding + decoding) / 3600
+        return float((scoring + importance + encoding + decoding) / 3600)
 
     def decoding(self, layer_forwards: float, drafts: int) -> float:
         """Seconds of text generation: every step reads the weights and the rows' keys and values once."""
