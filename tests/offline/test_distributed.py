@@ -1,5 +1,6 @@
 """Several processes find what one finds, byte for byte; when one dies the others say so, and the run can be resumed."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -9,21 +10,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hones_offline.distributed import Processes
 from offline.killed_run import contents
 from PIL import Image
 from problems import problem
+from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
+from examples.scaling import estimate
 from hones_steer.cli import main
 
 TESTS = Path(__file__).parents[1]
+SCALING = TESTS.parent / "examples" / "scaling"
 LOST = "lost contact with another process, which has ended or cannot be reached"
 
 
-def started(*command: object) -> subprocess.CompletedProcess[str]:
+def started(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join([str(TESTS), *sys.path])
     return subprocess.run(
-        [sys.executable, "-W", "error", *map(str, command)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "OMP_NUM_THREADS": "1"},
+        list(map(str, command)),
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -35,7 +42,7 @@ def started(*command: object) -> subprocess.CompletedProcess[str]:
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """What became of each scenario of several_processes.py, and where their run folders are."""
     folder = tmp_path_factory.mktemp("processes")
-    done = started(TESTS / "offline" / "several_processes.py", folder)
+    done = started(sys.executable, "-W", "error", TESTS / "offline" / "several_processes.py", folder)
     assert done.returncode == 0, done.stderr
     return folder, json.loads(done.stdout)
 
@@ -109,6 +116,7 @@ def test_launchers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     two = ["--nproc-per-node", 2]
     killed = started(
+        sys.executable,
         "-m",
         "torch.distributed.run",
         *two,
@@ -123,27 +131,12 @@ def test_launchers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Signal 9 (SIGKILL)" in killed.stderr
     assert not (tmp_path / "two" / "result.json").exists()
 
-    several = [
-        "--multi_gpu",
-        "--num_processes",
-        2,
-        "--num_machines",
-        1,
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
+    launch = f"{sys.executable} -m accelerate.commands.launch --config_file {SCALING / '8_gpus.yaml'} --num_processes 2"
     resumed = started(
-        "-m",
-        "accelerate.commands.launch",
-        *several,
-        "-m",
-        "hones_steer",
-        *attribute,
-        "--out",
-        tmp_path / "two",
-        "--json",
+        *["bash", SCALING / "llava-1.5-7b.sh", "cats", tmp_path / "cats.jsonl", tmp_path, tmp_path / "two"],
+        *["--dtype", "float32", *settings, "--json"],
+        LAUNCH=launch,
+        MODEL=str(tmp_path / "model"),
     )
     assert resumed.returncode == 0, resumed.stderr
 
@@ -186,3 +179,41 @@ def test_every_unit_belongs_to_one_process_and_none_has_much_more_than_its_share
             costs[owners] += layers - layer
     if batches * layers >= 4 * size:
         assert costs.max() < 1.35 * costs.mean()
+
+
+def test_the_documented_costs_are_what_the_script_computes(capsys: pytest.CaptureFixture[str]) -> None:
+    estimate.main(["--examples", "1000", "--gpus", "1", "8", "64"])
+    assert capsys.readouterr().out in (TESTS.parent / "docs" / "scaling.md").read_text(encoding="utf-8")
+
+
+def test_costs_count_the_models_real_weights() -> None:
+    with torch.device("meta"):
+        llava = LlavaForConditionalGeneration(LlavaConfig())  # transformers' defaults are LLaVA-1.5-7B
+        qwen = Qwen2DecoderLayer(
+            Qwen2Config(hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4), 0
+        )
+    shape = estimate.llava()
+    assert shape.weights == pytest.approx(sum(p.numel() for p in llava.parameters()), rel=0.01)
+    for found, layer in ((shape, llava.model.language_model.layers[0]), (estimate.qwen(300), qwen)):
+        expected = sum(p.numel() for p in layer.parameters())
+        assert found.layer_parameters == pytest.approx(expected, rel=1e-3)  # norms and biases are left out
+
+
+def test_little_of_the_estimated_time_is_lost_on_many_gpus() -> None:
+    args = argparse.Namespace(
+        examples=1000,
+        batch_size=16,
+        text_tokens=44,
+        answer_tokens=10,
+        tflops=312,
+        utilisation=0.4,
+        bandwidth=2,
+        parted=0.2,
+    )
+    run = estimate.Run(estimate.llava(), args)
+    flops = sum(
+        n * run.shape.layer_flops(t) for n, t in zip(run.layer_forwards(), (run.tokens, run.prompt), strict=True)
+    )
+    alone = run.hours(1, "logprob")
+    assert alone == pytest.approx(flops / (312e12 * 0.4) / 3600, rel=0.01)  # the vision tower is what comes on top
+    assert alone / 64 < run.hours(64, "logprob") < 1.1 * alone / 64
