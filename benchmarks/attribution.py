@@ -353,8 +353,8 @@ class LayerTimes:
     """Seconds of one layer for one token, at the best batch size."""
 
     @torch.no_grad()
-    def __init__(self, prepared: Prepared, metric: str) -> None:
-        self.decoder = prepared.decoder
+    def __init__(self, prepared: Prepared, metric: str, context: int = 0) -> None:
+        self.decoder, self.context = prepared.decoder, context
         rows = sorted(sequences(prepared, metric), key=len)
         self.segment = rows[len(rows) // 2]
         sizes = [2**i for i in range(10)]
@@ -369,8 +369,9 @@ class LayerTimes:
         return self._seconds(self._calls(lambda: self.decoder.run(batch)), lambda: None) / batch.mask.numel()
 
     def _decode(self, rows: int) -> float:
-        batch = self.decoder.collate([self.segment] * rows)
-        _, cache = self.decoder.run(batch, use_cache=True)
+        ids = torch.zeros(self.context, dtype=torch.long)
+        batch = self.decoder.collate([self.segment + self.decoder.continuation(self.segment, ids)] * rows)
+        _, cache = self.decoder.run_caching(batch)
         length = batch.mask.shape[1]
         mask = torch.cat([batch.mask, batch.mask[:, :1]], dim=1)
         step = Batch(batch.embeds[:, -1:], mask, batch.positions[:, :, -1:] + 1)
@@ -379,7 +380,9 @@ class LayerTimes:
             for layer in cache.layers:
                 layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
 
-        calls = self._calls(lambda: self.decoder.run(step, cache, use_cache=True))
+        self.decoder.run_caching(step, cache)  # from the second token on there is room
+        crop()
+        calls = self._calls(lambda: self.decoder.run_caching(step, cache))
         return self._seconds(calls, crop) / rows
 
     def _calls(self, run: Callable[[], object]) -> list[Callable[[], object]]:

@@ -1,7 +1,9 @@
 """A KV cache to which tokens are added without copying those before them."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -16,7 +18,11 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
 
     _rooms: tuple[Tensor, ...] = ()
 
-    def update(self, keys: Tensor, values: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+    keys: Tensor
+    values: Tensor
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = key_states, value_states
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
             self.keys, self.values = keys, values
@@ -46,6 +52,26 @@ def new_cache() -> Cache:
     return Cache(layer_class_to_replicate=_RoomyLayer)
 
 
-def nbytes(cache: Cache) -> int:
+def nbytes(cache: Any) -> int:
     """What its keys and values take."""
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def ending_together(layers: Sequence[tuple[Any, Tensor]], lengths: Tensor) -> tuple[Cache, Tensor]:
+    """Rows of a cache, moved so that all end in the last column, and their mask [rows, T], 0 before they begin.
+
+    `layers` holds each layer's cache and which of its rows are taken, of which the first `lengths` [rows] columns count.
+    """
+    longest = int(lengths.max())
+    columns = torch.arange(longest, device=lengths.device) - (longest - lengths)[:, None]  # [rows, longest]
+    real, columns = columns >= 0, columns.clamp(min=0)
+
+    def moved(x: Tensor, rows: Tensor) -> Tensor:  # keys or values [rows, kv heads, T, head_dim]
+        if bool(real.all()):
+            return x[rows.to(x.device), :, :longest]
+        return x[rows.to(x.device)[:, None], :, columns.to(x.device)].transpose(1, 2)
+
+    cache = new_cache()
+    for index, (layer, rows) in enumerate(layers):
+        cache.update(moved(layer.keys, rows), moved(layer.values, rows), index)
+    return cache, real.long()

@@ -2,14 +2,12 @@
 
 A prompt is encoded once (`prompts.py`): its input embeddings and position ids are what the model hands to its text
 decoder. From there on the decoder alone is run, batched, with its own KV cache: greedy generation, Yes−No margins of
-candidates that share a prefix, log-probabilities of answers, FFN activations. Rows are padded on the left, so that the
-last position of every row is its last prompt token.
+candidates that share a prefix, log-probabilities of answers, FFN activations.
 """
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -17,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hones_offline.caching import nbytes, new_cache
+from hones_offline.caching import ending_together, nbytes, new_cache
 from hones_offline.recording import Head, replaced_heads, resumed
 from hones_steer.errors import LayoutError
 from hones_steer.layout import Layout, find_layout
@@ -104,6 +102,58 @@ class Started:
 
 
 Run = Callable[[Batch, Any], tuple[Tensor, Any]]
+"""A forward of a batch after what a KV cache holds, None for no cache; may make several copies of the rows."""
+
+
+class Rows:
+    """Segments to run in one batch, padded on the right; a beginning that they share is run once, as a row of its own.
+
+    `ends` [B] is the number of columns before each segment's end, the `shared` ones not counted.
+    """
+
+    def __init__(self, decoder: "TextDecoder", segments: Sequence[Segment], own: Sequence[int]) -> None:
+        """At least the last `own[i]` tokens of segment i are not shared: of these, hidden states are wanted."""
+        self.shared = _shared_length(segments, own)
+        self.prefix = decoder.collate([segments[0].split(self.shared)[0]]) if self.shared else None
+        rest = [segment.split(self.shared)[1] for segment in segments]
+        self.rest = decoder.collate(rest, side="right")
+        self.ends = torch.tensor([len(segment) for segment in rest], device=self.rest.mask.device)
+        if self.prefix:
+            mask = torch.cat([self.prefix.mask.expand(len(rest), -1), self.rest.mask], dim=1)
+            self.rest = Batch(self.rest.embeds, mask, self.rest.positions)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are run, padding included."""
+        return self.shared + self.rest.embeds.shape[0] * self.rest.embeds.shape[1]
+
+    def run(self, run: Run) -> tuple[Tensor, Any]:
+        """Hidden states of what is not shared, [copies·B, T, hidden], copy after copy, and the KV cache of all."""
+        cache = None
+        if self.prefix:
+            hidden, cache = run(self.prefix, new_cache())
+            cache = _selected(cache, torch.arange(len(hidden)).repeat_interleave(len(self)))
+        return run(self.rest, cache)
+
+
+def _shared_length(segments: Sequence[Segment], own: Sequence[int]) -> int:
+    """How many tokens the segments begin with alike; 0 if these are not worth a forward of their own."""
+    most = min(len(segment) - tokens for segment, tokens in zip(segments, own, strict=True))
+    if len(segments) < 2 or most < _WORTH_SHARING:
+        return 0
+    first = segments[0]
+    same = torch.ones(most, dtype=torch.bool)
+    for other in segments[1:]:
+        same &= (other.embeds[:most] == first.embeds[:most]).all(-1)
+        same &= (other.positions[:, :most] == first.positions[:, :most]).all(0)
+    shared = int(same.cumprod(0).sum())
+    return shared if shared >= _WORTH_SHARING else 0
+
+
+_WORTH_SHARING = 16
 
 
 class TextDecoder:
@@ -155,15 +205,22 @@ class TextDecoder:
 
         With a cache, `batch.mask` covers the cached tokens too: [B, cached + T].
         """
+        mask = batch.mask
+        if mask.shape[1] == batch.embeds.shape[1] and not bool((mask[:, 1:] > mask[:, :-1]).any()):
+            mask = torch.ones_like(mask)  # no token looks at padding that comes after it, and plain causal is faster
         positions = batch.positions[0] if batch.positions.shape[0] == 1 else batch.positions
         out = self.layout.decoder(
             inputs_embeds=batch.embeds,
-            attention_mask=batch.mask,
+            attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=use_cache,
         )
         return out.last_hidden_state, out.past_key_values
+
+    def run_caching(self, batch: Batch, cache: Any = None) -> tuple[Tensor, Any]:
+        """`run` that always gives a KV cache."""
+        return self.run(batch, new_cache() if cache is None else cache, use_cache=True)
 
     def resume(
         self, batch: Batch, states: Tensor, heads: Sequence[Head], cache: Any = None, *, use_cache: bool = False
@@ -194,12 +251,13 @@ class TextDecoder:
     @torch.no_grad()
     def greedy(self, prompts: Sequence[Segment], max_new_tokens: int) -> list[list[int]]:
         """Greedy continuations of a batch of prompts: token ids up to, not including, the end token."""
-        batch = self.collate(prompts)
-        hidden, cache = self.run(batch, new_cache(), use_cache=True)
-        first = self.logits(hidden[:, -1]).argmax(-1)
-        return self.continue_greedy(
-            Started(cache, batch.mask, batch.positions[:, :, -1:], first, [max_new_tokens] * len(prompts))
-        )
+        rows = Rows(self, prompts, [1] * len(prompts))
+        hidden, cache = rows.run(self.run_caching)
+        every = torch.arange(len(rows), device=rows.ends.device)
+        first = self.logits(hidden[every, rows.ends - 1]).argmax(-1)
+        cache, mask = ending_together([(layer, every) for layer in cache.layers], rows.shared + rows.ends)
+        last = rows.rest.positions[:, every, rows.ends - 1]
+        return self.continue_greedy(Started(cache, mask, last[..., None], first, [max_new_tokens] * len(prompts)))
 
     @torch.no_grad()
     def continue_greedy(self, started: "Started") -> list[list[int]]:
@@ -216,7 +274,7 @@ class TextDecoder:
                     going.discard(row)
             if not going:
                 return texts
-            if 2 * len(going) <= len(rows):  # dropping rows copies the cache, so not for each that ends
+            if 4 * len(going) <= 3 * len(rows):  # dropping rows copies the cache, so not for each that ends
                 kept = torch.tensor([at for at, row in enumerate(rows) if row in going])
                 cache.batch_select_indices(kept)
                 mask, positions, tokens = mask[kept], positions[:, kept], tokens[kept]
@@ -235,7 +293,7 @@ class TextDecoder:
         Each prefix runs once; its candidates' suffixes continue from its KV cache, at most `rows` at a time. `run`
         stands in for `TextDecoder.run` and may return several copies of its rows, which then come one after another.
         """
-        run = run or partial(self.run, use_cache=True)
+        run = run or self.run_caching
         prefix = self.collate(prefixes)
         hidden, cache = run(prefix, new_cache())
         copies = len(hidden) // len(prefixes)

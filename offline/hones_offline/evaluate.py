@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hones_offline.banks import Bank, check_bank
-from hones_offline.decoding import TextDecoder, in_batches, pad_answers
+from hones_offline.decoding import TextDecoder, in_batches
 from hones_offline.examples import Example
 from hones_offline.metrics import FloatArray, bootstrap_interval, paired_bootstrap_interval
 from hones_offline.prompts import Encoded, Prepared, prepare
@@ -163,10 +163,14 @@ def _first_token(prepared: Prepared, word: str) -> int:
     return ids[0]
 
 
-def mean_log_probabilities(decoder: TextDecoder, hidden: Tensor, answers: Sequence[Tensor]) -> list[float]:
-    """The mean token log-probability of the answer [n_i] at the end of each row of `hidden` [B, T, hidden]."""
-    logits, real = decoder.logits_at_answers(hidden, answers)
-    targets = pad_answers(answers).to(logits.device)
-    tokens = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    means: list[float] = ((tokens * real).sum(1) / real.sum(1)).tolist()
-    return means
+def mean_log_probabilities(
+    decoder: TextDecoder, hidden: Tensor, ends: Tensor, answers: Sequence[Tensor]
+) -> list[float]:
+    """The mean token log-probability of each answer [n_i], which ends before column `ends[i]` of `hidden` [B, T, ...]."""
+    lengths = torch.tensor([len(answer) for answer in answers], device=ends.device)
+    rows = torch.arange(len(answers), device=ends.device).repeat_interleave(lengths)
+    firsts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    columns = (ends - lengths - 1)[rows] + torch.arange(len(rows), device=ends.device) - firsts
+    logits = decoder.logits(hidden[rows, columns])
+    tokens = logits.log_softmax(-1).gather(-1, torch.cat(list(answers)).to(logits.device)[:, None])[:, 0]
+    return [float(own.mean()) for own in tokens.cpu().split(lengths.tolist())]

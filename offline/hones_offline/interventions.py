@@ -8,14 +8,15 @@ model would have chosen another token does decoding go on from there, for the ro
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hones_offline.caching import new_cache
-from hones_offline.decoding import Batch, Run, Segment, Started, TextDecoder
+from hones_offline.caching import ending_together, new_cache
+from hones_offline.decoding import Batch, Rows, Run, Segment, Started, TextDecoder
 from hones_offline.evaluate import decoded_texts, mean_log_probabilities, yes_no_margins
 from hones_offline.metrics import FloatArray
 from hones_offline.prompts import Prepared
@@ -69,6 +70,16 @@ class HeadRuns(ABC):
                 found.update(zip(some, self.replaced(some, self._entering(layer)), strict=True))
         return [found[head] for head in heads]
 
+    def _resuming(self, heads: Sequence[Head], states: Sequence[Tensor], *, use_cache: bool) -> Run:
+        """The undisturbed forwards once more, one after another, from `states` on and with `heads` replaced."""
+        following = iter(states)
+
+        def run(batch: Batch, cache: Any) -> tuple[Tensor, Any]:
+            cache = new_cache() if use_cache and cache is None else cache
+            return self.decoder.resume(batch, next(following), heads, cache, use_cache=use_cache)
+
+        return run
+
     def _entering(self, layer: int) -> list[Tensor]:
         """The hidden states entering `layer` in each undisturbed forward."""
         if layer not in self._states:
@@ -86,20 +97,21 @@ class LogProbabilities(HeadRuns):
 
     def __init__(self, prepared: Prepared, pairs: Sequence[tuple[Segment, Tensor]], **options: Any) -> None:
         self.answers = [answer for _, answer in pairs]
-        rows = [prompt + prepared.decoder.continuation(prompt, answer) for prompt, answer in pairs]
-        self.batch = prepared.decoder.collate(rows)
-        super().__init__(prepared, rows=len(rows), tokens=self.batch.mask.numel(), **options)
+        segments = [prompt + prepared.decoder.continuation(prompt, answer) for prompt, answer in pairs]
+        self.rows = Rows(prepared.decoder, segments, [len(answer) + 1 for answer in self.answers])
+        super().__init__(prepared, rows=len(pairs), tokens=self.rows.tokens, **options)
 
     def undisturbed(self) -> FloatArray:
-        hidden, _ = self.decoder.run(self.batch)
+        hidden, _ = self.rows.run(partial(self.decoder.run, use_cache=self.rows.prefix is not None))
         return self._means(hidden, 1)[0]
 
     def replaced(self, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[FloatArray]:
-        hidden, _ = self.decoder.resume(self.batch, states[0], heads)
+        hidden, _ = self.rows.run(self._resuming(heads, states, use_cache=self.rows.prefix is not None))
         return self._means(hidden, len(heads))
 
     def _means(self, hidden: Tensor, copies: int) -> list[FloatArray]:
-        means = mean_log_probabilities(self.decoder, hidden, self.answers * copies)
+        ends = self.rows.ends.repeat(copies)
+        means = mean_log_probabilities(self.decoder, hidden, ends, self.answers * copies)
         return list(np.array(means).reshape(copies, -1, 1))
 
 
@@ -119,12 +131,7 @@ class Ranking(HeadRuns):
         return self._statistics(None)[0]
 
     def replaced(self, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[FloatArray]:
-        following = iter(states)
-
-        def run(batch: Batch, cache: Any) -> tuple[Tensor, Any]:
-            return self.decoder.resume(batch, next(following), heads, cache, use_cache=True)
-
-        return self._statistics(run)
+        return self._statistics(self._resuming(heads, states, use_cache=True))
 
     def _statistics(self, run: Run | None) -> list[FloatArray]:
         """[items, k] for each copy of the rows that `run` makes."""
@@ -154,7 +161,7 @@ class Generation(HeadRuns):
         ]
         self._waiting: list[tuple[Started, list[list[int]]]] = []
         self._scored: dict[tuple[int, tuple[int, ...]], FloatArray] = {}
-        tokens = sum(part.batch.mask.numel() for part in self.parts)
+        tokens = sum(part.rows.tokens for part in self.parts)
         super().__init__(prepared, rows=min(len(items), rows), tokens=tokens, **options)
 
     @staticmethod
@@ -169,7 +176,7 @@ class Generation(HeadRuns):
 
     def undisturbed(self) -> FloatArray:
         for part in self.parts:
-            _, part.cache = self.decoder.run(part.batch, new_cache(), use_cache=True)
+            _, part.cache = part.rows.run(self.decoder.run_caching)
         return self._statistics(self.drafts)
 
     @torch.no_grad()
@@ -191,14 +198,17 @@ class Generation(HeadRuns):
     def replaced(self, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[list[list[int]]]:
         """Tokens for each item; of rows that wait, the rest is filled in later."""
         texts: list[list[list[int]]] = [[] for _ in heads]
-        for part, entering in zip(self.parts, states, strict=True):
-            for of_head, more in zip(texts, self._texts(part, heads, entering), strict=True):
+        run = self._resuming(heads, states, use_cache=True)
+        for part in self.parts:
+            for of_head, more in zip(texts, self._texts(part, heads, run), strict=True):
                 of_head += more
         return texts
 
-    def _texts(self, part: "_Drafted", heads: Sequence[Head], states: Tensor) -> Sequence[list[list[int]]]:
-        hidden, cache = self.decoder.resume(part.batch, states, heads, new_cache(), use_cache=True)
-        tokens = self.decoder.logits(hidden[:, part.prompt_length - 1 :]).argmax(-1).cpu()
+    def _texts(self, part: "_Drafted", heads: Sequence[Head], run: Run) -> Sequence[list[list[int]]]:
+        hidden, cache = part.rows.run(run)
+        chosen = part.columns.repeat(len(heads), 1)
+        predicting = hidden[torch.arange(len(hidden), device=chosen.device)[:, None], chosen]
+        tokens = self.decoder.logits(predicting).argmax(-1).cpu()
         expected = part.expected.repeat(len(heads), 1)
         end = torch.isin(tokens, torch.tensor(self.decoder.end_tokens))
         agrees = (tokens == expected) | (expected == _ANY) | (end & (expected == _END))
@@ -235,41 +245,40 @@ class _Drafted:
     ) -> None:
         self.drafts = drafts
         fed = [torch.tensor(draft[: budget - 1], dtype=torch.long) for draft in drafts]
-        prompt = decoder.collate(prompts)
-        endings = [decoder.continuation(*pair) for pair in zip(prompts, fed, strict=True)]
-        self.prompt_length = prompt.mask.shape[1]
-        self.batch = prompt + decoder.collate(endings, side="right")
-        self.expected = _expected_tokens(drafts, self.batch.mask.shape[1] - self.prompt_length + 1)
+        segments = [prompt + decoder.continuation(prompt, ids) for prompt, ids in zip(prompts, fed, strict=True)]
+        self.rows = Rows(decoder, segments, [1 + len(ids) for ids in fed])
         self.cache: Any = None
+        longest = max(map(len, fed)) + 1
+        self.expected = _expected_tokens(drafts, longest)
+        device = self.rows.ends.device
+        self.prompts = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        columns = (self.prompts - self.rows.shared - 1)[:, None] + torch.arange(longest, device=device)
+        self.columns = torch.minimum(columns, self.rows.ends[:, None] - 1)
+        """Where each token of the answer is predicted, [prompts, longest]."""
+        self.last = torch.stack([prompt.positions[:, -1] for prompt in prompts], dim=1).to(device)
+        """Position ids of the prompts' last tokens, [axes, prompts]."""
 
     def parted(
         self, parted: Sequence[tuple[int, int]], tokens: Tensor, heads: Sequence[Head], cache: Any, budget: int
     ) -> Started:
         """What greedy decoding needs to go on with these rows; layers below the heads' come from the undisturbed cache.
 
-        Rows share answers of different lengths, so what they keep of the cache is moved to the right, padding left.
+        Rows are (row, how many tokens of its answer it keeps).
         """
-        count = len(self.drafts)
-        rows, shared = torch.tensor(parted, device=self.batch.mask.device).T
-        length = self.prompt_length + shared
-        longest = int(length.max())
-        columns = torch.arange(longest, device=rows.device) - (longest - length)[:, None]  # [rows, longest]
-        real, columns = columns >= 0, columns.clamp(min=0)
-
-        def moved(x: Tensor, of: Tensor) -> Tensor:  # keys or values [rows, kv heads, T, head_dim]
-            return x[of.to(x.device)[:, None], :, columns.to(x.device)].transpose(1, 2)
-
-        going_on = new_cache()
-        for index, (before, now) in enumerate(zip(self.cache.layers, cache.layers, strict=True)):
-            source, of = (before, rows % count) if index < heads[0][0] else (now, rows)
-            going_on.update(moved(source.keys, of), moved(source.values, of), index)
+        rows, kept = torch.tensor(parted, device=self.prompts.device).T
+        own = rows % len(self.drafts)
+        below = heads[0][0]
+        layers = [(layer, own) for layer in self.cache.layers[:below]] + [
+            (layer, rows) for layer in cache.layers[below:]
+        ]
+        going_on, mask = ending_together(layers, self.prompts[own] + kept)
         return Started(
             going_on,
-            self.batch.mask[rows % count].gather(1, columns) * real,
-            (self.batch.positions[:, rows % count, self.prompt_length - 1] + shared)[..., None],
+            mask,
+            (self.last[:, own] + kept)[..., None],
             tokens[tuple(torch.tensor(parted).T)],
             [budget - at for _, at in parted],
-            [heads[row // count] for row, _ in parted],
+            [heads[row // len(self.drafts)] for row, _ in parted],
         )
 
 
