@@ -165,8 +165,13 @@ def _first_token(prepared: Prepared, word: str) -> int:
 
 def mean_log_probabilities(decoder: TextDecoder, hidden: Tensor, answers: Sequence[Tensor]) -> list[float]:
     """The mean token log-probability of the answer [n_i] at the end of each row of `hidden` [B, T, hidden]."""
+    means: list[float] = answer_log_probabilities(decoder, hidden, answers).tolist()
+    return means
+
+
+def answer_log_probabilities(decoder: TextDecoder, hidden: Tensor, answers: Sequence[Tensor]) -> Tensor:
+    """`mean_log_probabilities` as a tensor [B] that gradients flow through."""
     logits, real = decoder.logits_at_answers(hidden, answers)
     targets = pad_answers(answers).to(logits.device)
     tokens = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    means: list[float] = ((tokens * real).sum(1) / real.sum(1)).tolist()
-    return means
+    return (tokens * real).sum(1) / real.sum(1)

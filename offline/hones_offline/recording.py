@@ -1,6 +1,6 @@
 """The hooks attribution needs, as context managers that place all or none.
 
-Reading (`capture_call`, `recorded_ffn`, `recorded_states`), intervening (`replaced_heads`, `scaled_ffn`) and resuming
+Reading (`capture_call`, `recorded_ffn`, `ffn_inputs`, `recorded_states`), intervening (`replaced_heads`, `scaled_ffn`) and resuming
 in the middle (`resumed`) on a decoder's layers. Nothing here recomputes what the model computes anyway: every hook
 reads or replaces an input the model has just produced.
 """
@@ -51,6 +51,22 @@ def recorded_ffn(layout: Layout) -> Iterator[dict[int, Tensor]]:
     def recorder(index: int) -> Callable[[Tensor], Tensor]:
         def record(z: Tensor) -> Tensor:
             recorded[index] = z[:, -1].detach().float()
+            return z
+
+        return record
+
+    with input_hooks((layer.down_proj, recorder(layer.index)) for layer in layout.layers):
+        yield recorded
+
+
+@contextmanager
+def ffn_inputs(layout: Layout) -> Iterator[dict[int, Tensor]]:
+    """Record z at every position of a forward, per layer: [rows, T, I], part of the graph that gradients flow through."""
+    recorded: dict[int, Tensor] = {}
+
+    def recorder(index: int) -> Callable[[Tensor], Tensor]:
+        def record(z: Tensor) -> Tensor:
+            recorded[index] = z
             return z
 
         return record
