@@ -254,7 +254,7 @@ def contrastive_directions(model, processor, task, examples):
 
 
 def gradient_activation(model, processor, task, examples):
-    """Mean over pairs of z·∂P/∂z at the last prompt token, P the mean log-probability of the answer's tokens, [L, I]."""
+    """Mean over pairs of z·∂P/∂z at the last prompt token, P the answer's mean token log-probability, [L, I]."""
     products = []
     for example in examples:
         for index, answer in task.answers(example):

@@ -1,8 +1,8 @@
 """The hooks attribution needs, as context managers that place all or none.
 
-Reading (`capture_call`, `recorded_ffn`, `ffn_inputs`, `recorded_states`), intervening (`replaced_heads`, `scaled_ffn`) and resuming
-in the middle (`resumed`) on a decoder's layers. Nothing here recomputes what the model computes anyway: every hook
-reads or replaces an input the model has just produced.
+Reading (`capture_call`, `recorded_ffn`, `ffn_inputs`, `recorded_states`), intervening (`replaced_heads`,
+`scaled_ffn`) and resuming in the middle (`resumed`) on a decoder's layers. Nothing here recomputes what the model
+computes anyway: every hook reads or replaces an input the model has just produced.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -61,7 +61,7 @@ def recorded_ffn(layout: Layout) -> Iterator[dict[int, Tensor]]:
 
 @contextmanager
 def ffn_inputs(layout: Layout) -> Iterator[dict[int, Tensor]]:
-    """Record z at every position of a forward, per layer: [rows, T, I], part of the graph that gradients flow through."""
+    """Record z at every position of a forward, per layer: [rows, T, I], as part of the gradients' graph."""
     recorded: dict[int, Tensor] = {}
 
     def recorder(index: int) -> Callable[[Tensor], Tensor]:
