@@ -42,7 +42,8 @@ def baseline(
         case "random":
             layout = prepared.decoder.layout
             shape = (len(layout.layers), layout.intermediate_size)
-            return np.random.default_rng(seed).random(shape, dtype=np.float32)
+            drawn: Importance = np.random.default_rng(seed).random(shape, dtype=np.float32)
+            return drawn
 
 
 def activation_probability(prepared: Prepared, *, batch_size: int) -> Importance:
@@ -64,13 +65,15 @@ def _mean(prepared: Prepared, of: Callable[[Tensor], Tensor], batch_size: int) -
             decoder.run(decoder.collate([prompts[i] for i in chosen]))
         for layer, z in recorded.items():
             total[layer] += of(z).sum(0, dtype=torch.float64).cpu().numpy()
-    return (total / len(prompts)).astype(np.float32)
+    mean: Importance = (total / len(prompts)).astype(np.float32)
+    return mean
 
 
 def write_in(prepared: Prepared, *, batch_size: int, target: Target = "paper") -> Importance:
     """DVP, the direct write-in or logit lens: the mean of c_{l,i}, no head replaced."""
     (mean,) = mean_write_in(prepared, target_directions(prepared, target), batch_size=batch_size)
-    return mean.astype(np.float32)
+    importance: Importance = mean.astype(np.float32)
+    return importance
 
 
 def gradient_activation(prepared: Prepared, *, batch_size: int) -> Importance:
@@ -95,7 +98,8 @@ def gradient_activation(prepared: Prepared, *, batch_size: int) -> Importance:
         for (layer, z), gradient in zip(recorded.items(), gradients, strict=True):
             products = z.detach()[rows, last].double() * gradient[rows, last].double()
             total[layer] += products.sum(0).cpu().numpy()
-    return (total / len(pairs)).astype(np.float32)
+    mean: Importance = (total / len(pairs)).astype(np.float32)
+    return mean
 
 
 _ACTIVE = 0.95  # LAPE's: a neuron is a task's own if its probability there is in the top 5% of all
