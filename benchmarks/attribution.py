@@ -46,6 +46,7 @@ import tiny_models
 import tiny_processors
 from hones_offline import attribute
 from hones_offline.banks import select_bank
+from hones_offline.caching import new_cache
 from hones_offline.decoding import Batch, Segment, TextDecoder
 from hones_offline.embedded import load_tiny_vlm
 from hones_offline.examples import Example, MemoryImage, scene_examples
@@ -371,7 +372,7 @@ class LayerTimes:
     def _decode(self, rows: int) -> float:
         ids = torch.zeros(self.context, dtype=torch.long)
         batch = self.decoder.collate([self.segment + self.decoder.continuation(self.segment, ids)] * rows)
-        _, cache = self.decoder.run_caching(batch)
+        _, cache = self.decoder.run(batch, new_cache())
         length = batch.mask.shape[1]
         mask = torch.cat([batch.mask, batch.mask[:, :1]], dim=1)
         step = Batch(batch.embeds[:, -1:], mask, batch.positions[:, :, -1:] + 1)
@@ -380,9 +381,9 @@ class LayerTimes:
             for layer in cache.layers:
                 layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
 
-        self.decoder.run_caching(step, cache)  # from the second token on there is room
+        self.decoder.run(step, cache)  # from the second token on there is room
         crop()
-        calls = self._calls(lambda: self.decoder.run_caching(step, cache))
+        calls = self._calls(lambda: self.decoder.run(step, cache))
         return self._seconds(calls, crop) / rows
 
     def _calls(self, run: Callable[[], object]) -> list[Callable[[], object]]:

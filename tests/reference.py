@@ -161,29 +161,44 @@ def directions(model, processor, task, examples):
     return [u / u.norm() for u in sums]
 
 
+@contextmanager
+def ffn_inputs_recorded(model):
+    """The input of every layer's down-projection in the forwards of the block: {layer: [1, T, I]}."""
+    recorded = {}
+    with ExitStack() as stack:
+        for layer in find_layout(model).layers:
+
+            def hook(_module, args, layer=layer):
+                recorded[layer.index] = args[0]
+
+            stack.callback(layer.down_proj.register_forward_pre_hook(hook).remove)
+        yield recorded
+
+
 @torch.no_grad()
-def mean_write_in(model, processor, task, examples):
-    """Mean over pairs of c_{l,i} = z_i·⟨W_down[:,i], u_y⟩ at the last prompt token (2.2), [L][I]."""
-    layout = find_layout(model)
-    units = iter(directions(model, processor, task, examples))
-    total, count = 0, 0
+def activations(model, processor, task, examples):
+    """Z at the last prompt token of every (prompt, answer) pair (2.2), one [L, I] each."""
+    result = []
     for example in examples:
         for index, _answer in task.answers(example):
-            recorded = {}
-            with ExitStack() as stack:
-                for layer in layout.layers:
-
-                    def hook(_module, args, layer=layer, recorded=recorded):
-                        recorded[layer.index] = args[0][0, -1]
-
-                    stack.callback(layer.down_proj.register_forward_pre_hook(hook).remove)
+            with ffn_inputs_recorded(model) as recorded:
                 model(**prompt_inputs(processor, example, task.prompts(example)[index]))
-            unit = next(units)
-            total = total + torch.stack(
-                [recorded[layer.index] * (unit @ layer.down_proj.weight) for layer in layout.layers]
-            )
-            count += 1
-    return total / count
+            result.append(torch.stack([recorded[layer][0, -1] for layer in sorted(recorded)]))
+    return result
+
+
+@torch.no_grad()
+def write_ins(model, processor, task, examples, units):
+    """c_{l,i} = z_i·⟨W_down[:,i], u_y⟩ at the last prompt token (2.2) of every pair with its u_y, one [L, I] each."""
+    weights = [layer.down_proj.weight for layer in find_layout(model).layers]
+    every = activations(model, processor, task, examples)
+    return [z * torch.stack([unit @ w for w in weights]) for z, unit in zip(every, units, strict=True)]
+
+
+def mean_write_in(model, processor, task, examples, units=None):
+    """Mean of c_{l,i} over pairs, [L, I]; with the paper's directions, or others."""
+    units = directions(model, processor, task, examples) if units is None else units
+    return sum(write_ins(model, processor, task, examples, units)) / len(units)
 
 
 def importance(model, processor, task, examples, scores, top_heads):
@@ -201,6 +216,78 @@ def importance(model, processor, task, examples, scores, top_heads):
         total = total + weight * (base - changed).clamp(min=0)
         weights += weight
     return total / weights
+
+
+def importance_by_example(model, processor, task, examples, heads, units):
+    """Σ_h w_h · mean_x [c(θ) − c(θ_Ih)]_+ / Σ_h w_h: the positive part of each example; heads are (layer, head, w)."""
+    base = write_ins(model, processor, task, examples, units)
+    total, weights = 0, 0.0
+    for layer, head, weight in heads:
+        with head_replaced(model, layer, head):
+            changed = write_ins(model, processor, task, examples, units)
+        drops = [(before - after).clamp(min=0) for before, after in zip(base, changed, strict=True)]
+        total = total + weight * sum(drops) / len(drops)
+        weights += weight
+    return total / weights
+
+
+def centred_directions(model, processor, task, examples):
+    """As `directions`, of an unembedding whose rows have their mean over the vocabulary taken off."""
+    rows = model.get_output_embeddings().weight
+    before = rows.data.clone()
+    rows.data = rows.data - rows.data.mean(0)
+    try:
+        return directions(model, processor, task, examples)
+    finally:
+        rows.data = before
+
+
+def contrastive_directions(model, processor, task, examples):
+    """u_y less the mean of the other pairs' u, normalised again."""
+    units = directions(model, processor, task, examples)
+    result = []
+    for i, unit in enumerate(units):
+        others = [other for j, other in enumerate(units) if j != i]
+        difference = unit - sum(others) / len(others)
+        result.append(difference / difference.norm())
+    return result
+
+
+def gradient_activation(model, processor, task, examples):
+    """Mean over pairs of z·∂P/∂z at the last prompt token, P the answer's mean token log-probability, [L, I]."""
+    products = []
+    for example in examples:
+        for index, answer in task.answers(example):
+            with ffn_inputs_recorded(model) as recorded:
+                logits, ids = answer_logits(model, processor, example, task.prompts(example)[index], answer)
+            for z in recorded.values():
+                z.retain_grad()
+            logits.log_softmax(-1)[range(len(ids)), ids].mean().backward()
+            last = -len(ids) - 1
+            products.append(torch.stack([(z * z.grad)[0, last].detach() for _, z in sorted(recorded.items())]))
+            model.zero_grad()
+    return sum(products) / len(products)
+
+
+def activation_entropy(probabilities):
+    """LAPE's entropy from {task: [L][I] activation probabilities}: {task: importance [L][I]}, neuron by neuron."""
+    tasks = list(probabilities)
+    every = sorted(float(p) for table in probabilities.values() for row in table for p in row)
+    position = 0.95 * (len(every) - 1)
+    low = math.floor(position)
+    threshold = every[low] + (position - low) * (every[min(low + 1, len(every) - 1)] - every[low])
+    result = {task: [[0.0] * len(row) for row in probabilities[task]] for task in tasks}
+    for layer, row in enumerate(probabilities[tasks[0]]):
+        for neuron in range(len(row)):
+            values = [float(probabilities[task][layer][neuron]) for task in tasks]
+            if sum(values) == 0:
+                continue
+            shares = [value / sum(values) for value in values]
+            entropy = -sum(share * math.log(share) for share in shares if share > 0)
+            for task, value in zip(tasks, values, strict=True):
+                bonus = math.log(len(tasks)) if value >= threshold else 0.0
+                result[task][layer][neuron] = max(math.log(len(tasks)) - entropy, 0.0) + bonus
+    return result
 
 
 def fit_loss(model, processor, task, example, index, answer, layers, beta_kl):

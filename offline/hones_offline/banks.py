@@ -1,6 +1,7 @@
 """Neuron banks: which FFN neurons belong to a task (paper equation for the top 1%; design 2.3, 2.7)."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -67,3 +68,49 @@ def random_bank(bank: Bank, intermediate_size: int, seed: int) -> Bank:
 def bank_size(bank: Bank) -> int:
     """How many neurons a bank holds."""
     return sum(len(neurons) for neurons in bank.values())
+
+
+def bank_digest(bank: Bank) -> str:
+    """16 hex digits that stand for a bank's neurons."""
+    digest = hashlib.sha256()
+    for layer in sorted(bank):
+        if len(bank[layer]):
+            digest.update(f"{layer}:{bank[layer].tolist()};".encode())
+    return digest.hexdigest()[:16]
+
+
+def jaccard(a: Bank, b: Bank) -> float:
+    """Neurons in both banks over neurons in either; raises DataError if both are empty."""
+    one, other = set(_neurons(a)), set(_neurons(b))
+    if not one | other:
+        raise DataError("two empty banks have no overlap")
+    return len(one & other) / len(one | other)
+
+
+def exact_groups(banks: Mapping[str, Bank]) -> dict[tuple[str, ...], Bank]:
+    """The neurons that are in the banks of exactly these tasks and in no other's, by the tasks (design 2.4).
+
+    Groups without neurons are left out; smaller sets of tasks come first, tasks in the order given.
+    """
+    owners: dict[tuple[int, int], tuple[str, ...]] = {}
+    for task, bank in banks.items():
+        for neuron in _neurons(bank):
+            owners[neuron] = (*owners.get(neuron, ()), task)
+    members: dict[tuple[str, ...], list[tuple[int, int]]] = {}
+    for neuron, tasks in sorted(owners.items()):
+        members.setdefault(tasks, []).append(neuron)
+    position = {task: number for number, task in enumerate(banks)}
+    order = sorted(members, key=lambda tasks: (len(tasks), [position[task] for task in tasks]))
+    return {tasks: _bank(members[tasks]) for tasks in order}
+
+
+def _neurons(bank: Bank) -> Iterable[tuple[int, int]]:
+    return ((layer, neuron) for layer, neurons in bank.items() for neuron in neurons.tolist())
+
+
+def _bank(neurons: Iterable[tuple[int, int]]) -> Bank:
+    """A bank from (layer, neuron) in increasing order."""
+    layers: dict[int, list[int]] = {}
+    for layer, neuron in neurons:
+        layers.setdefault(layer, []).append(neuron)
+    return {layer: np.array(of_layer, dtype=np.int32) for layer, of_layer in layers.items()}

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 _ROOM = 32  # tokens
 
 
-class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
+class _RoomyLayer(DynamicLayer):
     """A layer's keys and values [rows, kv heads, T, head_dim], with room behind them once a second forward adds some.
 
     `DynamicLayer` copies all of them for every token.
@@ -60,7 +60,7 @@ def nbytes(cache: Any) -> int:
 def ending_together(layers: Sequence[tuple[Any, Tensor]], lengths: Tensor) -> tuple[Cache, Tensor]:
     """Rows of a cache, moved so that all end in the last column, and their mask [rows, T], 0 before they begin.
 
-    `layers` holds each layer's cache and which of its rows are taken, of which the first `lengths` [rows] columns count.
+    `layers` holds each layer and which of its rows are taken; of these count the first `lengths` [rows] columns.
     """
     longest = int(lengths.max())
     columns = torch.arange(longest, device=lengths.device) - (longest - lengths)[:, None]  # [rows, longest]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,9 @@ from hones_offline.examples import Loaded, check_disjoint, load_jsonl
 from hones_offline.fit import FIXED_AMP, FitSettings, fit_run_settings, grid_search, learn, uniform_profile
 from hones_offline.metrics import METRICS
 from hones_offline.models import load_model
-from hones_offline.pipeline import Attribution
+from hones_offline.neurons import HeadWeights, PositivePart, Target
+from hones_offline.pipeline import METHODS as ATTRIBUTION_METHODS
+from hones_offline.pipeline import Attribution, MethodOptions
 from hones_offline.pipeline import attribute as find_task_bank
 from hones_offline.prompts import Prepared, prepare
 from hones_offline.runs import RunFolder, json_bytes, read_json, write_atomically
@@ -77,7 +79,9 @@ def attribute(argv: Sequence[str]) -> int:
         "layer, for as many layers as fit (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=3407, help="order of the examples (default: %(default)s)")
+    _add_method_arguments(parser)
     args = parser.parse_args(argv)
+    options = MethodOptions(args.method, args.target, args.positive_part, args.head_weights)
     with launched() as processes:
         task, loaded = _load_data(args)
         model, processor = load_model(args.model, dtype=args.dtype, device=own_device(args.device))
@@ -89,6 +93,7 @@ def attribute(argv: Sequence[str]) -> int:
             top_heads=args.top_heads,
             top_fraction=args.top_fraction,
             head_metric=args.head_metric,
+            **asdict(options),
             seed=args.seed,
             batch_size=args.batch_size,
             memory_gb=args.memory_gb,
@@ -99,7 +104,10 @@ def attribute(argv: Sequence[str]) -> int:
         )
         if processes.rank == 0:
             identity = ModelIdentity.from_model(model)
-            result = _attribution_result(task, found, loaded.skipped, args.top_fraction, identity)
+            result = {
+                **_attribution_result(task, found, loaded.skipped, args.top_fraction, identity),
+                **asdict(options),
+            }
             write_atomically(args.out / RESULT, json_bytes(result))
             _show(args.json, result, _attribution_lines(result, args.out))
     return 0
@@ -311,6 +319,35 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
+def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--method",
+        choices=ATTRIBUTION_METHODS,
+        default="hones",
+        help="hones, or a baseline without heads: dvp (what neurons write towards the answers), ap and ma (how often "
+        "and how strongly they are active), grad_act (gradient x activation), random (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--target",
+        choices=get_args(Target),
+        default="paper",
+        help="direction of the answer: the paper's, less that of the other answers, or of unembedding rows less their "
+        "mean (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--positive-part",
+        choices=get_args(PositivePart),
+        default="mean",
+        help="taken of the mean over examples, or of each example before the mean (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--head-weights",
+        choices=get_args(HeadWeights),
+        default="score",
+        help="weights of the heads that guide the importance (default: %(default)s)",
+    )
+
+
 def _add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = FitSettings()
     parser.add_argument("--epochs", type=int, default=defaults.epochs, help="(default: %(default)s)")
@@ -443,7 +480,7 @@ def _attribution_lines(result: Mapping[str, Any], out: Path) -> list[str]:
     heads = ", ".join(f"{layer}.{head} ({weight:.3g})" for layer, head, weight in result["heads"][:8])
     return [
         f"{result['task']}: {sum(map(len, bank.values()))} neurons in {len(bank)} layers, from {result['n']} examples",
-        f"strongest heads (layer.head): {heads}",
+        *([f"strongest heads (layer.head): {heads}"] if heads else []),
         *_failure_lines(result["failures"]),
         f"results: {out}",
     ]

@@ -102,7 +102,7 @@ class Started:
 
 
 Run = Callable[[Batch, Any], tuple[Tensor, Any]]
-"""A forward of a batch after what a KV cache holds, None for no cache; may make several copies of the rows."""
+"""A forward of a batch with a KV cache, None for none; may make several copies of the rows."""
 
 
 class Rows:
@@ -130,9 +130,9 @@ class Rows:
         """How many tokens are run, padding included."""
         return self.shared + self.rest.embeds.shape[0] * self.rest.embeds.shape[1]
 
-    def run(self, run: Run) -> tuple[Tensor, Any]:
-        """Hidden states of what is not shared, [copies·B, T, hidden], copy after copy, and the KV cache of all."""
-        cache = None
+    def run(self, run: Run, *, keep: bool = False) -> tuple[Tensor, Any]:
+        """Hidden states of what is not shared, [copies·B, T, hidden], copy after copy, and if asked the KV cache."""
+        cache = new_cache() if keep else None
         if self.prefix:
             hidden, cache = run(self.prefix, new_cache())
             cache = _selected(cache, torch.arange(len(hidden)).repeat_interleave(len(self)))
@@ -200,10 +200,10 @@ class TextDecoder:
             torch.stack([pad(s.positions.T) for s in segments]).permute(2, 0, 1).to(self.device),
         )
 
-    def run(self, batch: Batch, cache: Any = None, *, use_cache: bool = False) -> tuple[Tensor, Any]:
-        """One decoder forward: hidden states after the final norm [B, T, hidden], and the KV cache.
+    def run(self, batch: Batch, cache: Any = None) -> tuple[Tensor, Any]:
+        """One decoder forward: hidden states after the final norm [B, T, hidden], and the KV cache, grown.
 
-        With a cache, `batch.mask` covers the cached tokens too: [B, cached + T].
+        With a cache that is not empty, `batch.mask` covers the cached tokens too: [B, cached + T].
         """
         mask = batch.mask
         if mask.shape[1] == batch.embeds.shape[1] and not bool((mask[:, 1:] > mask[:, :-1]).any()):
@@ -214,17 +214,11 @@ class TextDecoder:
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
-            use_cache=use_cache,
+            use_cache=cache is not None,
         )
         return out.last_hidden_state, out.past_key_values
 
-    def run_caching(self, batch: Batch, cache: Any = None) -> tuple[Tensor, Any]:
-        """`run` that always gives a KV cache."""
-        return self.run(batch, new_cache() if cache is None else cache, use_cache=True)
-
-    def resume(
-        self, batch: Batch, states: Tensor, heads: Sequence[Head], cache: Any = None, *, use_cache: bool = False
-    ) -> tuple[Tensor, Any]:
+    def resume(self, batch: Batch, states: Tensor, heads: Sequence[Head], cache: Any = None) -> tuple[Tensor, Any]:
         """`run` with each of `heads`, all of one layer, replaced: copy after copy of the batch, [heads·B, T, hidden].
 
         Only the layers from theirs on are run, from `states` [B, T, hidden], what enters that layer when `batch` runs
@@ -235,8 +229,8 @@ class TextDecoder:
         rows = [head for head in heads for _ in range(len(states))]
         repeated = Batch(entering.to(self.device), batch.mask.repeat(copies, 1), batch.positions.repeat(1, copies, 1))
         with resumed(self.layout, layer, entering), replaced_heads(self.layout, rows):
-            hidden, cache = self.run(repeated, cache, use_cache=use_cache)
-        if use_cache:
+            hidden, cache = self.run(repeated, cache)
+        if cache is not None:
             nothing = entering.new_zeros(len(entering), 1, entering.shape[1], 1)
             for lower in range(layer):  # the next forward's mask is made from the lowest layer's length
                 cache.update(nothing, nothing, lower)
@@ -245,14 +239,14 @@ class TextDecoder:
     @torch.no_grad()
     def cache_token_bytes(self, prompt: Segment) -> int:
         """Bytes of the KV cache for one token of one row, found out with the prompt's first."""
-        _, cache = self.run(self.collate([prompt.split(1)[0]]), new_cache(), use_cache=True)
+        _, cache = self.run(self.collate([prompt.split(1)[0]]), new_cache())
         return nbytes(cache)
 
     @torch.no_grad()
     def greedy(self, prompts: Sequence[Segment], max_new_tokens: int) -> list[list[int]]:
         """Greedy continuations of a batch of prompts: token ids up to, not including, the end token."""
         rows = Rows(self, prompts, [1] * len(prompts))
-        hidden, cache = rows.run(self.run_caching)
+        hidden, cache = rows.run(self.run, keep=True)
         every = torch.arange(len(rows), device=rows.ends.device)
         first = self.logits(hidden[every, rows.ends - 1]).argmax(-1)
         cache, mask = ending_together([(layer, every) for layer in cache.layers], rows.shared + rows.ends)
@@ -281,7 +275,7 @@ class TextDecoder:
                 rows = [row for row in rows if row in going]
             mask, positions = F.pad(mask, (0, 1), value=1), positions + 1
             with replaced_heads(self.layout, [started.heads[row] for row in rows] if started.heads else []):
-                hidden, cache = self.run(Batch(self.embed(tokens[:, None]), mask, positions), cache, use_cache=True)
+                hidden, cache = self.run(Batch(self.embed(tokens[:, None]), mask, positions), cache)
             tokens = self.logits(hidden[:, -1]).argmax(-1)
 
     @torch.no_grad()
@@ -293,7 +287,7 @@ class TextDecoder:
         Each prefix runs once; its candidates' suffixes continue from its KV cache, at most `rows` at a time. `run`
         stands in for `TextDecoder.run` and may return several copies of its rows, which then come one after another.
         """
-        run = run or self.run_caching
+        run = run or self.run
         prefix = self.collate(prefixes)
         hidden, cache = run(prefix, new_cache())
         copies = len(hidden) // len(prefixes)

@@ -9,13 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hones_offline.comparison import Comparison, header, steering_row
 from hones_offline.embedded import load_tiny_vlm
 from hones_offline.examples import Example, check_disjoint, scene_examples
+from hones_offline.finding import CompareSettings
 from hones_offline.fit import FitSettings
-from hones_offline.prompts import prepare, render, tokenizer_of
+from hones_offline.prompts import Prepared, prepare, render, tokenizer_of
 from hones_offline.runs import json_bytes, write_atomically
 from hones_offline.scenes import scenes
-from hones_offline.study import Splits, Study, StudySettings, study, summarize
+from hones_offline.study import STEERED, Splits, Study, StudySettings, study, summarize
 from hones_offline.tasks import TASKS
 from hones_steer.huggingface import steer
 from hones_steer.profile import save_profile
@@ -31,12 +33,21 @@ COLUMNS = (
     ("hones_no_kl", "no KL"),
     ("hones", "HONES"),
 )
-SETTINGS = StudySettings(
-    attribution_examples=128,
-    top_heads=8,
+BATCH = 64
+COMPARED = CompareSettings(
+    methods=("random", "ap", "ma", "dvp", "hones_task"),
     fractions=(0.05, 0.1),
+    fraction=0.1,
+    seeds=1,
+    attribution_examples=128,
+    pool=128,
+    top_heads=8,
+    stages=("masking",),
     fit=FitSettings(epochs=1, lr=0.15, batch_size=32, accumulation_steps=1),
 )
+SETTINGS = StudySettings(fractions=COMPARED.fractions, fit=COMPARED.fit)
+COMPARED_ON = 200
+"""Test scenes on which the methods are compared; each is measured with all methods' banks of all tasks masked."""
 SPLITS = ("discovery", "dev", "test")
 Say = Callable[[str], object]
 
@@ -81,44 +92,68 @@ def run_demo(out: Path, counts: Mapping[str, int], say: Say) -> dict[str, Any]:
         f"The embedded model on scenes it has not seen: {counts['discovery']} to learn from, {counts['dev']} to choose "
         f"on, {counts['test']} to measure on; retrieval, on half of each, ranks 1 caption among {NEGATIVES} negatives."
     )
+    encoded = {name: _encoded(model, processor, name, counts) for name in TASKS}
+    compared = {name: _splits(out / "work" / "compared" / name, parts, COMPARED_ON) for name, parts in encoded.items()}
+    comparison = Comparison(compared, COMPARED, progress=True)
     seconds: dict[str, float] = {}
-    rows: dict[str, dict[str, Any]] = {}
-    studied: dict[str, tuple[Splits, Study]] = {}
-    for name, task in TASKS.items():
+    studied: dict[str, Study] = {}
+    for name, parts in encoded.items():
         begun = time.monotonic()
-        examples = demo_examples(name, counts)
-        check_disjoint(**examples)
-        prepared = {s: prepare(model, processor, task, examples[s], progress=True) for s in SPLITS}
-        splits = Splits(**prepared, run_path=out / "work" / name, settings=SETTINGS)
-        result = study(splits, partial(_announce, say, name), progress=True)
-        save_profile(result.profiles["hones"], profiles / f"{name}.safetensors")
-        studied[name] = splits, result
-        rows[name] = summarize(splits, result)
+        announce = partial(_announce, say, name)
+        announce("head scores and neuron importance")
+        found = comparison.finder.attribution(name, COMPARED.main, seed=0)
+        studied[name] = study(_splits(out / "work" / name, parts), found, SETTINGS, announce, progress=True)
+        save_profile(studied[name].profiles["hones"], profiles / f"{name}.safetensors")
         seconds[name] = round(time.monotonic() - begun, 1)
-    say("  masking each task's bank while measuring the others")
+    say("  every method's banks masked on every task")
     begun = time.monotonic()
-    cross = cross_masking(studied)
-    seconds["cross_masking"] = round(time.monotonic() - begun, 1)
-    seconds["total"] = round(time.monotonic() - started, 1)
-    summary = {
-        "tasks": rows,
-        "cross_masking": cross,
-        "settings": {
-            "scenes": dict(counts),
-            "retrieval_negatives": NEGATIVES,
-            "random_banks": SETTINGS.random_banks,
-            "bank_fractions_tried_on_dev": list(SETTINGS.fractions),
-        },
-        "seconds": seconds,
-    }
+    summary = _summary(comparison, studied, counts)
+    now = time.monotonic()
+    summary["seconds"] = {**seconds, "comparison": round(now - begun, 1), "total": round(now - started, 1)}
     write_atomically(out / "summary.json", json_bytes(summary))
+    rows = {name: summarize(result) for name, result in studied.items()}
     for line in [
         *results_table(rows),
-        *cross_table(cross, rows),
+        *masking_table(summary),
         *mixed_batch(model, processor, profiles),
     ]:
         say(line)
-    say(f"\nProfiles: {profiles}; numbers with intervals: {out / 'summary.json'}; {seconds['total']:.0f} s.")
+    say(f"\nProfiles: {profiles}; numbers with intervals: {out / 'summary.json'}; {summary['seconds']['total']:.0f} s.")
+    return summary
+
+
+def _encoded(model: Any, processor: Any, name: str, counts: Mapping[str, int]) -> dict[str, Prepared]:
+    """A task's examples, per split."""
+    examples = demo_examples(name, counts)
+    check_disjoint(**examples)
+    return {split: prepare(model, processor, TASKS[name], examples[split], progress=True) for split in SPLITS}
+
+
+def _splits(path: Path, parts: Mapping[str, Prepared], on: int | None = None) -> Splits:
+    """A task's examples with a run folder; with `on` at most so many test examples."""
+    test = parts["test"].first(on or len(parts["test"]))
+    return Splits(parts["discovery"], parts["dev"], test, path, batch_size=BATCH)
+
+
+def _summary(comparison: Comparison, studied: Mapping[str, Study], counts: Mapping[str, int]) -> dict[str, Any]:
+    """The summary, as every comparison's; steering is each task's study."""
+    summary = {
+        **header("Four tasks in the embedded vision-language model"),
+        **comparison.overview(),
+        **comparison.found(),
+        **comparison.masking(),
+        "steering": [
+            steering_row(comparison.bootstrap, method, result.test["base"], [result.test[method]])
+            for result in studied.values()
+            for method in STEERED
+        ],
+    }
+    summary["settings"] |= {
+        "scenes": [f"{count} {split}" for split, count in counts.items()],
+        "compared_on": COMPARED_ON,
+        "retrieval_negatives": NEGATIVES,
+        "steered_fractions": [f"{name} {result.bank_fraction:g}" for name, result in studied.items()],
+    }
     return summary
 
 
@@ -130,17 +165,6 @@ def demo_examples(task_name: str, counts: Mapping[str, int]) -> dict[str, list[E
     """The demo's examples of a task, per split; retrieval, with its candidates, makes do with half of the scenes."""
     share = 2 if task_name == "retrieval" else 1
     return {s: scene_examples(task_name, scenes(s, n // share), negatives=NEGATIVES) for s, n in counts.items()}
-
-
-def cross_masking(studied: Mapping[str, tuple[Splits, Study]]) -> dict[str, dict[str, float]]:
-    """Metric on test of each task (inner key) with the bank of each task (outer key) masked."""
-    return {
-        masked: {
-            measured: splits.measure(f"test-masked-by-{masked}", splits.test, mask=found.bank).value
-            for measured, (splits, _) in studied.items()
-        }
-        for masked, (_, found) in studied.items()
-    }
 
 
 def results_table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -171,13 +195,25 @@ def results_table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def cross_table(cross: Mapping[str, Mapping[str, float]], rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What masking one task's bank costs each task."""
-    lines = ["", "Metric lost by each task (column) when the bank of a task (row) is masked:", ""]
-    lines.append(f"{'':12}" + "".join(f"{name:>11}" for name in rows))
-    for masked, values in cross.items():
-        losses = "".join(f"{values[name] - rows[name]['base']:11.3f}" for name in rows)
-        lines.append(f"{masked:12}{losses}")
+def masking_table(summary: Mapping[str, Any]) -> list[str]:
+    """What each method's bank costs its own task, and the others."""
+    drops = {(row["task"], row["method"], row["fraction"]): row for row in summary["masking"]}
+    n = "/".join(str(task["n"]["test"]) for task in summary["tasks"].values())
+    lines = [
+        "",
+        f"Metric lost by the own task / on average by the others, {COMPARED.fraction:.0%} of the neurons masked "
+        f"(on {n} scenes):",
+        "",
+        f"{'':10}" + "".join(f"{method:>16}" for method in COMPARED.methods),
+    ]
+    for task in summary["tasks"]:
+        cells = [drops[task, method, COMPARED.fraction] for method in COMPARED.methods]
+        pairs = [f"{row['own_drop']:.3f} /{row['own_drop'] - row['selectivity']:7.3f}" for row in cells]
+        lines.append(f"{task:10}" + "".join(f"{pair:>16}" for pair in pairs))
+    lines += ["", "The same of each task (column) when the HONES bank of a task (row) is masked:", ""]
+    lines.append(f"{'':12}" + "".join(f"{name:>11}" for name in summary["tasks"]))
+    for masked, cells in summary["cross"]["drops"].items():
+        lines.append(f"{masked:12}" + "".join(f"{cell['drop']:11.3f}" for cell in cells.values()))
     return lines
 
 

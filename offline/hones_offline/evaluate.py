@@ -163,14 +163,15 @@ def _first_token(prepared: Prepared, word: str) -> int:
     return ids[0]
 
 
-def mean_log_probabilities(
-    decoder: TextDecoder, hidden: Tensor, ends: Tensor, answers: Sequence[Tensor]
-) -> list[float]:
-    """The mean token log-probability of each answer [n_i], which ends before column `ends[i]` of `hidden` [B, T, ...]."""
+def mean_log_probabilities(decoder: TextDecoder, hidden: Tensor, ends: Tensor, answers: Sequence[Tensor]) -> Tensor:
+    """The mean token log-probability of each answer [n_i], which ends before column `ends[i]` of `hidden` [B, T, ...].
+
+    A tensor [B] that gradients flow through.
+    """
     lengths = torch.tensor([len(answer) for answer in answers], device=ends.device)
     rows = torch.arange(len(answers), device=ends.device).repeat_interleave(lengths)
     firsts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
     columns = (ends - lengths - 1)[rows] + torch.arange(len(rows), device=ends.device) - firsts
     logits = decoder.logits(hidden[rows, columns])
     tokens = logits.log_softmax(-1).gather(-1, torch.cat(list(answers)).to(logits.device)[:, None])[:, 0]
-    return [float(own.mean()) for own in tokens.cpu().split(lengths.tolist())]
+    return torch.stack([own.mean() for own in tokens.split(lengths.tolist())])

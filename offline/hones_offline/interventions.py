@@ -8,14 +8,13 @@ model would have chosen another token does decoding go on from there, for the ro
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hones_offline.caching import ending_together, new_cache
+from hones_offline.caching import ending_together
 from hones_offline.decoding import Batch, Rows, Run, Segment, Started, TextDecoder
 from hones_offline.evaluate import decoded_texts, mean_log_probabilities, yes_no_margins
 from hones_offline.metrics import FloatArray
@@ -70,13 +69,12 @@ class HeadRuns(ABC):
                 found.update(zip(some, self.replaced(some, self._entering(layer)), strict=True))
         return [found[head] for head in heads]
 
-    def _resuming(self, heads: Sequence[Head], states: Sequence[Tensor], *, use_cache: bool) -> Run:
+    def resuming(self, heads: Sequence[Head], states: Sequence[Tensor]) -> Run:
         """The undisturbed forwards once more, one after another, from `states` on and with `heads` replaced."""
         following = iter(states)
 
         def run(batch: Batch, cache: Any) -> tuple[Tensor, Any]:
-            cache = new_cache() if use_cache and cache is None else cache
-            return self.decoder.resume(batch, next(following), heads, cache, use_cache=use_cache)
+            return self.decoder.resume(batch, next(following), heads, cache)
 
         return run
 
@@ -102,17 +100,17 @@ class LogProbabilities(HeadRuns):
         super().__init__(prepared, rows=len(pairs), tokens=self.rows.tokens, **options)
 
     def undisturbed(self) -> FloatArray:
-        hidden, _ = self.rows.run(partial(self.decoder.run, use_cache=self.rows.prefix is not None))
+        hidden, _ = self.rows.run(self.decoder.run)
         return self._means(hidden, 1)[0]
 
     def replaced(self, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[FloatArray]:
-        hidden, _ = self.rows.run(self._resuming(heads, states, use_cache=self.rows.prefix is not None))
+        hidden, _ = self.rows.run(self.resuming(heads, states))
         return self._means(hidden, len(heads))
 
     def _means(self, hidden: Tensor, copies: int) -> list[FloatArray]:
         ends = self.rows.ends.repeat(copies)
         means = mean_log_probabilities(self.decoder, hidden, ends, self.answers * copies)
-        return list(np.array(means).reshape(copies, -1, 1))
+        return list(means.cpu().double().numpy().reshape(copies, -1, 1))
 
 
 class Ranking(HeadRuns):
@@ -131,7 +129,7 @@ class Ranking(HeadRuns):
         return self._statistics(None)[0]
 
     def replaced(self, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[FloatArray]:
-        return self._statistics(self._resuming(heads, states, use_cache=True))
+        return self._statistics(self.resuming(heads, states))
 
     def _statistics(self, run: Run | None) -> list[FloatArray]:
         """[items, k] for each copy of the rows that `run` makes."""
@@ -176,7 +174,7 @@ class Generation(HeadRuns):
 
     def undisturbed(self) -> FloatArray:
         for part in self.parts:
-            _, part.cache = part.rows.run(self.decoder.run_caching)
+            _, part.cache = part.rows.run(self.decoder.run, keep=True)
         return self._statistics(self.drafts)
 
     @torch.no_grad()
@@ -198,14 +196,14 @@ class Generation(HeadRuns):
     def replaced(self, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[list[list[int]]]:
         """Tokens for each item; of rows that wait, the rest is filled in later."""
         texts: list[list[list[int]]] = [[] for _ in heads]
-        run = self._resuming(heads, states, use_cache=True)
+        run = self.resuming(heads, states)
         for part in self.parts:
             for of_head, more in zip(texts, self._texts(part, heads, run), strict=True):
                 of_head += more
         return texts
 
     def _texts(self, part: "_Drafted", heads: Sequence[Head], run: Run) -> Sequence[list[list[int]]]:
-        hidden, cache = part.rows.run(run)
+        hidden, cache = part.rows.run(run, keep=True)
         chosen = part.columns.repeat(len(heads), 1)
         predicting = hidden[torch.arange(len(hidden), device=chosen.device)[:, None], chosen]
         tokens = self.decoder.logits(predicting).argmax(-1).cpu()

@@ -13,9 +13,11 @@ So intervals, partial sums and resumed runs need rows only, never the texts agai
 """
 
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from types import MappingProxyType
 
@@ -295,3 +297,39 @@ def _percentiles(values: Sequence[float], level: float) -> tuple[float, float]:
     tail = (1.0 - level) / 2.0
     low, high = np.quantile(np.asarray(values), [tail, 1.0 - tail])
     return float(low), float(high)
+
+
+class CrossedBootstrap:
+    """95% intervals over test examples and over seeds of the data together.
+
+    Each of R resamples draws seeds with replacement and, apart from that, each task's test examples with replacement.
+    The examples drawn are the same whatever is measured on the task (every seed, every method, the untouched model), so
+    what makes an example hard cancels out of differences. With one seed the interval is one over examples alone.
+
+    Quantities are float64 [1 + R]: what was measured, then its resamples; they can be added and subtracted.
+    """
+
+    def __init__(self, resamples: int = 1000) -> None:
+        self._resamples = resamples
+        self._draws = cache(self._drawn)
+
+    def _drawn(self, n: int, apart: int) -> FloatArray:
+        """How often each of n is drawn, [1 + R, n]; first each once. Another `apart` draws others."""
+        rng = np.random.default_rng([n, apart])
+        return np.concatenate([np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), size=self._resamples)])
+
+    def values(self, task: str, statistics: FloatArray, aggregate: Aggregate) -> FloatArray:
+        """A metric from the statistics [n, k] of the task's examples."""
+        n = len(statistics)
+        draws = self._draws(n, 1 + zlib.crc32(task.encode()))
+        return np.array([aggregate(total, n) for total in draws @ statistics])
+
+    def over_seeds(self, per_seed: Sequence[FloatArray]) -> FloatArray:
+        """The mean over seeds, from each seed's quantity, in the seeds' order."""
+        mean: FloatArray = (self._draws(len(per_seed), 0) * np.stack(per_seed, axis=1)).mean(1)
+        return mean
+
+
+def interval_of(quantity: FloatArray) -> list[float]:
+    """The 95% interval [low, high] of what a CrossedBootstrap gave."""
+    return list(_percentiles(quantity[1:].tolist(), 0.95))

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hones_offline.decoding import Segment, batches
+from hones_offline.decoding import Rows, Segment, batches
 from hones_offline.distributed import ALONE, Processes
 from hones_offline.interventions import HeadRuns
 from hones_offline.metrics import FloatArray
@@ -23,15 +23,22 @@ from hones_steer.layout import down_weight
 
 MAX_TARGET_TOKENS = 128
 
+Target = Literal["paper", "contrastive", "centred"]
+PositivePart = Literal["mean", "example"]
+HeadWeights = Literal["score", "rank"]
 
-def target_directions(prepared: Prepared) -> Tensor:
+
+def target_directions(prepared: Prepared, target: Target = "paper") -> Tensor:
     """u_y of every (prompt, answer) pair: unit vectors, float32 [pairs, hidden].
 
     The sum of the unembedding rows of the target's tokens, special tokens dropped, the first 128; for a task with
     `idf_weighted` each row is weighted by the token's smoothed IDF over these examples, all references joined.
 
+    "centred": of the rows less their mean over the vocabulary, which every token has in common. "contrastive": the
+    paper's u_y less the mean of the other pairs', normalised again: what tells this answer from the task's others.
+
     Raises:
-        DataError: a target has no token.
+        DataError: a target has no token, or "contrastive" of targets that are all the same.
     """
     tokens = [
         _target_tokens(prepared, text)
@@ -45,10 +52,27 @@ def target_directions(prepared: Prepared) -> Tensor:
     weights = _smoothed_idf(tokens) if prepared.task.idf_weighted else {}
     unembedding = prepared.decoder.unembedding.weight
     assert isinstance(unembedding, Tensor)
+    common = unembedding.detach().float().mean(0).cpu() if target == "centred" else 0.0
     sums = [
-        torch.tensor([weights.get(t, 1.0) for t in row]) @ unembedding.detach()[row].float().cpu() for row in tokens
+        torch.tensor([weights.get(t, 1.0) for t in row]) @ (unembedding.detach()[row].float().cpu() - common)
+        for row in tokens
     ]
-    return F.normalize(torch.stack(sums), dim=-1)
+    units = F.normalize(torch.stack(sums), dim=-1)
+    return _apart(prepared, units) if target == "contrastive" else units
+
+
+_SAME = 1e-4  # a length that rounding gives the difference of equal unit vectors, at most
+
+
+def _apart(prepared: Prepared, units: Tensor) -> Tensor:
+    """Each unit vector less the mean of the others, normalised; that is the direction of u less the mean of all."""
+    differences = units - units.mean(0)
+    if differences.norm(dim=-1).max() < _SAME:
+        raise DataError(
+            f"task {prepared.task.name!r}: its {len(units)} targets are all the same, so that nothing tells one from "
+            "the others; use target 'paper' or 'centred'"
+        )
+    return F.normalize(differences, dim=-1, eps=_SAME)
 
 
 def _target_tokens(prepared: Prepared, text: str) -> list[int]:
@@ -71,18 +95,32 @@ def importance(
     directions: Tensor,
     heads: Sequence[tuple[int, int, float]],
     *,
+    positive_part: PositivePart = "mean",
     batch_size: int,
     memory_gb: float = 4.0,
     processes: Processes = ALONE,
 ) -> npt.NDArray[np.float32]:
-    """I_{l,i} = Σ_h w_h·[mean c(θ) − mean c(θ_Ih)]_+ / Σ_h w_h, float32 [L, I]; `heads` are (layer, head, w)."""
+    """I_{l,i} = Σ_h w_h·[mean c(θ) − mean c(θ_Ih)]_+ / Σ_h w_h, float32 [L, I]; `heads` are (layer, head, w).
+
+    With the positive part of each "example": Σ_h w_h·mean [c(θ) − c(θ_Ih)]_+ / Σ_h w_h, so that a neuron that serves
+    some answers is not cancelled by what it does to the others.
+    """
     replaced = [(layer, head) for layer, head, _ in heads]
     options: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb, "processes": processes}
-    base, *changed = mean_write_in(prepared, directions, replaced, **options)
+    kind = WriteInDrops if positive_part == "example" else WriteIn
+    base, *changed = _means(kind, prepared, directions, replaced, **options)
+    drops = changed if positive_part == "example" else [(base - mean).clip(min=0) for mean in changed]
     weights = [weight for _, _, weight in heads]
-    drops = [weight * (base - mean).clip(min=0) for weight, mean in zip(weights, changed, strict=True)]
-    result: npt.NDArray[np.float32] = (sum(drops) / sum(weights)).astype(np.float32)
+    weighed = [weight * drop for weight, drop in zip(weights, drops, strict=True)]
+    result: npt.NDArray[np.float32] = (sum(weighed) / sum(weights)).astype(np.float32)
     return result
+
+
+def weigh(heads: Sequence[tuple[int, int, float]], weights: HeadWeights) -> list[tuple[int, int, float]]:
+    """Heads, strongest first, weighted by their scores as they come, or by "rank": (K − r) / K for r = 0 … K − 1."""
+    if weights == "score":
+        return list(heads)
+    return [(layer, head, 1 - rank / len(heads)) for rank, (layer, head, _) in enumerate(heads)]
 
 
 def mean_write_in(
@@ -98,6 +136,21 @@ def mean_write_in(
 
     First with every head in place, then with each of `heads` replaced. Each of `processes` runs some of the batches.
     """
+    options: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb, "processes": processes}
+    return _means(WriteIn, prepared, directions, heads, **options)
+
+
+def _means(
+    kind: "type[WriteIn]",
+    prepared: Prepared,
+    directions: Tensor,
+    heads: Sequence[Head],
+    *,
+    batch_size: int,
+    memory_gb: float,
+    processes: Processes,
+) -> FloatArray:
+    """The mean over pairs of what `kind` sums, [1 + heads, L, I]."""
     layout = prepared.decoder.layout
     prompts = [
         encoded.prompt(index)
@@ -107,7 +160,7 @@ def mean_write_in(
 
     def of_batch(chosen: list[int]) -> FloatArray:
         some = [prompts[i] for i in chosen]
-        runs = WriteIn(prepared, some, directions[chosen], batch_size=batch_size, memory_gb=memory_gb)
+        runs = kind(prepared, some, directions[chosen], batch_size=batch_size, memory_gb=memory_gb)
         return np.stack([runs.base(), *runs.results(heads)])
 
     units = [partial(of_batch, chosen) for chosen in batches([len(prompt) for prompt in prompts], batch_size)]
@@ -120,21 +173,21 @@ class WriteIn(HeadRuns):
 
     def __init__(self, prepared: Prepared, prompts: Sequence[Segment], directions: Tensor, **options: Any) -> None:
         self.layout = prepared.decoder.layout
-        self.batch = prepared.decoder.collate(prompts)
+        self.rows = Rows(prepared.decoder, prompts, [1] * len(prompts))
         weights = [down_weight(layer) for layer in self.layout.layers]
         self.alignments = [directions.to(weight.device) @ weight.float() for weight in weights]  # [items, I]
-        super().__init__(prepared, rows=len(prompts), tokens=self.batch.mask.numel(), **options)
+        super().__init__(prepared, rows=len(prompts), tokens=self.rows.tokens, **options)
 
     def undisturbed(self) -> FloatArray:
-        with recorded_ffn(self.layout) as recorded:
-            self.decoder.run(self.batch)
+        with recorded_ffn(self.layout, self.rows.ends - 1) as recorded:
+            self.rows.run(self.decoder.run)
         nothing = np.zeros((len(self.alignments), self.layout.intermediate_size))
         sums: FloatArray = self._sums(recorded, nothing[None])[0]
         return sums
 
     def replaced(self, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[FloatArray]:
-        with recorded_ffn(self.layout) as recorded:
-            self.decoder.resume(self.batch, states[0], heads)
+        with recorded_ffn(self.layout, (self.rows.ends - 1).repeat(len(heads))) as recorded:
+            self.rows.run(self.resuming(heads, states))
         return list(self._sums(recorded, self._base[None].repeat(len(heads), axis=0)))
 
     def _sums(self, recorded: Mapping[int, Tensor], sums: FloatArray) -> FloatArray:
@@ -142,4 +195,20 @@ class WriteIn(HeadRuns):
         for layer, z in recorded.items():  # [copies·items, I]
             written = z.unflatten(0, (len(sums), -1)) * self.alignments[layer]
             sums[:, layer] = written.sum(1, dtype=torch.float64).cpu().numpy()
+        return sums
+
+
+class WriteInDrops(WriteIn):
+    """The result with a head replaced is Σ [c(θ) − c(θ_Ih)]_+ over the items, float64 [L, I]; undisturbed it is 0."""
+
+    def undisturbed(self) -> FloatArray:
+        with recorded_ffn(self.layout, self.rows.ends - 1) as recorded:
+            self.rows.run(self.decoder.run)
+        self.written = {layer: z * self.alignments[layer] for layer, z in recorded.items()}
+        return np.zeros((len(self.alignments), self.layout.intermediate_size))
+
+    def _sums(self, recorded: Mapping[int, Tensor], sums: FloatArray) -> FloatArray:
+        for layer, z in recorded.items():
+            drops = self.written[layer] - z.unflatten(0, (len(sums), -1)) * self.alignments[layer]
+            sums[:, layer] = drops.clamp(min=0).sum(1, dtype=torch.float64).cpu().numpy()
         return sums

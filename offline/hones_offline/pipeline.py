@@ -5,23 +5,48 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from hones_offline.banks import Bank, check_fraction, select_bank
+from hones_offline.baselines import Baseline, baseline
 from hones_offline.distributed import ALONE, Processes, open_run, usable_everywhere
 from hones_offline.examples import Example
-from hones_offline.heads import HeadMetric, head_count, head_scores, head_statistics, top_heads
-from hones_offline.neurons import importance, target_directions
+from hones_offline.heads import HeadMetric, head_count, head_runs, head_scores, head_statistics, top_heads, utility
+from hones_offline.neurons import HeadWeights, PositivePart, Target, importance, target_directions, weigh
 from hones_offline.prompts import Prepared, prepare
 from hones_offline.runs import RunFolder, check_seed, run_settings
 from hones_offline.tasks import Task
 from hones_steer.errors import DataError
+
+Method = Literal["hones"] | Baseline
+METHODS: tuple[Method, ...] = ("hones", *get_args(Baseline))
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """Which method, and what in it differs from the paper's (docs/methods.md has the definitions)."""
+
+    method: Method = "hones"
+    target: Target = "paper"
+    positive_part: PositivePart = "mean"
+    head_weights: HeadWeights = "score"
+
+    def __post_init__(self) -> None:
+        known = {"method": METHODS, "target": get_args(Target)}
+        known |= {"positive_part": get_args(PositivePart), "head_weights": get_args(HeadWeights)}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise DataError(f"{name} must be one of {', '.join(values)}, not {getattr(self, name)!r}")
+        needed = {"target": ("hones", "dvp"), "positive_part": ("hones",), "head_weights": ("hones",)}
+        for name, users in needed.items():
+            if getattr(self, name) != getattr(type(self), name) and self.method not in users:
+                raise DataError(f"method {self.method!r} takes no {name}; leave it out")
 
 
 @dataclass(frozen=True)
@@ -29,13 +54,13 @@ class Attribution:
     """What was found for one task."""
 
     head_scores: npt.NDArray[np.float32]
-    """S(h), float32 [L, H]."""
+    """S(h), float32 [L, H]; [0, 0] for a method without heads."""
     importance: npt.NDArray[np.float32]
     """I_{l,i}, float32 [L, I]."""
     bank: Bank
     """The neurons of the top fraction, {layer: int32 indices}."""
     heads: list[tuple[int, int, float]]
-    """The task's heads as (layer, head, weight), strongest first."""
+    """The task's heads as (layer, head, weight), strongest first; none for a method without heads."""
     base: float
     """The utility of the untouched model on the discovery examples."""
     n: int
@@ -53,6 +78,10 @@ def attribute(
     top_heads: int = 30,
     top_fraction: float = 0.01,
     head_metric: HeadMetric = "task",
+    method: Method = "hones",
+    target: Target = "paper",
+    positive_part: PositivePart = "mean",
+    head_weights: HeadWeights = "score",
     seed: int = 3407,
     batch_size: int = 16,
     memory_gb: float = 4.0,
@@ -72,6 +101,12 @@ def attribute(
         top_fraction: the bank's share of all L·I neurons.
         head_metric: score heads by the task's metric under greedy generation ("task", the paper's) or by the mean
             log-probability of the answers ("logprob": one forward per batch, so much faster).
+        method: "hones", or a baseline without heads: "dvp" (the write-in alone), "ap" and "ma" (activation probability
+            and mean activation), "grad_act" (gradient × activation), "random".
+        target: the direction of the write-in: the "paper"'s, "contrastive" (less that of the other answers) or
+            "centred" (of unembedding rows less their mean).
+        positive_part: taken of the "mean" over examples (the paper's) or of each "example" before the mean.
+        head_weights: the heads' weights in the importance: their "score" (the paper's) or their "rank".
         seed: shuffles the examples before they are batched.
         batch_size: sequences run at a time.
         memory_gb: GiB for the hidden states that enter the layers, of the `batch_size` sequences being run:
@@ -84,11 +119,13 @@ def attribute(
         processes: which share the work, each calling this with the same arguments; see `distributed.launched`.
 
     Raises:
-        DataError: no usable example, too many failures, no head or neuron that matters, or a run with other settings.
+        DataError: no usable example, too many failures, no head or neuron that matters, a setting out of range, or a
+            run with other settings.
         LayoutError: the model's structure is not supported.
         StateError: another of `processes` has ended.
     """
     _check_settings(top_heads, top_fraction, head_metric, batch_size, memory_gb)
+    options = MethodOptions(method, target, positive_part, head_weights)
     check_seed(seed)
     order = np.random.default_rng(seed).permutation(len(examples))
     prepared = prepare(
@@ -107,6 +144,7 @@ def attribute(
         "seed": seed,
         "batch_size": batch_size,
         "memory_gb": memory_gb,
+        **asdict(options),
     }
     for layer in prepared.decoder.layout.layers:
         head_count(layer)
@@ -116,6 +154,8 @@ def attribute(
         count=top_heads,
         top_fraction=top_fraction,
         head_metric=head_metric,
+        options=options,
+        seed=seed,
         batch_size=batch_size,
         memory_gb=memory_gb,
         run=run,
@@ -139,6 +179,8 @@ def find_bank(
     count: int,
     top_fraction: float,
     head_metric: HeadMetric,
+    options: MethodOptions = MethodOptions(),
+    seed: int = 0,
     batch_size: int,
     memory_gb: float = 4.0,
     run: RunFolder | None = None,
@@ -147,14 +189,19 @@ def find_bank(
 ) -> Attribution:
     """`attribute` on examples that are already encoded; some heads on some examples are one resumable step."""
     _check_settings(count, top_fraction, head_metric, batch_size, memory_gb)
-    directions = target_directions(prepared)  # first: a target without tokens is found before hours of work
-    limits: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb, "processes": processes}
+    limits: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb}
+    if options.method != "hones":  # minutes at most, so one process does it
+        return processes.from_first(
+            lambda: _without_heads(prepared, options, top_fraction, head_metric, seed=seed, run=run, **limits)
+        )
+    limits["processes"] = processes
+    directions = target_directions(prepared, options.target)  # first: a target without tokens is found before hours
     statistics = head_statistics(prepared, head_metric, run=run, progress=progress, **limits)
     base, scores = head_scores(prepared, head_metric, *statistics)
-    heads = top_heads(scores, count)
+    heads = weigh(top_heads(scores, count), options.head_weights)
 
     def write_in() -> dict[str, npt.NDArray[Any]]:
-        values = importance(prepared, directions, heads, **limits)
+        values = importance(prepared, directions, heads, positive_part=options.positive_part, **limits)
         return {"importance": values, "head_scores": scores}
 
     if run is None:
@@ -164,6 +211,32 @@ def find_bank(
         found = processes.from_first(lambda: run.arrays("attribution", lambda: values))
     bank = select_bank(found["importance"], top_fraction)
     return Attribution(scores, found["importance"], bank, heads, base, len(prepared), dict(prepared.failures))
+
+
+def _without_heads(
+    prepared: Prepared,
+    options: MethodOptions,
+    top_fraction: float,
+    head_metric: HeadMetric,
+    *,
+    seed: int,
+    run: RunFolder | None,
+    **limits: Any,
+) -> Attribution:
+    """The bank by a baseline; the utility of the untouched model is measured all the same."""
+    method = options.method
+    assert method != "hones"
+
+    def compute() -> dict[str, npt.NDArray[Any]]:
+        values = baseline(prepared, method, batch_size=limits["batch_size"], target=options.target, seed=seed)
+        return {"importance": values}
+
+    found = (run.arrays("attribution", compute) if run else compute())["importance"]
+    rows = [runs().base() for _, runs in head_runs(prepared, head_metric, **limits)]
+    base = utility(prepared, head_metric, np.concatenate(rows))
+    nothing = np.zeros((0, 0), dtype=np.float32)
+    failures = dict(prepared.failures)
+    return Attribution(nothing, found, select_bank(found, top_fraction), [], base, len(prepared), failures)
 
 
 def _check_settings(top_heads: int, top_fraction: float, head_metric: str, batch_size: int, memory_gb: float) -> None:

@@ -1,8 +1,8 @@
 """The hooks attribution needs, as context managers that place all or none.
 
-Reading (`capture_call`, `recorded_ffn`, `recorded_states`), intervening (`replaced_heads`, `scaled_ffn`) and resuming
-in the middle (`resumed`) on a decoder's layers. Nothing here recomputes what the model computes anyway: every hook
-reads or replaces an input the model has just produced.
+Reading (`capture_call`, `recorded_ffn`, `ffn_inputs`, `recorded_states`), intervening (`replaced_heads`,
+`scaled_ffn`) and resuming in the middle (`resumed`) on a decoder's layers. Nothing here recomputes what the model
+computes anyway: every hook reads or replaces an input the model has just produced.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -44,13 +44,33 @@ def capture_call(module: nn.Module, run: Callable[[], object]) -> dict[str, Any]
 
 
 @contextmanager
-def recorded_ffn(layout: Layout) -> Iterator[dict[int, Tensor]]:
-    """Record z = act(gate(x))·up(x) at the last position of each forward, per layer: float32 [rows, I]."""
+def recorded_ffn(layout: Layout, columns: Tensor) -> Iterator[dict[int, Tensor]]:
+    """Record z = act(gate(x))·up(x) of each row at its column, `columns` [rows], per layer: float32 [rows, I].
+
+    Only of forwards with that many rows: a beginning that rows share has none of their columns.
+    """
     recorded: dict[int, Tensor] = {}
 
     def recorder(index: int) -> Callable[[Tensor], Tensor]:
         def record(z: Tensor) -> Tensor:
-            recorded[index] = z[:, -1].detach().float()
+            if len(z) == len(columns):
+                recorded[index] = z[torch.arange(len(z)), columns.cpu()].detach().float()
+            return z
+
+        return record
+
+    with input_hooks((layer.down_proj, recorder(layer.index)) for layer in layout.layers):
+        yield recorded
+
+
+@contextmanager
+def ffn_inputs(layout: Layout) -> Iterator[dict[int, Tensor]]:
+    """Record z at every position of a forward, per layer: [rows, T, I], as part of the gradients' graph."""
+    recorded: dict[int, Tensor] = {}
+
+    def recorder(index: int) -> Callable[[Tensor], Tensor]:
+        def record(z: Tensor) -> Tensor:
+            recorded[index] = z
             return z
 
         return record

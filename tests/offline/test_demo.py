@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hones_offline.demo import NEGATIVES
 from hones_offline.embedded import load_tiny_vlm
+from hones_offline.study import STEERED
 from problems import SMALL_DEMO
 
 from hones_steer import load_profile, steer
@@ -15,7 +16,7 @@ from hones_steer.cli import main
 
 N = {"vqa": 10, "ocr": 10, "caption": 10, "retrieval": 5}
 """Scenes measured on: all of the test scenes, but half for retrieval with its many candidates."""
-METHODS = ("base", "masked", "fixed_amp", "grid_search", "random_neurons", "hones_no_kl", "hones")
+MAIN = ("hones_task", 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -28,23 +29,31 @@ def summary(out: Path) -> Any:
     return json.loads((out / "summary.json").read_text(encoding="utf-8"))
 
 
-def test_the_summary_holds_every_method_for_every_task(summary: Any) -> None:
-    assert set(summary["tasks"]) == {"vqa", "ocr", "caption", "retrieval"}
-    assert {name: row["n"] for name, row in summary["tasks"].items()} == N
-    for row in summary["tasks"].values():
-        for method in METHODS:
-            low, high = row["ci95"][method]
-            assert 0 <= low <= row[method] <= high <= 1
-        assert len(row["masked_random_banks"]) >= 5
-        assert row["masked_random"] == pytest.approx(np.mean(row["masked_random_banks"]))
-        assert row["bank_fraction"] in summary["settings"]["bank_fractions_tried_on_dev"]
-        assert row["failures"] == {"discovery": {}, "dev": {}, "test": {}}
-    assert set(summary["seconds"]) >= {"vqa", "total"}
+def test_the_summary_is_that_of_a_comparison(summary: Any) -> None:
+    assert {name: row["n"] for name, row in summary["tasks"].items()} == {
+        name: {"discovery": 24 // (2 if name == "retrieval" else 1), "dev": 4 if name == "retrieval" else 8, "test": n}
+        | {"attribution": 24 // (2 if name == "retrieval" else 1)}
+        for name, n in N.items()
+    }
+    assert all(row["failures"] == {} for row in summary["tasks"].values())
+    assert [(row["task"], row["method"], row["fraction"]) for row in summary["masking"]] == [
+        (task, method, fraction)
+        for task in N
+        for method in ("random", "ap", "ma", "dvp", "hones_task")
+        for fraction in (0.05, 0.1)
+    ]
+    assert [(row["task"], row["method"]) for row in summary["steering"]] == [(t, m) for t in N for m in STEERED]
+    for row in summary["steering"]:
+        assert row["n"] == N[row["task"]]
+        assert 0 <= row["ci95"][0] <= row["value"] <= row["ci95"][1] <= 1
+    assert set(summary["seconds"]) >= {"vqa", "comparison", "total"}
+    for heads in summary["heads"].values():
+        assert np.shape(heads["scores"]) == (summary["model"]["num_layers"], summary["model"]["num_heads"])
 
 
 def test_masking_a_bank_by_its_own_task_is_the_cross_masking_diagonal(summary: Any) -> None:
-    for name, row in summary["tasks"].items():
-        assert summary["cross_masking"][name][name] == row["masked"]
+    own = {row["task"]: row["own_drop"] for row in summary["masking"] if (row["method"], row["fraction"]) == MAIN}
+    assert {name: row[name]["drop"] for name, row in summary["cross"]["drops"].items()} == own
 
 
 def test_profiles_are_small_carry_evidence_and_steer_the_model(out: Path, summary: Any) -> None:
@@ -54,8 +63,9 @@ def test_profiles_are_small_carry_evidence_and_steer_the_model(out: Path, summar
         assert file.stat().st_size < 64 * 1024
         profile = load_profile(file)
         assert profile.task == name
-        assert profile.num_neurons == summary["tasks"][name]["bank_neurons"]
-        assert profile.evidence["steered"] == summary["tasks"][name]["hones"]
+        (row,) = (row for row in summary["steering"] if (row["task"], row["method"]) == (name, "hones"))
+        assert profile.evidence["steered"] == row["value"]
+        assert any(f"{name} {fraction:g}" in summary["settings"]["steered_fractions"] for fraction in (0.05, 0.1))
         assert profile.evidence["n"] == N[name]
     with steer(model, files) as steering:
         assert len(steering.verify().profiles) == 4

@@ -159,18 +159,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_run_script_goes_from_base_to_steering_and_repeats_itself(model: Path, tmp_path: Path) -> None:
+def test_the_run_script_goes_from_base_to_strength_and_repeats_itself(model: Path, tmp_path: Path) -> None:
     """Only that it runs and what it writes: a random model knows nothing."""
     command = ["examples.smollm2.run", "--model", model, "--out", tmp_path / "run", "--tasks", "capitals", "sums"]
-    small = ["--seeds", 2, "--attribution-examples", 2, "--top-heads", 2, "--limit", 3, "--random-banks", 1]
-    shares = ["--fractions", 0.05, 0.1, "--steered-fraction", 0.05]
-    out = run(*command, *small, *shares)
-    written = (tmp_path / "run" / "summary.json").read_bytes()
-    summary = json.loads(written)
-    assert {task: rows["test"]["n"] for task, rows in summary["base"].items()} == {"capitals": 3, "sums": 3}
-    assert [(row["task"], row["fraction"], row["seeds"], row["n"]) for row in summary["masking"]] == [
-        (task, fraction, 2, 3) for task in ("capitals", "sums") for fraction in (0.05, 0.1)
+    small = ["--seeds", 2, "--attribution-examples", 2, "--top-heads", 2, "--limit", 3]
+    methods = ["--methods", "random", "dvp", "hones_logprob"]
+    shares = ["--fractions", 0.05, 0.1, "--fraction", 0.05]
+    out = run(*command, *small, *methods, *shares)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_bytes())
+    assert {task: row["n"]["test"] for task, row in summary["tasks"].items()} == {"capitals": 3, "sums": 3}
+    assert [(row["task"], row["method"], row["fraction"]) for row in summary["masking"]] == [
+        (task, method, fraction)
+        for task in ("capitals", "sums")
+        for method in ("random", "dvp", "hones_logprob")
+        for fraction in (0.05, 0.1)
     ]
-    assert {task: len(rows) for task, rows in summary["steering"].items()} == {"capitals": 2, "sums": 2}
-    assert run(*command, *small, *shares) == out
-    assert (tmp_path / "run" / "summary.json").read_bytes() == written
+    assert {row["seeds"] for row in (*summary["masking"], *summary["steering"])} == {2}
+    assert {row["strength"] for row in summary["strength"]} == {-1, 0.5, 1, 1.5, 2}
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "work").rglob("*") if file.is_file()}
+    assert run(*command, *small, *methods, *shares) == out
+    again = json.loads((tmp_path / "run" / "summary.json").read_bytes())
+    assert {**again, "created": "", "seconds": {}} == {**summary, "created": "", "seconds": {}}
+    assert {file: file.stat().st_mtime_ns for file in before} == before

@@ -1,0 +1,182 @@
+"""The baselines and the named options of the importance equal their plain twins; what they are asked wrongly."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+from hones_offline import attribute
+from hones_offline.banks import bank_size
+from hones_offline.baselines import activation_entropy, activation_probability, baseline
+from hones_offline.heads import head_scores, head_statistics, top_heads
+from hones_offline.neurons import importance, target_directions, weigh
+from hones_offline.prompts import Prepared, prepare
+from problems import Problem, problem
+
+from hones_steer.errors import DataError
+
+CASES = [("llama", "text"), ("llava", "caption"), ("qwen2_5_vl", "vqa"), ("llava", "retrieval")]
+HEADS = [(0, 1, 0.5), (1, 3, 0.25), (2, 0, 0.125)]
+
+
+@pytest.fixture(params=CASES, ids="-".join, scope="module")
+def case(request: pytest.FixtureRequest) -> tuple[Problem, Prepared]:
+    p = problem(*request.param)
+    return p, prepare(p.model, p.processor, p.task, p.examples)
+
+
+def close(found: Any, expected: Any) -> None:
+    expected = np.asarray(expected)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * float(np.abs(expected).max()))
+
+
+def asked(p: Problem) -> tuple[Any, ...]:
+    return p.model, p.processor, p.task, p.examples
+
+
+def test_activation_baselines_read_z_at_the_last_prompt_token(case: tuple[Problem, Prepared]) -> None:
+    p, prepared = case
+    every = [z.numpy() for z in reference.activations(*asked(p))]
+    close(baseline(prepared, "ap", batch_size=3), np.mean([z > 0 for z in every], axis=0))
+    close(baseline(prepared, "ma", batch_size=3), np.mean([abs(z) for z in every], axis=0))
+
+
+def test_the_write_in_alone_in_all_directions(case: tuple[Problem, Prepared]) -> None:
+    p, prepared = case
+    directions = {
+        "paper": reference.directions,
+        "centred": reference.centred_directions,
+        "contrastive": reference.contrastive_directions,
+    }
+    if p.task.name != "retrieval":  # the others' targets here are all the same
+        del directions["contrastive"]
+    for target, of in directions.items():
+        found = baseline(prepared, "dvp", batch_size=3, target=target)  # type: ignore[arg-type]
+        close(found, reference.mean_write_in(*asked(p), units=[u.detach() for u in of(*asked(p))]))
+
+
+def test_gradient_times_activation(case: tuple[Problem, Prepared]) -> None:
+    p, prepared = case
+    expected = reference.gradient_activation(*asked(p))
+    assert all(parameter.grad is None for parameter in p.model.parameters())
+    close(baseline(prepared, "grad_act", batch_size=3), expected)
+    assert all(parameter.grad is None for parameter in p.model.parameters())
+
+
+def test_gradients_need_no_trainable_weights(case: tuple[Problem, Prepared]) -> None:
+    p, prepared = case
+    expected = baseline(prepared, "grad_act", batch_size=3)
+    p.model.requires_grad_(False)
+    try:
+        found = baseline(prepared, "grad_act", batch_size=64)
+    finally:
+        p.model.requires_grad_(True)
+    close(found, expected)
+
+
+def test_the_positive_part_of_each_example(case: tuple[Problem, Prepared]) -> None:
+    p, prepared = case
+    units = target_directions(prepared)
+    plain = importance(prepared, units, HEADS, batch_size=9)
+    found = importance(prepared, units, HEADS, positive_part="example", batch_size=9)
+    close(found, reference.importance_by_example(*asked(p), HEADS, [u.detach() for u in units]))
+    assert (found >= plain - 1e-6).all()  # the positive part is convex
+    assert (found > plain + 1e-6).any()
+    small = importance(prepared, units, HEADS, positive_part="example", batch_size=2, memory_gb=1e-9)
+    close(small, found)
+
+
+def test_targets_that_differ_have_contrastive_directions() -> None:
+    p = problem("llama", "text")
+    p.examples = [
+        type(e)(e.id, e.prompt, (answer,), e.image)
+        for e, answer in zip(p.examples, ["red cat", "a blue dog", "small town", "big", "red cat"], strict=True)
+    ]
+    prepared = prepare(p.model, p.processor, p.task, p.examples)
+    found = target_directions(prepared, "contrastive")
+    for got, want in zip(found, reference.contrastive_directions(*asked(p)), strict=True):
+        close(got.numpy(), want.detach().numpy())
+
+
+def test_targets_that_are_all_the_same_have_none() -> None:
+    p = problem("llama", "text")
+    prepared = prepare(p.model, p.processor, p.task, p.examples)
+    with pytest.raises(DataError, match="its 5 targets are all the same"):
+        target_directions(prepared, "contrastive")
+
+
+def test_ranks_as_weights_fall_evenly_to_one_share() -> None:
+    assert weigh(HEADS, "score") == HEADS
+    assert weigh(HEADS, "rank") == [(0, 1, 1.0), (1, 3, pytest.approx(2 / 3)), (2, 0, pytest.approx(1 / 3))]
+
+
+# ------------------------------------------------------------------------------------------------ entropy
+
+
+def test_entropy_over_tasks_equals_the_plain_sum() -> None:
+    rng = np.random.default_rng(0)
+    tables = {task: (rng.integers(0, 9, (3, 40)) / 8).astype(np.float32) for task in ("a", "b", "c")}
+    expected = reference.activation_entropy(tables)
+    for task, found in activation_entropy(tables).items():
+        np.testing.assert_allclose(found, expected[task], atol=1e-6)
+
+
+def test_a_neuron_active_in_one_task_alone_leads_that_tasks_list_and_no_others() -> None:
+    everywhere = np.full((1, 50), 0.5, dtype=np.float32)
+    own = everywhere.copy()
+    own[0, 7] = 1.0
+    everywhere[0, 7] = 0.0
+    found = activation_entropy({"own": own, "other": everywhere})
+    assert found["own"][0].argmax() == 7
+    assert found["own"][0, 7] == pytest.approx(2 * np.log(2))
+    assert found["other"][0, 7] < found["own"][0, 7]
+
+
+def test_entropy_needs_two_tasks() -> None:
+    with pytest.raises(DataError, match="'ape' compares tasks; give at least two"):
+        activation_entropy({"one": np.ones((1, 2), dtype=np.float32)})
+
+
+# --------------------------------------------------------------------------------------------- attribute
+
+
+def test_attribute_takes_every_method_and_option(tmp_path: Any) -> None:
+    p = problem("llama", "text")
+    prepared = prepare(p.model, p.processor, p.task, p.examples)
+    plain = {"top_heads": 4, "top_fraction": 0.1, "head_metric": "logprob", "batch_size": 9}
+    paper = attribute(*asked(p), **plain, run_dir=tmp_path / "paper")
+    ap = attribute(*asked(p), **plain, method="ap", run_dir=tmp_path / "ap")
+    close(ap.importance, activation_probability(prepared, batch_size=9))
+    assert ap.base == pytest.approx(paper.base)
+    assert (ap.heads, ap.head_scores.shape, bank_size(ap.bank)) == ([], (0, 0), bank_size(paper.bank))
+    _, scores = head_scores(prepared, "logprob", *head_statistics(prepared, "logprob", batch_size=9))
+    heads = weigh(top_heads(scores, 4), "rank")
+    varied = attribute(*asked(p), **plain, target="centred", positive_part="example", head_weights="rank")
+    expected = importance(
+        prepared, target_directions(prepared, "centred"), heads, positive_part="example", batch_size=9
+    )
+    close(varied.importance, expected)
+    again = attribute(*asked(p), **plain, run_dir=tmp_path / "ap", method="ap")
+    np.testing.assert_array_equal(again.importance, ap.importance)
+    with pytest.raises(DataError, match="method was 'ap' and now is 'ma'"):
+        attribute(*asked(p), **plain, run_dir=tmp_path / "ap", method="ma")
+    first, second = (attribute(*asked(p), **plain, method="random", seed=seed).bank for seed in (1, 2))
+    assert str(first) != str(second)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "lape"}, "method must be one of hones, dvp, ap, ma, grad_act, random, not 'lape'"),
+        ({"target": "mean"}, "target must be one of paper, contrastive, centred, not 'mean'"),
+        ({"positive_part": "no"}, "positive_part must be one of mean, example, not 'no'"),
+        ({"head_weights": "one"}, "head_weights must be one of score, rank, not 'one'"),
+        ({"method": "ap", "target": "centred"}, "method 'ap' takes no target; leave it out"),
+        ({"method": "dvp", "head_weights": "rank"}, "method 'dvp' takes no head_weights; leave it out"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(tmp_path: Any, change: dict[str, Any], message: str) -> None:
+    p = problem("llama", "text", count=1)
+    with pytest.raises(DataError, match=message):
+        attribute(*asked(p), run_dir=tmp_path / "run", **change)
+    assert list(tmp_path.iterdir()) == []
