@@ -102,9 +102,12 @@ def main() -> None:
     stages = CompareSettings().stages
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=list(stages), help="default: %(default)s")
     parser.add_argument("--attribution-examples", type=int, default=24, metavar="N", help="default: %(default)s")
+    parser.add_argument("--pool", type=int, metavar="N", help="which seeds draw them from (default: all for discovery)")
     parser.add_argument("--top-heads", type=int, default=25, metavar="K", help="default: %(default)s")
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.0025, 0.005, 0.01, 0.02, 0.04], metavar="F")
     parser.add_argument("--fraction", type=float, default=0.01, metavar="F", help="what is steered (%(default)s)")
+    parser.add_argument("--sweep", nargs="+", metavar="METHOD", help="masked at all sizes (default: all methods)")
+    parser.add_argument("--learned-seeds", type=int, metavar="N", help="steer the first N seeds (default: all)")
     parser.add_argument("--lr", type=float, default=0.02, help="learning rate of the factors (default: %(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="use N examples of dev and test only")
     args = parser.parse_args()
@@ -113,7 +116,10 @@ def main() -> None:
         main=args.main,
         fractions=args.fractions,
         fraction=args.fraction,
+        sweep=args.sweep,
         seeds=args.seeds,
+        learned_seeds=args.learned_seeds,
+        pool=args.pool,
         attribution_examples=args.attribution_examples,
         top_heads=args.top_heads,
         stages=args.stages,

@@ -95,6 +95,7 @@ class Comparison:
         self.finder = Finder(tasks, settings, progress=progress)
         self.bootstrap = CrossedBootstrap()
         self.seeds = range(settings.seeds)
+        self.learned_seeds = range(settings.learned_seeds or settings.seeds)
         layout = next(iter(tasks.values())).discovery.decoder.layout
         self.num_layers, self.width = len(layout.layers), layout.intermediate_size
         self.profiles = cache(self._profiles)
@@ -200,7 +201,14 @@ class Comparison:
     def masking(self) -> dict[str, Any]:
         """Sections "masking" and "cross"."""
         settings = self.settings
-        cells = [(t, m, f) for t in self.tasks for m in settings.methods for f in settings.fractions]
+        swept = settings.methods if settings.sweep is None else settings.sweep
+        cells = [
+            (task, method, fraction)
+            for task in self.tasks
+            for method in settings.methods
+            for fraction in settings.fractions
+            if fraction == settings.fraction or method in swept
+        ]
         self.mask_all(self.finder.bank(*cell, seed) for cell in cells for seed in self.seeds)
         return {"masking": [self._masking_row(*cell) for cell in cells], "cross": self._cross()}
 
@@ -298,7 +306,7 @@ class Comparison:
         base = splits.measure("test")
         measured = [
             base if name == "base" else splits.measure("test", steering=self.profiles(task, seed)[name])
-            for seed in self.seeds
+            for seed in self.learned_seeds
         ]
         return steering_row(self.bootstrap, name, base, measured)
 
@@ -308,7 +316,7 @@ class Comparison:
 
     def _strength_row(self, task: str, strength: float) -> dict[str, Any]:
         splits = self.tasks[task]
-        profiles = [self.profiles(task, seed)["hones"] * strength for seed in self.seeds]
+        profiles = [self.profiles(task, seed)["hones"] * strength for seed in self.learned_seeds]
         values = [self.values(task, splits.measure("test", steering=profile)) for profile in profiles]
         estimate = self._estimate("value", values)
         return {

@@ -85,6 +85,8 @@ class CompareSettings:
     fractions: Sequence[float] = (0.01,)
     fraction: float = 0.01
     """One of `fractions`, for everything but the masking table."""
+    sweep: Sequence[str] | None = None
+    """The methods that are masked at every one of `fractions`; the others only at `fraction` (None: all methods)."""
     seeds: int = 5
     attribution_examples: int = 128
     """Discovery examples that a seed draws."""
@@ -95,6 +97,8 @@ class CompareSettings:
     stages: Sequence[str] = ("masking", "groups", "steering", "strength")
     """Of `STAGES`; learning factors for every group and task ("steer_groups") takes long."""
     group_seeds: int = 1
+    learned_seeds: int | None = None
+    """Factors are learned on the banks of the first so many seeds (all)."""
     strengths: Sequence[float] = (-1.0, 0.5, 1.0, 1.5, 2.0)
     """The learned factors' offsets times these."""
     fit: FitSettings = field(default_factory=FitSettings)
@@ -113,8 +117,11 @@ class CompareSettings:
             raise DataError(f"fraction must be one of the fractions, not {self.fraction}")
         if unknown := set(self.stages) - set(STAGES):
             raise DataError(f"unknown stages {', '.join(sorted(unknown))}; choose from {', '.join(STAGES)}")
-        if not 1 <= self.group_seeds <= self.seeds:
-            raise DataError(f"group_seeds must lie between 1 and seeds, not {self.group_seeds}")
+        for name in ("group_seeds", "learned_seeds"):
+            if not 1 <= (getattr(self, name) or 1) <= self.seeds:
+                raise DataError(f"{name} must lie between 1 and seeds, not {getattr(self, name)}")
+        if unswept := set(self.sweep or ()) - set(self.methods):
+            raise DataError(f"sweep names {', '.join(sorted(unswept))}, which is not among the methods")
 
 
 class Finder:
@@ -155,6 +162,7 @@ class Finder:
         """`head_statistics` of the whole pool."""
         pool, splits = self.pools[task], self.tasks[task]
         settings = {"stage": "heads", **run_settings(pool), "head_metric": metric, "batch_size": splits.batch_size}
+        settings["memory_gb"] = self.settings.memory_gb
         run = RunFolder(splits.path / f"heads-{metric}-{len(pool)}", settings)
         limits: dict[str, Any] = {"batch_size": splits.batch_size, "memory_gb": self.settings.memory_gb}
         return head_statistics(pool, metric, run=run, progress=self.progress, **limits)
