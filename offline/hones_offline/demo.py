@@ -36,7 +36,7 @@ COLUMNS = (
 BATCH = 64
 COMPARED = CompareSettings(
     methods=("random", "ap", "ma", "dvp", "hones_task"),
-    fractions=(0.05, 0.1),
+    fractions=(0.1,),
     fraction=0.1,
     seeds=1,
     attribution_examples=128,
@@ -45,9 +45,9 @@ COMPARED = CompareSettings(
     stages=("masking",),
     fit=FitSettings(epochs=1, lr=0.15, batch_size=32, accumulation_steps=1),
 )
-SETTINGS = StudySettings(fractions=COMPARED.fractions, fit=COMPARED.fit)
+SETTINGS = StudySettings(fractions=(0.05, 0.1), fit=COMPARED.fit)
 COMPARED_ON = 200
-"""Test scenes on which the methods are compared; each is measured with all methods' banks of all tasks masked."""
+"""Test scenes on which the methods are compared; on each every method's banks of all tasks are masked."""
 SPLITS = ("discovery", "dev", "test")
 Say = Callable[[str], object]
 
@@ -93,7 +93,10 @@ def run_demo(out: Path, counts: Mapping[str, int], say: Say) -> dict[str, Any]:
         f"on, {counts['test']} to measure on; retrieval, on half of each, ranks 1 caption among {NEGATIVES} negatives."
     )
     encoded = {name: _encoded(model, processor, name, counts) for name in TASKS}
-    compared = {name: _splits(out / "work" / "compared" / name, parts, COMPARED_ON) for name, parts in encoded.items()}
+    compared = {
+        name: _splits(out / "work" / "compared" / name, parts, COMPARED_ON // _share(name))
+        for name, parts in encoded.items()
+    }
     comparison = Comparison(compared, COMPARED, progress=True)
     seconds: dict[str, float] = {}
     studied: dict[str, Study] = {}
@@ -163,8 +166,12 @@ def _announce(say: Say, task_name: str, stage: str) -> None:
 
 def demo_examples(task_name: str, counts: Mapping[str, int]) -> dict[str, list[Example]]:
     """The demo's examples of a task, per split; retrieval, with its candidates, makes do with half of the scenes."""
-    share = 2 if task_name == "retrieval" else 1
+    share = _share(task_name)
     return {s: scene_examples(task_name, scenes(s, n // share), negatives=NEGATIVES) for s, n in counts.items()}
+
+
+def _share(task_name: str) -> int:
+    return 2 if task_name == "retrieval" else 1
 
 
 def results_table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:

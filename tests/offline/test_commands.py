@@ -142,6 +142,23 @@ def test_attribute_writes_its_bank_and_says_what_it_found(hones: Run, root: Path
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+def test_attribute_by_another_method_says_which(hones: Run, root: Path, tmp_path: Path) -> None:
+    command = ["attribute", root / "text", "--task", "words", "--data", root / "text.jsonl", *QUICK]
+    code, out, _ = hones(*command, "--out", tmp_path / "dvp", "--method", "dvp", "--target", "centred")
+    assert code == 0
+    assert "strongest heads" not in out
+    result = json.loads((tmp_path / "dvp" / "result.json").read_bytes())
+    assert (result["method"], result["target"], result["heads"]) == ("dvp", "centred", [])
+    options = ["--target", "centred", "--positive-part", "example", "--head-weights", "rank"]
+    assert hones(*command, "--out", tmp_path / "hones", *options)[0] == 0
+    varied = json.loads((tmp_path / "hones" / "result.json").read_bytes())
+    assert varied["heads"][0][2] == 1
+    assert varied["bank"] != result["bank"]
+    code, _, error = hones(*command, "--out", tmp_path / "ap", "--method", "ap", "--target", "centred")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "method 'ap' takes no target; leave it out" in error
+
+
 @pytest.mark.parametrize("method", ["hones", "hones_no_kl", "random_neurons", "fixed_amp", "grid_search"])
 def test_fit_writes_a_profile_with_its_evidence(
     hones: Run, root: Path, found: Path, tmp_path: Path, method: str
