@@ -25,14 +25,16 @@ class Problem:
 
 
 def problem(architecture: str, task_name: str, count: int = 5) -> Problem:
-    """Prompts and images differ in length and size, so that batches need padding."""
+    """Prompts and images differ in length and size, so that batches need padding; those of "shots" begin alike."""
     model = getattr(tiny_models, architecture)()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
     if architecture == "llama":
         processor = tiny_processors.text_tokenizer(model.config)
     else:
         processor = getattr(tiny_processors, f"{architecture}_processor")(model.config)
-    task = JsonlTask("text", "bleu4", max_new_tokens=6) if task_name == "text" else get_task(task_name)
+    text = task_name in ("text", "shots")
+    task = JsonlTask("text", "bleu4", max_new_tokens=6) if text else get_task(task_name)
+    preamble = "big cat small dog town what is " * 3 if task_name == "shots" else ""
     rng = np.random.default_rng(0)
     examples = []
     for i in range(count):
@@ -40,7 +42,7 @@ def problem(architecture: str, task_name: str, count: int = 5) -> Problem:
         if architecture != "llama":
             pixels = rng.integers(0, 255, (16 + 8 * i, 24, 3), dtype=np.uint8)
             image = MemoryImage(Image.fromarray(pixels), f"random-{i}")
-        question = "what is " + " ".join(("cat", "dog", "big", "small", "town")[: i % 5 + 1])
+        question = preamble + "what is " + " ".join(("cat", "dog", "big", "small", "town")[: i % 5 + 1])
         if task_name == "retrieval":
             examples.append(Example(str(i), "", ("Yes",), image, CANDIDATES[: 4 - i % 2]))
         else:

@@ -17,6 +17,7 @@ from hones_steer.errors import LayoutError
 
 CASES = [
     ("llama", "text"),
+    ("llama", "shots"),
     *((model, task) for model in ("llava", "qwen2_5_vl") for task in ("vqa", "ocr", "caption", "retrieval")),
 ]
 

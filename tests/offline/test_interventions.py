@@ -5,7 +5,7 @@ import pytest
 import reference
 import tiny_models
 import torch
-from hones_offline.decoding import Batch, Segment, TextDecoder
+from hones_offline.decoding import Batch, Rows, Segment, TextDecoder
 from hones_offline.evaluate import score
 from hones_offline.heads import head_scores, head_statistics
 from hones_offline.prompts import prepare
@@ -84,6 +84,21 @@ def test_a_forward_that_was_set_on_a_layer_is_there_again_also_after_an_error() 
         decoder.resume(batch, batch.embeds, [(2, 0)])
     assert first.forward is placed
     assert "forward" not in vars(second)
+
+
+@torch.no_grad()
+def test_a_beginning_that_prompts_share_runs_once() -> None:
+    p = problem("llama", "shots")
+    prepared = prepare(p.model, p.processor, p.task, p.examples)
+    prompts = [encoded.prompt(0) for encoded in prepared.encoded]
+    rows = Rows(prepared.decoder, prompts, [1] * len(prompts))
+    assert rows.shared >= 20
+    assert rows.tokens < sum(map(len, prompts)) / 2
+    hidden, cache = rows.run(prepared.decoder.run, keep=True)
+    whole, _ = prepared.decoder.run(prepared.decoder.collate(prompts))
+    torch.testing.assert_close(hidden[range(len(rows)), rows.ends - 1], whole[:, -1], rtol=1e-4, atol=1e-5)
+    assert cache.get_seq_length() == max(map(len, prompts))
+    assert Rows(prepared.decoder, prompts, [len(prompt) for prompt in prompts]).shared == 0  # all states are wanted
 
 
 def fail(*_: object) -> None:
