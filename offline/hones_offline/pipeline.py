@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +19,12 @@ from hones_offline.examples import Example
 from hones_offline.heads import HeadMetric, head_count, head_scores, head_statistics, top_heads
 from hones_offline.neurons import importance, target_directions
 from hones_offline.prompts import Prepared, prepare
+from hones_offline.racing import Race, race
 from hones_offline.runs import RunFolder, check_seed, run_settings
 from hones_offline.tasks import Task
 from hones_steer.errors import DataError
+
+Heads = Literal["exact", "race"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Attribution:
     """Examples used."""
     failures: dict[str, str]
     """Ids of the examples that could not be used, with the reason."""
+    race: Race | None = None
+    """What racing saved, if heads raced; scores of the heads it dropped are estimates from some of the examples."""
 
 
 def attribute(
@@ -53,6 +58,8 @@ def attribute(
     top_heads: int = 30,
     top_fraction: float = 0.01,
     head_metric: HeadMetric = "task",
+    heads: Heads = "exact",
+    error: float = 0.05,
     seed: int = 3407,
     batch_size: int = 16,
     memory_gb: float = 4.0,
@@ -72,6 +79,9 @@ def attribute(
         top_fraction: the bank's share of all L·I neurons.
         head_metric: score heads by the task's metric under greedy generation ("task", the paper's) or by the mean
             log-probability of the answers ("logprob": one forward per batch, so much faster).
+        heads: "exact" runs every head on every example; "race" stops running a head once it has surely lost (see
+            `racing`, which also says when it should not be trusted).
+        error: with "race", the probability that it finds other heads than "exact" does.
         seed: shuffles the examples before they are batched.
         batch_size: sequences run at a time.
         memory_gb: GiB for the hidden states that enter the layers, of the `batch_size` sequences being run:
@@ -89,6 +99,7 @@ def attribute(
         StateError: another of `processes` has ended.
     """
     _check_settings(top_heads, top_fraction, head_metric, batch_size, memory_gb)
+    _check_race(heads, error)
     check_seed(seed)
     order = np.random.default_rng(seed).permutation(len(examples))
     prepared = prepare(
@@ -106,6 +117,7 @@ def attribute(
         "head_metric": head_metric,
         "seed": seed,
         "batch_size": batch_size,
+        **({"heads": heads, "error": error} if heads == "race" else {}),
     }
     for layer in prepared.decoder.layout.layers:
         head_count(layer)
@@ -115,6 +127,8 @@ def attribute(
         count=top_heads,
         top_fraction=top_fraction,
         head_metric=head_metric,
+        heads=heads,
+        error=error,
         batch_size=batch_size,
         memory_gb=memory_gb,
         run=run,
@@ -138,6 +152,8 @@ def find_bank(
     count: int,
     top_fraction: float,
     head_metric: HeadMetric,
+    heads: Heads = "exact",
+    error: float = 0.05,
     batch_size: int,
     memory_gb: float = 4.0,
     run: RunFolder | None = None,
@@ -146,14 +162,20 @@ def find_bank(
 ) -> Attribution:
     """`attribute` on examples that are already encoded; a layer's heads on a few examples are one resumable step."""
     _check_settings(count, top_fraction, head_metric, batch_size, memory_gb)
+    _check_race(heads, error)
     directions = target_directions(prepared)  # first: a target without tokens is found before hours of work
     limits: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb, "processes": processes}
-    statistics = head_statistics(prepared, head_metric, run=run, progress=progress, **limits)
-    base, scores = head_scores(prepared, head_metric, *statistics)
-    heads = top_heads(scores, count)
+    limits_and_run: dict[str, Any] = {**limits, "run": run, "progress": progress}
+    raced = None
+    if heads == "race":
+        base, scores, finished, raced = race(prepared, head_metric, keep=count, error=error, **limits_and_run)
+        best = top_heads(np.where(finished, scores, -np.inf), count)
+    else:
+        base, scores = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, **limits_and_run))
+        best = top_heads(scores, count)
 
     def write_in() -> dict[str, npt.NDArray[Any]]:
-        values = importance(prepared, directions, heads, **limits)
+        values = importance(prepared, directions, best, **limits)
         return {"importance": values, "head_scores": scores}
 
     if run is None:
@@ -162,7 +184,7 @@ def find_bank(
         values = {} if processes.from_first(lambda: run.holds("attribution")) else write_in()
         found = processes.from_first(lambda: run.arrays("attribution", lambda: values))
     bank = select_bank(found["importance"], top_fraction)
-    return Attribution(scores, found["importance"], bank, heads, base, len(prepared), dict(prepared.failures))
+    return Attribution(scores, found["importance"], bank, best, base, len(prepared), dict(prepared.failures), raced)
 
 
 def _check_settings(top_heads: int, top_fraction: float, head_metric: str, batch_size: int, memory_gb: float) -> None:
@@ -175,3 +197,10 @@ def _check_settings(top_heads: int, top_fraction: float, head_metric: str, batch
     check_fraction(top_fraction)
     if head_metric not in get_args(HeadMetric):
         raise DataError(f"head_metric must be 'task' or 'logprob', not {head_metric!r}")
+
+
+def _check_race(heads: str, error: float) -> None:
+    if heads not in get_args(Heads):
+        raise DataError(f"heads must be 'exact' or 'race', not {heads!r}")
+    if not 0 < error < 1:
+        raise DataError(f"error is a probability between 0 and 1, not {error}")
