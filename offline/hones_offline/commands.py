@@ -14,6 +14,7 @@ import torch
 
 from hones_offline.banks import Bank, bank_size, check_bank, random_bank
 from hones_offline.datasets import load_dataset
+from hones_offline.distributed import launched, number_of_processes, own_device
 from hones_offline.evaluate import Scores, intervention, score
 from hones_offline.examples import Loaded, check_disjoint, load_jsonl
 from hones_offline.fit import FIXED_AMP, FitSettings, fit_run_settings, grid_search, learn, uniform_profile
@@ -26,7 +27,7 @@ from hones_offline.pipeline import attribute as find_task_bank
 from hones_offline.prompts import Prepared, prepare
 from hones_offline.runs import RunFolder, json_bytes, read_json, write_atomically
 from hones_offline.tasks import TASKS, JsonlTask, Task
-from hones_steer.errors import DataError, MismatchError, ProfileError
+from hones_steer.errors import DataError, MismatchError, ProfileError, StateError
 from hones_steer.layout import find_layout
 from hones_steer.profile import ModelIdentity, Profile, load_profile, save_profile
 
@@ -40,9 +41,11 @@ def attribute(argv: Sequence[str]) -> int:
         prog="hones attribute",
         description="Find the FFN neurons a task depends on. Scores every attention head by what replacing it costs, "
         "then the neurons by how much the best heads drive what they write towards the answers. A killed run goes on "
-        "where it stopped when the same command is given again.",
+        "where it stopped when the same command is given again. Several GPUs share the work when torchrun or "
+        "accelerate launch starts one process for each (docs/scaling.md).",
         epilog="examples: hones attribute llava-hf/llava-1.5-7b-hf --task vqa --data vqa.jsonl --out runs/vqa   |   "
-        "hones attribute MODEL --task ocr --data coco.json --images coco/ --out runs/ocr --head-metric logprob",
+        "hones attribute MODEL --task ocr --data coco.json --images coco/ --out runs/ocr --head-metric logprob   |   "
+        "torchrun --nproc-per-node 8 -m hones_steer attribute MODEL --task vqa --data vqa.jsonl --out runs/vqa",
     )
     _add_data_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run folder for results")
@@ -68,6 +71,19 @@ def attribute(argv: Sequence[str]) -> int:
         "log-probability: one forward per batch, much faster (default: %(default)s)",
     )
     parser.add_argument(
+        "--heads",
+        choices=("exact", "race"),
+        default="exact",
+        help="run every head on every example, or stop running a head once it has surely lost (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--error",
+        type=float,
+        default=0.05,
+        metavar="P",
+        help="with --heads race: probability of finding other heads than exact does (default: %(default)s)",
+    )
+    parser.add_argument(
         "--memory-gb",
         type=float,
         default=4.0,
@@ -79,30 +95,33 @@ def attribute(argv: Sequence[str]) -> int:
     _add_method_arguments(parser)
     args = parser.parse_args(argv)
     options = MethodOptions(args.method, args.target, args.positive_part, args.head_weights)
-    task, loaded = _load_data(args)
-    model, processor = load_model(args.model, dtype=args.dtype, device=args.device)
-    found = find_task_bank(
-        model,
-        processor,
-        task,
-        loaded.examples,
-        top_heads=args.top_heads,
-        top_fraction=args.top_fraction,
-        head_metric=args.head_metric,
-        **asdict(options),
-        seed=args.seed,
-        batch_size=args.batch_size,
-        memory_gb=args.memory_gb,
-        run_dir=args.out,
-        max_failures=args.max_failures,
-        progress=True,
-    )
-    result = {
-        **_attribution_result(task, found, loaded.skipped, args.top_fraction, ModelIdentity.from_model(model)),
-        **asdict(options),
-    }
-    write_atomically(args.out / RESULT, json_bytes(result))
-    _show(args.json, result, _attribution_lines(result, args.out))
+    with launched() as processes:
+        task, loaded = _load_data(args)
+        model, processor = load_model(args.model, dtype=args.dtype, device=own_device(args.device))
+        found = find_task_bank(
+            model,
+            processor,
+            task,
+            loaded.examples,
+            top_heads=args.top_heads,
+            top_fraction=args.top_fraction,
+            head_metric=args.head_metric,
+            **asdict(options),
+            heads=args.heads,
+            error=args.error,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            memory_gb=args.memory_gb,
+            run_dir=args.out,
+            max_failures=args.max_failures,
+            progress=True,
+            processes=processes,
+        )
+        if processes.rank == 0:
+            identity = ModelIdentity.from_model(model)
+            result = _attribution_result(task, found, loaded.skipped, args.top_fraction, identity) | asdict(options)
+            write_atomically(args.out / RESULT, json_bytes(result))
+            _show(args.json, result, _attribution_lines(result, args.out))
     return 0
 
 
@@ -132,6 +151,7 @@ def fit(argv: Sequence[str]) -> int:
     parser.add_argument("--license", default="", help="licence of the profile, e.g. apache-2.0")
     _add_fit_arguments(parser)
     args = parser.parse_args(argv)
+    _check_one_process("fit")
     if args.method == "grid_search" and args.dev is None:
         parser.error("grid_search chooses its factor on --dev data")
     settings = _fit_settings(args)
@@ -207,6 +227,7 @@ def evaluate(argv: Sequence[str]) -> int:
         help="refuse to measure on an image of this file, the discovery or dev data (repeatable)",
     )
     args = parser.parse_args(argv)
+    _check_one_process("evaluate")
     if args.random_banks < 0:
         raise DataError(f"--random-banks must be zero or more, not {args.random_banks}")
     if args.random_banks and not args.mask:
@@ -401,6 +422,12 @@ def _check_apart(args: argparse.Namespace, task: Task, loaded: Loaded) -> None:
         check_disjoint(**{"--data": loaded.examples, f"--apart-from {path}": other.examples})
 
 
+def _check_one_process(command: str) -> None:
+    """Several would write one file."""
+    if number_of_processes() > 1:
+        raise StateError(f"`hones {command}` runs in one process; start it without torchrun or accelerate launch")
+
+
 def _check_writable(file: Path) -> None:
     """Before hours of work, not after them."""
     if file.is_dir() or not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
@@ -457,18 +484,29 @@ def _attribution_result(
         "top_fraction": top_fraction,
         "bank": {str(layer): neurons.tolist() for layer, neurons in found.bank.items()},
         "failures": {**skipped, **found.failures},
+        **({"race": asdict(found.race)} if found.race else {}),
     }
 
 
 def _attribution_lines(result: Mapping[str, Any], out: Path) -> list[str]:
     bank = result["bank"]
     heads = ", ".join(f"{layer}.{head} ({weight:.3g})" for layer, head, weight in result["heads"][:8])
+    raced = result.get("race")
+    saved = [] if raced is None else [_race_line(raced)]
     return [
         f"{result['task']}: {sum(map(len, bank.values()))} neurons in {len(bank)} layers, from {result['n']} examples",
         *([f"strongest heads (layer.head): {heads}"] if heads else []),
+        *saved,
         *_failure_lines(result["failures"]),
         f"results: {out}",
     ]
+
+
+def _race_line(race: Mapping[str, Any]) -> str:
+    return (
+        f"race: {race['evaluations'] / race['of']:.0%} of {race['of']} evaluations of a head on an example; "
+        f"{race['finished']} heads finished; other heads than exact's with probability {race['error']:g} at most"
+    )
 
 
 def _fit_settings(args: argparse.Namespace) -> FitSettings:

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from hones_offline.decoding import batches
+from hones_offline.distributed import ALONE, Processes
 from hones_offline.evaluate import most_candidates
 from hones_offline.interventions import Generation, HeadRuns, LogProbabilities, Ranking
 from hones_offline.metrics import FloatArray, mean_of_rows
@@ -30,64 +31,111 @@ def head_count(layer: DecoderLayer) -> int:
 
 
 def head_runs(
-    prepared: Prepared, head_metric: HeadMetric, *, batch_size: int, memory_gb: float
+    prepared: Prepared,
+    head_metric: HeadMetric,
+    *,
+    batch_size: int,
+    memory_gb: float,
+    among: Sequence[int] | None = None,
 ) -> Iterator[tuple[list[int], Callable[[], HeadRuns]]]:
     """The task's items, a few at a time, each in exactly one result; nothing runs before these are called.
 
-    Items are the examples, or for log-probabilities the (prompt, answer) pairs; with them come their numbers.
+    Items are the examples, or for log-probabilities the (prompt, answer) pairs; with them come their numbers. Only the
+    items `among` are run where that is given.
     """
     options = {"batch_size": batch_size, "memory_gb": memory_gb}
     if head_metric == "logprob":
         pairs = prepared.pairs()
-        for items in batches([len(prompt) + len(answer) for prompt, answer in pairs], batch_size):
+        for items in _batches_among([len(prompt) + len(answer) for prompt, answer in pairs], batch_size, among):
             yield items, cache(partial(LogProbabilities, prepared, [pairs[i] for i in items], **options))
         return
     kind: type[Ranking | Generation]
     kind, rows = Generation, batch_size
     if prepared.task.kind == "rank":
         kind, rows = Ranking, max(1, batch_size // most_candidates(prepared))
-    for items in batches([len(encoded.shared) for encoded in prepared.encoded], rows):
+    for items in _batches_among([len(encoded.shared) for encoded in prepared.encoded], rows, among):
         yield items, cache(partial(kind, prepared, items, **options))
 
 
-def head_statistics(
+def _batches_among(lengths: Sequence[int], rows: int, among: Sequence[int] | None) -> Iterator[list[int]]:
+    among = range(len(lengths)) if among is None else among
+    for chosen in batches([lengths[i] for i in among], rows):
+        yield [among[i] for i in chosen]
+
+
+def all_heads(prepared: Prepared) -> list[list[Head]]:
+    """Every head, by layer."""
+    return [[(layer.index, head) for head in range(head_count(layer))] for layer in prepared.decoder.layout.layers]
+
+
+def head_statistics(prepared: Prepared, head_metric: HeadMetric, **options: Any) -> tuple[FloatArray, FloatArray]:
+    """Every item's statistics: with all heads in place [items, k], and with each replaced [L, H, items, k].
+
+    `options` are those of `statistics_of`.
+    """
+    base, replaced = statistics_of(prepared, head_metric, heads=all_heads(prepared), **options)
+    return base, np.stack(replaced)
+
+
+def statistics_of(
     prepared: Prepared,
     head_metric: HeadMetric,
     *,
+    heads: Sequence[Sequence[Head]],
+    among: Sequence[int] | None = None,
+    step: str = "heads",
     batch_size: int,
     memory_gb: float = 4.0,
     run: RunFolder | None = None,
     progress: bool = False,
-) -> tuple[FloatArray, FloatArray]:
-    """Every item's statistics: with all heads in place [items, k], and with each replaced [L, H, items, k].
+    processes: Processes = ALONE,
+) -> tuple[FloatArray, list[FloatArray]]:
+    """The items' statistics: with all heads in place [items, k], and with each of a layer's `heads` replaced.
 
-    A layer's heads on a few items are one resumable step of `run`.
+    These are [heads, items, k] for each layer. The items are those `among`, in ascending order, or all. A layer's heads
+    on a few items are one resumable step of `run`; its name begins with `step`. Each of `processes` does some of the
+    steps, which are the same for any number of them, and all have all results.
     """
     from tqdm import tqdm
 
-    heads = [[(layer.index, head) for head in range(head_count(layer))] for layer in prepared.decoder.layout.layers]
-    replaced: list[list[FloatArray]] = [[] for _ in heads]
-    base: list[FloatArray] = []
-    order: list[int] = []
+    options: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb, "among": among}
+    chosen = [items for items, _ in head_runs(prepared, head_metric, **options)]
+    parts = processes.parts(len(chosen), len(heads))
+
+    def mine(number: int, layer: int) -> bool:  # costs fall with the layer, so parts take turns at layers
+        return processes.owns(number * parts + layer % parts)
+
     bar = tqdm(
-        total=sum(map(len, heads)) * len(prepared.pairs() if head_metric == "logprob" else prepared),
-        desc=f"{prepared.task.name}: heads",
+        total=sum(
+            len(of_layer) * len(items)
+            for number, items in enumerate(chosen)
+            for layer, of_layer in enumerate(heads)
+            if mine(number, layer)
+        ),
+        desc=f"{prepared.task.name}: {step}",
         delay=2,
         leave=False,
-        disable=None if progress else True,
+        disable=None if progress and processes.rank == 0 else True,
     )
+    own: dict[tuple[str, int, int], FloatArray] = {}
     with bar:
-        steps = head_runs(prepared, head_metric, batch_size=batch_size, memory_gb=memory_gb)
-        for number, (items, runs) in enumerate(steps):
-            order += items
-            base.append(_statistics(run, f"heads-{number:05d}-base", runs))
+        for number, (_, runs) in enumerate(head_runs(prepared, head_metric, **options)):
+            if mine(number, 0):
+                own["base", number, 0] = _statistics(run, f"{step}-{number:05d}-base", runs)
             for layer, of_layer in enumerate(heads):
-                some = _statistics(run, f"heads-{number:05d}-{layer:03d}", runs, of_layer)
-                replaced[layer].append(some)
-                bar.update(some.shape[0] * some.shape[1])
-    own_order = np.argsort(order)
-    every = np.stack([np.concatenate(of_layer, axis=1) for of_layer in replaced])
-    return np.concatenate(base)[own_order], every[:, :, own_order]
+                if of_layer and mine(number, layer):
+                    some = _statistics(run, f"{step}-{number:05d}-{layer:03d}", runs, of_layer)
+                    own["replaced", number, layer] = some
+                    bar.update(some.shape[0] * some.shape[1])
+    found = {key: value for of_process in processes.share(own) for key, value in of_process.items()}
+    ascending = np.argsort(np.concatenate(chosen))
+    base = np.concatenate([found["base", number, 0] for number in range(len(chosen))])[ascending]
+    return base, [
+        np.concatenate([found["replaced", number, layer] for number in range(len(chosen))], axis=1)[:, ascending]
+        if of_layer
+        else np.empty((0, *base.shape))
+        for layer, of_layer in enumerate(heads)
+    ]
 
 
 def _statistics(

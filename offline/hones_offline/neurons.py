@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hones_offline.decoding import Segment, batches
+from hones_offline.distributed import ALONE, Processes
 from hones_offline.interventions import HeadRuns
 from hones_offline.metrics import FloatArray
 from hones_offline.prompts import Prepared
@@ -96,6 +98,7 @@ def importance(
     positive_part: PositivePart = "mean",
     batch_size: int,
     memory_gb: float = 4.0,
+    processes: Processes = ALONE,
 ) -> npt.NDArray[np.float32]:
     """I_{l,i} = Σ_h w_h·[mean c(θ) − mean c(θ_Ih)]_+ / Σ_h w_h, float32 [L, I]; `heads` are (layer, head, w).
 
@@ -104,7 +107,8 @@ def importance(
     """
     replaced = [(layer, head) for layer, head, _ in heads]
     kind = WriteInDrops if positive_part == "example" else WriteIn
-    base, *changed = _means(kind, prepared, directions, replaced, batch_size=batch_size, memory_gb=memory_gb)
+    options: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb, "processes": processes}
+    base, *changed = _means(kind, prepared, directions, replaced, **options)
     drops = changed if positive_part == "example" else [(base - mean).clip(min=0) for mean in changed]
     weights = [weight for _, _, weight in heads]
     weighed = [weight * drop for weight, drop in zip(weights, drops, strict=True)]
@@ -120,13 +124,20 @@ def weigh(heads: Sequence[tuple[int, int, float]], weights: HeadWeights) -> list
 
 
 def mean_write_in(
-    prepared: Prepared, directions: Tensor, heads: Sequence[Head] = (), *, batch_size: int, memory_gb: float = 4.0
+    prepared: Prepared,
+    directions: Tensor,
+    heads: Sequence[Head] = (),
+    *,
+    batch_size: int,
+    memory_gb: float = 4.0,
+    processes: Processes = ALONE,
 ) -> FloatArray:
     """Mean over pairs of c_{l,i} = z_i·⟨W_down[:,i], u_y⟩ at the last prompt token: float64 [1 + heads, L, I].
 
-    First with every head in place, then with each of `heads` replaced.
+    First with every head in place, then with each of `heads` replaced. Each of `processes` runs some of the batches.
     """
-    return _means(WriteIn, prepared, directions, heads, batch_size=batch_size, memory_gb=memory_gb)
+    options: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb, "processes": processes}
+    return _means(WriteIn, prepared, directions, heads, **options)
 
 
 def _means(
@@ -137,6 +148,7 @@ def _means(
     *,
     batch_size: int,
     memory_gb: float,
+    processes: Processes,
 ) -> FloatArray:
     """The mean over pairs of what `kind` sums, [1 + heads, L, I]."""
     layout = prepared.decoder.layout
@@ -145,12 +157,15 @@ def _means(
         for example, encoded in zip(prepared.examples, prepared.encoded, strict=True)
         for index, _ in prepared.task.answers(example)
     ]
-    total = np.zeros((1 + len(heads), len(layout.layers), layout.intermediate_size))
-    for chosen in batches([len(prompt) for prompt in prompts], batch_size):
+
+    def of_batch(chosen: list[int]) -> FloatArray:
         some = [prompts[i] for i in chosen]
         runs = kind(prepared, some, directions[chosen], batch_size=batch_size, memory_gb=memory_gb)
-        total += np.stack([runs.base(), *runs.results(heads)])
-    return total / len(prompts)
+        return np.stack([runs.base(), *runs.results(heads)])
+
+    units = [partial(of_batch, chosen) for chosen in batches([len(prompt) for prompt in prompts], batch_size)]
+    shape = (1 + len(heads), len(layout.layers), layout.intermediate_size)
+    return processes.sum(units, shape) / len(prompts)
 
 
 class WriteIn(HeadRuns):

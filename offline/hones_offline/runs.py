@@ -51,6 +51,10 @@ class RunFolder:
             if _is_leftover(entry):
                 entry.unlink(missing_ok=True)
 
+    def holds(self, name: str) -> bool:
+        """Whether the arrays of step `name` are there."""
+        return (self.path / f"{name}.safetensors").exists()
+
     def json(self, name: str, compute: Callable[[], Any]) -> Any:
         """The result of step `name`, a JSON value: read if it was done before, else computed and kept."""
         file = self.path / f"{name}.json"
@@ -61,7 +65,7 @@ class RunFolder:
     def arrays(self, name: str, compute: Callable[[], Arrays]) -> dict[str, npt.NDArray[Any]]:
         """The result of step `name`, named arrays: read if it was done before, else computed and kept."""
         file = self.path / f"{name}.safetensors"
-        if not file.exists():
+        if not self.holds(name):
             write_atomically(file, save({k: np.ascontiguousarray(v) for k, v in compute().items()}))
         return read_arrays(file)
 
