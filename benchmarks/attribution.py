@@ -92,8 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for build in cases.values():
         case = build(args)
-        rows += [measure(case, metric, 1 if args.quick else args.repeats) for metric in case.metrics]
-        print(table(rows[-len(case.metrics) :]), file=sys.stderr, flush=True)
+        measured = [
+            measure(case, metric, mode, 1 if args.quick else args.repeats)
+            for metric in case.metrics
+            for mode in modes(case, metric, args.race)
+        ]
+        rows += measured
+        print(table(measured), file=sys.stderr, flush=True)
     print(json.dumps(rows, indent=1) if args.json else table(rows))
     return 0
 
@@ -109,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of PyTorch (default: 1)")
     parser.add_argument("--examples", type=int, metavar="N", help="per case (default: as many as take minutes)")
     parser.add_argument("--models", nargs="+", choices=sorted(CASES), default=list(CASES), help="default: all")
+    parser.add_argument("--race", action="store_true", help="also rows with racing heads; needs --examples 64 or more")
     parser.add_argument("--smollm2", type=Path, metavar="DIR", help="SmolLM2-135M (default: random weights)")
     return parser
 
@@ -203,7 +209,12 @@ QUICK: Mapping[str, Callable[[argparse.Namespace], Case]] = {
 # One row ------------------------------------------------------------------------------------------
 
 
-def measure(case: Case, metric: str, rounds: int) -> dict[str, Any]:
+def modes(case: Case, metric: str, race: bool) -> list[str]:
+    """How heads are scored; those of a metric that is no mean over examples cannot race."""
+    return ["exact", "race"] if race and (metric == "logprob" or case.task.metric != "BLEU-4") else ["exact"]
+
+
+def measure(case: Case, metric: str, mode: str, rounds: int) -> dict[str, Any]:
     """Ours, the twin and the limit, in turn."""
     prepared = prepare(*case.arguments())
     twin = Twin(case, metric)
@@ -217,19 +228,22 @@ def measure(case: Case, metric: str, rounds: int) -> dict[str, Any]:
                 top_heads=case.top_heads,
                 top_fraction=TOP_FRACTION,
                 head_metric=metric,  # type: ignore[arg-type]
+                heads=mode,  # type: ignore[arg-type]
                 batch_size=batch_size,
             )
             ours.append(time.perf_counter() - start)
         plain.append(twin.score_heads(number, rounds))
         times = LayerTimes(prepared, metric)
-        prefill, decode = layer_forwards(prepared, metric, found.heads, written)
+        share = found.race.evaluations / found.race.of if found.race else 1.0
+        prefill, decode = layer_forwards(prepared, metric, found.heads, written, share)
         limit.append(prefill * times.prefill + decode * times.decode)
     importance, seconds = twin.importance(case.top_heads)
     plain = [scoring + seconds for scoring in plain]
     return {
         "model": case.name,
         "metric": metric,
-        "mode": "exact",
+        "mode": mode,
+        "evaluated": share,
         **spread("speedup", plain, ours),
         **spread("limit_speedup", plain, limit),
         **spread("over_limit", ours, limit),
@@ -312,13 +326,17 @@ def layer_forwards(
     metric: str,
     best: Sequence[tuple[int, int, float]],
     written: Sequence[tuple[Sequence[Head], Sequence[Text], Sequence[Sequence[Text]]]],
-) -> tuple[int, int]:
-    """Layer-forwards of one token that cannot be avoided: (prefill, decode)."""
+    share: float,
+) -> tuple[float, int]:
+    """Layer-forwards of one token that cannot be avoided: (prefill, decode); of racing heads, those of the race.
+
+    `share` of the heads' prefill counts, as if what racing saves were spread evenly over the layers.
+    """
     layers = prepared.decoder.layout.layers
     depth, budget = len(layers), prepared.task.max_new_tokens
     prompts = sum(len(prompt) for prompt, _ in prepared.pairs())
-    prefill = prompts * sum(depth - layer for layer, _, _ in best)
-    every_head = sum((depth - layer.index) * (layer.num_heads or 0) for layer in layers)
+    prefill: float = prompts * sum(depth - layer for layer, _, _ in best)
+    every_head = share * sum((depth - layer.index) * (layer.num_heads or 0) for layer in layers)
     prefill += (depth + every_head) * sum(map(len, sequences(prepared, metric)))
     decode = 0
     for heads, drafts, texts in written:
@@ -415,8 +433,8 @@ class LayerTimes:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows for people, as Markdown."""
     lines = [
-        "| model | metric | speedup | limit's speedup | over limit | same bank | n | batch | ours, s |",
-        "|---|---|---|---|---|---|---:|---:|---:|",
+        "| model | metric | mode | speedup | limit's speedup | over limit | same bank | n | batch | ours, s |",
+        "|---|---|---|---|---|---|---|---:|---:|---:|",
     ]
     for row in rows:
         cells = [
@@ -425,7 +443,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         ]
         bank = f"{'yes' if row['same_bank'] else 'NO'} ({row['importance_error']:.0e})"
         numbers = f"{row['n']} | {row['batch_size']} | {row['seconds']:.1f}"
-        lines.append(f"| {row['model']} | {row['metric']} | {' | '.join(cells)} | {bank} | {numbers} |")
+        lines.append(f"| {row['model']} | {row['metric']} | {row['mode']} | {' | '.join(cells)} | {bank} | {numbers} |")
     return "\n".join(lines)
 
 

@@ -82,7 +82,7 @@ class Run:
     def layer_forwards(self) -> tuple[float, float]:
         """Of all examples: for head scores, for importance (heads taken to be spread evenly over the layers)."""
         depth = self.shape.layers
-        scoring = depth + self.shape.heads * depth * (depth + 1) / 2
+        scoring = depth + self.args.evaluated * self.shape.heads * depth * (depth + 1) / 2
         importance = depth + self.shape.top_heads * (depth + 1) / 2
         return self.args.examples * scoring, self.args.examples * importance
 
@@ -97,7 +97,7 @@ class Run:
             rows = min(args.batch_size, args.examples - number * args.batch_size)
             for part in range(parts):
                 owner = (number * parts + part) % gpus
-                of_heads = self.shape.heads * sum(depth - layer for layer in range(part, depth, parts))
+                of_heads = args.evaluated * self.shape.heads * sum(depth - layer for layer in range(part, depth, parts))
                 units[owner] += rows * (depth + of_heads)
                 drafts[owner] += 1
         rate = args.tflops * 1e12 * args.utilisation
@@ -148,6 +148,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--bandwidth", type=float, default=2.0, help="memory's, TB/s (default: %(default)s)")
     parser.add_argument(
         "--parted", type=float, default=0.2, help="share of answers that a replaced head changes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--evaluated",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="of heads on examples: below 1 where heads race (default: %(default)s)",
     )
     args = parser.parse_args(argv)
     print(f"{'':24}{'layer-forwards':>22}{'':>9}   hours: logprob (task) on GPUs")

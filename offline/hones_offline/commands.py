@@ -71,6 +71,19 @@ def attribute(argv: Sequence[str]) -> int:
         "log-probability: one forward per batch, much faster (default: %(default)s)",
     )
     parser.add_argument(
+        "--heads",
+        choices=("exact", "race"),
+        default="exact",
+        help="run every head on every example, or stop running a head once it has surely lost (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--error",
+        type=float,
+        default=0.05,
+        metavar="P",
+        help="with --heads race: probability of finding other heads than exact does (default: %(default)s)",
+    )
+    parser.add_argument(
         "--memory-gb",
         type=float,
         default=4.0,
@@ -94,6 +107,8 @@ def attribute(argv: Sequence[str]) -> int:
             top_fraction=args.top_fraction,
             head_metric=args.head_metric,
             **asdict(options),
+            heads=args.heads,
+            error=args.error,
             seed=args.seed,
             batch_size=args.batch_size,
             memory_gb=args.memory_gb,
@@ -104,10 +119,7 @@ def attribute(argv: Sequence[str]) -> int:
         )
         if processes.rank == 0:
             identity = ModelIdentity.from_model(model)
-            result = {
-                **_attribution_result(task, found, loaded.skipped, args.top_fraction, identity),
-                **asdict(options),
-            }
+            result = _attribution_result(task, found, loaded.skipped, args.top_fraction, identity) | asdict(options)
             write_atomically(args.out / RESULT, json_bytes(result))
             _show(args.json, result, _attribution_lines(result, args.out))
     return 0
@@ -472,18 +484,29 @@ def _attribution_result(
         "top_fraction": top_fraction,
         "bank": {str(layer): neurons.tolist() for layer, neurons in found.bank.items()},
         "failures": {**skipped, **found.failures},
+        **({"race": asdict(found.race)} if found.race else {}),
     }
 
 
 def _attribution_lines(result: Mapping[str, Any], out: Path) -> list[str]:
     bank = result["bank"]
     heads = ", ".join(f"{layer}.{head} ({weight:.3g})" for layer, head, weight in result["heads"][:8])
+    raced = result.get("race")
+    saved = [] if raced is None else [_race_line(raced)]
     return [
         f"{result['task']}: {sum(map(len, bank.values()))} neurons in {len(bank)} layers, from {result['n']} examples",
         *([f"strongest heads (layer.head): {heads}"] if heads else []),
+        *saved,
         *_failure_lines(result["failures"]),
         f"results: {out}",
     ]
+
+
+def _race_line(race: Mapping[str, Any]) -> str:
+    return (
+        f"race: {race['evaluations'] / race['of']:.0%} of {race['of']} evaluations of a head on an example; "
+        f"{race['finished']} heads finished; other heads than exact's with probability {race['error']:g} at most"
+    )
 
 
 def _fit_settings(args: argparse.Namespace) -> FitSettings:

@@ -32,16 +32,22 @@ def head_count(layer: DecoderLayer) -> int:
 
 
 def head_runs(
-    prepared: Prepared, head_metric: HeadMetric, *, batch_size: int, memory_gb: float
+    prepared: Prepared,
+    head_metric: HeadMetric,
+    *,
+    batch_size: int,
+    memory_gb: float,
+    among: Sequence[int] | None = None,
 ) -> Iterator[tuple[list[int], Callable[[], HeadRuns]]]:
     """The task's items, a few at a time, each in exactly one result; nothing runs before these are called.
 
-    Items are the examples, or for log-probabilities the (prompt, answer) pairs; with them come their numbers.
+    Items are the examples, or for log-probabilities the (prompt, answer) pairs; with them come their numbers. Only the
+    items `among` are run where that is given.
     """
     options = {"batch_size": batch_size, "memory_gb": memory_gb}
     if head_metric == "logprob":
         pairs = prepared.pairs()
-        for items in batches([len(prompt) + len(answer) for prompt, answer in pairs], batch_size):
+        for items in _batches_among([len(prompt) + len(answer) for prompt, answer in pairs], batch_size, among):
             yield items, cache(partial(LogProbabilities, prepared, [pairs[i] for i in items], **options))
         return
     kind: type[Ranking | Generation]
@@ -49,30 +55,54 @@ def head_runs(
         kind, rows = Ranking, max(1, batch_size // most_candidates(prepared))
     else:
         kind, rows = Generation, batch_size * Generation.batches_at_once(prepared, batch_size, memory_gb)
-    for items in batches([len(encoded.shared) for encoded in prepared.encoded], rows):
+    for items in _batches_among([len(encoded.shared) for encoded in prepared.encoded], rows, among):
         yield items, cache(partial(kind, prepared, items, **options))
 
 
-def head_statistics(
+def _batches_among(lengths: Sequence[int], rows: int, among: Sequence[int] | None) -> Iterator[list[int]]:
+    among = range(len(lengths)) if among is None else among
+    for chosen in batches([lengths[i] for i in among], rows):
+        yield [among[i] for i in chosen]
+
+
+def all_heads(prepared: Prepared) -> list[list[Head]]:
+    """Every head, by layer."""
+    return [[(layer.index, head) for head in range(head_count(layer))] for layer in prepared.decoder.layout.layers]
+
+
+def head_statistics(prepared: Prepared, head_metric: HeadMetric, **options: Any) -> tuple[FloatArray, FloatArray]:
+    """Every item's statistics: with all heads in place [items, k], and with each replaced [L, H, items, k].
+
+    `options` are those of `statistics_of`.
+    """
+    base, replaced = statistics_of(prepared, head_metric, heads=all_heads(prepared), **options)
+    return base, np.stack(replaced)
+
+
+def statistics_of(
     prepared: Prepared,
     head_metric: HeadMetric,
     *,
+    heads: Sequence[Sequence[Head]],
+    among: Sequence[int] | None = None,
+    step: str = "heads",
     batch_size: int,
     memory_gb: float = 4.0,
     run: RunFolder | None = None,
     progress: bool = False,
     processes: Processes = ALONE,
-) -> tuple[FloatArray, FloatArray]:
-    """Every item's statistics: with all heads in place [items, k], and with each replaced [L, H, items, k].
+) -> tuple[FloatArray, list[FloatArray]]:
+    """The items' statistics: with all heads in place [items, k], and with each of a layer's `heads` replaced.
 
-    A few layers' heads on some items are one resumable step of `run`. Each of `processes` does some of the steps, which
-    are the same for any number of them, and all have all results.
+    These are [heads, items, k] for each layer. The items are those `among`, in ascending order, or all. A few layers'
+    heads on some items are one resumable step of `run`; its name begins with `step`. Each of `processes` does some of
+    the steps, which are the same for any number of them, and all have all results.
     """
     from tqdm import tqdm
 
-    options: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb}
+    options: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb, "among": among}
     chosen = [items for items, _ in head_runs(prepared, head_metric, **options)]
-    blocks = _head_blocks(prepared, max(map(len, chosen)))
+    blocks = _blocks(heads, max(map(len, chosen)))
     parts = processes.parts(len(chosen), len(blocks))
 
     def mine(number: int, block: int) -> bool:  # costs fall with the layer, so parts take turns at blocks
@@ -80,12 +110,12 @@ def head_statistics(
 
     bar = tqdm(
         total=sum(
-            len(heads) * len(items)
+            len(of_block) * len(items)
             for number, items in enumerate(chosen)
-            for block, heads in enumerate(blocks)
+            for block, of_block in enumerate(blocks)
             if mine(number, block)
         ),
-        desc=f"{prepared.task.name}: heads",
+        desc=f"{prepared.task.name}: {step}",
         delay=2,
         leave=False,
         disable=None if progress and processes.rank == 0 else True,
@@ -94,33 +124,30 @@ def head_statistics(
     with bar:
         for number, (_, runs) in enumerate(head_runs(prepared, head_metric, **options)):
             if mine(number, 0):
-                own["base", number, 0] = _statistics(run, f"heads-{number:05d}-base", runs)
-            for block, heads in enumerate(blocks):
+                own["base", number, 0] = _statistics(run, f"{step}-{number:05d}-base", runs)
+            for block, of_block in enumerate(blocks):
                 if mine(number, block):
-                    some = _statistics(run, f"heads-{number:05d}-{block:03d}", runs, heads)
+                    some = _statistics(run, f"{step}-{number:05d}-{block:03d}", runs, of_block)
                     own["replaced", number, block] = some
                     bar.update(some.shape[0] * some.shape[1])
     found = {key: value for of_process in processes.share(own) for key, value in of_process.items()}
-    own_order = np.argsort(np.concatenate(chosen))
-    base = np.concatenate([found["base", number, 0] for number in range(len(chosen))])
-    replaced = np.concatenate(
-        [
-            np.concatenate([found["replaced", number, block] for number in range(len(chosen))], axis=1)
-            for block in range(len(blocks))
-        ]
-    )
-    by_layer = replaced[:, own_order].reshape(len(prepared.decoder.layout.layers), -1, *replaced.shape[1:])
-    return base[own_order], by_layer
+
+    def joined(kind: str, block: int) -> FloatArray:
+        return np.concatenate([found[kind, number, block] for number in range(len(chosen))], axis=-2)
+
+    ascending = np.argsort(np.concatenate(chosen))
+    replaced = np.concatenate([joined("replaced", block) for block in range(len(blocks))])[:, ascending]
+    return joined("base", 0)[ascending], np.split(replaced, np.cumsum([len(of_layer) for of_layer in heads])[:-1])
 
 
-def _head_blocks(prepared: Prepared, items: int) -> list[list[Head]]:
-    """All heads, in blocks of whole layers with about `_ROWS` (head, item) rows each: many rows decode together."""
+def _blocks(heads: Sequence[Sequence[Head]], items: int) -> list[list[Head]]:
+    """Whole layers' heads, together until they make `_ROWS` (head, item) rows: many rows decode together."""
     blocks: list[list[Head]] = [[]]
-    for layer in prepared.decoder.layout.layers:
+    for of_layer in heads:
         if len(blocks[-1]) * items >= _ROWS:
             blocks.append([])
-        blocks[-1] += [(layer.index, head) for head in range(head_count(layer))]
-    return blocks
+        blocks[-1] += of_layer
+    return [block for block in blocks if block]
 
 
 def _statistics(

@@ -106,8 +106,8 @@ def importance(
     some answers is not cancelled by what it does to the others.
     """
     replaced = [(layer, head) for layer, head, _ in heads]
-    options: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb, "processes": processes}
     kind = WriteInDrops if positive_part == "example" else WriteIn
+    options: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb, "processes": processes}
     base, *changed = _means(kind, prepared, directions, replaced, **options)
     drops = changed if positive_part == "example" else [(base - mean).clip(min=0) for mean in changed]
     weights = [weight for _, _, weight in heads]

@@ -20,10 +20,12 @@ from hones_offline.examples import Example
 from hones_offline.heads import HeadMetric, head_count, head_runs, head_scores, head_statistics, top_heads, utility
 from hones_offline.neurons import HeadWeights, PositivePart, Target, importance, target_directions, weigh
 from hones_offline.prompts import Prepared, prepare
+from hones_offline.racing import Race, race
 from hones_offline.runs import RunFolder, check_seed, run_settings
 from hones_offline.tasks import Task
 from hones_steer.errors import DataError
 
+Heads = Literal["exact", "race"]
 Method = Literal["hones"] | Baseline
 METHODS: tuple[Method, ...] = ("hones", *get_args(Baseline))
 
@@ -67,6 +69,8 @@ class Attribution:
     """Examples used."""
     failures: dict[str, str]
     """Ids of the examples that could not be used, with the reason."""
+    race: Race | None = None
+    """What racing saved, if heads raced; scores of the heads it dropped are estimates from some of the examples."""
 
 
 def attribute(
@@ -82,6 +86,8 @@ def attribute(
     target: Target = "paper",
     positive_part: PositivePart = "mean",
     head_weights: HeadWeights = "score",
+    heads: Heads = "exact",
+    error: float = 0.05,
     seed: int = 3407,
     batch_size: int = 16,
     memory_gb: float = 4.0,
@@ -107,6 +113,9 @@ def attribute(
             "centred" (of unembedding rows less their mean).
         positive_part: taken of the "mean" over examples (the paper's) or of each "example" before the mean.
         head_weights: the heads' weights in the importance: their "score" (the paper's) or their "rank".
+        heads: "exact" runs every head on every example; "race" stops running a head once it has surely lost (see
+            `racing`, which also says when it should not be trusted).
+        error: with "race", the probability that it finds other heads than "exact" does.
         seed: shuffles the examples before they are batched.
         batch_size: sequences run at a time.
         memory_gb: GiB for the hidden states that enter the layers, of the `batch_size` sequences being run:
@@ -126,6 +135,7 @@ def attribute(
     """
     _check_settings(top_heads, top_fraction, head_metric, batch_size, memory_gb)
     options = MethodOptions(method, target, positive_part, head_weights)
+    _check_race(heads, error, options.method)
     check_seed(seed)
     order = np.random.default_rng(seed).permutation(len(examples))
     prepared = prepare(
@@ -145,6 +155,7 @@ def attribute(
         "batch_size": batch_size,
         "memory_gb": memory_gb,
         **asdict(options),
+        **({"heads": heads, "error": error} if heads == "race" else {}),
     }
     for layer in prepared.decoder.layout.layers:
         head_count(layer)
@@ -156,6 +167,8 @@ def attribute(
         head_metric=head_metric,
         options=options,
         seed=seed,
+        heads=heads,
+        error=error,
         batch_size=batch_size,
         memory_gb=memory_gb,
         run=run,
@@ -181,6 +194,8 @@ def find_bank(
     head_metric: HeadMetric,
     options: MethodOptions = MethodOptions(),
     seed: int = 0,
+    heads: Heads = "exact",
+    error: float = 0.05,
     batch_size: int,
     memory_gb: float = 4.0,
     run: RunFolder | None = None,
@@ -189,19 +204,24 @@ def find_bank(
 ) -> Attribution:
     """`attribute` on examples that are already encoded; some heads on some examples are one resumable step."""
     _check_settings(count, top_fraction, head_metric, batch_size, memory_gb)
-    limits: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb}
-    if options.method != "hones":  # minutes at most, so one process does it
-        return processes.from_first(
-            lambda: _without_heads(prepared, options, top_fraction, head_metric, seed=seed, run=run, **limits)
-        )
-    limits["processes"] = processes
-    directions = target_directions(prepared, options.target)  # first: a target without tokens is found before hours
-    statistics = head_statistics(prepared, head_metric, run=run, progress=progress, **limits)
-    base, scores = head_scores(prepared, head_metric, *statistics)
-    heads = weigh(top_heads(scores, count), options.head_weights)
+    _check_race(heads, error, options.method)
+    limits: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb, "processes": processes}
+    limits_and_run: dict[str, Any] = {**limits, "run": run, "progress": progress}
+    if options.method != "hones":
+        return _without_heads(prepared, options, top_fraction, head_metric, seed=seed, **limits_and_run)
+    # First, so that a target without tokens is found before hours of work.
+    directions = target_directions(prepared, options.target)
+    raced = None
+    if heads == "race":
+        base, scores, finished, raced = race(prepared, head_metric, keep=count, error=error, **limits_and_run)
+        best = top_heads(np.where(finished, scores, -np.inf), count)
+    else:
+        base, scores = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, **limits_and_run))
+        best = top_heads(scores, count)
+    best = weigh(best, options.head_weights)
 
     def write_in() -> dict[str, npt.NDArray[Any]]:
-        values = importance(prepared, directions, heads, positive_part=options.positive_part, **limits)
+        values = importance(prepared, directions, best, positive_part=options.positive_part, **limits)
         return {"importance": values, "head_scores": scores}
 
     if run is None:
@@ -210,7 +230,7 @@ def find_bank(
         values = {} if processes.from_first(lambda: run.holds("attribution")) else write_in()
         found = processes.from_first(lambda: run.arrays("attribution", lambda: values))
     bank = select_bank(found["importance"], top_fraction)
-    return Attribution(scores, found["importance"], bank, heads, base, len(prepared), dict(prepared.failures))
+    return Attribution(scores, found["importance"], bank, best, base, len(prepared), dict(prepared.failures), raced)
 
 
 def _without_heads(
@@ -220,23 +240,26 @@ def _without_heads(
     head_metric: HeadMetric,
     *,
     seed: int,
+    batch_size: int,
+    memory_gb: float,
+    processes: Processes,
     run: RunFolder | None,
-    **limits: Any,
+    progress: bool,  # noqa: ARG001 - a forward or two of each example
 ) -> Attribution:
-    """The bank by a baseline; the utility of the untouched model is measured all the same."""
+    """The bank by a baseline, found by the first process, which also measures the untouched model's utility."""
     method = options.method
     assert method != "hones"
 
     def compute() -> dict[str, npt.NDArray[Any]]:
-        values = baseline(prepared, method, batch_size=limits["batch_size"], target=options.target, seed=seed)
-        return {"importance": values}
+        values = baseline(prepared, method, batch_size=batch_size, target=options.target, seed=seed)
+        items = head_runs(prepared, head_metric, batch_size=batch_size, memory_gb=memory_gb)
+        base = utility(prepared, head_metric, np.concatenate([runs().base() for _, runs in items]))
+        return {"importance": values, "base": np.array([base])}
 
-    found = (run.arrays("attribution", compute) if run else compute())["importance"]
-    rows = [runs().base() for _, runs in head_runs(prepared, head_metric, **limits)]
-    base = utility(prepared, head_metric, np.concatenate(rows))
+    found = processes.from_first(lambda: run.arrays("attribution", compute) if run else compute())
     nothing = np.zeros((0, 0), dtype=np.float32)
-    failures = dict(prepared.failures)
-    return Attribution(nothing, found, select_bank(found, top_fraction), [], base, len(prepared), failures)
+    bank, failures = select_bank(found["importance"], top_fraction), dict(prepared.failures)
+    return Attribution(nothing, found["importance"], bank, [], float(found["base"][0]), len(prepared), failures)
 
 
 def _check_settings(top_heads: int, top_fraction: float, head_metric: str, batch_size: int, memory_gb: float) -> None:
@@ -249,3 +272,12 @@ def _check_settings(top_heads: int, top_fraction: float, head_metric: str, batch
     check_fraction(top_fraction)
     if head_metric not in get_args(HeadMetric):
         raise DataError(f"head_metric must be 'task' or 'logprob', not {head_metric!r}")
+
+
+def _check_race(heads: str, error: float, method: str) -> None:
+    if heads not in get_args(Heads):
+        raise DataError(f"heads must be 'exact' or 'race', not {heads!r}")
+    if not 0 < error < 1:
+        raise DataError(f"error is a probability between 0 and 1, not {error}")
+    if heads == "race" and method != "hones":
+        raise DataError(f"method {method!r} scores no heads; leave heads='race' out")

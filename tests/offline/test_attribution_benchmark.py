@@ -15,9 +15,12 @@ def run(*arguments: str) -> str:
 
 
 def test_rows() -> None:
-    rows = json.loads(run("--quick", "--json"))
+    rows = json.loads(run("--quick", "--race", "--json"))
     assert [(row["model"], row["metric"], row["mode"]) for row in rows] == [
-        (model, metric, "exact") for model in ("llama text", "llava vqa") for metric in ("task", "logprob")
+        (model, metric, mode)
+        for model in ("llama text", "llava vqa")
+        for metric in ("task", "logprob")
+        for mode in ("exact", "race")
     ]
     for row in rows:
         assert row["same_bank"]

@@ -172,6 +172,7 @@ def test_attribute_takes_every_method_and_option(tmp_path: Any) -> None:
         ({"positive_part": "no"}, "positive_part must be one of mean, example, not 'no'"),
         ({"head_weights": "one"}, "head_weights must be one of score, rank, not 'one'"),
         ({"method": "ap", "target": "centred"}, "method 'ap' takes no target; leave it out"),
+        ({"method": "ap", "heads": "race"}, "method 'ap' scores no heads; leave heads='race' out"),
         ({"method": "dvp", "head_weights": "rank"}, "method 'dvp' takes no head_weights; leave it out"),
     ],
 )

@@ -209,6 +209,7 @@ def test_little_of_the_estimated_time_is_lost_on_many_gpus() -> None:
         utilisation=0.4,
         bandwidth=2,
         parted=0.2,
+        evaluated=1.0,
     )
     run = estimate.Run(estimate.llava(), args)
     flops = sum(
