@@ -377,8 +377,8 @@ def _budgets(summary: Summary) -> Section:
 def _cross(summary: Summary) -> Section:
     title = "Across tasks"
     what = (
-        "The drop of every task (column) when one task's bank is set to zero (row). Of selective banks only the diagonal "
-        "is orange."
+        "The drop of every task (column) when one task's bank is set to zero (row). Of selective banks only the "
+        "diagonal is orange."
     )
     found = summary.get("cross")
     if not found:

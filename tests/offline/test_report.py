@@ -20,9 +20,8 @@ ATTACK = (
 )
 
 
-OPTIONAL_PARTS = (
-    "heads neurons overlap masking budgets cross groups steering strength stability failures"  # in the page's order
-).split()
+OPTIONAL_PARTS = ["heads", "neurons", "overlap", "masking", "budgets", "cross", "groups", "steering", "strength"]
+OPTIONAL_PARTS += ["stability", "failures"]  # in the page's order
 
 
 def write(folder: Path, summary: Any) -> Path:
@@ -43,9 +42,16 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def one_browser() -> Iterator[Any]:
     with chromium() as started:
         yield started
+
+
+@pytest.fixture
+def browser(one_browser: Any) -> Iterator[Any]:
+    yield one_browser
+    for context in one_browser.contexts:
+        context.close()
 
 
 class Opened:
@@ -197,10 +203,11 @@ def test_light_and_dark_differ(full: tuple[Path, Any], browser: Any) -> None:
 
 CONTRASTS = """() => {
   const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
-  const rgb = colour => {
+  const known = {};
+  const rgb = colour => known[colour] ??= (() => {
     canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
     return [...canvas.getImageData(0, 0, 1, 1).data];
-  };
+  })();
   const luminance = colour => [0.2126, 0.7152, 0.0722].reduce((sum, weight, i) => {
     const part = colour[i] / 255;
     return sum + weight * (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
