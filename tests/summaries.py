@@ -19,7 +19,7 @@ METHODS = (
     "ape",
     "random",
 )
-FRACTIONS = (0.0025, 0.005, 0.01, 0.02, 0.04)
+FRACTIONS = (0.0025, 0.01, 0.04)
 FAILED = {"french-7": "its image cannot be read: truncated", "french-31": "it has no targets"}
 STEERED = ("base", "fixed_amp", "grid_search", "random_neurons", "hones_no_kl", "hones")
 
