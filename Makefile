@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test picture lint format clean
 .DEFAULT_GOAL := test
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -20,11 +20,22 @@ BIN := .venv/bin
 	$(BIN)/python tests/serving/install_vllm.py
 	touch $@
 
+# Some tests look at pages in a browser.
+.venv/.chromium: tests/install_chromium.py tests/browser.py | .venv/.installed
+	$(BIN)/python tests/install_chromium.py
+	touch $@
+
 demo: .venv/.installed
 	$(BIN)/hones demo --out runs/demo
 
-test: lint .venv/.vllm
+test: lint .venv/.vllm .venv/.chromium
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# The picture in docs/ and README, of the run in $(RUN).
+RUN ?= runs/demo
+picture: .venv/.installed .venv/.chromium
+	$(BIN)/hones report $(RUN)
+	$(BIN)/python tests/browser.py $(RUN)/report.html docs/report.png
 
 lint: .venv/.installed
 	$(BIN)/ruff check --quiet .

@@ -29,6 +29,7 @@ _SUMMARIES = {
     "attribute": "find the neurons that matter for a task",
     "fit": "learn scales for a task's neurons and write its profile",
     "evaluate": "measure a task with and without steering or masking",
+    "report": "one page, and JSON, of what a run measured",
     "inspect": "explain a profile: task, model, neurons per layer, scales, evidence",
     "diff": "compare two profiles",
     "verify": "check that a profile fits a model and steers it",
