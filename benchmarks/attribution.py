@@ -11,9 +11,10 @@
 
 The limit is the layer-forwards that cannot be avoided times the best time of one. A head of layer l needs the layers
 from l on, for the prompt and for the answer as far as it is the undisturbed one: all these tokens are known, which is
-prefill. Every further token needs all layers, one token at a time: decode. The best time of one is that of the model's
-own layers, called one after another on unpadded copies of the middle-sized sequence, at the batch size that is best,
-prefill and decode apart. Embedding, vision tower, unembedding, processor and scoring are not in the limit.
+prefill; a beginning that all prompts share counts once. Every further token needs all layers, one token at a time:
+decode. The best time of one is that of the model's own layers, called one after another on unpadded copies of the
+middle-sized sequence (to decode, after as many tokens as are there on average), at the batch size that is best, prefill
+and decode apart. Embedding, vision tower, unembedding, processor and scoring are not in the limit.
 
 Everything is interleaved: each round runs ours whole, a share of the twin's heads, and the layers alone. Over the
 rounds the twin scores every head once, so that its result can be compared with ours. Its importance, a few heads' more,
@@ -32,7 +33,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,12 @@ import tiny_models
 import tiny_processors
 from hones_offline import attribute
 from hones_offline.banks import select_bank
-from hones_offline.caching import new_cache
+from hones_offline.caching import ending_together, new_cache
 from hones_offline.decoding import Batch, Segment, TextDecoder
 from hones_offline.embedded import load_tiny_vlm
 from hones_offline.examples import Example, MemoryImage, scene_examples
-from hones_offline.interventions import Generation
+from hones_offline.interventions import Generation, HeadRuns
+from hones_offline.neurons import WriteIn
 from hones_offline.prompts import Prepared, prepare
 from hones_offline.recording import Head
 from hones_offline.scenes import scenes
@@ -125,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
 def embedded(args: argparse.Namespace, task: str) -> Case:
     """The shipped model on generated scenes."""
     model, processor = load_tiny_vlm()
-    examples = scene_examples(task, scenes("discovery", args.examples or 24))
+    examples = scene_examples(task, scenes("discovery", args.examples or 48))
     return Case(f"tiny-vlm {task}", model, processor, get_task(task), examples)
 
 
@@ -221,7 +223,7 @@ def measure(case: Case, metric: str, mode: str, rounds: int) -> dict[str, Any]:
     batch_size = LayerTimes(prepared, metric).batch_size
     ours, plain, limit = [], [], []
     for number in range(rounds):
-        with generated() as written:
+        with recorded() as work:
             start = time.perf_counter()
             found = attribute(
                 *case.arguments(),
@@ -233,9 +235,8 @@ def measure(case: Case, metric: str, mode: str, rounds: int) -> dict[str, Any]:
             )
             ours.append(time.perf_counter() - start)
         plain.append(twin.score_heads(number, rounds))
-        times = LayerTimes(prepared, metric)
-        share = found.race.evaluations / found.race.of if found.race else 1.0
-        prefill, decode = layer_forwards(prepared, metric, found.heads, written, share)
+        prefill, decode, context = layer_forwards(prepared, work)
+        times = LayerTimes(prepared, metric, context)
         limit.append(prefill * times.prefill + decode * times.decode)
     importance, seconds = twin.importance(case.top_heads)
     plain = [scoring + seconds for scoring in plain]
@@ -243,7 +244,7 @@ def measure(case: Case, metric: str, mode: str, rounds: int) -> dict[str, Any]:
         "model": case.name,
         "metric": metric,
         "mode": mode,
-        "evaluated": share,
+        "evaluated": found.race.evaluations / found.race.of if found.race else 1.0,
         **spread("speedup", plain, ours),
         **spread("limit_speedup", plain, limit),
         **spread("over_limit", ours, limit),
@@ -303,52 +304,77 @@ class Twin:
 # The limit ----------------------------------------------------------------------------------------
 
 
-@contextmanager
-def generated() -> Iterator[list[tuple[Sequence[Head], Sequence[Text], Sequence[Sequence[Text]]]]]:
-    """What is written while the block runs: heads, the undisturbed texts, and for each head its texts."""
-    written: list[tuple[Sequence[Head], Sequence[Text], Sequence[Sequence[Text]]]] = []
-    original = Generation.replaced
+@dataclass
+class Work:
+    """What was run: the heads of each `HeadRuns`; of generated answers heads, undisturbed texts and each head's."""
 
-    def recording(self: Generation, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[list[Text]]:
-        texts = original(self, heads, states)
-        written.append((heads, self.drafts, texts))
+    runs: list[tuple[HeadRuns, Sequence[Head]]] = field(default_factory=list)
+    written: list[tuple[Sequence[Head], Sequence[Text], Sequence[Sequence[Text]]]] = field(default_factory=list)
+
+
+@contextmanager
+def recorded() -> Iterator[Work]:
+    """What is run while the block runs."""
+    work = Work()
+    in_batches, replaced = HeadRuns._in_batches, Generation.replaced
+
+    def recording_heads(self: HeadRuns, heads: Sequence[Head]) -> list[Any]:
+        work.runs.append((self, heads))
+        return in_batches(self, heads)
+
+    def recording_texts(self: Generation, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[list[Text]]:
+        texts = replaced(self, heads, states)
+        work.written.append((heads, self.drafts, texts))
         return texts
 
-    Generation.replaced = recording  # type: ignore[method-assign]
+    HeadRuns._in_batches, Generation.replaced = recording_heads, recording_texts  # type: ignore[method-assign]
     try:
-        yield written
+        yield work
     finally:
-        Generation.replaced = original  # type: ignore[method-assign]
+        HeadRuns._in_batches, Generation.replaced = in_batches, replaced  # type: ignore[method-assign]
 
 
-def layer_forwards(
-    prepared: Prepared,
-    metric: str,
-    best: Sequence[tuple[int, int, float]],
-    written: Sequence[tuple[Sequence[Head], Sequence[Text], Sequence[Sequence[Text]]]],
-    share: float,
-) -> tuple[float, int]:
-    """Layer-forwards of one token that cannot be avoided: (prefill, decode); of racing heads, those of the race.
-
-    `share` of the heads' prefill counts, as if what racing saves were spread evenly over the layers.
-    """
-    layers = prepared.decoder.layout.layers
-    depth, budget = len(layers), prepared.task.max_new_tokens
-    prompts = sum(len(prompt) for prompt, _ in prepared.pairs())
-    prefill: float = prompts * sum(depth - layer for layer, _, _ in best)
-    every_head = share * sum((depth - layer.index) * (layer.num_heads or 0) for layer in layers)
-    prefill += (depth + every_head) * sum(map(len, sequences(prepared, metric)))
-    decode = 0
-    for heads, drafts, texts in written:
-        if heads[0] == (0, 0):  # once for all heads
-            decode += depth * sum(_tokens(draft, budget) - 1 for draft in drafts)
+def layer_forwards(prepared: Prepared, work: Work) -> tuple[int, int, int]:
+    """Layer-forwards of one token that cannot be avoided, (prefill, decode), and tokens before one that is decoded."""
+    depth, budget = len(prepared.decoder.layout.layers), prepared.task.max_new_tokens
+    prefill = decode = context = 0
+    counted: set[Any] = set()
+    for runs, heads in work.runs:
+        shared, own = fed(runs)
+        if not isinstance(runs, WriteIn):  # whose undisturbed forward the head scores have had
+            shared_once = 0 if "undisturbed" in counted else shared
+            prefill += 0 if id(runs) in counted else depth * (shared_once + own)
+            counted |= {id(runs), "undisturbed"}
+        for layer, head in heads:
+            key = (type(runs), layer, head)
+            prefill += (depth - layer) * (own + (0 if key in counted else shared))
+            counted.add(key)
+    first = {id(drafts): drafts for _, drafts, _ in work.written}
+    lengths = [len(encoded.prompt(0)) for encoded in prepared.encoded]
+    for drafts in first.values():
+        for draft in drafts:
+            steps = _tokens(draft, budget) - 1
+            decode += depth * steps
+            context += depth * steps * steps // 2
+    for heads, drafts, texts in work.written:
         for (layer, _), found in zip(heads, texts, strict=True):
             for draft, text in zip(drafts, found, strict=True):
                 shared = _shared(draft, text)
-                if text != draft:
-                    decode += depth * (_tokens(text, budget) - shared - 1)
                 prefill += (depth - layer) * min(shared, budget - 1)
-    return prefill, decode
+                if text != draft:
+                    steps = _tokens(text, budget) - shared - 1
+                    decode += depth * steps
+                    context += depth * steps * (shared + steps // 2)
+    return prefill, decode, context // max(decode, 1) + int(statistics.median(lengths))
+
+
+def fed(runs: HeadRuns) -> tuple[int, int]:
+    """How many tokens each head's forward of these items must be fed: a beginning that they share, and the others."""
+    if isinstance(runs, Generation):
+        rows = [part.rows for part in runs.parts]
+        own = sum(int((part.prompts - part.rows.shared).sum()) for part in runs.parts)
+        return rows[0].shared, own
+    return runs.rows.shared, int(runs.rows.ends.sum())  # type: ignore[attr-defined]
 
 
 def _tokens(text: Text, budget: int) -> int:
@@ -373,31 +399,37 @@ class LayerTimes:
 
     @torch.no_grad()
     def __init__(self, prepared: Prepared, metric: str, context: int = 0) -> None:
-        self.decoder, self.context = prepared.decoder, context
+        self.decoder = prepared.decoder
         rows = sorted(sequences(prepared, metric), key=len)
         self.segment = rows[len(rows) // 2]
         sizes = [2**i for i in range(10)]
         prefill = {size: self._prefill(size) for size in sizes if size * len(self.segment) <= MOST_TOKENS or size == 1}
         self.prefill = min(prefill.values())
-        decoded = [size for size in sizes if size * len(self.segment) <= MOST_CACHED or size == 1]
-        self.decode = min(map(self._decode, decoded)) if metric == "task" else 0.0
         self.batch_size = max(size for size, seconds in prefill.items() if seconds < 1.05 * self.prefill)
+        self.decode = 0.0
+        if context:
+            self.decode = min(self._decode(size, context) for size in sizes if size * context <= MOST_CACHED)
 
     def _prefill(self, rows: int) -> float:
         batch = self.decoder.collate([self.segment] * rows)
         return self._seconds(self._calls(lambda: self.decoder.run(batch)), lambda: None) / batch.mask.numel()
 
-    def _decode(self, rows: int) -> float:
-        ids = torch.zeros(self.context, dtype=torch.long)
-        batch = self.decoder.collate([self.segment + self.decoder.continuation(self.segment, ids)] * rows)
-        _, cache = self.decoder.run(batch, new_cache())
-        length = batch.mask.shape[1]
-        mask = torch.cat([batch.mask, batch.mask[:, :1]], dim=1)
-        step = Batch(batch.embeds[:, -1:], mask, batch.positions[:, :, -1:] + 1)
+    def _decode(self, rows: int, context: int) -> float:
+        before = self.decoder.continuation(self.segment, torch.zeros(context, dtype=torch.long))
+        batch = self.decoder.collate([before.split(context)[0]])
+        _, one = self.decoder.run(batch, new_cache())
+        cache, mask = ending_together(
+            [(layer, torch.zeros(rows, dtype=torch.long)) for layer in one.layers], torch.full((rows,), context)
+        )
+        step = Batch(
+            batch.embeds[:, -1:].repeat(rows, 1, 1),
+            torch.cat([mask, mask[:, :1]], dim=1),
+            batch.positions[:, :, -1:].repeat(1, rows, 1) + 1,
+        )
 
         def crop() -> None:
             for layer in cache.layers:
-                layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+                layer.keys, layer.values = layer.keys[:, :, :context], layer.values[:, :, :context]
 
         self.decoder.run(step, cache)  # from the second token on there is room
         crop()
