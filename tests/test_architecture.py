@@ -40,13 +40,17 @@ ALLOWED = {
     "_folding": {"errors", "injection", "layout", "profile", "slots"},
     "_selftest": {"errors", "injection", "layout", "profile", "slots"},
     "huggingface": _BELOW_HUGGINGFACE,
-    "convert": {*_BELOW_HUGGINGFACE, "huggingface"},
-    "hub": {*_BELOW_HUGGINGFACE, "huggingface"},
+    "_folders": {"errors", "profile"},
+    "_cards": {"profile"},
+    "convert": {"errors", "layout", "profile", "slots", "_cards", "_folders"},
+    "merging": {"errors", "injection", "layout", "profile", "_cards", "_folders", "convert", "loading"},
+    "hub": {"errors", "profile", "store", "_cards", "_folders"},
     "loading": {"errors"},
     "commands": {*_BELOW_HUGGINGFACE, "huggingface", "loading"},
+    "shipping": {"errors", "profile", "convert", "merging", "hub", "loading", "commands"},
     "cli": {"_version", "errors"},
     "__main__": {"cli"},
-    "__init__": {"_version", *_BELOW_HUGGINGFACE, "huggingface", "convert", "hub"},
+    "__init__": {"_version", *_BELOW_HUGGINGFACE, "huggingface", "convert", "merging", "hub"},
 }
 # The exceptions, each at one place: (module, function) -> imported module.
 EXCEPTIONS = {("profile", "ModelIdentity.from_model", "layout")}
