@@ -83,8 +83,9 @@ def export_lora(
 ) -> LoraExport:
     """Write a profile as a LoRA adapter on the down-projections, for any engine that serves LoRAs.
 
-    A layer's rank is the number of its neurons with a scale other than 1, at most the hidden size. The tensors have the weights' dtype: in
-    float32 the result is exact up to rounding; in bfloat16 each entry of B is off by at most 2^-9 of itself.
+    A layer's rank is the number of its neurons with a scale other than 1, at most the hidden size. The tensors have
+    the weights' dtype: in float32 the result is exact up to rounding; in bfloat16 each entry of B is off by at most
+    2^-9 of itself.
     With `truncate="svd"` a layer above `max_rank` gets the best approximation of that rank instead of an error.
 
     Raises:
@@ -192,8 +193,8 @@ def _check_ranks(needed: Mapping[int, int], max_rank: int, truncate: str | None)
     layer = max(needed, key=needed.__getitem__)
     if needed[layer] > max_rank and truncate is None:
         raise ProfileError(
-            f"layer {layer} needs rank {needed[layer]}, one for each neuron it changes, more than {max_rank}; "
-            "raise --max-rank (vLLM takes at most 512), accept an approximation with --truncate svd, or export IA3"
+            f"layer {layer} needs rank {needed[layer]} (its changed neurons, at most the hidden size), more than "
+            f"{max_rank}; raise --max-rank (vLLM takes at most 512), approximate with --truncate svd, or export IA3"
         )
 
 

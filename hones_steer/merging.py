@@ -242,7 +242,7 @@ def _read_tensor(file: BufferedReader | BufferedRandom, tensor: _Stored) -> Tens
 
 
 def _merged_card(profile: Profile, checkpoint: StrPath) -> str:
-    base = profile.base_model.name or Path(checkpoint).name
+    base = profile.base_model.name or Path(checkpoint).absolute().name
     paragraphs: Sequence[str] = [
         f"# {base}, steered for `{profile.task}`",
         f"A copy of {describe_model(profile)} in which the steering profile with digest `{profile.digest}` is merged "

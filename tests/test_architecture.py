@@ -47,7 +47,7 @@ ALLOWED = {
     "hub": {"errors", "profile", "store", "_cards", "_folders"},
     "loading": {"errors"},
     "commands": {*_BELOW_HUGGINGFACE, "huggingface", "loading"},
-    "shipping": {"errors", "profile", "convert", "merging", "hub", "loading", "commands"},
+    "shipping": {"errors", "profile", "store", "convert", "merging", "hub", "loading", "commands"},
     "cli": {"_version", "errors"},
     "__main__": {"cli"},
     "__init__": {"_version", *_BELOW_HUGGINGFACE, "huggingface", "convert", "merging", "hub"},
@@ -192,6 +192,8 @@ def allowed_third_parties(found: Import) -> set[str]:
         return requirements(None) | requirements("hf") | requirements("vllm")
     if found.package != "hones_steer":
         return requirements(None) | requirements("hf") | requirements(EXTRAS[found.package])
+    if found.module == "convert" and found.function == "_peft":
+        return requirements("peft")
     base_only = found.module in BASE_MODULES or (found.module == "commands" and not found.function)
     return requirements(None) if base_only and not found.typing_only else requirements(None) | requirements("hf")
 
@@ -214,7 +216,7 @@ def loaded_by(script: str) -> set[str]:
     return set(result.stdout.rpartition("MODULES ")[2].split())
 
 
-HEAVY = {"torch", "transformers", "vllm", "PIL", "tqdm", "hones_offline", "hones_serving"}
+HEAVY = {"torch", "transformers", "huggingface_hub", "vllm", "PIL", "tqdm", "hones_offline", "hones_serving"}
 GOLDEN = ROOT / "tests" / "steer" / "golden" / "vqa.safetensors"
 
 
