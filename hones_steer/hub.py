@@ -30,6 +30,7 @@ MANIFEST_FORMAT = 1
 
 # In a card without this line the text is somebody's own, and is left alone.
 _GENERATED = "<!-- Written by `hones push`, which replaces it. Delete this line to keep a text of your own. -->"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SPEC = re.compile(r"hub:(?P<repo>[^@\s]+)(?:@(?P<revision>[^@\s]+))?")
 
 
@@ -81,15 +82,17 @@ def push_profile(
         parent = api.repo_info(name, revision=revision).sha
         assert parent is not None  # a repository has a first commit
         has_profiles = api.file_exists(name, MANIFEST, revision=parent)
-        there = _pull(name, parent, None, token) if has_profiles else Pulled(name, parent, {}, {})
-        profiles = {**there.profiles, **{each.task: each for each in given}}
+        listed = _pull(name, parent, [], token).listed if has_profiles else {}
+        kept = [task for task in listed if task not in tasks]  # what is replaced may be damaged
+        there = _pull(name, parent, kept, token).profiles if kept else {}
+        profiles = {**there, **{each.task: each for each in given}}
         _require_one_model(name, list(profiles.values()))
         has_card = api.file_exists(name, CARD, revision=parent)
         own_card = has_card and _GENERATED not in _text(name, CARD, parent, token)
         if own_card:
             warnings.warn(f"{name}: its {CARD} is not ours and is kept; describe the new profiles there", stacklevel=2)
         files = {each.task + SUFFIX: serialize_profile(each) for each in given}
-        files[MANIFEST] = _manifest({**there.listed, **{each.task: _entry(each) for each in given}})
+        files[MANIFEST] = _manifest({**listed, **{each.task: _entry(each) for each in given}})
         if not own_card:
             files[CARD] = hub_card(name, [profiles[task] for task in sorted(profiles)]).encode()
         commit = api.create_commit(
@@ -142,9 +145,13 @@ def local_folder(spec: str) -> Path:
     pulled = pull_profiles(match["repo"], revision=match["revision"])
     folder = Path(constants.HF_HOME, "hones-steer", pulled.repo.replace("/", "--"), pulled.commit)
     if not folder.is_dir():
-        with new_folder(folder) as temporary:
-            for task, profile in pulled.profiles.items():
-                (temporary / (task + SUFFIX)).write_bytes(serialize_profile(profile))
+        try:
+            with new_folder(folder) as temporary:
+                for task, profile in pulled.profiles.items():
+                    (temporary / (task + SUFFIX)).write_bytes(serialize_profile(profile))
+        except DataError:
+            if not folder.is_dir():  # else another server has made it meanwhile
+                raise
     store = ProfileStore(folder)
     for task, profile in pulled.profiles.items():
         if store.get(task) != profile:
@@ -156,8 +163,12 @@ def local_folder(spec: str) -> Path:
 
 
 def _pull(repo: str, revision: str | None, tasks: Sequence[str] | None, token: str | None) -> Pulled:
+    # Not left to the download alone: without a network that would give what is in the cache, without a word.
+    present = _present_commit(repo, revision, token)
     file = _download(repo, MANIFEST, revision, token)
     commit = file.parent.name  # of huggingface_hub's snapshot, and so of all that is read below
+    if present not in (None, commit):
+        raise DataError(f"{repo}: {revision or 'main'} is being changed; pull again")
     listed = _read_manifest(repo, file)
     for task in tasks or ():
         if task not in listed:
@@ -165,6 +176,13 @@ def _pull(repo: str, revision: str | None, tasks: Sequence[str] | None, token: s
     wanted = [task for task in listed if tasks is None or task in tasks]
     profiles = {task: _checked(repo, commit, task, listed[task], token) for task in wanted}
     return Pulled(repo, commit, profiles, listed)
+
+
+def _present_commit(repo: str, revision: str | None, token: str | None) -> str | None:
+    """The commit that a branch or tag is now; None where nobody needs to be asked (a commit, HF_HUB_OFFLINE)."""
+    if constants.HF_HUB_OFFLINE or (revision and _COMMIT.fullmatch(revision)):
+        return None
+    return HfApi(token=token).repo_info(repo, revision=revision).sha
 
 
 def _read_manifest(repo: str, file: Path) -> dict[str, Entry]:
@@ -180,7 +198,9 @@ def _read_manifest(repo: str, file: Path) -> dict[str, Entry]:
     except ProfileError as error:
         raise ProfileError(f"{repo}: {error}") from error
     except (KeyError, AttributeError, TypeError, UnicodeDecodeError) as error:
-        raise ProfileError(f"{repo}: {MANIFEST} is damaged ({error!r}); push the profiles again") from error
+        raise ProfileError(
+            f"{repo}: {MANIFEST} is damaged ({error!r}); delete it there and push the profiles again"
+        ) from error
     return dict(sorted(listed.items()))
 
 
@@ -234,8 +254,14 @@ def _hub_errors(what: str) -> Iterator[None]:
         raise DataError(f"{what}: not the name of a repository; write ORG/NAME") from error
     except errors.HfHubHTTPError as error:
         raise DataError(f"{what}: {_http_reason(error)}") from error
+    except (RuntimeError, ValueError) as error:  # an upload that failed in a thread of its own
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
+        raise DataError(f"{what}: {reason}") from error
     except huggingface_hub.utils.httpx.HTTPError as error:  # type: ignore[attr-defined]  # it is, dynamically
-        raise DataError(f"{what}: {constants.ENDPOINT} cannot be reached ({error}); check the network") from error
+        raise DataError(
+            f"{what}: {constants.ENDPOINT} cannot be reached ({error}); what is in the cache can be had by its "
+            "commit as revision, or with HF_HUB_OFFLINE=1"
+        ) from error
 
 
 def _http_reason(error: errors.HfHubHTTPError) -> str:
