@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from hones_steer._version import __version__
 
 if TYPE_CHECKING:
-    from hones_steer.convert import export_lora, export_peft, import_peft
+    from hones_steer.convert import export_lora, export_peft
     from hones_steer.errors import (
         DataError,
         HonesError,
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from hones_steer.hub import pull_profile, push_profile
     from hones_steer.huggingface import Steering, steer
+    from hones_steer.importing import import_peft
     from hones_steer.layout import find_layout, register_layout
     from hones_steer.merging import merge_into
     from hones_steer.profile import ModelIdentity, Profile, load_profile, save_profile
@@ -55,7 +56,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "convert": ("export_lora", "export_peft", "import_peft"),
+    "convert": ("export_lora", "export_peft"),
     "errors": (
         "DataError",
         "HonesError",
@@ -67,6 +68,7 @@ _MODULES = {
     ),
     "hub": ("pull_profile", "push_profile"),
     "huggingface": ("Steering", "steer"),
+    "importing": ("import_peft",),
     "layout": ("find_layout", "register_layout"),
     "merging": ("merge_into",),
     "profile": ("ModelIdentity", "Profile", "load_profile", "save_profile"),

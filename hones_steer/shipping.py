@@ -95,7 +95,7 @@ def import_(argv: Sequence[str]) -> int:
     add("--model", help="the model it was trained on: a folder or a Hub name")
     add("--json", action="store_true", help="print JSON instead of text")
     options = parser.parse_args(argv)
-    from hones_steer.convert import import_peft
+    from hones_steer.importing import import_peft
     from hones_steer.loading import load_model
 
     model = load_model(options.model) if options.model else None

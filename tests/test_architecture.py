@@ -43,14 +43,15 @@ ALLOWED = {
     "_folders": {"errors", "profile"},
     "_cards": {"profile"},
     "convert": {"errors", "layout", "profile", "slots", "_cards", "_folders"},
+    "importing": {"errors", "layout", "profile", "convert"},
     "merging": {"errors", "injection", "layout", "profile", "_cards", "_folders", "convert", "loading"},
     "hub": {"errors", "profile", "store", "_cards", "_folders"},
     "loading": {"errors"},
     "commands": {*_BELOW_HUGGINGFACE, "huggingface", "loading"},
-    "shipping": {"errors", "profile", "store", "convert", "merging", "hub", "loading", "commands"},
+    "shipping": {"errors", "profile", "store", "convert", "importing", "merging", "hub", "loading", "commands"},
     "cli": {"_version", "errors"},
     "__main__": {"cli"},
-    "__init__": {"_version", *_BELOW_HUGGINGFACE, "huggingface", "convert", "merging", "hub"},
+    "__init__": {"_version", *_BELOW_HUGGINGFACE, "huggingface", "convert", "importing", "merging", "hub"},
 }
 # The exceptions, each at one place: (module, function) -> imported module.
 EXCEPTIONS = {("profile", "ModelIdentity.from_model", "layout")}
