@@ -51,16 +51,16 @@ def export(argv: Sequence[str]) -> int:
         progress = functools.partial(tqdm, desc="weight files", disable=None)  # None: off where there is no terminal
         merge_into(profile, options.model, options.out, allow_mismatch=options.allow_mismatch, progress=progress)
         return _exported(options, result, "merged into the weights")
+    from hones_steer.checkpoint import open_checkpoint
     from hones_steer.convert import export_lora, export_peft
     from hones_steer.loading import load_model
 
-    model = load_model(options.model)
-    if options.to == "peft":
-        export_peft(profile, model, options.out, allow_mismatch=options.allow_mismatch)
+    if options.to == "peft":  # takes the names of the modules, not their weights
+        export_peft(profile, open_checkpoint(options.model).model, options.out, allow_mismatch=options.allow_mismatch)
         return _exported(options, result, "as an IA3 adapter")
     done = export_lora(
         profile,
-        model,
+        load_model(options.model),
         options.out,
         max_rank=options.max_rank,
         truncate=options.truncate,
@@ -95,10 +95,10 @@ def import_(argv: Sequence[str]) -> int:
     add("--model", help="the model it was trained on: a folder or a Hub name")
     add("--json", action="store_true", help="print JSON instead of text")
     options = parser.parse_args(argv)
+    from hones_steer.checkpoint import open_checkpoint
     from hones_steer.importing import import_peft
-    from hones_steer.loading import load_model
 
-    model = load_model(options.model) if options.model else None
+    model = open_checkpoint(options.model).model if options.model else None
     profile = import_peft(options.folder, model=model, task=options.task)
     save_profile(profile, options.out)
     _report([(profile, options.out)], {}, options.json)

@@ -326,10 +326,10 @@ def test_the_commands(tmp_path, capsys):
 
 
 def test_hf_endpoint_decides_which_hub(hub, tmp_path):
-    """The environment variables that huggingface_hub reads are all it takes."""
+    """The environment variables that huggingface_hub reads are all it takes, and no torch."""
     push_profile(vqa(), REPO)
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "elsewhere"), "HF_HUB_OFFLINE": "0"}
-    code = "import sys; from hones_steer.shipping import pull; sys.exit(pull(sys.argv[1:]))"
+    code = "import sys; from hones_steer.shipping import pull; pull(sys.argv[1:]); assert 'torch' not in sys.modules"
     command = [sys.executable, "-c", code, REPO, "--out", str(tmp_path / "out")]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
