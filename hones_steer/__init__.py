@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from hones_steer._version import __version__
 
 if TYPE_CHECKING:
+    from hones_steer.convert import export_lora, export_peft
     from hones_steer.errors import (
         DataError,
         HonesError,
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
         RoutingError,
         StateError,
     )
+    from hones_steer.hub import pull_profile, push_profile
     from hones_steer.huggingface import Steering, steer
+    from hones_steer.importing import import_peft
     from hones_steer.layout import find_layout, register_layout
+    from hones_steer.merging import merge_into
     from hones_steer.profile import ModelIdentity, Profile, load_profile, save_profile
     from hones_steer.store import ProfileStore
 
@@ -38,14 +42,21 @@ __all__ = [
     "StateError",
     "Steering",
     "__version__",
+    "export_lora",
+    "export_peft",
     "find_layout",
+    "import_peft",
     "load_profile",
+    "merge_into",
+    "pull_profile",
+    "push_profile",
     "register_layout",
     "save_profile",
     "steer",
 ]
 
 _MODULES = {
+    "convert": ("export_lora", "export_peft"),
     "errors": (
         "DataError",
         "HonesError",
@@ -55,8 +66,11 @@ _MODULES = {
         "RoutingError",
         "StateError",
     ),
+    "hub": ("pull_profile", "push_profile"),
     "huggingface": ("Steering", "steer"),
+    "importing": ("import_peft",),
     "layout": ("find_layout", "register_layout"),
+    "merging": ("merge_into",),
     "profile": ("ModelIdentity", "Profile", "load_profile", "save_profile"),
     "store": ("ProfileStore",),
 }
@@ -69,7 +83,7 @@ def __getattr__(name: str) -> object:
     try:
         module = importlib.import_module(f"hones_steer.{_HOME[name]}")
     except ModuleNotFoundError as error:
-        if error.name not in ("torch", "transformers"):
+        if error.name not in ("torch", "transformers", "huggingface_hub"):
             raise
         raise ModuleNotFoundError(
             f"hones_steer.{name} needs {error.name}: pip install 'hones-steer[hf]'", name=error.name

@@ -33,6 +33,10 @@ _SUMMARIES = {
     "inspect": "explain a profile: task, model, neurons per layer, scales, evidence",
     "diff": "compare two profiles",
     "verify": "check that a profile fits a model and steers it",
+    "export": "write a profile as a PEFT adapter, a LoRA or a merged checkpoint",
+    "import": "read an IA3 adapter of PEFT as a profile",
+    "push": "publish profiles on the Hugging Face Hub",
+    "pull": "download profiles from the Hugging Face Hub and check them",
     "serve": "serve a model over HTTP, each request steered by its task",
     "demo": "the whole method on the small model that ships with this package",
 }
@@ -57,7 +61,18 @@ example:
 
 # The extra that brings what the commands of a package import.
 _EXTRAS = {"hones_steer": "hf", "hones_offline": "offline", "hones_serving": "serve"}
-_EXTRA_MODULES = {"torch", "transformers", "PIL", "jinja2", "rapidfuzz", "tqdm", "yaml", "re2", "prometheus_client"}
+_EXTRA_MODULES = {
+    "torch",
+    "transformers",
+    "huggingface_hub",
+    "PIL",
+    "jinja2",
+    "rapidfuzz",
+    "tqdm",
+    "yaml",
+    "re2",
+    "prometheus_client",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

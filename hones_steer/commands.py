@@ -31,7 +31,7 @@ _SCALE_BINS = (
 
 def inspect(argv: Sequence[str]) -> int:
     """``hones inspect FILE``: explain a profile to a person, or to a script with ``--json``."""
-    parser = _parser(
+    parser = command_parser(
         "inspect",
         "Explain a profile: task, model, neurons per layer, scales, method and evidence.",
         "hones inspect profiles/vqa.safetensors\n  hones inspect profiles/vqa.safetensors --json | jq .digest",
@@ -41,7 +41,7 @@ def inspect(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     profile = load_profile(options.file)
     if options.json:
-        _print_json(_described(profile, options.file))
+        print_json(_described(profile, options.file))
     else:
         print("\n".join(_inspect_lines(profile, options.file)))
     return 0
@@ -49,7 +49,7 @@ def inspect(argv: Sequence[str]) -> int:
 
 def diff(argv: Sequence[str]) -> int:
     """``hones diff A B``: 0 where both steer alike (same digest), 1 where they differ."""
-    parser = _parser(
+    parser = command_parser(
         "diff",
         "Compare two profiles: neurons and scales per layer, and metadata.\n"
         "Exit code 0: the same neurons and scales; 1: different; 2: bad input.",
@@ -61,7 +61,7 @@ def diff(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     comparison = _compare(load_profile(options.a), load_profile(options.b))
     if options.json:
-        _print_json(comparison)
+        print_json(comparison)
     else:
         print("\n".join(_diff_lines(comparison)))
     return 0 if comparison["equal"] else 1
@@ -69,7 +69,7 @@ def diff(argv: Sequence[str]) -> int:
 
 def verify(argv: Sequence[str]) -> int:
     """``hones verify FILE MODEL``: load the model, attach the profile, and test that it steers."""
-    parser = _parser(
+    parser = command_parser(
         "verify",
         "Check that a profile fits a model and steers it: loads the model, attaches the profile and runs\n"
         "the self-test. Exit code 0: yes; 1: no, with the reason; 2: the file or the model cannot be read.",
@@ -91,7 +91,7 @@ def verify(argv: Sequence[str]) -> int:
     except HonesError as error:
         reason = str(error)
     if options.json:
-        _print_json({"file": options.file, "model": options.model, "fits": not reason, "reason": reason})
+        print_json({"file": options.file, "model": options.model, "fits": not reason, "reason": reason})
     elif reason:
         print(f"no: {reason}")
     else:
@@ -99,7 +99,8 @@ def verify(argv: Sequence[str]) -> int:
     return 1 if reason else 0
 
 
-def _parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
+def command_parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
+    """The parser of one command, whose help ends with an example."""
     return argparse.ArgumentParser(
         prog=f"hones {name}",
         description=description,
@@ -236,7 +237,8 @@ def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
-def _print_json(value: object) -> None:
+def print_json(value: object) -> None:
+    """What `--json` prints."""
     print(json.dumps(value, indent=2, sort_keys=True))
 
 

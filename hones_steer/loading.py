@@ -59,6 +59,30 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> torch.
         return _load_weights(name, config, dtype, place, spread=device == "auto").eval()
 
 
+def empty_model(config: Any) -> torch.nn.Module:
+    """The model of a configuration without weights (on the meta device): its structure and its names."""
+    with loading("the model of this configuration"), torch.device("meta"):
+        model: torch.nn.Module = _auto_class(config).from_config(config, trust_remote_code=False)
+    return model
+
+
+def find_checkpoint(name: str) -> Path:
+    """The folder of a model: itself, or where the Hub's was downloaded to (safetensors, no other weights).
+
+    Raises:
+        DataError: there is no such model, or it cannot be downloaded.
+    """
+    if _is_path(name):
+        if not Path(name, "config.json").is_file():
+            raise DataError(f"{name}: has no config.json; name a model folder or a Hub name")
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    with loading(f"the model {name!r}"):
+        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+
+
 @contextmanager
 def loading(what: str) -> Iterator[None]:
     """Turn what transformers raises inside the block into a DataError of one sentence."""
@@ -93,14 +117,17 @@ def is_vlm(config: Any) -> bool:
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
-def _load_weights(name: str, config: Any, dtype: str, device: torch.device, *, spread: bool) -> torch.nn.Module:
+def _auto_class(config: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    kind = AutoModelForImageTextToText if is_vlm(config) else AutoModelForCausalLM
+    return AutoModelForImageTextToText if is_vlm(config) else AutoModelForCausalLM
+
+
+def _load_weights(name: str, config: Any, dtype: str, device: torch.device, *, spread: bool) -> torch.nn.Module:
     placement: dict[str, Any] = {}
     if spread and torch.cuda.device_count() > 1:
         placement["device_map"] = "auto"
-    load: Any = kind.from_pretrained  # annotated as if it never returned the report
+    load: Any = _auto_class(config).from_pretrained  # annotated as if it never returned the report
     model: torch.nn.Module
     model, report = load(
         name,

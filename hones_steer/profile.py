@@ -358,22 +358,14 @@ def parse_profile(data: bytes) -> Profile:
         ProfileError: saying what is wrong with them (without a file name).
     """
     header = _parse_header(data)
-    metadata = _parse_metadata(header.pop("__metadata__", None))
-    base_model = _parse_base_model(metadata["base_model"])
-    layers = _check_tensor_names(header, base_model.num_layers)
+    fields = parse_metadata(_metadata_text(header.pop("__metadata__", None)))
+    layers = _check_tensor_names(header, fields["base_model"].num_layers)
     try:
         tensors = safetensors.numpy.load(data)
     except safetensors.SafetensorError as error:
         raise ProfileError(f"not a sound safetensors file: {error}") from error
     return Profile(
-        task=metadata["task"],
-        layers={i: (tensors[f"layers.{i}.neurons"], tensors[f"layers.{i}.scales"]) for i in layers},
-        base_model=base_model,
-        description=metadata["description"],
-        license=metadata["license"],
-        method=metadata["method"],
-        evidence=metadata["evidence"],
-        created_with=metadata["created_with"],
+        layers={i: (tensors[f"layers.{i}.neurons"], tensors[f"layers.{i}.scales"]) for i in layers}, **fields
     )
 
 
@@ -408,10 +400,10 @@ def _parse_header(data: bytes) -> dict[str, Any]:
         text = data[8 : 8 + length].decode("utf-8")
     except UnicodeDecodeError as error:
         raise ProfileError(f"the safetensors header is not UTF-8: {error.reason}") from error
-    return _parse_json(text, "the safetensors header")
+    return parse_json(text, "the safetensors header")
 
 
-def _parse_metadata(entry: object) -> dict[str, Any]:
+def _metadata_text(entry: object) -> str:
     if not isinstance(entry, dict) or METADATA_KEY not in entry:
         raise ProfileError(f"not a steering profile: __metadata__ has no key {METADATA_KEY!r}")
     if len(entry) > 1:
@@ -420,7 +412,16 @@ def _parse_metadata(entry: object) -> dict[str, Any]:
     text = entry[METADATA_KEY]
     if not isinstance(text, str):
         raise ProfileError(f"__metadata__.{METADATA_KEY} is not a string")
-    metadata = _parse_json(text, "the metadata")
+    return text
+
+
+def parse_metadata(text: str) -> dict[str, Any]:
+    """What `metadata_json` has written: every field of a `Profile` but its layers, with `base_model` a `ModelIdentity`.
+
+    Raises:
+        ProfileError: another version, a key too few or too many, or a bad `base_model`.
+    """
+    metadata = parse_json(text, "the metadata")
     version = metadata.get("format")
     if type(version) is not int or version != FORMAT:
         raise ProfileError(
@@ -428,7 +429,8 @@ def _parse_metadata(entry: object) -> dict[str, Any]:
         )
     fields = {field.name for field in dataclasses.fields(Profile)} - {"layers"}
     _check_keys(metadata, fields | {"format"}, "the metadata")
-    return metadata
+    del metadata["format"]
+    return metadata | {"base_model": _parse_base_model(metadata["base_model"])}
 
 
 def _parse_base_model(value: object) -> ModelIdentity:
@@ -458,7 +460,8 @@ def _check_tensor_names(header: Mapping[str, Any], num_layers: int) -> list[int]
     return sorted(layers)
 
 
-def _parse_json(text: str, what: str) -> dict[str, Any]:
+def parse_json(text: str, what: str) -> dict[str, Any]:
+    """A JSON object from an untrusted source: no duplicate keys, no NaN. Raises ProfileError, naming `what`."""
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except RecursionError as error:
@@ -674,18 +677,22 @@ def save_profile(profile: Profile, path: StrPath) -> None:
 
 def serialize_profile(profile: Profile) -> bytes:
     """The bytes of the profile's file."""
+    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    for layer, (neurons, scales) in profile.layers.items():
+        tensors[f"layers.{layer}.neurons"] = neurons
+        tensors[f"layers.{layer}.scales"] = scales
+    return safetensors.numpy.save(tensors, metadata={METADATA_KEY: metadata_json(profile)})
+
+
+def metadata_json(profile: Profile) -> str:
+    """Everything of a profile but its layers, as it stands in the file."""
     metadata = {
         field.name: getattr(profile, field.name)
         for field in dataclasses.fields(Profile)
         if field.name not in ("layers", "base_model")
     }
     metadata |= {"format": FORMAT, "base_model": dataclasses.asdict(profile.base_model)}
-    text = json.dumps(metadata, sort_keys=True, allow_nan=False, separators=(",", ":"))
-    tensors: dict[str, np.ndarray[Any, Any]] = {}
-    for layer, (neurons, scales) in profile.layers.items():
-        tensors[f"layers.{layer}.neurons"] = neurons
-        tensors[f"layers.{layer}.scales"] = scales
-    return safetensors.numpy.save(tensors, metadata={METADATA_KEY: text})
+    return json.dumps(metadata, sort_keys=True, allow_nan=False, separators=(",", ":"))
 
 
 @contextlib.contextmanager

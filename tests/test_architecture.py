@@ -40,13 +40,30 @@ ALLOWED = {
     "_folding": {"errors", "injection", "layout", "profile", "slots"},
     "_selftest": {"errors", "injection", "layout", "profile", "slots"},
     "huggingface": _BELOW_HUGGINGFACE,
-    "convert": {*_BELOW_HUGGINGFACE, "huggingface"},
-    "hub": {*_BELOW_HUGGINGFACE, "huggingface"},
+    "_folders": {"errors", "profile"},
+    "_cards": {"profile"},
+    "convert": {"errors", "layout", "profile", "slots", "_cards", "_folders"},
+    "importing": {"errors", "layout", "profile", "convert"},
+    "checkpoint": {"errors", "layout", "loading", "profile"},
+    "merging": {"errors", "injection", "layout", "profile", "_cards", "_folders", "checkpoint", "convert"},
+    "hub": {"errors", "profile", "store", "_cards", "_folders"},
     "loading": {"errors"},
     "commands": {*_BELOW_HUGGINGFACE, "huggingface", "loading"},
+    "shipping": {
+        "errors",
+        "profile",
+        "store",
+        "checkpoint",
+        "convert",
+        "importing",
+        "merging",
+        "hub",
+        "loading",
+        "commands",
+    },
     "cli": {"_version", "errors"},
     "__main__": {"cli"},
-    "__init__": {"_version", *_BELOW_HUGGINGFACE, "huggingface", "convert", "hub"},
+    "__init__": {"_version", *_BELOW_HUGGINGFACE, "huggingface", "convert", "importing", "merging", "hub"},
 }
 # The exceptions, each at one place: (module, function) -> imported module.
 EXCEPTIONS = {("profile", "ModelIdentity.from_model", "layout")}
@@ -188,6 +205,8 @@ def allowed_third_parties(found: Import) -> set[str]:
         return requirements(None) | requirements("hf") | requirements("vllm")
     if found.package != "hones_steer":
         return requirements(None) | requirements("hf") | requirements(EXTRAS[found.package])
+    if found.module == "convert" and found.function == "_peft":
+        return requirements("peft")
     base_only = found.module in BASE_MODULES or (found.module == "commands" and not found.function)
     return requirements(None) if base_only and not found.typing_only else requirements(None) | requirements("hf")
 
@@ -210,7 +229,7 @@ def loaded_by(script: str) -> set[str]:
     return set(result.stdout.rpartition("MODULES ")[2].split())
 
 
-HEAVY = {"torch", "transformers", "vllm", "PIL", "tqdm", "hones_offline", "hones_serving"}
+HEAVY = {"torch", "transformers", "huggingface_hub", "vllm", "PIL", "tqdm", "hones_offline", "hones_serving"}
 GOLDEN = ROOT / "tests" / "steer" / "golden" / "vqa.safetensors"
 
 

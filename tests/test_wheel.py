@@ -56,10 +56,11 @@ def test_it_brings_the_commands_and_the_extras(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     entry_points = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
     commands = archive.read(entry_points).decode()
-    for name in ("inspect", "diff", "verify", "attribute", "fit", "evaluate", "demo", "report"):
+    steer = ("inspect", "diff", "verify", "export", "import", "push", "pull")
+    for name in (*steer, "attribute", "fit", "evaluate", "demo", "report"):
         assert f"\n{name} = " in commands
     metadata = archive.read(entry_points.replace("entry_points.txt", "METADATA")).decode()
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
     assert sorted(line.split()[1].partition(">")[0] for line in required) == ["numpy", "safetensors"]
-    for extra in ("hf", "offline", "dev"):
+    for extra in ("hf", "offline", "peft", "dev"):
         assert f"Provides-Extra: {extra}\n" in metadata

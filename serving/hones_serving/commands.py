@@ -53,6 +53,7 @@ Every other option goes to vLLM as it is; `vllm serve --help=all` lists them.
 
 examples:
   hones serve llava-hf/llava-1.5-7b-hf --profiles profiles
+  hones serve ./model --profiles hub:my-org/my-profiles@3f1c0de
   hones serve ./model --profiles profiles --routing routing.yaml --port 8080 --max-model-len 4096
   HONES_KEY=... ; hones serve ./model --profiles profiles --api-key "$HONES_KEY" --allow-profile-updates
 
@@ -80,7 +81,7 @@ def launch(
     """
     options, for_vllm = _parse(argv)
     settings = Settings(
-        profiles=options.profiles,
+        profiles=_profiles_folder(options.profiles),
         max_profiles=options.max_profiles,
         routing=options.routing,
         allow_updates=options.allow_profile_updates,
@@ -123,7 +124,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a model folder or a Hub name")
     add("--engine", choices=("vllm", "transformers"), default="vllm", help="what runs the model (default: vllm)")
-    add("--profiles", metavar="DIR", type=Path, required=True, help="folder of profiles, <task>.safetensors")
+    add(
+        "--profiles",
+        metavar="DIR",
+        required=True,
+        help="folder of profiles, <task>.safetensors, or hub:ORG/NAME@REVISION for those of a Hub repository",
+    )
     add("--routing", metavar="FILE", type=Path, help="YAML: default, rules and canary for requests that do not ask")
     add(
         "--max-profiles",
@@ -156,6 +162,15 @@ def _key(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("the key is empty, so anybody could call the server; is its variable set?")
     return text
+
+
+def _profiles_folder(where: str) -> Path:
+    """The folder itself, or that with the profiles of a "hub:org/name@revision"."""
+    if not where.startswith("hub:"):
+        return Path(where)
+    from hones_steer.hub import local_folder
+
+    return local_folder(where)
 
 
 # Checks before the long start ---------------------------------------------------------------------

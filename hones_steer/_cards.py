@@ -1,0 +1,84 @@
+"""Model cards (README.md) for what is shipped: plain Markdown under Hugging Face's YAML header."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from hones_steer.profile import Profile
+
+# The columns of evidence that `hones fit` and `hones demo` write come first, in this order.
+_EVIDENCE_ORDER = ("metric", "split", "n", "base", "steered", "gain_ci95", "masked")
+
+
+def card(profiles: Sequence[Profile], paragraphs: Sequence[str], **header: Any) -> str:
+    """A card: the YAML header (base model, license and tags of the profiles, and `header`), then the paragraphs."""
+    licenses = {profile.license for profile in profiles} - {""}
+    data = {
+        "base_model": profiles[0].base_model.name or None,
+        "license": next(iter(licenses)).lower() if len(licenses) == 1 else None,
+        "tags": ["hones-steer"],
+        **header,
+    }
+    text = ModelCardData(ignore_metadata_errors=True, **data).to_yaml(line_break="\n")
+    return "\n\n".join([f"---\n{text}\n---", *paragraphs]) + "\n"
+
+
+def profiles_table(profiles: Sequence[Profile]) -> str:
+    """What the profiles are: task, digest, neurons, description."""
+    rows = []
+    for profile in profiles:
+        model = profile.base_model
+        share = profile.num_neurons / (model.num_layers * model.intermediate_size)
+        rows.append(
+            {
+                "task": profile.task,
+                "digest": f"`{profile.short_digest}`",
+                "FFN neurons": f"{profile.num_neurons:,} ({share:.2%})",
+                "description": profile.description,
+                "license": profile.license,
+            }
+        )
+    return _table(rows)
+
+
+def evidence_table(profiles: Sequence[Profile]) -> str:
+    """What was measured, one row per task; the sentence that nothing was, where no profile has evidence."""
+    rows = [{"task": profile.task, **profile.evidence} for profile in profiles if profile.evidence]
+    if not rows:
+        return "No evidence: nothing was measured for what is here."
+    return _table(rows, ("task", *_EVIDENCE_ORDER))
+
+
+def describe_model(profile: Profile) -> str:
+    """The base model in one line."""
+    model = profile.base_model
+    name = f"`{model.name}`" if model.name else "a model without a public name"
+    revision = f" at revision `{model.revision}`" if model.revision else ""
+    return (
+        f"{_cell(name + revision)} ({_cell(model.model_type)}, {model.num_layers} layers × "
+        f"{model.intermediate_size:,} FFN neurons, hidden size {model.hidden_size:,})"
+    )
+
+
+def _table(rows: Sequence[Mapping[str, object]], order: Sequence[str] = ()) -> str:
+    present = dict.fromkeys(key for row in rows for key in row)
+    columns = [*(key for key in order if key in present), *(key for key in present if key not in order)]
+    cells = [[row.get(key, "") for key in columns] for row in rows]
+    lines: list[list[object]] = [[*columns], ["---"] * len(columns), *cells]
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    """A value from a profile as one table cell that can neither end its row nor smuggle in HTML."""
+    if isinstance(value, float):
+        text = f"{value:.4g}"
+    elif isinstance(value, list) and all(isinstance(item, int | float) for item in value):
+        text = f"[{', '.join(map(_cell, value))}]"
+    else:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

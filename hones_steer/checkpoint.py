@@ -1,0 +1,134 @@
+"""A checkpoint on the disk, in safetensors: which tensor is where, and the model it makes, without loading it."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from io import BufferedRandom, BufferedReader
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from hones_steer.errors import DataError
+from hones_steer.layout import Layout, find_layout
+from hones_steer.loading import empty_model, find_checkpoint, load_config, loading
+from hones_steer.profile import parse_json
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor's bytes are: `[begin, end)` of a file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    def read(self) -> Tensor:
+        with self.file.open("rb") as file:
+            return read_tensor(file, self)
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A checkpoint and its model, which has no weights (meta tensors) but the final norm's, for `ModelIdentity`.
+
+    `keys` maps a parameter's name to its key on the disk, `stored` such a key to its place.
+    """
+
+    folder: Path
+    config: Any
+    model: nn.Module
+    layout: Layout
+    keys: Mapping[str, str]
+    stored: Mapping[str, Stored]
+
+
+def open_checkpoint(name: str) -> Checkpoint:
+    """Look at a model folder, or a Hub name, without loading it: headers, structure, and one norm.
+
+    Raises:
+        DataError: no such checkpoint, one without safetensors, or a damaged one.
+        LayoutError: the model's FFNs are not recognised.
+    """
+    folder = find_checkpoint(name)
+    config = load_config(str(folder))
+    stored = _stored_tensors(folder)
+    model = empty_model(config)
+    layout, keys = find_layout(model), _disk_keys(model, stored)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    norm: Any = layout.final_norm
+    key = keys.get(names.get(id(norm.weight), "")) if norm is not None else None
+    if key is not None and stored[key].dtype in DTYPES:  # else a profile's sketch cannot be compared, which is said
+        norm.weight = nn.Parameter(stored[key].read(), requires_grad=False)
+    return Checkpoint(folder, config, model, layout, keys, stored)
+
+
+def _stored_tensors(source: Path) -> dict[str, Stored]:
+    """Every tensor of the checkpoint by its key on the disk. Headers only; nothing is loaded."""
+    if (source / INDEX).is_file():
+        with loading(f"{source / INDEX}"):
+            weight_map = json.loads((source / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(weight_map.values()))
+        if wrong := [name for name in names if Path(name).name != name or not (source / name).is_file()]:
+            raise DataError(f"{source}: {wrong[0]!r}, which {INDEX} names, is not there; get the whole checkpoint")
+    elif (source / SINGLE).is_file():
+        names = [SINGLE]
+    else:
+        raise DataError(f"{source}: has no {SINGLE} and no {INDEX}; save the model as safetensors (save_pretrained)")
+    stored: dict[str, Stored] = {}
+    for name in names:
+        stored.update(_read_header(source / name))
+    return stored
+
+
+def _read_header(file: Path) -> dict[str, Stored]:
+    try:
+        with safe_open(file, framework="pt"):
+            pass  # it is whole, and its offsets are sound
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{file}: cannot be read: {error}") from error
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = parse_json(stream.read(length).decode("utf-8"), f"the header of {file}")
+    header.pop("__metadata__", None)
+    start = 8 + length
+    return {
+        key: Stored(file, entry["dtype"], tuple(entry["shape"]), *(start + at for at in entry["data_offsets"]))
+        for key, entry in header.items()
+    }
+
+
+def _disk_keys(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
+    """Parameter name -> key on the disk, by transformers' own renaming (LLaVA's differ, for one)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    prefix, parameters = str(getattr(model, "base_model_prefix", "")), model.state_dict()
+    keys: dict[str, str] = {}
+    for key in stored:
+        name, converter = rename_source_key(key, renamings, converters, prefix, parameters)
+        if name not in parameters:  # as transformers does: it may lack the prefix only
+            name, converter = rename_source_key(key, [], [], prefix, parameters)
+        if converter is None:
+            keys[name] = key
+    return keys
+
+
+def read_tensor(file: BufferedReader | BufferedRandom, tensor: Stored) -> Tensor:
+    file.seek(tensor.begin)
+    data = bytearray(tensor.end - tensor.begin)
+    file.readinto(data)
+    return torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).view(tensor.shape)

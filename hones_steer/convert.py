@@ -1,0 +1,254 @@
+"""Profiles written as PEFT adapters: IA3, which is exact, and LoRA, exact up to a rank.
+
+IA3 multiplies the input of a feed-forward module by a vector, which is what a profile does at W_down. LoRA adds
+B·A·z to W_down·z: with one-hot rows in A and B = W_down[:, i]·(s_i − 1), the sum is W_down·(s⊙z) in real arithmetic.
+`importing` reads IA3 adapters back; `merging` puts the scales into the weights themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from hones_steer._cards import card, describe_model, evidence_table, profiles_table
+from hones_steer._folders import new_folder
+from hones_steer.errors import DataError, LayoutError, ProfileError
+from hones_steer.layout import DecoderLayer, Layout, down_weight, find_layout, is_transposed, unwrap
+from hones_steer.layout import base_layer as inside_adapters
+from hones_steer.profile import ModelIdentity, Profile, StrPath, metadata_json
+from hones_steer.slots import scale_row
+
+CONFIG, WEIGHTS, SIDECAR = "adapter_config.json", "adapter_model.safetensors", "hones_profile.json"
+MAX_RANK = 512  # the most vLLM takes
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+PREFIX, IA3_SUFFIX = "base_model.model.", ".ia3_l"
+
+
+def export_peft(profile: Profile, model: nn.Module, folder: StrPath, *, allow_mismatch: bool = False) -> None:
+    """Write a profile as an IA3 adapter: `PeftModel.from_pretrained(model, folder)` scales as `steer` does.
+
+    The folder also gets `hones_profile.json` (what `import_peft` needs besides the scales) and a model card.
+
+    Raises:
+        DataError: peft is not installed, or the folder exists or cannot be written.
+        LayoutError, MismatchError: the model's FFNs are not recognised, or the profile is another model's.
+    """
+    layout = _checked_layout(profile, model, allow_mismatch)
+    modules = {layer: name for layer, name in module_names(model, layout).items() if layer in profile.layers}
+    tensors = {
+        f"{PREFIX}{name}{IA3_SUFFIX}": scale_row(profile, layer, layout.intermediate_size)[None]
+        for layer, name in modules.items()
+    }
+    pattern = _module_pattern(modules)
+    config = _peft().IA3Config(
+        target_modules=pattern, feedforward_modules=pattern, fan_in_fan_out=_is_conv1d(layout), **_common(profile)
+    )
+    text = _adapter_card(profile, "IA3", "Exact: PEFT multiplies the same activations by the same float32 factors.")
+    _write_adapter(folder, config, tensors, sidecar(profile, modules), text)
+
+
+@dataclass(frozen=True)
+class LoraExport:
+    """What `export_lora` wrote: the rank in each layer, and by how much the change of weights is off.
+
+    `error` is the largest ‖ΔW − BA‖ / ‖ΔW‖ (Frobenius) over the layers; 0 where nothing was truncated.
+    """
+
+    ranks: Mapping[int, int]
+    error: float
+
+
+def export_lora(
+    profile: Profile,
+    model: nn.Module,
+    folder: StrPath,
+    *,
+    max_rank: int = MAX_RANK,
+    truncate: str | None = None,
+    allow_mismatch: bool = False,
+) -> LoraExport:
+    """Write a profile as a LoRA adapter on the down-projections, for any engine that serves LoRAs.
+
+    A layer's rank is the number of its neurons with a scale other than 1, at most the hidden size. The tensors have
+    the weights' dtype: in float32 the result is exact up to rounding; in bfloat16 each entry of B is off by at most
+    2^-9 of itself.
+    With `truncate="svd"` a layer above `max_rank` gets the best approximation of that rank instead of an error.
+
+    Raises:
+        ProfileError: a layer needs more than `max_rank` (and `truncate` is None), or every scale is 1.
+        DataError: peft is not installed, or the folder exists or cannot be written.
+        LayoutError: the FFNs are not recognised, or the weights are quantised or not in memory.
+        MismatchError: the profile is another model's.
+    """
+    if max_rank < 1 or truncate not in (None, "svd"):
+        raise ProfileError(f"max_rank={max_rank}, truncate={truncate!r}: give a rank of at least 1, and None or 'svd'")
+    layout = _checked_layout(profile, model, allow_mismatch)
+    names = module_names(model, layout)
+    counts = {index: int(np.sum(scales != 1)) for index, (_, scales) in profile.layers.items()}
+    needed = {index: min(count, layout.hidden_size) for index, count in counts.items() if count}
+    _check_ranks(needed, max_rank, truncate)
+    tensors, errors = {}, {}
+    for index in needed:
+        a, b, errors[index] = _lora_pair(profile, layout.layers[index], max_rank)
+        tensors[f"{PREFIX}{names[index]}.lora_A.weight"] = a
+        tensors[f"{PREFIX}{names[index]}.lora_B.weight"] = b
+    ranks = {index: min(rank, max_rank) for index, rank in needed.items()}
+    patterns = {names[index]: rank for index, rank in ranks.items()}
+    targets = {index: names[index] for index in ranks}
+    config = _peft().LoraConfig(
+        r=max(ranks.values()),
+        lora_alpha=max(ranks.values()),  # so that a reader which knows no patterns scales by 1 as well
+        rank_pattern=patterns,
+        alpha_pattern=patterns,
+        lora_dropout=0.0,
+        target_modules=_module_pattern(targets),
+        fan_in_fan_out=_is_conv1d(layout),
+        **_common(profile),
+    )
+    done = LoraExport(ranks, max(errors.values()))
+    modules = {index: names[index] for index in profile.layers}
+    _write_adapter(
+        folder, config, tensors, sidecar(profile, modules), _adapter_card(profile, "LoRA", _lora_notes(done))
+    )
+    return done
+
+
+def sidecar(profile: Profile, modules: Mapping[int, str]) -> str:
+    """`hones_profile.json`: membership, metadata and where each layer's factors went, but not the scales."""
+    content = {
+        "digest": profile.digest,
+        "metadata": json.loads(metadata_json(profile)),
+        "modules": {str(layer): name for layer, name in modules.items()},
+        "neurons": {str(layer): neurons.tolist() for layer, (neurons, _) in profile.layers.items()},
+    }
+    return json.dumps(content, sort_keys=True) + "\n"
+
+
+def module_names(model: nn.Module, layout: Layout) -> dict[int, str]:
+    """Layer -> dotted name of its down-projection in the Hugging Face model (without wrappers)."""
+    paths = {id(module): name for name, module in unwrap(model).named_modules()}
+    return {layer.index: paths[id(layer.down_proj)] for layer in layout.layers}
+
+
+def _checked_layout(profile: Profile, model: nn.Module, allow_mismatch: bool) -> Layout:
+    layout = find_layout(model)
+    profile.base_model.check(ModelIdentity.from_model(unwrap(model)), allow_mismatch=allow_mismatch)
+    return layout
+
+
+def _module_pattern(modules: Mapping[int, str]) -> str:
+    """One regex that matches these modules and no other: a vision tower may have modules of the same last name."""
+    layers: dict[tuple[str, str], list[str]] = {}
+    for layer, name in modules.items():
+        before, _, after = name.rpartition(f".{layer}.")
+        layers.setdefault((before, after), []).append(str(layer))
+    return "|".join(
+        rf"{re.escape(before)}\.({'|'.join(numbers)})\.{re.escape(after)}"
+        for (before, after), numbers in layers.items()
+    )
+
+
+def _is_conv1d(layout: Layout) -> bool:
+    return is_transposed(inside_adapters(layout.layers[0].down_proj))
+
+
+def _common(profile: Profile) -> dict[str, Any]:
+    return {"inference_mode": True, "base_model_name_or_path": profile.base_model.name or None}
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise DataError("peft is not installed; run: pip install 'hones-steer[peft]'") from error
+    return peft
+
+
+def _write_adapter(folder: StrPath, config: Any, tensors: Mapping[str, Tensor], extra: str, text: str) -> None:
+    with new_folder(folder) as temporary:
+        config.save_pretrained(temporary)
+        (temporary / SIDECAR).write_text(extra, encoding="utf-8")
+        (temporary / "README.md").write_text(text, encoding="utf-8")
+        data = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, metadata={"format": "pt"})
+        (temporary / WEIGHTS).write_bytes(data)
+
+
+def _check_ranks(needed: Mapping[int, int], max_rank: int, truncate: str | None) -> None:
+    if not needed:
+        raise ProfileError("every scale is 1, so there is nothing for a LoRA to add")
+    layer = max(needed, key=needed.__getitem__)
+    if needed[layer] > max_rank and truncate is None:
+        raise ProfileError(
+            f"layer {layer} needs rank {needed[layer]} (its changed neurons, at most the hidden size), more than "
+            f"{max_rank}; raise --max-rank (vLLM takes at most 512), approximate with --truncate svd, or export IA3"
+        )
+
+
+def _lora_pair(profile: Profile, layer: DecoderLayer, max_rank: int) -> tuple[Tensor, Tensor, float]:
+    """(A `[r, I]`, B `[hidden, r]`, relative error) of one layer."""
+    weight = _plain_weight(layer)
+    neurons, scales = (torch.from_numpy(array.copy()) for array in profile.layers[layer.index])
+    neurons, offsets = neurons[scales != 1].long(), scales[scales != 1] - 1
+    delta = weight[:, neurons].float() * offsets  # [hidden, k]
+    b, rows, error = delta, torch.eye(len(neurons)), 0.0
+    if len(neurons) > len(delta):  # no matrix has a rank above its height
+        b, rows = torch.eye(len(delta)), delta
+    if len(rows) > max_rank:
+        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+        b, rows = u[:, :max_rank] * s[:max_rank], vh[:max_rank]
+        error = float(s[max_rank:].norm() / s.norm())
+    a = torch.zeros(len(rows), weight.shape[1])
+    a[:, neurons] = rows
+    return a.to(weight.dtype), b.to(weight.dtype), error
+
+
+def _plain_weight(layer: DecoderLayer) -> Tensor:
+    """W_down `[hidden, I]` on the CPU."""
+    weight = down_weight(layer).detach()
+    if weight.is_meta:
+        raise LayoutError(f"{layer.name}: its down-projection is offloaded (meta); load the whole model")
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise LayoutError(
+            f"{layer.name}: its down-projection is quantised ({weight.dtype}), which a LoRA's change of the weights "
+            "does not fit; load the model without quantisation, or export IA3"
+        )
+    return weight.cpu()
+
+
+# Model cards of adapters --------------------------------------------------------------------------
+
+
+def _adapter_card(profile: Profile, kind: str, notes: str) -> str:
+    return card(
+        [profile],
+        [
+            f"# Steering profile `{profile.task}` as a {kind} adapter",
+            f"Made by hones-steer from the profile with digest `{profile.digest}` for {describe_model(profile)}. "
+            f"{notes}",
+            profiles_table([profile]),
+            evidence_table([profile]),
+            "```python\nfrom peft import PeftModel\n\n"
+            'model = PeftModel.from_pretrained(model, "this folder")  # the base model, loaded by transformers\n```',
+        ],
+        library_name="peft",
+    )
+
+
+def _lora_notes(done: LoraExport) -> str:
+    rank = max(done.ranks.values())
+    served = next((allowed for allowed in _VLLM_RANKS if rank <= allowed), None)
+    vllm = f"vLLM: `--enable-lora --max-lora-rank {served}`." if served else "Above vLLM's highest rank, 512."
+    if not done.error:
+        return f"Exact in real arithmetic; the highest rank is {rank}. {vllm}"
+    return (
+        f"Truncated by SVD to rank {rank}: the change of a layer's weights is off by up to {done.error:.2%} "
+        f"(relative Frobenius norm), and the evidence was measured without that. {vllm}"
+    )

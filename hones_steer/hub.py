@@ -1,0 +1,340 @@
+"""Profiles on the Hugging Face Hub: repositories with one or more of them.
+
+A repository holds `<task>.safetensors` for each profile, `hones_profiles.json`, which says for each file its sha256 and
+the profile's digest, and a generated model card. What is downloaded is checked against both. Downloads go through
+huggingface_hub's cache; with a commit as revision, what is cached needs no network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import CommitOperationAdd, HfApi, constants, errors
+
+from hones_steer._cards import card, describe_model, evidence_table, profiles_table
+from hones_steer._folders import new_folder
+from hones_steer.errors import DataError, MismatchError, ProfileError
+from hones_steer.profile import Profile, file_sha256, is_task_name, load_profile, parse_json, serialize_profile
+from hones_steer.store import SUFFIX, ProfileStore
+
+MANIFEST, CARD = "hones_profiles.json", "README.md"
+MANIFEST_FORMAT = 1
+
+# In a card without this line the text is somebody's own, and is left alone.
+_GENERATED = "<!-- Written by `hones push`, which replaces it. Delete this line to keep a text of your own. -->"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SPEC = re.compile(r"hub:(?P<repo>[^@\s]+)(?:@(?P<revision>[^@\s]+))?")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a manifest says of one profile: its file's sha256 and its digest."""
+
+    sha256: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """Profiles as they are in one commit of a repository, and all that its manifest lists."""
+
+    repo: str
+    commit: str
+    profiles: Mapping[str, Profile]
+    listed: Mapping[str, Entry]
+
+
+def push_profile(
+    profile: Profile | Sequence[Profile],
+    repo: str,
+    *,
+    revision: str | None = None,
+    private: bool | None = None,
+    message: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Add profiles to a repository, made if it does not exist, in one commit; return the commit's hash.
+
+    Profiles of other tasks stay; one of the same task is replaced. The model card is written anew. `revision` is a
+    branch that exists (default: main); `private` is for a new repository; `token` is by default the one of
+    `hf auth login`.
+
+    Raises:
+        ProfileError: no profile, or two for one task.
+        MismatchError: the repository's profiles are for another model.
+        DataError: no permission, no network, or somebody else pushed meanwhile.
+    """
+    given = [profile] if isinstance(profile, Profile) else list(profile)
+    tasks = [each.task for each in given]
+    if not given or len(set(tasks)) < len(tasks):
+        raise ProfileError(f"give profiles of different tasks to push, not {', '.join(tasks) or 'none'}")
+    api = HfApi(token=token)
+    with _hub_errors(f"{repo}: cannot be pushed to"):
+        name = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        parent = api.repo_info(name, revision=revision).sha
+        assert parent is not None  # a repository has a first commit
+        has_profiles = api.file_exists(name, MANIFEST, revision=parent)
+        listed = _pull(name, parent, [], token).listed if has_profiles else {}
+        kept = [task for task in listed if task not in tasks]  # what is replaced may be damaged
+        there = _pull(name, parent, kept, token).profiles if kept else {}
+        profiles = {**there, **{each.task: each for each in given}}
+        _require_one_model(name, list(profiles.values()))
+        has_card = api.file_exists(name, CARD, revision=parent)
+        own_card = has_card and _GENERATED not in _text(name, CARD, parent, token)
+        if own_card:
+            warnings.warn(f"{name}: its {CARD} is not ours and is kept; describe the new profiles there", stacklevel=2)
+        files = {each.task + SUFFIX: serialize_profile(each) for each in given}
+        files[MANIFEST] = _manifest({**listed, **{each.task: _entry(each) for each in given}})
+        if not own_card:
+            files[CARD] = hub_card(name, [profiles[task] for task in sorted(profiles)]).encode()
+        commit = api.create_commit(
+            name,
+            operations=[CommitOperationAdd(path, data) for path, data in files.items()],
+            commit_message=message or f"hones push: {', '.join(tasks)}",
+            revision=revision,
+            parent_commit=parent,
+        )
+    return str(commit.oid)
+
+
+def pull_profile(
+    repo: str, task: str | None = None, *, revision: str | None = None, token: str | None = None
+) -> Profile:
+    """Download a profile and check it; `task` may be left out where the repository has only one.
+
+    `revision` is a branch, a tag or a commit (default: main); only a commit always means the same profile.
+
+    Raises:
+        ProfileError: the repository has no profiles, none for `task`, or several where `task` is None; or a file is not
+            what the repository's `hones_profiles.json` says.
+        DataError: no such repository or revision, no permission, no network.
+    """
+    pulled = pull_profiles(repo, None if task is None else [task], revision=revision, token=token)
+    if len(pulled.profiles) > 1:
+        raise ProfileError(f"{repo}: has several profiles ({', '.join(pulled.profiles)}); name the task")
+    return next(iter(pulled.profiles.values()))
+
+
+def pull_profiles(
+    repo: str, tasks: Sequence[str] | None = None, *, revision: str | None = None, token: str | None = None
+) -> Pulled:
+    """Download several profiles of one commit (None: all). Raises as `pull_profile` does."""
+    with _hub_errors(f"{repo}{f'@{revision}' if revision else ''}: cannot be pulled"):
+        return _pull(repo, revision, tasks, token)
+
+
+def local_folder(spec: str) -> Path:
+    """A folder with the profiles that "hub:org/name" or "hub:org/name@revision" names, downloaded and checked.
+
+    It lies under huggingface_hub's home, one per commit, and holds plain files.
+
+    Raises:
+        ProfileError, DataError: as `pull_profile`, or the text is not of this form.
+    """
+    match = _SPEC.fullmatch(spec)
+    if match is None:
+        raise DataError(f"{spec!r} names no repository; write hub:ORG/NAME or hub:ORG/NAME@REVISION")
+    pulled = pull_profiles(match["repo"], revision=match["revision"])
+    folder = Path(constants.HF_HOME, "hones-steer", pulled.repo.replace("/", "--"), pulled.commit)
+    if not folder.is_dir():
+        try:
+            with new_folder(folder) as temporary:
+                for task, profile in pulled.profiles.items():
+                    (temporary / (task + SUFFIX)).write_bytes(serialize_profile(profile))
+        except DataError:
+            if not folder.is_dir():  # else another server has made it meanwhile
+                raise
+    store = ProfileStore(folder)
+    for task, profile in pulled.profiles.items():
+        if store.get(task) != profile:
+            raise ProfileError(f"{store.path(task)}: was changed after the download; delete {folder}")
+    return folder
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+def _pull(repo: str, revision: str | None, tasks: Sequence[str] | None, token: str | None) -> Pulled:
+    # Not left to the download alone: without a network that would give what is in the cache, without a word.
+    present = _present_commit(repo, revision, token)
+    file = _download(repo, MANIFEST, revision, token)
+    commit = file.parent.name  # of huggingface_hub's snapshot, and so of all that is read below
+    if present not in (None, commit):
+        raise DataError(f"{repo}: {revision or 'main'} is being changed; pull again")
+    listed = _read_manifest(repo, file)
+    for task in tasks or ():
+        if task not in listed:
+            raise ProfileError(f"{repo}: has no profile for the task {task!r}; it has {', '.join(listed)}")
+    wanted = [task for task in listed if tasks is None or task in tasks]
+    profiles = {task: _checked(repo, commit, task, listed[task], token) for task in wanted}
+    return Pulled(repo, commit, profiles, listed)
+
+
+def _present_commit(repo: str, revision: str | None, token: str | None) -> str | None:
+    """The commit that a branch or tag is now; None where nobody needs to be asked (a commit, HF_HUB_OFFLINE)."""
+    if constants.HF_HUB_OFFLINE or (revision and _COMMIT.fullmatch(revision)):
+        return None
+    return HfApi(token=token).repo_info(repo, revision=revision).sha
+
+
+def _read_manifest(repo: str, file: Path) -> dict[str, Entry]:
+    try:
+        manifest = parse_json(file.read_text(encoding="utf-8"), MANIFEST)
+        if manifest["format"] != MANIFEST_FORMAT:
+            raise ProfileError(f"{MANIFEST} has the format {manifest['format']!r}; upgrade hones-steer")
+        listed = {task: Entry(str(e["sha256"]), str(e["digest"])) for task, e in manifest["profiles"].items()}
+        if wrong := [task for task in listed if not is_task_name(task)]:
+            raise ProfileError(f"{MANIFEST} lists {wrong[0]!r}, which is no task's name")
+        if not listed:
+            raise ProfileError(f"{MANIFEST} lists no profiles")
+    except ProfileError as error:
+        raise ProfileError(f"{repo}: {error}") from error
+    except (KeyError, AttributeError, TypeError, UnicodeDecodeError) as error:
+        raise ProfileError(
+            f"{repo}: {MANIFEST} is damaged ({error!r}); delete it there and push the profiles again"
+        ) from error
+    return dict(sorted(listed.items()))
+
+
+def _checked(repo: str, commit: str, task: str, expected: Entry, token: str | None) -> Profile:
+    file = _download(repo, task + SUFFIX, commit, token)
+    found = file_sha256(file)
+    if found != expected.sha256:
+        raise ProfileError(
+            f"{repo}: {task}{SUFFIX} has the sha256 {found[:12]} where {MANIFEST} has {expected.sha256[:12]}: the "
+            f"download is damaged or the file was replaced by hand; delete {file} and pull again, or push it again"
+        )
+    profile = load_profile(file)
+    if (profile.digest, profile.task) != (expected.digest, task):
+        raise ProfileError(
+            f"{repo}: {task}{SUFFIX} holds {profile.task!r} with digest {profile.short_digest} where {MANIFEST} has "
+            f"{task!r} with {expected.digest[:12]}; push the profile again"
+        )
+    return profile
+
+
+def _download(repo: str, file: str, revision: str | None, token: str | None) -> Path:
+    try:
+        return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision, token=token))
+    except errors.RemoteEntryNotFoundError as error:
+        where = f"{repo}@{revision}" if revision else repo
+        reason = "it holds no profiles" if file == MANIFEST else f"{MANIFEST} lists it"
+        raise ProfileError(f"{where}: has no {file}, and {reason}; publish profiles with hones push") from error
+
+
+def _text(repo: str, file: str, commit: str, token: str | None) -> str:
+    return _download(repo, file, commit, token).read_text(encoding="utf-8", errors="replace")
+
+
+@contextmanager
+def _hub_errors(what: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises inside the block into a DataError of one sentence."""
+    try:
+        yield
+    except errors.OfflineModeIsEnabled as error:
+        raise DataError(f"{what}: HF_HUB_OFFLINE is set; unset it") from error
+    except errors.LocalEntryNotFoundError as error:
+        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
+        raise DataError(f"{what}: {offline}, and it is not in the cache; pull it once with a network") from error
+    except errors.GatedRepoError as error:
+        raise DataError(f"{what}: access must be granted on its page first; ask there, then hf auth login") from error
+    except errors.RevisionNotFoundError as error:
+        raise DataError(f"{what}: there is no such branch, tag or commit") from error
+    except errors.RepositoryNotFoundError as error:
+        raise DataError(f"{what}: there is no such repository, or it is private; see hf auth login") from error
+    except errors.HFValidationError as error:
+        raise DataError(f"{what}: not the name of a repository; write ORG/NAME") from error
+    except errors.HfHubHTTPError as error:
+        raise DataError(f"{what}: {_http_reason(error)}") from error
+    except (RuntimeError, ValueError) as error:  # an upload that failed in a thread of its own
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
+        raise DataError(f"{what}: {reason}") from error
+    except huggingface_hub.utils.httpx.HTTPError as error:  # type: ignore[attr-defined]  # it is, dynamically
+        raise DataError(
+            f"{what}: {constants.ENDPOINT} cannot be reached ({error}); what is in the cache can be had by its "
+            "commit as revision, or with HF_HUB_OFFLINE=1"
+        ) from error
+
+
+def _http_reason(error: errors.HfHubHTTPError) -> str:
+    status = error.response.status_code
+    if status == 412:
+        return "somebody else has pushed meanwhile; push again"
+    if status in (401, 403):
+        return f"not permitted (HTTP {status}); use a token with write access (hf auth login)"
+    return f"the Hub answered HTTP {status} {error.server_message or ''}".strip()
+
+
+# Writing ------------------------------------------------------------------------------------------
+
+
+def _require_one_model(repo: str, profiles: Sequence[Profile]) -> None:
+    for profile in profiles[1:]:
+        try:
+            profiles[0].base_model.require_same(profile.base_model)
+        except MismatchError as error:
+            raise MismatchError(f"{repo}: a repository holds profiles of one model; {error}") from error
+
+
+def _entry(profile: Profile) -> Entry:
+    return Entry(hashlib.sha256(serialize_profile(profile)).hexdigest(), profile.digest)
+
+
+def _manifest(entries: Mapping[str, Entry]) -> bytes:
+    content = {"format": MANIFEST_FORMAT, "profiles": {task: asdict(entry) for task, entry in entries.items()}}
+    return json.dumps(content, indent=2, sort_keys=True).encode() + b"\n"
+
+
+def hub_card(repo: str, profiles: Sequence[Profile]) -> str:
+    """The model card of a repository: base model, tasks, evidence, and how to use it."""
+    task, model = profiles[0].task, profiles[0].base_model.name or "BASE_MODEL"
+    return card(
+        profiles,
+        [
+            _GENERATED,
+            f"# Steering profiles: {', '.join(profile.task for profile in profiles)}",
+            f"Per-task factors for FFN neurons of {describe_model(profiles[0])}, for "
+            "hones-steer: the weights stay as they are, and a request chooses its task. The method is HONES ([arXiv 2604.17941](https://arxiv.org/abs/2604.17941)).",
+            profiles_table(profiles),
+            "## Evidence",
+            evidence_table(profiles),
+            "## Use",
+            "Pin a commit instead of `main` where the answers must stay the same.",
+            _usage(repo, model, task),
+        ],
+        library_name="hones-steer",
+    )
+
+
+def _usage(repo: str, model: str, task: str) -> str:
+    return f"""\
+Hugging Face:
+
+```python
+from hones_steer import pull_profile, steer
+
+steering = steer(model, {{"{task}": pull_profile("{repo}", "{task}", revision="main")}})
+with steering.task("{task}"):
+    model.generate(**inputs)
+```
+
+vLLM:
+
+```sh
+hones serve {model} --profiles hub:{repo}@main
+```
+
+PEFT:
+
+```sh
+hones pull {repo} --task {task} --out .
+hones export {task}.safetensors {model} --to peft --out {task}-ia3
+```"""

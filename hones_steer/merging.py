@@ -1,0 +1,152 @@
+"""Profiles merged into a checkpoint: a complete copy whose W_down columns carry the scales.
+
+The files are copied as they are and the touched tensors rewritten in the copies, one tensor in memory at a time;
+everything else stays the same, byte for byte. The result needs nothing of ours to be loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from hones_steer._cards import card, describe_model, evidence_table, profiles_table
+from hones_steer._folders import new_folder, sync
+from hones_steer.checkpoint import DTYPES, INDEX, Checkpoint, Stored, open_checkpoint, read_tensor
+from hones_steer.convert import SIDECAR, module_names, sidecar
+from hones_steer.errors import DataError
+from hones_steer.injection import scale
+from hones_steer.layout import is_transposed
+from hones_steer.profile import ModelIdentity, Profile, StrPath
+
+BASE_CARD = "README.base.md"
+
+# Other forms of the same weights: unscaled, they must not come along.
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors", ".index.json")
+
+Progress = Callable[[Iterable[str]], Iterable[str]]
+
+
+def merge_into(
+    profile: Profile,
+    checkpoint: StrPath,
+    folder: StrPath,
+    *,
+    allow_mismatch: bool = False,
+    progress: Progress = iter,
+) -> int:
+    """Write a complete checkpoint with W_down[:, i] · s_i, rounded once; return how many columns were scaled.
+
+    `checkpoint` is a model folder or a Hub name, in safetensors. It is read tensor by tensor, and the weights are
+    what `Steering.fold` makes of them, bit for bit. The copy appears whole or not at all, its index last. `progress`
+    wraps the names of the weight files, for a progress bar.
+
+    Raises:
+        DataError: no such checkpoint, a quantised one or one without safetensors, one that is merged already, weights
+            that are not the configuration's, or a folder that exists or cannot be written (nothing is left of it).
+        LayoutError, MismatchError: the model's FFNs are not recognised, or the profile is another model's.
+    """
+    base = open_checkpoint(os.fspath(checkpoint))
+    _refuse_unmergeable(base)
+    profile.base_model.check(ModelIdentity.from_model(base.model), allow_mismatch=allow_mismatch)
+    names = module_names(base.model, base.layout)
+    modules = {layer: name for layer, name in names.items() if layer in profile.layers}
+    targets = {layer: _target(f"{name}.weight", base) for layer, name in modules.items()}
+    files = sorted({tensor.file.name for tensor in base.stored.values()})
+    with new_folder(folder) as temporary:
+        _copy_others(base.folder, temporary)
+        (temporary / SIDECAR).write_text(sidecar(profile, modules), encoding="utf-8")
+        (temporary / "README.md").write_text(_merged_card(profile, checkpoint), encoding="utf-8")
+        scaled = 0
+        for name in progress(files):
+            mine = {layer: tensor for layer, tensor in targets.items() if tensor.file.name == name}
+            scaled += _write_shard(base.folder / name, temporary / name, profile, mine, _transposed(base))
+        if scaled != profile.num_neurons:
+            raise DataError(f"{checkpoint}: {scaled} columns were scaled, not {profile.num_neurons}; report this bug")
+        if (base.folder / INDEX).exists():
+            shutil.copyfile(base.folder / INDEX, temporary / INDEX)
+    return scaled
+
+
+# What is refused ----------------------------------------------------------------------------------
+
+
+def _refuse_unmergeable(base: Checkpoint) -> None:
+    if (base.folder / SIDECAR).exists():
+        raise DataError(f"{base.folder}: is merged with a profile already; merge a sum of profiles into the original")
+    quantisation = getattr(base.config, "quantization_config", None)
+    if quantisation is not None:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else type(quantisation).__name__
+        raise DataError(
+            f"{base.folder}: is quantised ({method}), so its columns cannot be scaled without quantising them anew; "
+            "merge into the original checkpoint and quantise the result, or serve the profile beside this one"
+        )
+
+
+def _target(parameter: str, base: Checkpoint) -> Stored:
+    """A down-projection's weight, which must be a plain matrix of the right shape."""
+    key = base.keys.get(parameter)
+    if key is None:
+        raise DataError(f"{base.folder}: has no {parameter} of its own (missing, or stored in another form)")
+    tensor = base.stored[key]
+    if tensor.dtype not in DTYPES:
+        raise DataError(
+            f"{tensor.file}: {key} is stored as {tensor.dtype}: a quantised checkpoint cannot be scaled "
+            "without quantising it anew; merge into the original and quantise the result"
+        )
+    shape = (base.layout.hidden_size, base.layout.intermediate_size)
+    if tensor.shape != (shape[::-1] if _transposed(base) else shape):
+        raise DataError(f"{tensor.file}: {key} has shape {list(tensor.shape)}, not config.json's")
+    return tensor
+
+
+def _transposed(base: Checkpoint) -> bool:
+    return is_transposed(base.layout.layers[0].down_proj)
+
+
+# The copy -----------------------------------------------------------------------------------------
+
+
+def _copy_others(source: Path, target: Path) -> None:
+    """Configuration, tokenizer, processor, licence: every file but weights, and none that is hidden."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not file.name.startswith(".") and not file.name.endswith(_OTHER_WEIGHTS):
+            shutil.copyfile(file, target / (BASE_CARD if file.name == "README.md" else file.name))
+
+
+def _write_shard(source: Path, target: Path, profile: Profile, tensors: Mapping[int, Stored], transposed: bool) -> int:
+    """Copy a weight file, scale these layers' columns in the copy, and only then give it its name."""
+    part = target.with_name(target.name + ".part")
+    shutil.copyfile(source, part)
+    scaled = 0
+    with part.open("r+b") as file:
+        for layer, tensor in tensors.items():
+            neurons, scales = (torch.from_numpy(array.copy()) for array in profile.layers[layer])
+            weight = read_tensor(file, tensor)
+            columns = weight.t() if transposed else weight
+            columns[:, neurons.long()] = scale(columns[:, neurons.long()], scales)
+            file.seek(tensor.begin)
+            file.write(weight.view(torch.uint8).numpy().data)
+            scaled += len(neurons)
+    sync(part)
+    part.rename(target)
+    return scaled
+
+
+def _merged_card(profile: Profile, checkpoint: StrPath) -> str:
+    base = profile.base_model.name or Path(checkpoint).absolute().name
+    paragraphs: Sequence[str] = [
+        f"# {base}, steered for `{profile.task}`",
+        f"A copy of {describe_model(profile)} in which the steering profile with digest `{profile.digest}` is merged "
+        f"into the weights by hones-steer: {profile.num_neurons:,} columns of the language model's FFN "
+        f"down-projections are multiplied by one factor each, in {len(profile.layers)} layers. All else is the base "
+        f"model's, the tokenizer and the license included; its own card is `{BASE_CARD}` where it has one. `{SIDECAR}` "
+        "lists the columns. The model is steered for every request; the profile itself can be chosen per request.",
+        profiles_table([profile]),
+        evidence_table([profile]),
+    ]
+    # The weights are the base model's, and so is their license, which only its own card can tell.
+    return card([profile], paragraphs, library_name="transformers", license=None)

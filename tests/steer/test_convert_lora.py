@@ -1,0 +1,129 @@
+"""LoRA adapters: the sum that PEFT computes with one is what the runtime multiplies, up to rounding."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from peft import PeftModel
+from reference_steering import down_projections
+from safetensors.torch import load_file
+from steer.conversions import INPUTS, MODELS, few_layers, logits, steered_logits
+from tiny_models import random_profile
+from torch import nn
+
+from hones_steer import LayoutError, MismatchError, Profile, ProfileError, export_lora
+
+
+@pytest.fixture
+def model():
+    return tiny_models.llama()
+
+
+def in_dtype(inputs, dtype):
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_peft_gives_the_logits_of_the_runtime(name, tmp_path):
+    model, inputs = MODELS[name](), INPUTS[name]()
+    profile = few_layers(model)
+    expected = steered_logits(model, profile, inputs)
+    done = export_lora(profile, model, tmp_path / "lora")
+    assert done.ranks == {layer: min(int(np.sum(s != 1)), 32) for layer, (_, s) in profile.layers.items()}
+    assert sorted(done.ranks.values()) == [28, 32]  # fewer and more changed neurons than the hidden size
+    assert done.error == 0
+    adapted = PeftModel.from_pretrained(model, tmp_path / "lora")
+    torch.testing.assert_close(logits(adapted, inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_in_bfloat16_it_is_nearer_than_bfloat16_is_to_float32(name, tmp_path):
+    exact, inputs = MODELS[name](), INPUTS[name]()
+    profile = few_layers(exact)
+    in_float32 = steered_logits(exact, profile, inputs)
+    model, inputs = exact.to(torch.bfloat16), in_dtype(inputs, torch.bfloat16)
+    expected = steered_logits(model, profile, inputs)
+    export_lora(profile, model, tmp_path / "lora")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "lora" / "adapter_model.safetensors").values()} == {
+        torch.bfloat16
+    }
+    adapted = PeftModel.from_pretrained(model, tmp_path / "lora")
+    difference = (logits(adapted, inputs) - expected).abs().max()
+    assert difference <= (expected - in_float32).abs().max()
+
+
+def test_any_reader_scales_by_one(model, tmp_path):
+    """Those that know no patterns divide lora_alpha by r; those that do, each layer's alpha by its rank."""
+    done = export_lora(few_layers(model), model, tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == max(done.ranks.values())
+    assert config["alpha_pattern"] == config["rank_pattern"]
+    assert list(config["rank_pattern"].values()) == list(done.ranks.values())
+
+
+def deltas(folder):
+    """Layer -> B A `[hidden, I]`."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    names = sorted({key.rpartition(".lora_")[0] for key in tensors})
+    layers = [int(name.split(".layers.")[1].split(".")[0]) for name in names]
+    pairs = [(tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]) for name in names]
+    return {layer: b @ a for layer, (a, b) in zip(layers, pairs, strict=True)}
+
+
+def test_above_the_highest_rank_it_is_refused_or_truncated_with_the_error_stated(model, tmp_path):
+    profile = few_layers(model)
+    with pytest.raises(ProfileError, match=r"layer 2 needs rank 32 .* --truncate svd, or export IA3"):
+        export_lora(profile, model, tmp_path / "lora", max_rank=30)
+    assert list(tmp_path.iterdir()) == []
+    done = export_lora(profile, model, tmp_path / "lora", max_rank=30, truncate="svd")
+    assert done.ranks == {0: 28, 2: 30}
+    neurons, scales = profile.layers[2]
+    exact = torch.zeros(32, 96)
+    columns = torch.tensor(neurons.copy())
+    exact[:, columns] = down_projections(model)[2].weight.detach()[:, columns] * (torch.tensor(scales.copy()) - 1)
+    error = float((deltas(tmp_path / "lora")[2] - exact).norm() / exact.norm())
+    assert done.error == pytest.approx(error, rel=1e-3)
+    # Nothing of this rank comes nearer (Eckart-Young).
+    assert error == pytest.approx(float(torch.linalg.svdvals(exact)[30:].norm() / exact.norm()), rel=1e-3)
+    assert f"{done.error:.2%}" in (tmp_path / "lora" / "README.md").read_text()
+
+
+def test_scales_of_one_take_no_rank(model, tmp_path):
+    full = random_profile(model, 1)
+    layers = {layer: (neurons, np.ones_like(scales)) for layer, (neurons, scales) in full.layers.items()}
+    with pytest.raises(ProfileError, match="every scale is 1"):
+        export_lora(Profile("vqa", layers, full.base_model), model, tmp_path / "lora")
+    layers[1][1][4] = 0.5
+    assert export_lora(Profile("vqa", layers, full.base_model), model, tmp_path / "lora").ranks == {1: 1}
+
+
+def quantise(model):
+    for layer in model.model.layers:
+        weight = layer.mlp.down_proj.weight.to(torch.float8_e4m3fn)
+        layer.mlp.down_proj.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def offload(model):
+    model.model.layers[0].mlp.down_proj.to("meta")
+
+
+@pytest.mark.parametrize(("change", "message"), [(quantise, "is quantised"), (offload, r"offloaded \(meta\)")])
+def test_weights_that_cannot_be_read_are_refused(model, tmp_path, change, message):
+    profile = few_layers(model)
+    change(model)
+    with pytest.raises(LayoutError, match=message):
+        export_lora(profile, model, tmp_path / "lora")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_profile_of_another_model_is_refused(model, tmp_path):
+    with pytest.raises(MismatchError, match="final norm"):
+        export_lora(few_layers(model), tiny_models.llama(seed=1), tmp_path / "lora")
+
+
+def test_nonsense_is_refused(model, tmp_path):
+    for options in ({"max_rank": 0}, {"truncate": "qr"}):
+        with pytest.raises(ProfileError, match="give a rank of at least 1, and None or 'svd'"):
+            export_lora(few_layers(model), model, tmp_path / "lora", **options)
