@@ -178,7 +178,7 @@ async def burst(site: Site) -> Burst:
         return Burst(sent, answers, before, await scrape(site.server.url))
 
 
-async def test_64_mixed_requests_at_once_each_say_what_transformers_says(site: Site, burst: Burst) -> None:
+async def test_64_mixed_requests_at_once_each_get_the_answer_of_their_steering(site: Site, burst: Burst) -> None:
     for one, answer in zip(burst.sent, burst.answers, strict=True):
         assert answer.texts == [site.text(one.question, one.expression)] * one.options.get("n", 1), one
     steered = [one for one in burst.sent if one.expression != "none"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import secrets
 import time
@@ -22,7 +23,7 @@ from transformers.cli.serving.utils import BaseHandler, GenerateManager, Generat
 
 from hones_serving import signatures
 from hones_serving.metrics import Metrics
-from hones_serving.middleware import App, HonesMiddleware, Receive, Scope, Send, Service, error_content
+from hones_serving.middleware import App, HonesMiddleware, Message, Receive, Scope, Send, Service, error_content
 from hones_serving.registry import Admission, ProfileRegistry
 from hones_serving.routing import RoutingPlan
 from hones_serving.routing_file import load_plan
@@ -86,6 +87,7 @@ def build_app(
         allow_updates=settings.allow_updates,
         stamp=_stamp,
     )
+    app.add_middleware(LeavingMiddleware)
     app.add_middleware(HonesMiddleware, service=lambda: service)
     if api_key:
         app.add_middleware(KeyMiddleware, key=api_key)
@@ -189,6 +191,45 @@ class KeyMiddleware:
         values = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
         kind, _, key = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
         return kind.lower() == b"bearer" and secrets.compare_digest(_digest(key), self._digest)
+
+
+class LeavingMiddleware:
+    """Cancels what a client that has left was waiting for; transformers' server would go on generating for nobody."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection; all but HTTP passes through."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        received: asyncio.Queue[Message] = asyncio.Queue()
+        answered = False
+
+        async def listen() -> None:
+            message: Message = {}
+            while message.get("type") != "http.disconnect":
+                message = await receive()
+                received.put_nowait(message)
+
+        async def watched(message: Message) -> None:
+            nonlocal answered
+            answered = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        leaving = asyncio.create_task(listen())
+        handling = asyncio.ensure_future(self._app(scope, received.get, watched))
+        try:
+            await asyncio.wait((leaving, handling), return_when=asyncio.FIRST_COMPLETED)
+            if not answered:  # the end of an answer is also told as if the client had left
+                handling.cancel()
+            await asyncio.wait((handling,))
+            if not handling.cancelled():
+                handling.result()
+        finally:
+            leaving.cancel()
+            handling.cancel()
 
 
 def _digest(key: bytes) -> bytes:

@@ -65,7 +65,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> None:
     manager = pinned(options.model, dtype=options.dtype, device=options.device)
     served = options.served_model_name or [options.model]
     app = build_app(settings, manager, served, environ.get(KEY), options.allowed_origins)
-    uvicorn.run(app, host=options.host, port=options.port)
+    # Longer than clients and proxies keep theirs, who would otherwise send into a connection that is just closing.
+    uvicorn.run(app, host=options.host, port=options.port, timeout_keep_alive=75)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,14 @@ who submits to it, so the admission is taken from the submitting request's conte
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
@@ -49,8 +52,18 @@ class SteeredGeneration(GenerateManager):
         return super().generate_streaming(self._steered(model), *args, **kwargs)
 
     async def generate_non_streaming(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'. Raises StateError if `model` is not the one that is steered."""
-        return await super().generate_non_streaming(self._steered(model), *args, **kwargs)
+        """As transformers', and generation ends when this is cancelled.
+
+        Raises:
+            StateError: `model` is not the one that is steered.
+        """
+        steered = self._steered(model)
+        answer = asyncio.ensure_future(super().generate_non_streaming(steered, *args, **kwargs))
+        try:
+            return await asyncio.shield(answer)  # the thread sets its result, which it could not in what is cancelled
+        except asyncio.CancelledError:
+            steered.abandoned.set()
+            raise
 
     def _steered(self, model: Any) -> Any:
         if not self._steering.is_attached_to(model):
@@ -67,6 +80,7 @@ class SteeredModel:
         self._profile = admission.profile if admission else None
         self._label = admission.label if admission else "none"
         self._metrics = metrics
+        self.abandoned = threading.Event()  # nobody waits for the answer any more
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -75,13 +89,18 @@ class SteeredModel:
         """The model's `generate`, counting the tokens that it makes: `[1, prompt + new]`, of prompts `[1, prompt]`."""
         with self._steering_by(self._profile):
             try:
-                sequences: Tensor = self._model.generate(input_ids=input_ids, streamer=streamer, **inputs)
+                sequences: Tensor = self._model.generate(
+                    input_ids=input_ids, streamer=streamer, stopping_criteria=[self._is_abandoned], **inputs
+                )
             finally:  # a stream that nobody reads any more ends with an exception
                 if streamer is not None:
                     self._metrics.tokens(self._label, streamer.total_tokens)
         if streamer is None:
             self._metrics.tokens(self._label, sequences.shape[1] - input_ids.shape[1])
         return sequences
+
+    def _is_abandoned(self, ids: Tensor, _scores: object, **_: Any) -> Tensor:
+        return torch.full(ids.shape[:1], self.abandoned.is_set(), device=ids.device)
 
     @contextmanager
     def _steering_by(self, profile: Profile | None) -> Iterator[None]:
