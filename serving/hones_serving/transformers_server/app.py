@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import secrets
 import time
@@ -119,7 +120,9 @@ def pinned(name: str, *, dtype: str = "auto", device: str = "auto") -> ModelMana
             f"transformers' server cannot run {name!r}: {error}; name a model that generates text"
         ) from error
     manager.force_model = name
-    manager.loaded_models[manager.process_model_name(name)] = TimedModel(model, -1, processor)  # type: ignore[arg-type]
+    key = manager.process_model_name(name)
+    forget = functools.partial(manager.loaded_models.pop, key, None)
+    manager.loaded_models[key] = TimedModel(model, -1, processor, forget)  # type: ignore[arg-type]
     return manager
 
 
