@@ -490,6 +490,7 @@ async def test_a_killed_client_leaks_no_slot(site: Site, client: Client) -> None
     with ExitStack() as clients:
         with site.frozen():
             streaming = clients.enter_context(start_client(site, stream=True))
+            await until(site.admitted, so_far + 1)  # or the other one could be first
             waiting = clients.enter_context(start_client(site, hones_task="ocr"))
             await until(site.admitted, so_far + 2)
         assert streaming.stdout is not None
