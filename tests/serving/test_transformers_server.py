@@ -197,6 +197,7 @@ async def test_a_body_that_is_no_object(text: httpx.AsyncClient, body: bytes) ->
         {"messages": "hello"},
         {"messages": ["hello"]},
         {"messages": [{"content": "no role"}]},
+        {"messages": [{"role": "assistant", "tool_calls": ["look"]}]},
         {"max_tokens": "many"},
         {"max_tokens": 0},
         {"temperature": "hot"},
@@ -214,7 +215,7 @@ async def test_several_prompts_in_one_request(text: httpx.AsyncClient) -> None:
     assert said(await complete(text, prompt=[WORDS, WORDS]), 400) == "prompt must be a string."
 
 
-def picture(url: str) -> list[dict[str, Any]]:
+def picture(url: Any) -> list[dict[str, Any]]:
     return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is this?"}]
 
 
@@ -237,4 +238,5 @@ async def test_files_of_the_server_are_not_opened(vlm: httpx.AsyncClient, tmp_pa
 
 async def test_an_image_that_is_none(vlm: httpx.AsyncClient) -> None:
     url = "data:image/png;base64," + base64.b64encode(b"no image").decode()
-    assert "cannot be answered" in said(await chat(vlm, picture(url)), 400)
+    for wrong in (url, 5):
+        assert "cannot be answered" in said(await chat(vlm, picture(wrong)), 400)

@@ -46,7 +46,7 @@ _PARTS = {
 }
 
 # What transformers raises on a request that it cannot make sense of: fields of wrong types, an image that is none, ...
-_MALFORMED = (TypeError, ValueError, LookupError, OSError, TemplateError)
+_MALFORMED = (TypeError, AttributeError, ValueError, LookupError, OSError, TemplateError)
 
 
 class _Served(BaseHandler):
