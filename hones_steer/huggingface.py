@@ -200,6 +200,15 @@ class Steering:
         self._require_unfolded("verify()")
         return self_test(attached.model, attached.layout, attached.injection, self._profiles, self.tasks)
 
+    def is_attached_to(self, model: nn.Module) -> bool:
+        """Whether this steers `model` itself: false for another load of the same weights, and once detached."""
+        attached = self._attached
+        return (
+            attached is not None
+            and unwrap(model) is attached.model
+            and all(attached.injection.is_attached_to(layer.down_proj) for layer in attached.layout.layers)
+        )
+
     def detach(self) -> None:
         """Give the model back as it was: no hooks, original weights.
 

@@ -1,4 +1,4 @@
-"""The command ``hones serve``: checks what can be checked at once, then becomes vLLM's server with the plugin on."""
+"""The command ``hones serve``: checks what can be checked at once, then becomes the server of an engine, steered."""
 
 from __future__ import annotations
 
@@ -14,21 +14,27 @@ from pathlib import Path
 from typing import Any
 
 from hones_serving.settings import COUNT, Settings, flag
+from hones_serving.transformers_server import command as transformers_server
 from hones_steer.errors import DataError, MismatchError
 from hones_steer.profile import Profile
 from hones_steer.store import SUFFIX, ProfileStore
 
 PLUGIN = "hones"
 
-# The server `vllm serve` starts where there is one of it. (The `vllm` command itself does not run in every build.)
-_SERVER = "vllm.entrypoints.launchers.api_server.entry"
+_SERVERS = {
+    # What `vllm serve` starts where there is one server. (The `vllm` command itself does not run in every build.)
+    "vllm": "vllm.entrypoints.launchers.api_server.entry",
+    "transformers": transformers_server.__name__,
+}
+_NEEDED = {"vllm": ("vllm",), "transformers": ("transformers", "fastapi", "uvicorn", "openai", "jinja2")}
+_EXTRAS = {"vllm": "vllm", "transformers": "serve"}
 _PLUGIN_GROUPS = (
     "vllm.general_plugins",
     "vllm.io_processor_plugins",
     "vllm.platform_plugins",
     "vllm.stat_logger_plugins",
 )
-# Flags of vLLM that would have no effect, or another than `hones serve` promises.
+# Flags that would have no effect, or another than `hones serve` promises.
 _REFUSED = {
     "--model": "MODEL, the first argument, names the model",
     "--api-server-count": "hones serve runs one API server",
@@ -44,17 +50,20 @@ _SHAPES = {
 }
 
 _DESCRIPTION = """\
-Serve MODEL with vLLM's OpenAI-compatible server. A request names its steering: the body's "hones_task", else the
-header X-Hones-Task, else the model "MODEL:task"; a routing file decides for those that do not. Every response says
-in X-Hones-Profile and X-Hones-Route what it got."""
+Serve MODEL with the OpenAI-compatible server of vLLM, or of transformers. A request names its steering: the body's
+"hones_task", else the header X-Hones-Task, else the model "MODEL:task"; a routing file decides for those that do not.
+Every response says in X-Hones-Profile and X-Hones-Route what it got."""
 
 _EPILOG = """\
-Every other option goes to vLLM as it is; `vllm serve --help=all` lists them.
+Every other option goes to vLLM as it is; `vllm serve --help=all` lists them. The transformers engine needs no more
+than a laptop and generates one answer at a time; it takes --dtype (auto, float32, bfloat16, float16), --device (auto,
+cpu, cuda, ...) and, for web pages that call it, --allowed-origins '["https://app.example"]' instead.
 
 examples:
   hones serve llava-hf/llava-1.5-7b-hf --profiles profiles
   hones serve ./model --profiles hub:my-org/my-profiles@3f1c0de
   hones serve ./model --profiles profiles --routing routing.yaml --port 8080 --max-model-len 4096
+  hones serve ./model --profiles profiles --engine transformers --device cpu
   HONES_KEY=... ; hones serve ./model --profiles profiles --api-key "$HONES_KEY" --allow-profile-updates
 
   curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -H 'X-Hones-Task: vqa@0.5+ocr' \\
@@ -79,7 +88,7 @@ def launch(
     Raises:
         HonesError: what is wrong, see `check`.
     """
-    options, for_vllm = _parse(argv)
+    options, rest = _parse(argv)
     settings = Settings(
         profiles=_profiles_folder(options.profiles),
         max_profiles=options.max_profiles,
@@ -87,35 +96,44 @@ def launch(
         allow_updates=options.allow_profile_updates,
         allow_untested=flag(environ, "HONES_ALLOW_UNTESTED"),
     )
-    if options.engine == "transformers":
-        raise DataError("--engine transformers comes with a later version; use --engine vllm")
-    if find_spec("vllm") is None:
-        raise DataError("vllm is not installed; run: pip install 'hones-steer[vllm]'")
+    _check_installed(options.engine)
     check(options.model, settings)
-    return [*_arguments(options), *for_vllm], {**environ, **_variables(options, settings, environ, plugins)}
+    arguments = [*_arguments(options), *rest]
+    if options.engine == "transformers":
+        key = {transformers_server.KEY: options.api_key} if options.api_key else {}
+        return arguments, {**environ, **settings.to_env(), **key}
+    return arguments, {**environ, **_vllm_variables(options, settings, environ, plugins)}
+
+
+def _check_installed(engine: str) -> None:
+    for name in _NEEDED[engine]:
+        if find_spec(name) is None:
+            raise DataError(f"{name} is not installed; run: pip install 'hones-steer[{_EXTRAS[engine]}]'")
 
 
 # What was asked for -------------------------------------------------------------------------------
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options of `hones serve`, and the arguments left for vLLM in their order."""
+    """The options of `hones serve`, and the arguments left for the engine in their order."""
     parser = _parser()
     # Later, a MODEL could not be told from the value of an option that only vLLM knows.
     if argv and argv[0].startswith("-") and not {"-h", "--help"} & set(argv):
         parser.error(f"MODEL comes before all options, but the first argument is {argv[0]}")
-    options, for_vllm = parser.parse_known_args(argv)
-    for argument in for_vllm:
+    options, rest = parser.parse_known_args(argv)
+    for argument in rest:
         name = argument.partition("=")[0].replace("_", "-")
         if name in _REFUSED:
             parser.error(f"{name} cannot be given: {_REFUSED[name]}")
-    return options, for_vllm
+    if options.engine == "transformers":
+        transformers_server.parse(["--model", options.model, *rest])
+    return options, rest
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hones serve",
-        usage="hones serve MODEL --profiles DIR [options] [options of vLLM]",
+        usage="hones serve MODEL --profiles DIR [--engine ENGINE] [options] [options of the engine]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -136,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         type=_count,
         help="how many different profiles can be in use at once; requests beyond get 429 (default: as many as vLLM's "
-        "--max-num-seqs, at most 64)",
+        "--max-num-seqs, at most 64; no limit with transformers, which generates one answer at a time)",
     )
     add(
         "--allow-profile-updates",
@@ -200,7 +218,7 @@ def check(model: str, settings: Settings) -> None:
 
 
 def read_config(model: str) -> dict[str, Any]:
-    """The config.json of a model folder; empty for anything but a folder, which vLLM may download.
+    """The config.json of a model folder; empty for anything but a folder, which the engine may download.
 
     Raises:
         DataError: `model` is a path to nothing, or its config.json cannot be read.
@@ -242,7 +260,7 @@ def installed_plugins() -> set[str]:
 
 def _arguments(options: argparse.Namespace) -> list[str]:
     # -P: what lies in the current folder is no module, as with vLLM's own command.
-    arguments = [sys.executable, "-P", "-m", _SERVER, "--model", options.model]
+    arguments = [sys.executable, "-P", "-m", _SERVERS[options.engine], "--model", options.model]
     for name in ("host", "port"):
         if getattr(options, name) is not None:
             arguments += [f"--{name}", str(getattr(options, name))]
@@ -251,7 +269,7 @@ def _arguments(options: argparse.Namespace) -> list[str]:
     return arguments
 
 
-def _variables(
+def _vllm_variables(
     options: argparse.Namespace, settings: Settings, environ: Mapping[str, str], plugins: Collection[str]
 ) -> dict[str, str]:
     """The environment variables to set."""

@@ -82,8 +82,13 @@ class _Refused(Exception):  # noqa: N818 -- an answer, not a failure
     def __init__(self, status: int, message: str, param: str | None = None, route: str = "off") -> None:
         super().__init__(message)
         self.status, self.route = status, route
-        kind = HTTPStatus(status).phrase.replace(" ", "") + "Error"
-        self.content = {"error": {"message": message, "type": kind, "param": param, "code": status}}
+        self.content = error_content(status, message, param)
+
+
+def error_content(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+    """The JSON of an error as OpenAI's API and vLLM give it."""
+    kind = HTTPStatus(status).phrase.replace(" ", "") + "Error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
 class _ClientLeft(Exception):  # noqa: N818
@@ -206,6 +211,8 @@ def _cleaned(body: dict[str, Any], model: str | None) -> bool:
         if _TASK in place:
             del place[_TASK]
             changed = True
+    if changed and body.get("vllm_xargs") == {}:
+        del body["vllm_xargs"]  # other engines know no such field
     if model is not None and body["model"] != model:
         body["model"] = model
         changed = True

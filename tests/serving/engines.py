@@ -20,7 +20,7 @@ import httpx
 
 TORCHVISION = Path(sys.prefix, "torchvision")  # see install_vllm.py
 ENVIRONMENT = {
-    "PYTHONPATH": str(TORCHVISION),
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(TORCHVISION), os.environ.get("PYTHONPATH")])),
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",

@@ -5,7 +5,7 @@ import base64
 import io
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +52,14 @@ class Answer:
     tokens: int
 
 
+class Client(AsyncOpenAI):
+    """A client of one engine: `no_end` in a request's body makes end tokens end nothing."""
+
+    no_end: Mapping[str, Any]
+
+
 async def ask(
-    client: AsyncOpenAI,
+    client: Client,
     question: Question,
     *,
     stream: bool = False,
@@ -71,7 +77,7 @@ async def ask(
         **question.arguments(),
         stream=stream,
         max_tokens=count,
-        extra_body={"ignore_eos": True, **(extra_body or {})},
+        extra_body={**client.no_end, **(extra_body or {})},
     )
     texts, tokens = await _streamed(raw.parse(), started) if stream else _whole(raw.parse())
     return Answer(texts, raw.headers["x-hones-profile"], raw.headers["x-hones-route"], tokens)
@@ -122,7 +128,7 @@ async def until(number: Callable[[], Awaitable[float]], wanted: float) -> None:
 
 @contextmanager
 def frozen(server: Server) -> Iterator[None]:
-    """Stop the engine's process: what it runs stays unfinished, and what arrives stays queued, until the block ends."""
+    """Stop vLLM's process: what it runs stays unfinished, and what arrives stays queued, until the block ends."""
     (engine,) = _engines(server.process.pid)
     os.kill(engine, signal.SIGSTOP)
     try:

@@ -265,6 +265,13 @@ def test_the_task_can_stand_in_vllm_xargs(client):
     assert steering(response) == (shown(VQA), "body")
 
 
+def test_vllm_xargs_that_held_nothing_else_are_taken_out(client):
+    """Other engines know no such field."""
+    assert "vllm_xargs" not in said(ask(client, vllm_xargs={"hones_task": "none"}))["got"]
+    assert said(ask(client, vllm_xargs={"hones_task": "none", "mine": 1}))["got"]["vllm_xargs"] == {"mine": 1}
+    assert said(ask(client, hones_task="none", vllm_xargs={"mine": 1}))["got"]["vllm_xargs"] == {"mine": 1}
+
+
 def test_the_header_names_the_task(client, engine):
     response = ask(client, headers={"X-Hones-Task": "vqa@0.5+ocr"})
     blend = VQA * 0.5 + OCR

@@ -1,6 +1,7 @@
 """`hones serve`: what it refuses at once, and the process it becomes."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,6 +84,28 @@ def test_what_only_vllm_knows_is_passed_on_untouched(model: Path, profiles: Path
     unknown = ["--max-model-len", "4096", "--max-p=1", "-tp", "2", "--enforce-eager", "--hf-overrides", '{"a": "-b c"}']
     arguments, _ = launch([str(model), *unknown[:4], "--profiles", str(profiles), *unknown[4:]], {}, set())
     assert flags_for_vllm(arguments) == ["--model", str(model), *unknown]
+
+
+def test_the_transformers_engine(model: Path, profiles: Path) -> None:
+    arguments, environment = launch(
+        [
+            *(str(model), "--engine", "transformers", "--profiles", str(profiles), "--port", "8123"),
+            *("--device", "cpu", "--api-key", "s3cret", "--allow-profile-updates"),
+        ],
+        {"HOME": "/home/me", "HONES_MAX_PROFILES": "7"},
+        set(),
+    )
+    module = ["-P", "-m", "hones_serving.transformers_server.command"]
+    assert arguments == [sys.executable, *module, "--model", str(model), "--port", "8123", "--device", "cpu"]
+    assert environment == {
+        "HOME": "/home/me",
+        "HONES_PROFILES": str(profiles),
+        "HONES_ROUTING": "",
+        "HONES_MAX_PROFILES": "",
+        "HONES_ALLOW_PROFILE_UPDATES": "1",
+        "HONES_ALLOW_UNTESTED": "",
+        "HONES_API_KEY": "s3cret",
+    }
 
 
 @pytest.mark.parametrize("flag", [["--api-key", "s3cret"], ["--api-key=s3cret"], ["--api_key", "s3cret"]])
@@ -168,13 +191,47 @@ def test_a_maximum_that_is_none(count: str, profiles: Path, capsys: pytest.Captu
     assert "--max-profiles" in refusal(capsys, "m", "--profiles", profiles, f"--max-profiles={count}")
 
 
-def test_the_transformers_engine_is_announced(profiles: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "later version" in refusal(capsys, "m", "--profiles", profiles, "--engine", "transformers")
+@pytest.mark.parametrize(("engine", "module", "extra"), [("vllm", "vllm", "vllm"), ("transformers", "openai", "serve")])
+def test_without_the_engine(
+    engine: str,
+    module: str,
+    extra: str,
+    profiles: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    said = refusal(capsys, "m", "--profiles", profiles, "--engine", engine)
+    assert f"{module} is not installed; run: pip install 'hones-steer[{extra}]'" in said
 
 
-def test_without_vllm(profiles: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not installed
-    assert "run: pip install 'hones-steer[vllm]'" in refusal(capsys, "m", "--profiles", profiles)
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--continuous-batching"], "continuous batching cannot be steered here; use --engine vllm"),
+        (["--cb-block-size", "32"], "--cb-block-size cannot be given: continuous batching"),
+        (["--max-model-len", "4096"], "the transformers engine knows no --max-model-len; it has --dtype, --device"),
+        (["--model=other"], "MODEL, the first argument, names the model"),
+        (["--dtype", "int8"], "int8"),
+        (["--allowed-origins", "*"], "no JSON list of origins"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_the_transformers_engine_does_not_do(
+    flags: list[str], words: str, profiles: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in refusal(capsys, "m", "--profiles", profiles, "--engine", "transformers", *flags)
+
+
+def test_a_model_that_transformers_cannot_serve(profiles: Path, tmp_path: Path) -> None:
+    """Found in the new process, which ends like the command would."""
+    model = tmp_path / "clip"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    command = [sys.executable, "-m", "hones_steer", "serve", str(model), "--profiles", str(profiles)]
+    done = subprocess.run([*command, "--engine", "transformers"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"hones serve: error: cannot load the weights of '{model}': ")
 
 
 def test_no_profiles(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,14 +285,15 @@ def test_a_routing_file_that_is_not_sound(
 # For real -----------------------------------------------------------------------------------------
 
 
-def test_a_server_starts(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [["--max-model-len", "128", "--enforce-eager"], ["--engine", "transformers"]])
+def test_a_server_starts(options: list[str], llama: Path, tmp_path: Path) -> None:
     profiles = tmp_path / "profiles"
     profiles.mkdir()
     save_profile(
         random_profile(AutoModelForCausalLM.from_pretrained(llama), seed=0, task="vqa"), profiles / "vqa.safetensors"
     )
     command = [sys.executable, "-m", "hones_steer", "serve", str(llama), "--profiles", str(profiles)]
-    command += ["--api-key", "s3cret", "--served-model-name", "tiny", "--max-model-len", "128", "--enforce-eager"]
+    command += ["--api-key", "s3cret", "--served-model-name", "tiny", *options]
     with server(command, tmp_path / "log", ENVIRONMENT) as running:
         assert b"s3cret" not in Path(f"/proc/{running.process.pid}/cmdline").read_bytes()
         models = f"{running.url}/v1/models"

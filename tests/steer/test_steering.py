@@ -529,6 +529,15 @@ class TestGradients:
         loss.backward()
 
 
+def test_it_tells_its_model_from_another_load_of_it(model):
+    steering, _ = steered(model)
+    assert steering.is_attached_to(model)
+    assert steering.is_attached_to(torch.compile(model))
+    assert not steering.is_attached_to(tiny_models.llama())
+    steering.detach()
+    assert not steering.is_attached_to(model)
+
+
 def test_inference_mode(model):
     inputs = text_inputs()
     with torch.inference_mode():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import vllm
 from vllm import envs
 
+from hones_serving import signatures
 from hones_serving.settings import Settings
 from hones_steer.errors import StateError
 
@@ -22,44 +22,33 @@ def check_version() -> None:
     Raises:
         StateError: naming what differs.
     """
-    for function, expected in _expected_signatures():
-        found = tuple(inspect.signature(function).parameters)
-        if found[: len(expected)] != expected:
-            raise StateError(
-                f"this vLLM version is not supported: {vllm.__version__} ({function.__module__}."
-                f"{function.__qualname__} takes {', '.join(found)} instead of {', '.join(expected)}); tested: {TESTED}"
-            )
+    signatures.check(_expected_signatures(), f"vLLM {vllm.__version__}", TESTED)
 
 
 def _expected_signatures() -> Iterator[tuple[Callable[..., Any], tuple[str, ...]]]:
     """Functions that are wrapped, and the parameters they must begin with."""
-    try:
-        from vllm.v1.engine.async_llm import AsyncLLM
-        from vllm.v1.engine.input_processor import InputProcessor
-        from vllm.v1.engine.llm_engine import LLMEngine
-        from vllm.v1.engine.output_processor import OutputProcessor
-        from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2
-        from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
-        from vllm.v1.worker.gpu_worker import Worker
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.engine.output_processor import OutputProcessor
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
+    from vllm.v1.worker.gpu_worker import Worker
 
-        yield InputProcessor.__init__, ("self", "vllm_config", "renderer")
-        yield InputProcessor.process_inputs, ("self", "request_id", "prompt", "params")
-        yield OutputProcessor.add_request, ("self", "request", "prompt", "parent_req", "request_index", "queue")
-        yield OutputProcessor.abort_requests, ("self", "request_ids", "internal")
-        yield OutputProcessor._finish_request, ("self", "req_state")
-        yield LLMEngine.__init__, ("self", "vllm_config")
-        yield LLMEngine.collective_rpc, ("self", "method")
-        yield AsyncLLM.__init__, ("self", "vllm_config")
-        yield AsyncLLM.collective_rpc, ("self", "method")
-        yield Worker.load_model, ("self",)
-        yield RunnerV1.execute_model, ("self", "scheduler_output", "intermediate_tensors")
-        yield RunnerV1._prepare_inputs, ("self", "scheduler_output", "num_scheduled_tokens")
-        yield RunnerV2.execute_model, ("self", "scheduler_output", "intermediate_tensors", "dummy_run")
-        yield RunnerV2.prepare_inputs, ("self", "scheduler_output", "batch_req_state")
-    except (ImportError, AttributeError) as error:
-        raise StateError(
-            f"this vLLM version is not supported: {vllm.__version__} ({error}); tested: {TESTED}"
-        ) from error
+    yield InputProcessor.__init__, ("self", "vllm_config", "renderer")
+    yield InputProcessor.process_inputs, ("self", "request_id", "prompt", "params")
+    yield OutputProcessor.add_request, ("self", "request", "prompt", "parent_req", "request_index", "queue")
+    yield OutputProcessor.abort_requests, ("self", "request_ids", "internal")
+    yield OutputProcessor._finish_request, ("self", "req_state")
+    yield LLMEngine.__init__, ("self", "vllm_config")
+    yield LLMEngine.collective_rpc, ("self", "method")
+    yield AsyncLLM.__init__, ("self", "vllm_config")
+    yield AsyncLLM.collective_rpc, ("self", "method")
+    yield Worker.load_model, ("self",)
+    yield RunnerV1.execute_model, ("self", "scheduler_output", "intermediate_tensors")
+    yield RunnerV1._prepare_inputs, ("self", "scheduler_output", "num_scheduled_tokens")
+    yield RunnerV2.execute_model, ("self", "scheduler_output", "intermediate_tensors", "dummy_run")
+    yield RunnerV2.prepare_inputs, ("self", "scheduler_output", "batch_req_state")
 
 
 def refuse_unsupported(config: Any, settings: Settings) -> None:

@@ -1,7 +1,7 @@
-"""Steering over HTTP: real vLLM servers, called as people call them.
+"""Steering over HTTP: real servers of both engines, called as people call them.
 
 Expected texts are those of transformers, steered with the same profiles. Where it matters what is in flight when
-something changes, the engine's process is stopped meanwhile.
+something changes, generation is stopped meanwhile. `-k transformers` runs one engine's.
 """
 
 import asyncio
@@ -13,9 +13,9 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,21 @@ import httpx
 import openai
 import pytest
 import torch
-from hones_offline.scenes import scenes
-from openai import AsyncOpenAI
 from serving.checkpoints import llama as make_llama
-from serving.engines import ENVIRONMENT, Server, server
-from serving.http_helpers import NEW_TOKENS, Answer, Question, Samples, ask, frozen, increase, scrape, until
+from serving.engines import server
+from serving.http_helpers import NEW_TOKENS, Answer, Client, Question, Samples, ask, increase, scrape, until
+from serving.sites import ENGINES, PICTURES, TEXTS, Form, Site, Transformers, Vllm, api_server, plain_env
 from serving.steered import Reference, write_profiles
 from tiny_models import random_profile
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from hones_steer import Profile, save_profile
-from hones_steer.store import combine, parse_expression
+from hones_steer import save_profile
+from hones_steer.store import parse_expression
 
 pytestmark = pytest.mark.anyio
 
 KEY = "s3cret"
+ORIGIN = "https://app.example"  # whose pages may call the servers
 LONG = 250  # tokens: seconds
 ROUTING = """\
 default: vqa@0.5
@@ -50,72 +50,6 @@ rules:
     header: {X-Tenant: trial}
 canary: {task: cap@2, to: ocr@1.5, percent: 50}
 """
-SCENES = scenes("test", 4)
-# Longer than the 32 tokens of a block, so that requests could share one with what steers them otherwise.
-PICTURES = [Question(" ".join([scene.prompt("caption")] * 3), scene.image()) for scene in SCENES]
-TEXTS = [Question(" ".join(scene.captions[:3])) for scene in SCENES]
-
-
-@dataclass(frozen=True)
-class Site:
-    """A server, and what its answers should be."""
-
-    server: Server
-    folder: Path
-    profiles: dict[str, Profile]
-    reference: Reference
-    processor: Any  # or tokenizer
-    key: str = "none"
-    known: dict[Any, str] = field(default_factory=dict)
-
-    def client(self) -> AsyncOpenAI:
-        return AsyncOpenAI(api_key=self.key, base_url=f"{self.server.url}/v1", max_retries=0, timeout=300)
-
-    async def call(self, method: str, path: str, body: object = None, **headers: str) -> httpx.Response:
-        """A call with the key, without a client that knows better."""
-        headers = {"Authorization": f"Bearer {self.key}", **headers}
-        async with httpx.AsyncClient(base_url=self.server.url, timeout=300) as client:
-            return await client.request(method, path, json=body, headers=headers)
-
-    async def slots_used(self) -> float:
-        return (await scrape(self.server.url))[("hones_slots_used",)]
-
-    async def admitted(self) -> float:
-        """How many requests have been admitted so far."""
-        samples = await scrape(self.server.url)
-        return sum(value for (name, *_), value in samples.items() if name == "hones_requests_total")
-
-    def text(self, question: Question, expression: str, count: int = NEW_TOKENS) -> str:
-        """What transformers answers."""
-        key = question.text, id(question.image), expression, count
-        if key not in self.known:
-            tokens = self.reference.tokens(self._prompt(question), expression, count)
-            before = self._tokenizer(question.text)["input_ids"]  # or a first word would lack its space
-            whole, known = (self._tokenizer.decode(ids, skip_special_tokens=True) for ids in (before + tokens, before))
-            # vLLM ends before a character that is cut.
-            self.known[key] = whole.removeprefix(known).rstrip("\N{REPLACEMENT CHARACTER}")
-        return self.known[key]
-
-    @property
-    def _tokenizer(self) -> Any:
-        return getattr(self.processor, "tokenizer", self.processor)
-
-    def _prompt(self, question: Question) -> Any:
-        if question.image is None:
-            return self._tokenizer(question.text)["input_ids"]
-        content = [{"type": "image"}, {"type": "text", "text": question.text}]
-        messages = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), question.image
-
-    def header(self, expression: str) -> str:
-        """What X-Hones-Profile should be."""
-        profile = combine(parse_expression(expression), self.profiles.__getitem__)
-        return "none" if profile is None else f"{expression} ({profile.short_digest})"
-
-    def check(self, answer: Answer, question: Question, expression: str, route: str, **options: int) -> None:
-        """Everything that one answer says."""
-        assert (answer.profile, answer.route) == (self.header(expression), route)
-        assert answer.texts == [self.text(question, expression, **options)] * len(answer.texts)
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +57,19 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+@pytest.fixture(scope="module", params=list(ENGINES))
+def engine(request: pytest.FixtureRequest) -> Vllm | Transformers:
+    return ENGINES[request.param]
+
+
+only_vllm = pytest.mark.parametrize("engine", ["vllm"], indirect=True)
+only_transformers = pytest.mark.parametrize("engine", ["transformers"], indirect=True)
+
+
 @pytest.fixture(scope="module")
-async def site(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
+async def site(
+    engine: Vllm | Transformers, embedded: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Site]:
     """The embedded VLM by `hones serve`, with a key, a routing file, and permission to change profiles."""
     here = tmp_path_factory.mktemp("site")
     model = AutoModelForImageTextToText.from_pretrained(embedded, dtype=torch.float32)
@@ -138,14 +83,14 @@ async def site(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> Asyn
     (folder / "next").mkdir()
     save_profile(profiles["new"], folder / "next" / "vqa.safetensors")
     reference.steering.load("new", folder / "next" / "vqa.safetensors")
-    command = [
-        *(sys.executable, "-m", "hones_steer", "serve", str(embedded), "--engine", "vllm"),
+    command, env = engine.serve(
+        embedded,
+        here,
         *("--profiles", str(folder), "--routing", str(routing), "--api-key", KEY, "--allow-profile-updates"),
-        *("--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8"),
-        *("--block-size", "32", "--allowed-origins", '["https://app.example"]'),
-    ]
-    with server(command, here / "log", ENVIRONMENT) as running:
-        site = Site(running, folder, profiles, reference, processor, KEY)
+        *("--served-model-name", "tiny", "--dtype", "float32", "--allowed-origins", json.dumps([ORIGIN])),
+    )
+    with server(command, here / "log", env) as running:
+        site = Site(engine, running, folder, profiles, reference, processor, KEY)
         # vLLM 0.32 may answer 500 ("P0/P1 cache drift") to requests that bring one new image at the same time.
         async with site.client() as client:
             for question in PICTURES:
@@ -155,7 +100,7 @@ async def site(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> Asyn
 
 
 @pytest.fixture
-async def client(site: Site) -> AsyncIterator[AsyncOpenAI]:
+async def client(site: Site) -> AsyncIterator[Client]:
     async with site.client() as client:
         yield client
     await until(site.slots_used, 0)  # no test leaves one in use
@@ -164,13 +109,6 @@ async def client(site: Site) -> AsyncIterator[AsyncOpenAI]:
 # 64 at once ---------------------------------------------------------------------------------------
 
 EXPRESSIONS = ("vqa", "ocr@1.5", "none", "vqa@0.5+ocr", "cap@2", "vqa@-1+cap@2")
-FORMS: list[tuple[list[Question], dict[str, Any]]] = [
-    (PICTURES, {}),
-    (TEXTS, {}),
-    (PICTURES, {"stream": True}),
-    (TEXTS, {"stream": True}),
-    (PICTURES, {"n": 2, "temperature": 1, "extra_body": {"top_k": 1}}),  # vLLM calls n > 1 at temperature 0 an error
-]
 
 
 @dataclass(frozen=True)
@@ -205,12 +143,12 @@ def named(way: str, expression: str) -> tuple[dict[str, Any], str, str]:
     }[way]
 
 
-def mixed(count: int) -> list[Sent]:
+def mixed(count: int, forms: Sequence[Form]) -> list[Sent]:
     """Every form and every way of naming, with changing expressions and questions."""
     ways = ("body", "xargs", "header", "alias", "all", "rule", "rule for none", "default", "header")
     requests = []
     for i in range(count):
-        questions, form = FORMS[i % len(FORMS)]
+        questions, form = forms[i % len(forms)]
         options, expression, route = named(ways[i % len(ways)], EXPRESSIONS[i * 7 // 3 % len(EXPRESSIONS)])
         extra = {"extra_body": {**options.pop("extra_body", {}), **form.get("extra_body", {})}}
         requests.append(Sent(questions[i % 4], {**options, **form, **extra}, expression, route))
@@ -229,17 +167,18 @@ class Burst:
 
 @pytest.fixture(scope="module")
 async def burst(site: Site) -> Burst:
-    sent = mixed(64)
+    sent = mixed(64, site.engine.forms)
     async with site.client() as client:
-        before = await scrape(site.server.url)
+        before, tokens = await scrape(site.server.url), await site.tokens()
         answers = await asyncio.gather(*(ask(client, one.question, **one.options) for one in sent))
         with pytest.raises(openai.NotFoundError):  # counts nowhere
             await ask(client, TEXTS[0], model="tiny:wqa")
         await until(site.slots_used, 0)
+        await until(site.tokens, tokens + sum(answer.tokens for answer in answers))
         return Burst(sent, answers, before, await scrape(site.server.url))
 
 
-async def test_64_mixed_requests_at_once_each_say_what_transformers_says(site: Site, burst: Burst) -> None:
+async def test_64_mixed_requests_at_once_each_get_the_answer_of_their_steering(site: Site, burst: Burst) -> None:
     for one, answer in zip(burst.sent, burst.answers, strict=True):
         assert answer.texts == [site.text(one.question, one.expression)] * one.options.get("n", 1), one
     steered = [one for one in burst.sent if one.expression != "none"]
@@ -271,7 +210,7 @@ async def test_the_metrics_count_what_was_sent(burst: Burst) -> None:
 # Names and refusals -------------------------------------------------------------------------------
 
 
-async def test_models_lists_an_alias_for_each_profile(client: AsyncOpenAI) -> None:
+async def test_models_lists_an_alias_for_each_profile(client: Client) -> None:
     models = [(model.id, model.model_extra["parent"]) async for model in await client.models.list()]
     assert models == [("tiny", None), ("tiny:cap", "tiny"), ("tiny:ocr", "tiny"), ("tiny:vqa", "tiny")]
 
@@ -304,7 +243,7 @@ async def test_who_has_no_key_learns_nothing(site: Site) -> None:
     ids=lambda value: str(value) if isinstance(value, dict) else None,
 )
 async def test_what_is_unknown_or_malformed(
-    client: AsyncOpenAI, asked: dict[str, Any], error: type[openai.APIStatusError], words: str, stream: bool
+    client: Client, asked: dict[str, Any], error: type[openai.APIStatusError], words: str, stream: bool
 ) -> None:
     for question in (PICTURES[0], TEXTS[0]):
         with pytest.raises(error) as refused:
@@ -338,20 +277,20 @@ async def test_other_routes_cannot_be_steered(site: Site, path: str) -> None:
 
 async def test_health_and_browsers(site: Site) -> None:
     assert httpx.get(f"{site.server.url}/health").status_code == 200
-    origin = {"Origin": "https://app.example"}
+    origin = {"Origin": ORIGIN}
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, x-hones-task"}
     preflight = httpx.options(f"{site.server.url}/v1/chat/completions", headers={**origin, **asked})
     assert preflight.status_code == 200
     assert "x-hones-task" in preflight.headers["access-control-allow-headers"]
     refused = await site.call("POST", "/v1/completions", {"model": "tiny:wqa", "prompt": "A"}, **origin)
     assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (404, origin["Origin"])
-    assert httpx.options(f"{site.server.url}/v1/chat/completions").status_code == 405
+    assert (await site.call("OPTIONS", "/v1/chat/completions")).status_code == 405
 
 
 # The canary ---------------------------------------------------------------------------------------
 
 
-async def test_a_canary_draws_by_key_and_never_flips(site: Site, client: AsyncOpenAI) -> None:
+async def test_a_canary_draws_by_key_and_never_flips(site: Site, client: Client) -> None:
     async def routes(question: Question, **options: Any) -> list[str]:
         headers = [{"X-Tenant": "trial", "X-Hones-Key": f"user {i}"} for i in range(24)]
         answers = await asyncio.gather(*(ask(client, question, extra_headers=h, **options) for h in headers))
@@ -407,7 +346,7 @@ def broken_profiles(site: Site) -> Iterator[dict[str, str]]:
         outside.unlink()
 
 
-async def test_bad_profiles_are_refused_and_the_server_lives(site: Site, client: AsyncOpenAI) -> None:
+async def test_bad_profiles_are_refused_and_the_server_lives(site: Site, client: Client) -> None:
     before = await scrape(site.server.url)
     listed = (await site.call("GET", "/v1/hones/profiles")).json()
     with broken_profiles(site) as bad:
@@ -424,32 +363,32 @@ async def test_bad_profiles_are_refused_and_the_server_lives(site: Site, client:
 
 @asynccontextmanager
 async def running(
-    site: Site, client: AsyncOpenAI, group: asyncio.TaskGroup, model: str, count: int
+    site: Site, client: Client, group: asyncio.TaskGroup, model: str, count: int
 ) -> AsyncIterator[list[asyncio.Task[Answer]]]:
     """Requests that have brought some of their LONG tokens, and the engine stopped in the midst of them."""
     so_far = await site.admitted()
     started = [asyncio.Event() for _ in range(count)]
     options: dict[str, Any] = {"model": model, "stream": True, "count": LONG}
-    with frozen(site.server):
+    with site.frozen():
         tasks = [group.create_task(ask(client, TEXTS[0], started=event, **options)) for event in started]
         await until(site.admitted, so_far + count)
     await asyncio.gather(*(event.wait() for event in started))
-    with frozen(site.server):
+    with site.frozen():
         assert await site.slots_used() == 1
         yield tasks
         assert not any(task.done() for task in tasks)
 
 
-async def test_a_replaced_profile_steers_only_what_comes_after(site: Site, client: AsyncOpenAI) -> None:
+async def test_a_replaced_profile_steers_only_what_comes_after(site: Site, client: Client) -> None:
     """What runs, what waits in the engine's queue, and what is sent afterwards, all unfinished when it is replaced."""
 
     def send() -> list[asyncio.Task[Answer]]:
         return [group.create_task(ask(client, question, model="tiny:vqa")) for question in PICTURES]
 
     try:
-        async with asyncio.TaskGroup() as group, running(site, client, group, "tiny:vqa", count=8) as tasks:
+        async with asyncio.TaskGroup() as group, running(site, client, group, "tiny:vqa", site.engine.at_once) as tasks:
             so_far = await site.admitted()
-            waiting = send()  # no more than 8 run at once
+            waiting = send()  # no more run at once
             await until(site.admitted, so_far + 4)
             response = await load(site, "next/vqa.safetensors")
             assert response.json()["digest"] == site.profiles["new"].digest
@@ -467,7 +406,7 @@ async def test_a_replaced_profile_steers_only_what_comes_after(site: Site, clien
     site.check(await ask(client, PICTURES[0], model="tiny:vqa"), PICTURES[0], "vqa", "alias")
 
 
-async def test_replacing_under_load_mixes_nothing(site: Site, client: AsyncOpenAI) -> None:
+async def test_replacing_under_load_mixes_nothing(site: Site, client: Client) -> None:
     old, new = site.header("vqa"), f"vqa ({site.profiles['new'].short_digest})"
     answers: list[tuple[Question, Answer]] = []
     over = asyncio.Event()
@@ -494,7 +433,7 @@ async def test_replacing_under_load_mixes_nothing(site: Site, client: AsyncOpenA
     assert {answer.profile for _, answer in answers} == {old, new}
 
 
-async def test_an_unloaded_profile_steers_what_it_was_admitted_for(site: Site, client: AsyncOpenAI) -> None:
+async def test_an_unloaded_profile_steers_what_it_was_admitted_for(site: Site, client: Client) -> None:
     assert (await load(site, "next/vqa.safetensors", name="extra")).status_code == 200
     async with asyncio.TaskGroup() as group, running(site, client, group, "tiny:extra", count=1) as (task,):
         so_far = await site.admitted()
@@ -510,7 +449,7 @@ async def test_an_unloaded_profile_steers_what_it_was_admitted_for(site: Site, c
     assert (await site.call("DELETE", "/v1/hones/profiles/ocr")).status_code == 400  # the routing file needs it
 
 
-async def test_the_kill_switch_acts_at_admission(site: Site, client: AsyncOpenAI) -> None:
+async def test_the_kill_switch_acts_at_admission(site: Site, client: Client) -> None:
     async def switch(on: bool) -> None:
         assert (await site.call("POST", "/v1/hones/steering", {"enabled": on})).json() == {"enabled": on}
 
@@ -540,22 +479,23 @@ with httpx.stream("POST", url, headers=headers, json=body, timeout=300) as respo
 
 
 def start_client(site: Site, **body: Any) -> "subprocess.Popen[str]":
-    body = {"model": "tiny:vqa", "prompt": TEXTS[0].text, "max_tokens": 400, "ignore_eos": True, **body}
+    body = {"model": "tiny:vqa", "prompt": TEXTS[0].text, "max_tokens": 400, **site.engine.no_end, **body}
     what = [f"{site.server.url}/v1/completions", {"Authorization": f"Bearer {site.key}"}, body]
     return subprocess.Popen([sys.executable, "-c", CLIENT, json.dumps(what)], stdout=subprocess.PIPE, text=True)
 
 
-async def test_a_killed_client_leaks_no_slot(site: Site, client: AsyncOpenAI) -> None:
+async def test_a_killed_client_leaks_no_slot(site: Site, client: Client) -> None:
     """The engine stands still meanwhile: a slot cannot come back because its request has finished."""
-    so_far = await site.admitted()
+    so_far, tokens = await site.admitted(), await site.tokens()
     with ExitStack() as clients:
-        with frozen(site.server):
+        with site.frozen():
             streaming = clients.enter_context(start_client(site, stream=True))
+            await until(site.admitted, so_far + 1)  # or the other one could be first
             waiting = clients.enter_context(start_client(site, hones_task="ocr"))
             await until(site.admitted, so_far + 2)
         assert streaming.stdout is not None
         assert streaming.stdout.readline().startswith("data: ")
-        with frozen(site.server):
+        with site.frozen():
             assert await site.slots_used() == 2
             for process in (streaming, waiting):
                 os.kill(process.pid, signal.SIGKILL)
@@ -566,32 +506,23 @@ async def test_a_killed_client_leaks_no_slot(site: Site, client: AsyncOpenAI) ->
         samples = await scrape(site.server.url)
         return sum(value for (name, *_), value in samples.items() if name == "vllm:num_requests_running")
 
-    await until(in_the_engine, 0)
+    await until(in_the_engine, 0)  # transformers' server is done with them: it has answered a later request
+    assert await site.tokens() < tokens + 400  # nobody generates for those who have left
 
 
 # The plain way ------------------------------------------------------------------------------------
 
 
-def api_server(model: Path) -> list[str]:
-    module = "vllm.entrypoints.openai.api_server"
-    options = ["--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "8"]
-    return [sys.executable, "-m", module, "--model", str(model), *options]
-
-
-def plain_env(profiles: Path, **more: str) -> dict[str, str]:
-    return {**ENVIRONMENT, "HONES_PROFILES": str(profiles), "VLLM_USE_V2_MODEL_RUNNER": "0", **more}
-
-
 @pytest.fixture(scope="module")
-def plain(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """A Llama by vLLM's own command, with room for two profiles at once."""
+def plain(engine: Vllm | Transformers, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A Llama with room for two profiles at once, by the engine's own command where it has one."""
     here = tmp_path_factory.mktemp("plain")
     model, folder = AutoModelForCausalLM.from_pretrained(llama), here / "profiles"
     profiles = write_profiles(model, folder)
     reference = Reference(model, folder)
-    env = plain_env(folder, VLLM_PLUGINS="hones", HONES_MAX_PROFILES="2")
-    with server([*api_server(llama), "--enable-scale-out"], here / "log", env) as running:
-        yield Site(running, folder, profiles, reference, AutoTokenizer.from_pretrained(llama))
+    command, env = engine.serve_for_two(llama, folder, here)
+    with server(command, here / "log", env) as running:
+        yield Site(engine, running, folder, profiles, reference, AutoTokenizer.from_pretrained(llama))
 
 
 WORDS = Question("w17 w42 w3")
@@ -600,7 +531,7 @@ WORDS = Question("w17 w42 w3")
 async def test_beyond_the_slots_429_until_there_is_room(plain: Site) -> None:
     async with plain.client() as client, asyncio.TaskGroup() as group:
         so_far = await plain.admitted()
-        with frozen(plain.server):
+        with plain.frozen():
             in_flight = {
                 expression: group.create_task(ask(client, WORDS, model=f"tiny:{expression}", stream=stream))
                 for expression, stream in (("vqa", False), ("ocr", True), ("none", False))
@@ -653,6 +584,7 @@ def refusal(command: list[str], env: dict[str, str]) -> str:
     return done.stdout
 
 
+@only_vllm
 async def test_routes_that_take_whole_sampling_parameters_cannot_be_steered(plain: Site) -> None:
     """Whatever is named in there comes past the middleware."""
     for extra, status in (({"mine": 1}, 200), ({"hones_task": "vqa"}, 400), ({"hones_ticket": "0" * 32}, 400)):
@@ -664,16 +596,18 @@ async def test_routes_that_take_whole_sampling_parameters_cannot_be_steered(plai
             assert "hones_" in response.json()["error"]["message"]
 
 
+@only_vllm
 def test_without_its_http_side_the_server_does_not_start(llama: Path, plain: Site) -> None:
     assert "set VLLM_PLUGINS=hones, or use `hones serve`" in refusal(api_server(llama), plain_env(plain.folder))
 
 
-def test_with_a_profile_of_another_model_the_server_does_not_start(llama: Path, tmp_path: Path) -> None:
+def test_with_a_profile_of_another_model_the_server_does_not_start(
+    engine: Vllm | Transformers, llama: Path, tmp_path: Path
+) -> None:
     other = AutoModelForCausalLM.from_pretrained(make_llama(tmp_path / "other", seed=1))
     profiles = tmp_path / "profiles"
     profiles.mkdir()
     save_profile(random_profile(other, 0, "vqa"), profiles / "vqa.safetensors")
     # Of the same shapes: only the loaded weights tell.
-    said = refusal(api_server(llama), plain_env(profiles, VLLM_PLUGINS="hones"))
-    assert "MismatchError" in said
-    assert "vqa.safetensors" in said
+    said = refusal(*engine.serve_for_two(llama, profiles, tmp_path))
+    assert "vqa.safetensors: the profile belongs to another model" in said

@@ -1,0 +1,7 @@
+"""Transformers' own server (`transformers.cli.serving`), steered, with the HTTP contract that vLLM has.
+
+command.py     the process that `hones serve --engine transformers` becomes
+app.py         its routes: transformers' and ours, without those that load or drop models; the API key
+handlers.py    what a request's body may say; from an admission's ticket to the admission
+generation.py  in the generation thread: each request steered as it was admitted
+"""

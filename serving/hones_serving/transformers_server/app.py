@@ -1,0 +1,239 @@
+"""The application: transformers' routes without those that load or drop models, ours around them, and the API key."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import transformers
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
+from starlette.exceptions import HTTPException
+from transformers import AutoProcessor
+from transformers.cli.serving.model_manager import ModelManager, TimedModel
+from transformers.cli.serving.server import build_server
+from transformers.cli.serving.utils import BaseHandler, GenerateManager, GenerationState
+
+from hones_serving import signatures
+from hones_serving.metrics import Metrics
+from hones_serving.middleware import App, HonesMiddleware, Message, Receive, Scope, Send, Service, error_content
+from hones_serving.registry import Admission, ProfileRegistry
+from hones_serving.routing import RoutingPlan
+from hones_serving.routing_file import load_plan
+from hones_serving.settings import Settings
+from hones_serving.transformers_server.generation import OneGeneration
+from hones_serving.transformers_server.handlers import TICKET, Chat, Completion, Responses
+from hones_steer.errors import DataError, HonesError
+from hones_steer.huggingface import steer
+from hones_steer.loading import load_model, loading
+from hones_steer.profile import ModelIdentity
+
+TESTED = "5.19"
+# Of transformers' routes: these load, drop or list models of the client's choice.
+_REMOVED = {"/load_model", "/reset", "/v1/audio/transcriptions", "/v1/models"}
+_OPEN = {"/health", "/metrics"}  # without the key
+
+
+def build_app(
+    settings: Settings,
+    manager: ModelManager,
+    served: Sequence[str],
+    api_key: str | None = None,
+    allowed_origins: Sequence[str] = (),
+    collector: CollectorRegistry = REGISTRY,
+) -> FastAPI:
+    """Steer the model that `manager` holds (see `pinned`) and build the application that serves it.
+
+    Raises:
+        HonesError: the model cannot be steered, a profile does not fit it, or the routing file is wrong.
+        StateError: this transformers version is not supported.
+    """
+    signatures.check(_overridden(), f"transformers {transformers.__version__}", TESTED)
+    model = next(iter(manager.loaded_models.values())).model
+    registry = ProfileRegistry(
+        settings.profiles,
+        ModelIdentity.from_model(model),
+        max_profiles=settings.max_profiles or 1,
+        always_enough=settings.max_profiles is None,  # one request generates at a time
+    )
+    plan = load_plan(settings.routing, registry.tasks()) if settings.routing else RoutingPlan()
+    metrics = Metrics(registry, collector)
+    # Profiles come one by one, as they were admitted: the registry has checked them against this model.
+    state = OneGeneration(steer(model, {}, allow_mismatch=True), metrics)
+    app = build_server(
+        manager,
+        Chat(manager, state, registry, served),
+        completion_handler=Completion(manager, state, registry, served),
+        response_handler=Responses(manager, state, registry, served),
+        transcription_handler=None,  # type: ignore[arg-type]  # its route is removed
+        generation_state=state,
+    )
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in _REMOVED]
+    _add_routes(app, served, collector)
+    _add_error_handlers(app)
+    service = Service(
+        registry=registry,
+        plan=plan,
+        metrics=metrics,
+        served=tuple(served),
+        exact=lambda: served,
+        allow_updates=settings.allow_updates,
+        stamp=_stamp,
+    )
+    app.add_middleware(LeavingMiddleware)
+    app.add_middleware(HonesMiddleware, service=lambda: service)
+    if api_key:
+        app.add_middleware(KeyMiddleware, key=api_key)
+    if allowed_origins:  # browsers ask without a key whether they may; what is added last comes first
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Hones-Profile", "X-Hones-Route"],
+        )
+    return app
+
+
+def pinned(name: str, *, dtype: str = "auto", device: str = "auto") -> ModelManager:
+    """Transformers' model manager with one model, every weight of which was found, that is never unloaded.
+
+    Raises:
+        DataError: there is no such model or device, or it is of a kind that transformers' server cannot run.
+    """
+    model = load_model(name, dtype=dtype, device=device)
+    with loading(f"the processor of {name!r}"):
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    manager = ModelManager(device=device, dtype=dtype, model_timeout=-1)
+    try:
+        manager.get_model_modality(model, processor)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise DataError(
+            f"transformers' server cannot run {name!r}: {error}; name a model that generates text"
+        ) from error
+    manager.force_model = name
+    key = manager.process_model_name(name)
+    forget = functools.partial(manager.loaded_models.pop, key, None)
+    manager.loaded_models[key] = TimedModel(model, -1, processor, forget)  # type: ignore[arg-type]
+    return manager
+
+
+def _overridden() -> Iterator[tuple[Callable[..., Any], tuple[str, ...]]]:
+    """What of transformers' server is overridden, and the parameters it must begin with."""
+    yield GenerateManager.generate_streaming, ("self", "model", "processor", "inputs", "gen_config")
+    yield GenerateManager.generate_non_streaming, ("self", "model", "processor", "inputs", "gen_config")
+    yield GenerationState.get_manager, ("self", "model_id", "use_cb")
+    yield BaseHandler.__init__, ("self", "model_manager", "generation_state")
+    yield BaseHandler._validate_request, ("self", "body")
+    yield BaseHandler._resolve_model, ("self", "body")
+    yield BaseHandler._build_generation_config, ("self", "body", "model_generation_config")
+    yield BaseHandler.get_processor_inputs_from_messages, ("messages", "modality")
+
+
+def _stamp(body: dict[str, Any], admission: Admission) -> None:
+    body[TICKET] = admission.ticket
+
+
+def _add_routes(app: FastAPI, served: Sequence[str], collector: CollectorRegistry) -> None:
+    started = int(time.time())
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        common = {"object": "model", "created": started, "owned_by": "hones-steer", "parent": None}
+        return {"object": "list", "data": [{"id": name, **common} for name in served]}
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        return Response(generate_latest(collector), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    """Errors look as OpenAI's do, and as vLLM's."""
+
+    @app.exception_handler(HTTPException)
+    def refused(_request: Request, error: HTTPException) -> Response:
+        return _error(error.status_code, str(error.detail))
+
+    @app.exception_handler(RequestValidationError)
+    def unreadable(_request: Request, _: RequestValidationError) -> Response:
+        return _error(400, "the body is no JSON object, or its Content-Type is not application/json")
+
+    @app.exception_handler(HonesError)
+    def failed(_request: Request, error: HonesError) -> Response:
+        return _error(500, str(error))
+
+
+def _error(status: int, message: str, **headers: str) -> Response:
+    return JSONResponse(error_content(status, message), status, headers)
+
+
+class KeyMiddleware:
+    """Lets through who sends ``Authorization: Bearer <key>``, and everybody to /health and /metrics."""
+
+    def __init__(self, app: App, key: str) -> None:
+        self._app = app
+        self._digest = _digest(key.encode())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection; the lifespan passes through."""
+        if scope["type"] == "lifespan" or scope["path"] in _OPEN or self._has_key(scope):
+            await self._app(scope, receive, send)
+        else:
+            refused = _error(401, "the API key is missing or wrong", **{"WWW-Authenticate": "Bearer"})
+            await refused(scope, receive, send)
+
+    def _has_key(self, scope: Scope) -> bool:
+        values = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
+        kind, _, key = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
+        return kind.lower() == b"bearer" and secrets.compare_digest(_digest(key), self._digest)
+
+
+class LeavingMiddleware:
+    """Cancels what a client that has left was waiting for; transformers' server would go on generating for nobody."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection; all but HTTP passes through."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        received: asyncio.Queue[Message] = asyncio.Queue()
+        answered = False
+
+        async def listen() -> None:
+            message: Message = {}
+            while message.get("type") != "http.disconnect":
+                message = await receive()
+                received.put_nowait(message)
+
+        async def watched(message: Message) -> None:
+            nonlocal answered
+            answered = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        leaving = asyncio.create_task(listen())
+        handling = asyncio.ensure_future(self._app(scope, received.get, watched))
+        try:
+            await asyncio.wait((leaving, handling), return_when=asyncio.FIRST_COMPLETED)
+            if not answered:  # the end of an answer is also told as if the client had left
+                handling.cancel()
+            await asyncio.wait((handling,))
+            if not handling.cancelled():
+                handling.result()
+        finally:
+            leaving.cancel()
+            handling.cancel()
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()  # of one length, whatever is sent

@@ -1,0 +1,77 @@
+"""The process that ``hones serve --engine transformers`` becomes; settings and key come as environment variables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+from hones_serving.settings import Settings
+from hones_steer.errors import DataError, HonesError
+
+KEY = "HONES_API_KEY"
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options of `hones serve` that this engine sees. Exits with 2, naming what it does not know."""
+    parser = argparse.ArgumentParser(
+        prog="hones serve",
+        usage="hones serve MODEL --engine transformers --profiles DIR [options] [--dtype TYPE] [--device DEVICE]",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--served-model-name", nargs="+")
+    parser.add_argument("--host", default="0.0.0.0")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--allowed-origins", metavar="JSON", type=_origins, default=[])
+    options, unknown = parser.parse_known_args(argv)
+    for argument in unknown:
+        name = argument.partition("=")[0].replace("_", "-")
+        if name == "--continuous-batching" or name.startswith("--cb-"):
+            parser.error(f"{name} cannot be given: continuous batching cannot be steered here; use --engine vllm")
+        parser.error(f"the transformers engine knows no {name}; it has --dtype, --device and --allowed-origins")
+    return options
+
+
+def _origins(text: str) -> list[str]:
+    try:
+        origins = json.loads(text)
+    except ValueError:
+        origins = None
+    if not (isinstance(origins, list) and all(isinstance(origin, str) for origin in origins)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON list of origins such as '[\"https://app.example\"]'")
+    return origins
+
+
+def main(argv: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Load the model, then serve it until the process is told to stop.
+
+    Raises:
+        HonesError: what is wrong, before anything listens.
+    """
+    options = parse(argv)
+    settings = Settings.from_env(environ)
+    if settings is None:
+        raise DataError("HONES_PROFILES names no folder of profiles; start this server with `hones serve`")
+    import uvicorn
+
+    from hones_serving.transformers_server.app import build_app, pinned
+
+    manager = pinned(options.model, dtype=options.dtype, device=options.device)
+    served = options.served_model_name or [options.model]
+    app = build_app(settings, manager, served, environ.get(KEY), options.allowed_origins)
+    # Longer than clients and proxies keep theirs, who would otherwise send into a connection that is just closing.
+    uvicorn.run(app, host=options.host, port=options.port, timeout_keep_alive=75)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:], os.environ)
+    except HonesError as error:
+        print(f"hones serve: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,129 @@
+"""Transformers' request handlers for one model under its served names.
+
+Transformers' server ignores fields of OpenAI's that it does not implement, drops images a model cannot see, and opens
+image files of its own machine. Here all that is a 400 that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import HTTPException
+from jinja2 import TemplateError
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.response import ResponseHandler
+from transformers.cli.serving.utils import BaseHandler, GenerationState, Modality
+
+from hones_serving.registry import Admission, ProfileRegistry
+from hones_serving.transformers_server.generation import ADMISSION
+from hones_steer.errors import StateError
+
+TICKET = "hones_ticket"  # in the body of a steered request; clients cannot send names that begin with hones_
+
+# Of the fields that transformers' server ignores: those that are nothing to an answer, ...
+_HARMLESS = {"metadata", "parallel_tool_calls", "prediction", "service_tier", "store", "stream_options", "user"}
+# ... and the values of others that ask for nothing.
+_NOTHING = {
+    "best_of": 1,
+    "echo": False,
+    "logprobs": False,
+    "modalities": ["text"],
+    "n": 1,
+    "presence_penalty": 0,
+    "response_format": {"type": "text"},
+    "tool_choice": "auto",
+    "top_logprobs": 0,
+}
+
+_TEXT = {"text", "input_text", "output_text"}
+_SEEN = {"image_url", "input_image", "video_url"}
+_PARTS = {
+    Modality.LLM: _TEXT,
+    Modality.VLM: _TEXT | _SEEN,
+    Modality.MULTIMODAL: _TEXT | _SEEN | {"input_audio", "audio_url"},
+}
+
+# What transformers raises on a request that it cannot make sense of: fields of wrong types, an image that is none, ...
+_MALFORMED = (TypeError, AttributeError, ValueError, LookupError, OSError, TemplateError)
+
+
+class _Served(BaseHandler):
+    """What all three handlers have in common. `served` are the names of the one model."""
+
+    def __init__(self, manager: Any, state: GenerationState, registry: ProfileRegistry, served: Sequence[str]) -> None:
+        super().__init__(manager, state)
+        self._registry = registry
+        self._served = served
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        """Answer as transformers does, steered by the admission whose ticket the middleware has put into the body.
+
+        Raises:
+            HTTPException: 404 for another model, 400 or 422 for what transformers cannot do or read.
+            StateError: the ticket is no longer valid, or the model is not steered.
+        """
+        ADMISSION.set(self._admitted(body.pop(TICKET, None)))
+        if body.get("max_completion_tokens") is not None:  # the newer name; transformers reads the older one
+            body["max_tokens"] = body.pop("max_completion_tokens")
+        try:
+            return await super().handle_request(body, request_id)  # type: ignore[misc]
+        except _MALFORMED as error:
+            raise HTTPException(400, f"this request cannot be answered: {type(error).__name__}: {error}") from error
+
+    def _admitted(self, ticket: str | None) -> Admission | None:
+        if ticket is None:
+            return None
+        admission = self._registry.admission(ticket)
+        if admission is None:
+            raise StateError("the request's admission has ended before it was answered; send it again")
+        return admission
+
+    def _validate_request(self, body: dict[str, Any]) -> None:
+        super()._validate_request(body)
+        for name in sorted(body.keys() & self._unused_fields - _HARMLESS):
+            if body[name] is not None and body[name] != _NOTHING.get(name):
+                raise HTTPException(400, f"{name!r} is not supported by the transformers engine; leave it out")
+
+    def _resolve_model(self, body: dict[str, Any]) -> Any:
+        """The name to answer with, the model and its processor."""
+        requested = self._served[0] if body.get("model") is None else body["model"]
+        if requested not in self._served:
+            raise HTTPException(404, f"the model {requested!r} does not exist; this server has {self._served[0]!r}")
+        body["model"] = self.model_manager.force_model
+        _, model, processor = super()._resolve_model(body)
+        return requested, model, processor
+
+    def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        config = super()._build_generation_config(body, *args, **kwargs)
+        if body.get("temperature"):
+            config.do_sample = True  # transformers' server sets the temperature only, which greedy decoding ignores
+        return config
+
+    @staticmethod
+    def get_processor_inputs_from_messages(messages: list[dict[str, Any]], modality: Modality) -> Any:
+        """As transformers does, unless that would lose a part of a message or read a file of the server's."""
+        for message in messages:
+            parts = message.get("content") if isinstance(message, dict) else None
+            for part in parts if isinstance(parts, list) else ():
+                if part["type"] not in _PARTS[modality]:
+                    raise HTTPException(400, f"this model cannot take a part of the type {part['type']!r}")
+        converted = BaseHandler.get_processor_inputs_from_messages(messages, modality)
+        for message in converted:
+            for part in message["content"] if isinstance(message["content"], list) else ():
+                if not part.get("url", "data:").startswith(("data:", "https://", "http://")):
+                    raise HTTPException(400, f"the {part['type']} has no data:, https:// or http:// URL; give one")
+        return converted
+
+
+class Chat(_Served, ChatCompletionHandler):
+    """``POST /v1/chat/completions``."""
+
+
+class Completion(_Served, CompletionHandler):
+    """``POST /v1/completions``."""
+
+
+class Responses(_Served, ResponseHandler):
+    """``POST /v1/responses``, which is not steered."""

@@ -1,0 +1,32 @@
+"""`hones serve MODEL --engine transformers`, whose model waits before each forward while a file is there.
+
+    python gated_server.py FILE MODEL --engine transformers --profiles DIR ...
+
+So a test can look at what is in flight.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from hones_serving.commands import launch
+from hones_serving.transformers_server import command
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import GenerationMixin
+
+
+def main() -> None:
+    gate = Path(sys.argv[1])
+
+    def wait(module: object, _inputs: object) -> None:
+        while isinstance(module, GenerationMixin) and gate.exists():
+            time.sleep(0.005)
+
+    arguments, environment = launch(sys.argv[2:], os.environ, ())
+    register_module_forward_pre_hook(wait)
+    command.main(arguments[arguments.index("--model") :], environment)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""Running servers of either engine, and what their answers should be."""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from hones_offline.scenes import scenes
+from serving.engines import ENVIRONMENT, Server
+from serving.http_helpers import NEW_TOKENS, Answer, Client, Question, frozen, scrape
+from serving.steered import Reference
+
+from hones_steer import Profile
+from hones_steer.store import combine, parse_expression
+
+SCENES = scenes("test", 4)
+# Longer than the 32 tokens of a block, so that requests could share one with what steers them otherwise.
+PICTURES = [Question(" ".join([scene.prompt("caption")] * 3), scene.image()) for scene in SCENES]
+TEXTS = [Question(" ".join(scene.captions[:3])) for scene in SCENES]
+
+Form = tuple[list[Question], dict[str, Any]]
+FORMS: tuple[Form, ...] = ((PICTURES, {}), (TEXTS, {}), (PICTURES, {"stream": True}), (TEXTS, {"stream": True}))
+
+# A command without --host and --port, and the variables to add to the environment.
+Command = tuple[list[str], dict[str, str]]
+
+
+class Vllm:
+    """`hones serve`, and vLLM's own command with the plugin."""
+
+    at_once = 8  # so many requests generate at the same time
+    no_end: Mapping[str, Any] = {"ignore_eos": True}  # in a request's body: end tokens end nothing
+    # vLLM calls n > 1 at temperature 0 an error.
+    forms: Sequence[Form] = (*FORMS, (PICTURES, {"n": 2, "temperature": 1, "extra_body": {"top_k": 1}}))
+
+    def serve(self, model: Path, here: Path, *options: str) -> Command:
+        """A model with its name "tiny" and any options of `hones serve`; `here` is a folder for this server."""
+        del here
+        own = ["--max-model-len", "512", "--max-num-seqs", str(self.at_once), "--block-size", "32"]
+        command = [sys.executable, "-m", "hones_steer", "serve", str(model), "--engine", "vllm", *options, *own]
+        return command, ENVIRONMENT
+
+    def serve_for_two(self, model: Path, profiles: Path, here: Path) -> Command:
+        """A model with its name "tiny" and room for two profiles at once, nothing more."""
+        del here
+        env = plain_env(profiles, VLLM_PLUGINS="hones", HONES_MAX_PROFILES="2")
+        return [*api_server(model), "--enable-scale-out"], env
+
+    def frozen(self, server: Server, here: Path) -> AbstractContextManager[None]:
+        """Within the block nothing is generated."""
+        del here
+        return frozen(server)
+
+    def answer(self, tokenizer: Any, prompt: list[int], tokens: list[int]) -> str:
+        """The text of `tokens` after `prompt`: with the space before a first word, without a character that is cut."""
+        whole, known = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt + tokens, prompt))
+        return whole.removeprefix(known).rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+class Transformers:
+    """`hones serve --engine transformers`, one answer at a time."""
+
+    at_once = 1
+    no_end: Mapping[str, Any] = {}  # the model has no end token, see `serve`
+    forms: Sequence[Form] = FORMS
+
+    def serve(self, model: Path, here: Path, *options: str) -> Command:
+        """As Vllm's."""
+        launcher = [sys.executable, str(Path(__file__).with_name("gated_server.py")), str(here / "gate")]
+        return [*launcher, str(_without_end(model, here / "model")), "--engine", "transformers", *options], {}
+
+    def serve_for_two(self, model: Path, profiles: Path, here: Path) -> Command:
+        """As Vllm's."""
+        return self.serve(
+            model, here, "--profiles", str(profiles), "--max-profiles", "2", "--served-model-name", "tiny"
+        )
+
+    @contextmanager
+    def frozen(self, server: Server, here: Path) -> Iterator[None]:
+        """As Vllm's."""
+        del server
+        (here / "gate").touch()
+        try:
+            yield
+        finally:
+            (here / "gate").unlink()
+
+    def answer(self, tokenizer: Any, prompt: list[int], tokens: list[int]) -> str:
+        """The text of `tokens` by themselves."""
+        del prompt
+        text: str = tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+
+ENGINES = {"vllm": Vllm(), "transformers": Transformers()}
+
+
+def _without_end(model: Path, folder: Path) -> Path:
+    """A copy of a model for which end tokens end nothing: a request cannot ask transformers' server for that."""
+    shutil.copytree(model, folder)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": None}))
+    return folder
+
+
+def api_server(model: Path) -> list[str]:
+    """VLLM's own command."""
+    module = "vllm.entrypoints.openai.api_server"
+    options = ["--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "8"]
+    return [sys.executable, "-m", module, "--model", str(model), *options]
+
+
+def plain_env(profiles: Path, **more: str) -> dict[str, str]:
+    """The environment for it."""
+    return {**ENVIRONMENT, "HONES_PROFILES": str(profiles), "VLLM_USE_V2_MODEL_RUNNER": "0", **more}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A server, and what its answers should be."""
+
+    engine: Vllm | Transformers
+    server: Server
+    folder: Path  # of profiles
+    profiles: dict[str, Profile]
+    reference: Reference
+    processor: Any  # or tokenizer
+    key: str = "none"
+    known: dict[Any, str] = field(default_factory=dict)
+
+    def client(self) -> Client:
+        """An `openai` client with the key."""
+        client = Client(api_key=self.key, base_url=f"{self.server.url}/v1", max_retries=0, timeout=300)
+        client.no_end = self.engine.no_end
+        return client
+
+    async def call(self, method: str, path: str, body: object = None, **headers: str) -> httpx.Response:
+        """A call with the key, without a client that knows better."""
+        headers = {"Authorization": f"Bearer {self.key}", **headers}
+        async with httpx.AsyncClient(base_url=self.server.url, timeout=300) as client:
+            return await client.request(method, path, json=body, headers=headers)
+
+    def frozen(self) -> AbstractContextManager[None]:
+        """Within the block what is generated stays unfinished, and what arrives stays queued."""
+        return self.engine.frozen(self.server, self.folder.parent)
+
+    async def slots_used(self) -> float:
+        """How many profiles are in use at this moment."""
+        return (await scrape(self.server.url))[("hones_slots_used",)]
+
+    async def admitted(self) -> float:
+        """How many requests have been admitted so far."""
+        return await self._total("hones_requests_total")
+
+    async def tokens(self) -> float:
+        """How many tokens have been generated so far."""
+        return await self._total("hones_tokens_total")
+
+    async def _total(self, metric: str) -> float:
+        samples = await scrape(self.server.url)
+        return sum(value for (name, *_), value in samples.items() if name == metric)
+
+    def text(self, question: Question, expression: str, count: int = NEW_TOKENS) -> str:
+        """What transformers answers."""
+        key = question.text, id(question.image), expression, count
+        if key not in self.known:
+            tokens = self.reference.tokens(self._prompt(question), expression, count)
+            before = self._tokenizer(question.text)["input_ids"]
+            self.known[key] = self.engine.answer(self._tokenizer, before, tokens)
+        return self.known[key]
+
+    @property
+    def _tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    def _prompt(self, question: Question) -> Any:
+        if question.image is None:
+            return self._tokenizer(question.text)["input_ids"]
+        content = [{"type": "image"}, {"type": "text", "text": question.text}]
+        messages = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), question.image
+
+    def header(self, expression: str) -> str:
+        """What X-Hones-Profile should be."""
+        profile = combine(parse_expression(expression), self.profiles.__getitem__)
+        return "none" if profile is None else f"{expression} ({profile.short_digest})"
+
+    def check(self, answer: Answer, question: Question, expression: str, route: str, **options: int) -> None:
+        """Everything that one answer says."""
+        assert (answer.profile, answer.route) == (self.header(expression), route)
+        assert answer.texts == [self.text(question, expression, **options)] * len(answer.texts)

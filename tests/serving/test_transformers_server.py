@@ -1,0 +1,242 @@
+"""What only the transformers engine has to do: see `test_http.py` for what both do alike."""
+
+import base64
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hones_serving.settings import Settings
+from hones_serving.transformers_server.app import build_app, pinned
+from prometheus_client import CollectorRegistry
+from serving.http_helpers import Question
+from serving.steered import TASKS, Reference, write_profiles
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.utils import GenerationState
+
+from hones_steer import StateError
+
+pytestmark = pytest.mark.anyio
+
+WORDS = "w17 w42 w3"
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def profiles(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text") / "profiles"
+    write_profiles(AutoModelForCausalLM.from_pretrained(llama), folder)
+    return folder
+
+
+@asynccontextmanager
+async def client_of(manager: ModelManager, profiles: Path) -> AsyncIterator[httpx.AsyncClient]:
+    settings = Settings(profiles, allow_updates=True)
+    app = build_app(settings, manager, ["tiny", "also"], collector=CollectorRegistry())
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+async def text(llama: Path, profiles: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """A Llama's server."""
+    async with client_of(pinned(str(llama), device="cpu"), profiles) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+async def vlm(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[httpx.AsyncClient]:
+    """The embedded model's server, which has no profiles yet."""
+    async with client_of(pinned(str(embedded), device="cpu"), tmp_path_factory.mktemp("none")) as client:
+        yield client
+
+
+async def complete(client: httpx.AsyncClient, **body: Any) -> httpx.Response:
+    return await client.post(COMPLETIONS, json={"model": "tiny", "prompt": WORDS, "max_tokens": 8, **body})
+
+
+async def chat(client: httpx.AsyncClient, content: Any = WORDS, **body: Any) -> httpx.Response:
+    messages = [{"role": "user", "content": content}]
+    return await client.post(CHAT, json={"model": "tiny", "messages": messages, "max_tokens": 8, **body})
+
+
+def said(response: httpx.Response, status: int) -> str:
+    """The message of an error."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error["code"] == status
+    return str(error["message"])
+
+
+# Never silently unsteered -------------------------------------------------------------------------
+
+
+async def test_tokens_are_those_of_generate(llama: Path, profiles: Path, text: httpx.AsyncClient) -> None:
+    reference = Reference(AutoModelForCausalLM.from_pretrained(llama), profiles)
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    prompt = tokenizer(WORDS)["input_ids"]
+    expressions = [*TASKS, "vqa@0.5+ocr", "none"]
+    expected = [tokenizer.decode(reference.tokens(prompt, e, 8), skip_special_tokens=True) for e in expressions]
+    answers = [(await complete(text, hones_task=e)).json()["choices"][0]["text"] for e in expressions]
+    assert answers == expected
+    assert len(set(answers)) >= 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("task", ["vqa", "none"])
+async def test_a_model_that_was_loaded_anew_does_not_answer(
+    llama: Path, profiles: Path, task: str, stream: bool
+) -> None:
+    manager = pinned(str(llama), device="cpu")
+    async with client_of(manager, profiles) as client:
+        assert (await complete(client, hones_task=task, stream=stream)).status_code == 200
+        manager.shutdown()  # what its idle timer and /reset do; the next request loads the model
+        assert "loaded anew, without its steering" in said(await complete(client, hones_task=task, stream=stream), 500)
+
+
+async def test_a_version_with_other_functions_is_refused(
+    llama: Path, profiles: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = pinned(str(llama), device="cpu")
+
+    def get_manager(self: object, modality: str) -> None: ...
+
+    monkeypatch.setattr(GenerationState, "get_manager", get_manager)
+    with pytest.raises(StateError, match=r"not supported: .*takes self, modality instead of .*; tested: 5\.19"):
+        build_app(Settings(profiles), manager, ["tiny"], collector=CollectorRegistry())
+
+
+# One model, under its names -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/reset", "/load_model", "/v1/audio/transcriptions"])
+async def test_clients_cannot_load_or_drop_models(text: httpx.AsyncClient, path: str) -> None:
+    assert "Not Found" in said(await text.post(path, json={"model": "tiny"}), 404)
+
+
+async def test_every_name_is_the_model(text: httpx.AsyncClient) -> None:
+    listed = [model["id"] for model in (await text.get("/v1/models")).json()["data"]]
+    assert listed == ["tiny", "also", *(f"{name}:{task}" for name in ("tiny", "also") for task in sorted(TASKS))]
+    for asked, named in (("also", "also"), ("also:vqa", "also"), (None, "tiny")):
+        assert (await complete(text, model=asked)).json()["model"] == named
+        assert (await chat(text, model=asked)).json()["model"] == named
+    assert "'huge' does not exist" in said(await chat(text, model="huge"), 404)
+    assert "3 does not exist" in said(await chat(text, model=3), 404)
+
+
+async def test_responses_are_answered_unsteered(text: httpx.AsyncClient) -> None:
+    asked = {"model": "tiny", "input": WORDS, "stream": False, "max_output_tokens": 8}
+    answer = (await text.post("/v1/responses", json=asked)).raise_for_status().json()
+    plain = (await chat(text)).json()
+    assert answer["model"] == "tiny"
+    assert answer["output"][0]["content"][0]["text"] == plain["choices"][0]["message"]["content"]
+
+
+# What transformers' server would ignore -----------------------------------------------------------
+
+IGNORED = [
+    (chat, {"n": 2}),
+    (chat, {"logprobs": True}),
+    (chat, {"response_format": {"type": "json_object"}}),
+    (chat, {"tool_choice": "required"}),
+    (complete, {"best_of": 2}),
+    (complete, {"echo": True}),
+    (complete, {"presence_penalty": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("send", "field"), IGNORED, ids=lambda value: str(value)[:20])
+async def test_what_would_be_ignored_is_refused(
+    text: httpx.AsyncClient, send: Callable[..., Any], field: dict[str, Any]
+) -> None:
+    message = said(await send(text, **field), 400)
+    assert message == f"{next(iter(field))!r} is not supported by the transformers engine; leave it out"
+
+
+async def test_what_makes_no_difference_is_not(text: httpx.AsyncClient) -> None:
+    nothing = {"n": 1, "logprobs": False, "tool_choice": "auto", "response_format": None, "user": "me", "store": False}
+    assert (await chat(text, **nothing)).status_code == 200
+    assert "top_k" in said(await chat(text, top_k=1), 422)
+
+
+async def test_a_maximum_by_its_newer_name(text: httpx.AsyncClient) -> None:
+    answer = await chat(text, max_completion_tokens=3)
+    assert answer.json()["usage"]["completion_tokens"] == 3
+
+
+async def test_a_temperature_samples(text: httpx.AsyncClient) -> None:
+    async def texts(*seeds: int) -> set[str]:
+        return {(await complete(text, temperature=1, seed=seed)).json()["choices"][0]["text"] for seed in seeds}
+
+    assert len(await texts(1, 2, 3)) == 3
+    assert len(await texts(4, 4)) == 1
+
+
+# Bad input ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("body", [b"[]", b"{", b'"x"', b""])
+async def test_a_body_that_is_no_object(text: httpx.AsyncClient, body: bytes) -> None:
+    answer = await text.post(CHAT, content=body, headers={"Content-Type": "application/json"})
+    assert "the body is no JSON object" in said(answer, 400)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": None},
+        {"messages": "hello"},
+        {"messages": ["hello"]},
+        {"messages": [{"content": "no role"}]},
+        {"messages": [{"role": "assistant", "tool_calls": ["look"]}]},
+        {"max_tokens": "many"},
+        {"max_tokens": 0},
+        {"temperature": "hot"},
+        {"generation_config": "{"},
+    ],
+    ids=str,
+)
+async def test_fields_that_mean_nothing(text: httpx.AsyncClient, fields: dict[str, Any]) -> None:
+    for steering in ("none", "vqa"):
+        assert "cannot be answered" in said(await chat(text, hones_task=steering, **fields), 400)
+    assert (await chat(text, hones_task="vqa")).status_code == 200
+
+
+async def test_several_prompts_in_one_request(text: httpx.AsyncClient) -> None:
+    assert said(await complete(text, prompt=[WORDS, WORDS]), 400) == "prompt must be a string."
+
+
+def picture(url: Any) -> list[dict[str, Any]]:
+    return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is this?"}]
+
+
+async def test_a_text_model_is_not_shown_images(text: httpx.AsyncClient) -> None:
+    content = Question("What is this?", an_image()).arguments()["messages"][0]["content"]
+    assert said(await chat(text, content), 400) == "this model cannot take a part of the type 'image_url'"
+
+
+def an_image() -> Any:
+    from hones_offline.scenes import scenes
+
+    return scenes("test", 1)[0].image()
+
+
+async def test_files_of_the_server_are_not_opened(vlm: httpx.AsyncClient, tmp_path: Path) -> None:
+    an_image().save(tmp_path / "secret.png")
+    for url in (str(tmp_path / "secret.png"), f"file://{tmp_path}/secret.png"):
+        assert "has no data:, https:// or http:// URL" in said(await chat(vlm, picture(url)), 400)
+
+
+async def test_an_image_that_is_none(vlm: httpx.AsyncClient) -> None:
+    url = "data:image/png;base64," + base64.b64encode(b"no image").decode()
+    for wrong in (url, 5):
+        assert "cannot be answered" in said(await chat(vlm, picture(wrong)), 400)
