@@ -144,7 +144,7 @@ class HonesMiddleware:
                     service.stamp(body, admission)
                 data = json.dumps(body, separators=(",", ":")).encode()
                 scope = {**scope, "headers": _with_length(scope["headers"], data)}
-            receive, send = _replay(data, receive), _labelled(send, _shown(decision, admission.profile), decision.route)
+            receive, send = _replay(data, receive), _labelled(send, shown(decision, admission.profile), decision.route)
             # A response can take minutes, and an image megabytes.
             del body, data
             await self._app(scope, receive, send)
@@ -219,7 +219,8 @@ def _cleaned(body: dict[str, Any], model: str | None) -> bool:
     return changed
 
 
-def _shown(decision: Decision, profile: Profile | None) -> str:
+def shown(decision: Decision, profile: Profile | None) -> str:
+    """What X-Hones-Profile says."""
     return "none" if profile is None else f"{decision.asked} ({profile.short_digest})"
 
 
