@@ -33,17 +33,16 @@ class Site:
     url: str
     profiles: dict[str, Profile]
     reference: Reference
+    processor: Any
     picture: Path
 
-    def text(self, expression: str, image: bool = True, count: int = 12) -> str:
+    def text(self, expression: str, image: bool = True) -> str:
         """What transformers answers to the scene's question, steered so."""
         content = [*([{"type": "image"}] if image else []), {"type": "text", "text": SCENE.prompt("vqa")}]
-        processor = self.reference._processor
-        chat = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-        prompt = (chat, Image.open(self.picture)) if image else processor.tokenizer(chat)["input_ids"]
-        text: str = processor.decode(self.reference.tokens(prompt, expression, count), skip_special_tokens=True)
+        messages = [{"role": "user", "content": content}]
+        chat = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        prompt = (chat, Image.open(self.picture)) if image else self.processor.tokenizer(chat)["input_ids"]
+        text: str = self.processor.decode(self.reference.tokens(prompt, expression), skip_special_tokens=True)
         return text
 
 
@@ -53,14 +52,15 @@ def site(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     model = AutoModelForImageTextToText.from_pretrained(embedded, dtype=torch.float32)
     end = model.generation_config.eos_token_id
     profiles = write_profiles(model, here / "profiles", fraction=0.9)
-    reference = Reference(model, here / "profiles", AutoProcessor.from_pretrained(embedded))
+    processor = AutoProcessor.from_pretrained(embedded)
+    reference = Reference(model, here / "profiles", processor)
     model.generation_config.eos_token_id = end  # the server stops there
     SCENE.image().save(here / "scene.png")
     (here / "routing.yaml").write_text("rules:\n  - {task: cap, has_image: true}\n")
     options = ["--api-key", KEY, "--served-model-name", "tiny", "--dtype", "float32"]
     options += ["--routing", str(here / "routing.yaml")]
     with playground(embedded, here / "profiles", here, *options) as running:
-        yield Site(running.url, profiles, reference, here / "scene.png")
+        yield Site(running.url, profiles, reference, processor, here / "scene.png")
 
 
 @pytest.fixture(scope="module")
