@@ -31,11 +31,12 @@ demo: .venv/.installed
 test: lint .venv/.vllm .venv/.chromium
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-# The picture in docs/ and README, of the run in $(RUN).
+# The pictures in docs/ and README: of the run in $(RUN), and of the playground with its profiles.
 RUN ?= runs/demo
 picture: .venv/.installed .venv/.chromium
 	$(BIN)/hones report $(RUN)
 	$(BIN)/python tests/browser.py $(RUN)/report.html docs/report.png
+	PYTHONPATH=tests $(BIN)/python -m serving.playground_page $(RUN)/profiles docs/playground.png
 
 lint: .venv/.installed
 	$(BIN)/ruff check --quiet .
