@@ -53,5 +53,6 @@ def test_the_dashboard_can_be_imported_anywhere():
 
 
 def test_the_page_lists_every_metric_with_its_labels(tmp_path):
-    rows = re.findall(r"^\| `(hones_\w+)` \| \w+ \| (.*?) \|", (DOCS / "operations.md").read_text("utf-8"), re.MULTILINE)
+    page = (DOCS / "operations.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(hones_\w+)` \| \w+ \| (.*?) \|", page, re.MULTILINE)
     assert {name: set(re.findall(r"`(\w+)`", labels)) for name, labels in rows} == real_metrics(tmp_path)
