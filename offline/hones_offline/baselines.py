@@ -93,7 +93,7 @@ def gradient_activation(prepared: Prepared, *, batch_size: int) -> Importance:
         with torch.enable_grad(), ffn_inputs(decoder.layout) as recorded:
             # The weights may be frozen; the graph then begins at the embeddings.
             hidden, _ = decoder.run(replace(batch, embeds=batch.embeds.requires_grad_()))
-            ends = torch.full((len(hidden),), hidden.shape[1], device=hidden.device)
+            ends = torch.full((len(hidden),), hidden.shape[1])
             utility = mean_log_probabilities(decoder, hidden, ends, answers).sum()
             gradients = torch.autograd.grad(utility, list(recorded.values()))
         rows, last = range(len(answers)), [-len(answer) - 1 for answer in answers]

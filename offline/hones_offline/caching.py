@@ -63,13 +63,13 @@ def ending_together(layers: Sequence[tuple[Any, Tensor]], lengths: Tensor) -> tu
     `layers` holds each layer and which of its rows are taken; of these count the first `lengths` [rows] columns.
     """
     longest = int(lengths.max())
-    columns = torch.arange(longest, device=lengths.device) - (longest - lengths)[:, None]  # [rows, longest]
+    columns = torch.arange(longest) - (longest - lengths)[:, None]  # [rows, longest]
     real, columns = columns >= 0, columns.clamp(min=0)
 
     def moved(x: Tensor, rows: Tensor) -> Tensor:  # keys or values [rows, kv heads, T, head_dim]
         if bool(real.all()):
-            return x[rows.to(x.device), :, :longest]
-        return x[rows.to(x.device)[:, None], :, columns.to(x.device)].transpose(1, 2)
+            return x[rows, :, :longest]
+        return x[rows[:, None], :, columns].transpose(1, 2)
 
     cache = new_cache()
     for index, (layer, rows) in enumerate(layers):

@@ -108,7 +108,8 @@ Run = Callable[[Batch, Any], tuple[Tensor, Any]]
 class Rows:
     """Segments to run in one batch, padded on the right; a beginning that they share is run once, as a row of its own.
 
-    `ends` [B] is the number of columns before each segment's end, the `shared` ones not counted.
+    `ends` [B] is the number of columns before each segment's end, the `shared` ones not counted; like every index here
+    it is on the CPU, because hidden states and caches may be on any device.
     """
 
     def __init__(self, decoder: "TextDecoder", segments: Sequence[Segment], own: Sequence[int]) -> None:
@@ -117,7 +118,7 @@ class Rows:
         self.prefix = decoder.collate([segments[0].split(self.shared)[0]]) if self.shared else None
         rest = [segment.split(self.shared)[1] for segment in segments]
         self.rest = decoder.collate(rest, side="right")
-        self.ends = torch.tensor([len(segment) for segment in rest], device=self.rest.mask.device)
+        self.ends = torch.tensor([len(segment) for segment in rest])
         if self.prefix:
             mask = torch.cat([self.prefix.mask.expand(len(rest), -1), self.rest.mask], dim=1)
             self.rest = Batch(self.rest.embeds, mask, self.rest.positions)
@@ -247,10 +248,11 @@ class TextDecoder:
         """Greedy continuations of a batch of prompts: token ids up to, not including, the end token."""
         rows = Rows(self, prompts, [1] * len(prompts))
         hidden, cache = rows.run(self.run, keep=True)
-        every = torch.arange(len(rows), device=rows.ends.device)
+        every = torch.arange(len(rows))
         first = self.logits(hidden[every, rows.ends - 1]).argmax(-1)
         cache, mask = ending_together([(layer, every) for layer in cache.layers], rows.shared + rows.ends)
         last = rows.rest.positions[:, every, rows.ends - 1]
+        mask = mask.to(self.device)
         return self.continue_greedy(Started(cache, mask, last[..., None], first, [max_new_tokens] * len(prompts)))
 
     @torch.no_grad()
@@ -314,10 +316,6 @@ class TextDecoder:
         """
         rows = [prompt + self.continuation(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         hidden, _ = self.run(self.collate(rows))
-        return self.logits_at_answers(hidden, answers)
-
-    def logits_at_answers(self, hidden: Tensor, answers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """`answer_logits` from what the forward gave, [B, T, hidden]."""
         longest = max(len(answer) for answer in answers)
         logits = self.logits(hidden[:, -longest - 1 : -1])
         lengths = torch.tensor([len(answer) for answer in answers], device=logits.device)

@@ -168,10 +168,10 @@ def mean_log_probabilities(decoder: TextDecoder, hidden: Tensor, ends: Tensor, a
 
     A tensor [B] that gradients flow through.
     """
-    lengths = torch.tensor([len(answer) for answer in answers], device=ends.device)
-    rows = torch.arange(len(answers), device=ends.device).repeat_interleave(lengths)
+    lengths = torch.tensor([len(answer) for answer in answers])
+    rows = torch.arange(len(answers)).repeat_interleave(lengths)
     firsts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    columns = (ends - lengths - 1)[rows] + torch.arange(len(rows), device=ends.device) - firsts
+    columns = (ends - lengths - 1)[rows] + torch.arange(len(rows)) - firsts
     logits = decoder.logits(hidden[rows, columns])
     tokens = logits.log_softmax(-1).gather(-1, torch.cat(list(answers)).to(logits.device)[:, None])[:, 0]
     return torch.stack([own.mean() for own in tokens.split(lengths.tolist())])

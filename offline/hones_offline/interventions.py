@@ -205,7 +205,7 @@ class Generation(HeadRuns):
     def _texts(self, part: "_Drafted", heads: Sequence[Head], run: Run) -> Sequence[list[list[int]]]:
         hidden, cache = part.rows.run(run, keep=True)
         chosen = part.columns.repeat(len(heads), 1)
-        predicting = hidden[torch.arange(len(hidden), device=chosen.device)[:, None], chosen]
+        predicting = hidden[torch.arange(len(hidden))[:, None], chosen]
         tokens = self.decoder.logits(predicting).argmax(-1).cpu()
         expected = part.expected.repeat(len(heads), 1)
         end = torch.isin(tokens, torch.tensor(self.decoder.end_tokens))
@@ -248,12 +248,11 @@ class _Drafted:
         self.cache: Any = None
         longest = max(map(len, fed)) + 1
         self.expected = _expected_tokens(drafts, longest)
-        device = self.rows.ends.device
-        self.prompts = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        columns = (self.prompts - self.rows.shared - 1)[:, None] + torch.arange(longest, device=device)
+        self.prompts = torch.tensor([len(prompt) for prompt in prompts])
+        columns = (self.prompts - self.rows.shared - 1)[:, None] + torch.arange(longest)
         self.columns = torch.minimum(columns, self.rows.ends[:, None] - 1)
         """Where each token of the answer is predicted, [prompts, longest]."""
-        self.last = torch.stack([prompt.positions[:, -1] for prompt in prompts], dim=1).to(device)
+        self.last = torch.stack([prompt.positions[:, -1] for prompt in prompts], dim=1)
         """Position ids of the prompts' last tokens, [axes, prompts]."""
 
     def parted(
@@ -263,17 +262,18 @@ class _Drafted:
 
         Rows are (row, how many tokens of its answer it keeps).
         """
-        rows, kept = torch.tensor(parted, device=self.prompts.device).T
+        rows, kept = torch.tensor(parted).T
         own = rows % len(self.drafts)
         below = heads[0][0]
         layers = [(layer, own) for layer in self.cache.layers[:below]] + [
             (layer, rows) for layer in cache.layers[below:]
         ]
         going_on, mask = ending_together(layers, self.prompts[own] + kept)
+        device = self.rows.rest.mask.device
         return Started(
             going_on,
-            mask,
-            (self.last[:, own] + kept)[..., None],
+            mask.to(device),
+            (self.last[:, own] + kept)[..., None].to(device),
             tokens[tuple(torch.tensor(parted).T)],
             [budget - at for _, at in parted],
             [heads[row // len(self.drafts)] for row, _ in parted],
