@@ -1,12 +1,13 @@
 # make demo   the whole method on the embedded model: prints one table, writes runs/demo
 # make test   lint, then every test
+# make docs   the documentation as a site in site/
 # Each makes .venv from nothing but Python >= 3.11, and is quick once it exists.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test picture lint format clean
+.PHONY: demo test docs picture lint format clean
 .DEFAULT_GOAL := test
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -31,6 +32,11 @@ demo: .venv/.installed
 test: lint .venv/.vllm .venv/.chromium
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+# A test builds it, too, with warnings as errors.
+docs: .venv/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "site/index.html"
+
 # The pictures in docs/ and README: of the run in $(RUN), and of the playground with its profiles.
 RUN ?= runs/demo
 picture: .venv/.installed .venv/.chromium
@@ -48,4 +54,4 @@ format: .venv/.installed
 	$(BIN)/ruff format --quiet .
 
 clean:
-	rm -rf .venv runs/demo dist
+	rm -rf .venv runs/demo dist site

@@ -120,11 +120,13 @@ class Steering:
     def wrap(self, function: Callable[P, R]) -> Callable[P, R]:
         """The function, carrying the present task along into another thread.
 
+        ```python
         with steering.task("vqa"):
             thread = Thread(target=steering.wrap(model.generate), kwargs={**inputs, "streamer": streamer})
             thread.start()
             ...
             thread.join()
+        ```
         """
         routing = self._current.get()
 
