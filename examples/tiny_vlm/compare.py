@@ -22,7 +22,7 @@ from hones_offline.scenes import scenes
 from hones_offline.study import Splits
 from hones_offline.tasks import TASKS
 
-VARIANTS = ("hones_task:contrastive", "hones_task:leave_out", "hones_task:rank")
+VARIANTS = ("hones_task:specific", "dvp:specific", "grad_act:specific", "hones_task:leave_out")
 NEGATIVES = 7
 
 
@@ -33,9 +33,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[*METHODS, *VARIANTS], metavar="METHOD", help="docs/methods.md")
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.1], metavar="F", help="sizes, 0.1 among them")
     parser.add_argument("--seeds", type=int, default=5, metavar="N")
-    parser.add_argument(
-        "--test", type=int, default=128, metavar="N", help="scenes to measure on (default: %(default)s)"
-    )
+    parser.add_argument("--test", type=int, default=64, metavar="N", help="scenes to measure on (default: %(default)s)")
     args = parser.parse_args()
     settings = CompareSettings(
         methods=args.methods,
