@@ -37,11 +37,12 @@ docs: .venv/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "site/index.html"
 
-# The picture in docs/ and README, of the run in $(RUN).
+# The pictures in docs/ and README: of the run in $(RUN), and of the playground with its profiles.
 RUN ?= runs/demo
 picture: .venv/.installed .venv/.chromium
 	$(BIN)/hones report $(RUN)
 	$(BIN)/python tests/browser.py $(RUN)/report.html docs/report.png
+	PYTHONPATH=tests $(BIN)/python -m serving.playground_page $(RUN)/profiles docs/playground.png
 
 lint: .venv/.installed
 	$(BIN)/ruff check --quiet .

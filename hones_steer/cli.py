@@ -38,6 +38,7 @@ _SUMMARIES = {
     "push": "publish profiles on the Hugging Face Hub",
     "pull": "download profiles from the Hugging Face Hub and check them",
     "serve": "serve a model over HTTP, each request steered by its task",
+    "route": "show which steering a request would get from a server, and why",
     "demo": "the whole method on the small model that ships with this package",
 }
 

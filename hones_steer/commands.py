@@ -163,8 +163,8 @@ def _inspect_lines(profile: Profile, file: str) -> list[str]:
 
 
 def _model_text(model: ModelIdentity) -> str:
-    name = _printable(model.name or "(no name)")
-    revision = f" at {_printable(model.revision)}" if model.revision else ""
+    name = printable(model.name or "(no name)")
+    revision = f" at {printable(model.revision)}" if model.revision else ""
     shape = f"{model.num_layers} layers x {model.intermediate_size:,} FFN neurons, hidden {model.hidden_size:,}"
     sketch = "" if model.sketch else ", no sketch (only the shapes can be compared with a model)"
     return f"{name}{revision}, {model.model_type}, {shape}{sketch}"
@@ -197,7 +197,7 @@ def _tree(value: Mapping[str, Any], indent: str = "  ") -> list[str]:
     lines += _facts(plain, indent)
     for key, item in value.items():
         if key not in plain:
-            lines += [f"{indent}{_printable(key)}", *_tree(item, indent + "  ")]
+            lines += [f"{indent}{printable(key)}", *_tree(item, indent + "  ")]
     return lines
 
 
@@ -211,9 +211,9 @@ def _is_flat(value: object) -> bool:
 
 def _table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-    cells = [["", *map(_printable, columns)]]
+    cells = [["", *map(printable, columns)]]
     for name, row in rows.items():
-        cells.append([_printable(name), *(_shown(row[key]) if key in row else "" for key in columns)])
+        cells.append([printable(name), *(_shown(row[key]) if key in row else "" for key in columns)])
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns) + 1)]
     return [
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
@@ -222,18 +222,18 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _facts(facts: Mapping[str, object], indent: str) -> list[str]:
-    width = max((len(_printable(key)) for key in facts), default=0)
-    return [f"{indent}{_printable(key):<{width}}  {_shown(value)}" for key, value in facts.items()]
+    width = max((len(printable(key)) for key in facts), default=0)
+    return [f"{indent}{printable(key):<{width}}  {_shown(value)}" for key, value in facts.items()]
 
 
 def _shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    return _printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
-def _printable(text: str) -> str:
-    # Text from a file may carry terminal escape codes.
+def printable(text: str) -> str:
+    """`text` as a terminal may see it: what comes from a file may carry escape codes."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from playwright.sync_api import Browser, sync_playwright
 
@@ -44,6 +45,56 @@ def chromium() -> Iterator[Browser]:
             yield browser
         finally:
             browser.close()
+
+
+class Opened:
+    """A page in the browser, with whatever it asked for or complained about."""
+
+    def __init__(self, browser: Browser, page: Path | str, width: int = 1280, scheme: str = "light") -> None:
+        url = page if isinstance(page, str) else page.as_uri()
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        self.tab = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
+        self.tab.on("request", lambda request: self.requests.append(request.url))
+        self.tab.on("console", lambda message: self.complaints.append(message.text))
+        self.tab.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.tab.on("dialog", lambda dialog: (self.complaints.append(dialog.message), dialog.dismiss()))
+        self.tab.goto(url, wait_until="load")
+        self.asked_for_nothing = self.requests == [url]
+
+    def ask(self, script: str) -> Any:
+        return self.tab.evaluate(script)
+
+
+# The worst ratio of contrast of each kind of element, "TAG.class", that has text.
+CONTRASTS = """() => {
+  const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+  const known = {};
+  const rgb = colour => known[colour] ??= (() => {
+    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  })();
+  const luminance = colour => [0.2126, 0.7152, 0.0722].reduce((sum, weight, i) => {
+    const part = colour[i] / 255;
+    return sum + weight * (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+  }, 0);
+  const ground = element => {
+    for (let e = element; e; e = e.parentElement) {
+      const colour = rgb(getComputedStyle(e).backgroundColor);
+      if (colour[3] === 255) return colour;
+    }
+  };
+  const worst = {};
+  for (const element of document.querySelectorAll('body *:not(title):not(style)')) {
+    if (![...element.childNodes].some(node => node.nodeType === 3 && node.data.trim())) continue;
+    const style = getComputedStyle(element);
+    const [a, b] = [rgb(element.ownerSVGElement ? style.fill : style.color), ground(element)].map(luminance);
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    const kind = `${element.tagName}.${element.getAttribute('class') ?? ''}`;
+    worst[kind] = Math.min(worst[kind] ?? 99, ratio);
+  }
+  return worst;
+}"""
 
 
 def take_picture(page: Path, picture: Path) -> None:

@@ -60,7 +60,7 @@ def test_it_holds_every_module_and_nothing_else(wheel: Path) -> None:
             (ROOT / "serving", "hones_serving"),
         )
         for file in (root / package).rglob("*")
-        if file.suffix in (".py", ".css", ".jinja") or file.name == "py.typed"
+        if file.suffix in (".py", ".css", ".html", ".jinja") or file.name == "py.typed"
     }
     checkpoint = ROOT / "examples" / "tiny_vlm" / "checkpoint"
     model = {f"hones_offline/tiny_vlm/{file.name}" for file in checkpoint.iterdir()}
@@ -85,7 +85,7 @@ def test_it_brings_the_commands_and_the_extras(wheel: Path) -> None:
     entry_points = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
     commands = archive.read(entry_points).decode()
     steer = ("inspect", "diff", "verify", "export", "import", "push", "pull")
-    for name in (*steer, "attribute", "fit", "evaluate", "demo", "report"):
+    for name in (*steer, "attribute", "fit", "evaluate", "demo", "report", "serve", "route"):
         assert f"\n{name} = " in commands
     metadata = archive.read(entry_points.replace("entry_points.txt", "METADATA")).decode()
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]

@@ -1,7 +1,7 @@
 """Neuron banks: which FFN neurons belong to a task (paper equation for the top 1%; design 2.3, 2.7)."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,15 +13,20 @@ Bank = Mapping[int, npt.NDArray[np.int32]]
 """{decoder layer: strictly increasing neuron indices, int32}; layers without neurons are absent."""
 
 
-def select_bank(importance: npt.NDArray[np.float32], top_fraction: float) -> Bank:
+def select_bank(importance: npt.NDArray[np.float32], top_fraction: float, without: Sequence[Bank] = ()) -> Bank:
     """The most important share of all L·I neurons, globally; ties go to the lower layer, then the lower index.
 
-    Only neurons with positive importance are taken, so a bank can be smaller than asked for.
+    Only neurons with positive importance are taken, so a bank can be smaller than asked for. Neurons of the banks
+    `without` are passed over; the next ones take their place.
 
     Raises:
         DataError: the fraction is outside (0, 1], or no neuron has a positive importance.
     """
     check_fraction(top_fraction)
+    importance = importance.copy()
+    for bank in without:
+        for layer, neurons in bank.items():
+            importance[layer, neurons] = 0
     flat = importance.reshape(-1)
     count = max(1, round(top_fraction * flat.size))
     top = np.argsort(-flat, kind="stable")[:count]

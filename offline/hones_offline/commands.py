@@ -92,11 +92,21 @@ def attribute(argv: Sequence[str]) -> int:
         "layer, for as many layers as fit (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=3407, help="order of the examples (default: %(default)s)")
+    parser.add_argument(
+        "--without",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="pass over the neurons in the bank of this run, another task's on the same model; the next ones take "
+        "their place (repeatable; what was found before with the same other arguments is not computed again)",
+    )
     _add_method_arguments(parser)
     args = parser.parse_args(argv)
     options = MethodOptions(args.method, args.target, args.positive_part, args.head_weights)
     with launched() as processes:
         task, loaded = _load_data(args)
+        others = [_read_found(path) for path in args.without]
         model, processor = load_model(args.model, dtype=args.dtype, device=own_device(args.device))
         found = find_task_bank(
             model,
@@ -109,6 +119,7 @@ def attribute(argv: Sequence[str]) -> int:
             **asdict(options),
             heads=args.heads,
             error=args.error,
+            without=[other.bank_for(model) for other in others],
             seed=args.seed,
             batch_size=args.batch_size,
             memory_gb=args.memory_gb,
@@ -120,6 +131,7 @@ def attribute(argv: Sequence[str]) -> int:
         if processes.rank == 0:
             identity = ModelIdentity.from_model(model)
             result = _attribution_result(task, found, loaded.skipped, args.top_fraction, identity) | asdict(options)
+            result["without"] = [str(path) for path in args.without]
             write_atomically(args.out / RESULT, json_bytes(result))
             _show(args.json, result, _attribution_lines(result, args.out))
     return 0

@@ -45,6 +45,8 @@ class Method:
     """Weights divided by how much replacing the head harms all tasks."""
     leave_out: bool = False
     """Without the heads that are among the strongest of every task."""
+    specific: bool = False
+    """Without the neurons of the other tasks' banks of the same size; the next ones fill it up."""
 
 
 _HEAD_METRICS: Mapping[str, HeadMetric] = {"hones_task": "task", "hones_logprob": "logprob"}
@@ -55,7 +57,9 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "rank": {"head_weights": "rank"},
     "damage": {"by_damage": True},
     "leave_out": {"leave_out": True},
+    "specific": {"specific": True},
 }
+_ALLOWED = {"dvp": ("contrastive", "centred", "specific"), "random": ()}
 
 
 @cache
@@ -63,16 +67,23 @@ def parse(name: str) -> Method:
     """What a method's name says; raises DataError for one that is unknown, naming the known ones."""
     base, _, rest = name.partition(":")
     variants = rest.split("+") if rest else []
-    allowed = {"dvp": ("contrastive", "centred")}.get(base, tuple(_VARIANTS) if base in _HEAD_METRICS else ())
+    allowed = _ALLOWED.get(base, tuple(_VARIANTS) if base in _HEAD_METRICS else ("specific",))
     if base not in METHODS or (":" in name and not rest) or not set(variants) <= set(allowed):
         raise DataError(
             f"unknown method {name!r}; choose from {', '.join(METHODS)}; those of hones take variants after a colon, "
-            f"joined by '+': {', '.join(_VARIANTS)}; dvp takes contrastive or centred"
+            f"joined by '+': {', '.join(_VARIANTS)}; dvp takes contrastive, centred or specific, the others specific"
         )
     changes = {key: value for variant in variants for key, value in _VARIANTS[variant].items()}
     if len(changes) < len(variants):
         raise DataError(f"method {name!r} asks for two variants of the same thing; choose one")
     return Method(name, head_metric=_HEAD_METRICS.get(base), **changes)
+
+
+def without_variant(name: str, variant: str) -> str:
+    """The name of the same method without one of its variants."""
+    base, _, rest = name.partition(":")
+    others = "+".join(other for other in rest.split("+") if other != variant)
+    return f"{base}:{others}" if others else base
 
 
 @dataclass(frozen=True)
@@ -220,7 +231,11 @@ class Finder:
             width = self.tasks[task].discovery.decoder.layout.intermediate_size
             return random_bank(self.bank(task, self.settings.main, fraction, seed), width, seed)
         with naming(f"task {task!r}, method {name!r}, seed {seed}"):
-            return select_bank(self.importance(task, name, seed), fraction)
+            if not parse(name).specific:
+                return select_bank(self.importance(task, name, seed), fraction)
+            shared = without_variant(name, "specific")
+            others = [self.bank(other, shared, fraction, seed) for other in self.tasks if other != task]
+            return select_bank(self.importance(task, shared, seed), fraction, others)
 
     def attribution(self, task: str, name: str, seed: int) -> Attribution:
         """What was found by a method with heads; the bank has the main size."""

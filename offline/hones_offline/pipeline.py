@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hones_offline.banks import Bank, check_fraction, select_bank
+from hones_offline.banks import Bank, check_bank, check_fraction, select_bank
 from hones_offline.baselines import Baseline, baseline
 from hones_offline.distributed import ALONE, Processes, open_run, usable_everywhere
 from hones_offline.examples import Example
@@ -88,6 +88,7 @@ def attribute(
     head_weights: HeadWeights = "score",
     heads: Heads = "exact",
     error: float = 0.05,
+    without: Sequence[Bank] = (),
     seed: int = 3407,
     batch_size: int = 16,
     memory_gb: float = 4.0,
@@ -116,6 +117,8 @@ def attribute(
         heads: "exact" runs every head on every example; "race" stops running a head once it has surely lost (see
             `racing`, which also says when it should not be trusted).
         error: with "race", the probability that it finds other heads than "exact" does.
+        without: banks of other tasks on this model, whose neurons are passed over: the bank then holds this task's own
+            (design 2.4), as many as without.
         seed: shuffles the examples before they are batched.
         batch_size: sequences run at a time.
         memory_gb: GiB for the hidden states that enter the layers, of the sequences taken together: sequences ·
@@ -161,8 +164,10 @@ def attribute(
     }
     for layer in prepared.decoder.layout.layers:
         head_count(layer)
+    for bank in without:
+        check_bank(bank, prepared.decoder.layout)
     run = open_run(run_dir, attribution_run_settings(prepared, settings), processes)
-    return find_bank(
+    found = find_bank(
         prepared,
         count=top_heads,
         top_fraction=top_fraction,
@@ -177,6 +182,7 @@ def attribute(
         progress=progress,
         processes=processes,
     )
+    return replace(found, bank=select_bank(found.importance, top_fraction, without)) if without else found
 
 
 def attribution_run_settings(prepared: Prepared, settings: dict[str, Any]) -> dict[str, Any]:

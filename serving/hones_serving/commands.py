@@ -95,6 +95,7 @@ def launch(
         routing=options.routing,
         allow_updates=options.allow_profile_updates,
         allow_untested=flag(environ, "HONES_ALLOW_UNTESTED"),
+        playground=options.playground,
     )
     _check_installed(options.engine)
     check(options.model, settings)
@@ -161,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="let clients replace profiles and switch steering off over HTTP; use it with --api-key",
     )
+    add("--playground", action="store_true", help="a page at /hones on which to try profiles by hand")
     add("--host", help="address to listen on (default: all)")
     add("--port", type=int, help="port to listen on (default: 8000)")
     # With underscores too, as vLLM reads them: a key must not slip through to its command line.

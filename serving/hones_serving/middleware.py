@@ -9,6 +9,7 @@ any other ``POST``                     400 if it names steering, else untouched
 ``POST /v1/hones/profiles``            load one: ``{"name": "vqa", "path": "vqa-v2.safetensors"}``
 ``DELETE /v1/hones/profiles/{name}``   forget one
 ``POST /v1/hones/steering``            the kill switch: ``{"enabled": false}``
+``GET /hones``                         the playground, where the server was started with --playground
 =====================================  ==============================================================
 
 What changes something is 403 unless the server was started with --allow-profile-updates. All of it acts when a
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, TypeAlias
 
+from hones_serving import playground
 from hones_serving.metrics import Metrics
 from hones_serving.registry import Admission, CapacityError, ProfileRegistry, label_of
 from hones_serving.routing import (
@@ -73,6 +75,7 @@ class Service:
     served: tuple[str, ...]
     exact: Callable[[], Collection[str]]
     allow_updates: bool
+    playground: bool
     stamp: Callable[[dict[str, Any], Admission], None]
 
 
@@ -124,6 +127,8 @@ class HonesMiddleware:
             await self._app(scope, await _checked_elsewhere(self._service(), scope, receive), send)
         elif method in ("GET", "HEAD") and path == _MODELS:
             await self._app(scope, receive, _with_aliases(self._service(), send))
+        elif method in ("GET", "HEAD") and path == playground.PATH and self._service().playground:
+            await _send(send, 200, playground.HEADERS, playground.PAGE)
         else:
             await self._app(scope, receive, send)
 
@@ -144,7 +149,7 @@ class HonesMiddleware:
                     service.stamp(body, admission)
                 data = json.dumps(body, separators=(",", ":")).encode()
                 scope = {**scope, "headers": _with_length(scope["headers"], data)}
-            receive, send = _replay(data, receive), _labelled(send, _shown(decision, admission.profile), decision.route)
+            receive, send = _replay(data, receive), _labelled(send, shown(decision, admission.profile), decision.route)
             # A response can take minutes, and an image megabytes.
             del body, data
             await self._app(scope, receive, send)
@@ -219,7 +224,8 @@ def _cleaned(body: dict[str, Any], model: str | None) -> bool:
     return changed
 
 
-def _shown(decision: Decision, profile: Profile | None) -> str:
+def shown(decision: Decision, profile: Profile | None) -> str:
+    """What X-Hones-Profile says."""
     return "none" if profile is None else f"{decision.asked} ({profile.short_digest})"
 
 
@@ -404,7 +410,10 @@ def _labelled(send: Send, profile: str, route: str) -> Send:
 
 
 async def _respond(send: Send, status: int, content: dict[str, Any]) -> None:
-    data = json.dumps(content).encode()
-    headers = _with_length([(b"content-type", b"application/json")], data)
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await _send(send, status, {"Content-Type": "application/json"}, json.dumps(content).encode())
+
+
+async def _send(send: Send, status: int, headers: Mapping[str, str], data: bytes) -> None:
+    raw = [(name.lower().encode("ascii"), value.encode("ascii")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": _with_length(raw, data)})
     await send({"type": "http.response.body", "body": data})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,13 +164,29 @@ class Rule:
 
     def matches(self, facts: RequestFacts) -> bool:
         """Whether all conditions hold."""
-        return (
-            (self.has_image is None or self.has_image == facts.has_image)
-            and (self.model is None or self.model == facts.model)
-            and all(facts.headers.get(name) == value for name, value in self.header.items())
-            and (self.prompt_regex is None or _found(self.prompt_regex, facts.prompt))
-            and (self.system_regex is None or _found(self.system_regex, facts.system))
-        )
+        return all(reason is None for _, reason in self.conditions(facts))
+
+    def conditions(self, facts: RequestFacts) -> Iterator[tuple[str, str | None]]:
+        """Each condition that is given, as the routing file has it, and why it does not hold (None where it does)."""
+        if self.has_image is not None:
+            there = f"the request has {'an' if facts.has_image else 'no'} image"
+            yield f"has_image: {str(self.has_image).lower()}", None if self.has_image == facts.has_image else there
+        if self.model is not None:
+            yield f"model: {self.model}", _other(self.model, facts.model)
+        for name, value in self.header.items():
+            yield f"header: {{{name}: {value}}}", _other(value, facts.headers.get(name))
+        if self.prompt_regex is not None:
+            found = _found(self.prompt_regex, facts.prompt)
+            yield f"prompt_regex: {self.prompt_regex.pattern}", None if found else "not in the last user message"
+        if self.system_regex is not None:
+            found = _found(self.system_regex, facts.system)
+            yield f"system_regex: {self.system_regex.pattern}", None if found else "not in the system message"
+
+
+def _other(wanted: str, given: str | None) -> str | None:
+    if given == wanted:
+        return None
+    return "the request has none" if given is None else f"the request has {short(given)}"
 
 
 def compile_regex(pattern: str) -> Any:

@@ -35,19 +35,19 @@ MAX_DEPTH = 8  # a sound file nests four deep
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
 
-def load_plan(path: str | os.PathLike[str], tasks: Collection[str]) -> RoutingPlan:
-    """Read and check a routing file (format in the module's docstring); `tasks` are the known ones.
+def load_plan(path: str | os.PathLike[str], tasks: Collection[str] | None) -> RoutingPlan:
+    """Read and check a routing file (format in the module's docstring); `tasks` are the known ones, None: any.
 
     Raises:
         RoutingError: the file cannot be read or is not sound, naming the file and the line.
     """
-    return _RoutingFile(Path(path), sorted(tasks)).plan()
+    return _RoutingFile(Path(path), None if tasks is None else sorted(tasks)).plan()
 
 
 class _RoutingFile:
     """One routing file being read: from YAML nodes rather than values, because nodes know their line."""
 
-    def __init__(self, path: Path, tasks: list[str]) -> None:
+    def __init__(self, path: Path, tasks: list[str] | None) -> None:
         self.path = path
         self.tasks = tasks
 
@@ -152,7 +152,7 @@ class _RoutingFile:
         except RoutingError as error:
             self._fail(node, f"{what}: {error}")
         for name in names:
-            if name not in self.tasks:
+            if self.tasks is not None and name not in self.tasks:
                 known = ", ".join(self.tasks) or "none yet"
                 self._fail(node, f"{what}: there is no profile for the task {name!r}; known tasks: {known}")
         return text

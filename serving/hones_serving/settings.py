@@ -5,6 +5,7 @@
 ``HONES_MAX_PROFILES``            how many different profiles can be in use at once
 ``HONES_ROUTING``                 routing file (YAML)
 ``HONES_ALLOW_PROFILE_UPDATES``   1: profiles can be replaced, and steering switched off, over HTTP
+``HONES_PLAYGROUND``              1: a page at /hones on which people try profiles by hand
 ``HONES_ALLOW_UNTESTED``          1: run also where only a part has been tested, as vLLM's V2 model runner
 ================================  ====================================================================
 
@@ -33,6 +34,7 @@ class Settings:
     routing: Path | None = None
     allow_updates: bool = False
     allow_untested: bool = False
+    playground: bool = False
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Settings | None:
@@ -51,16 +53,18 @@ class Settings:
             routing=Path(routing) if routing else None,
             allow_updates=flag(environ, "HONES_ALLOW_PROFILE_UPDATES"),
             allow_untested=flag(environ, "HONES_ALLOW_UNTESTED"),
+            playground=flag(environ, "HONES_PLAYGROUND"),
         )
 
     def to_env(self) -> dict[str, str]:
-        """All five variables, those at their default empty, so that they replace whatever was set before."""
+        """All six variables, those at their default empty, so that they replace whatever was set before."""
         return {
             "HONES_PROFILES": str(self.profiles),
             "HONES_MAX_PROFILES": "" if self.max_profiles is None else str(self.max_profiles),
             "HONES_ROUTING": "" if self.routing is None else str(self.routing),
             "HONES_ALLOW_PROFILE_UPDATES": "1" if self.allow_updates else "",
             "HONES_ALLOW_UNTESTED": "1" if self.allow_untested else "",
+            "HONES_PLAYGROUND": "1" if self.playground else "",
         }
 
 

@@ -159,6 +159,25 @@ def test_attribute_by_another_method_says_which(hones: Run, root: Path, tmp_path
     assert "method 'ap' takes no target; leave it out" in error
 
 
+def test_attribute_without_another_tasks_neurons(
+    hones: Run, fails: Callable[..., str], root: Path, found: Path, tmp_path: Path
+) -> None:
+    command = ["attribute", root / "vlm", "--task", "vqa", "--data", root / "cats.jsonl", "--out", tmp_path, *QUICK]
+
+    def neurons(result: str) -> set[tuple[str, int]]:
+        return {(layer, n) for layer, of_layer in json.loads(result)["bank"].items() for n in of_layer}
+
+    taken, banks = neurons((found / "result.json").read_text()), []
+    for without in ([], ["--without", found]):  # the second time nothing is computed again
+        code, out, error = hones(*command, *without, "--json")
+        assert code == 0, error
+        banks.append(neurons(out))
+    assert banks[0] & taken  # or the test says nothing
+    assert not banks[1] & taken
+    assert banks[0] - taken <= banks[1]
+    assert "result.json is missing" in fails(*command, "--without", tmp_path.parent)
+
+
 @pytest.mark.parametrize("method", ["hones", "hones_no_kl", "random_neurons", "fixed_amp", "grid_search"])
 def test_fit_writes_a_profile_with_its_evidence(
     hones: Run, root: Path, found: Path, tmp_path: Path, method: str

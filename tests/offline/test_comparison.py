@@ -170,6 +170,19 @@ def test_heads_that_are_among_the_strongest_of_every_task_are_left_out(compariso
     assert {h[:2] for h in found} >= strongest[0] - everywhere
 
 
+def test_a_specific_bank_has_no_neuron_of_the_other_tasks_banks(comparison: Comparison) -> None:
+    finder = comparison.finder
+    shared = {name: finder.bank(name, "hones_logprob:rank", 0.2, 0) for name in TASKS}
+    assert jaccard(*list(shared.values())[:2]) > 0  # or the test says nothing
+    found = finder.bank("pets", "hones_logprob:rank+specific", 0.2, 0)
+    for name in TASKS:
+        assert (jaccard(found, shared[name]) == 0) == (name != "pets")
+    kept = {(layer, neuron) for layer, neurons in shared["pets"].items() for neuron in neurons.tolist()}
+    kept -= {(layer, n) for name in TASKS if name != "pets" for layer, ns in shared[name].items() for n in ns.tolist()}
+    assert kept <= {(layer, neuron) for layer, neurons in found.items() for neuron in neurons.tolist()}
+    assert bank_size(found) == bank_size(shared["pets"])  # the next ones fill it up
+
+
 def test_entropy_takes_all_tasks_probabilities_of_the_same_seed(comparison: Comparison) -> None:
     tables = {name: activation_probability(comparison.finder.examples(name, 1), batch_size=8) for name in TASKS}
     found = comparison.finder.importance("places", "ape", 1)
@@ -184,7 +197,15 @@ def test_a_random_bank_has_the_main_methods_sizes_per_layer(comparison: Comparis
 
 @pytest.mark.parametrize(
     "name",
-    ["hones", "hones_task:", "hones_task:best", "ap:rank", "dvp:rank", "random:x", "hones_task:contrastive+centred"],
+    [
+        "hones",
+        "hones_task:",
+        "hones_task:best",
+        "ap:rank",
+        "dvp:rank",
+        "random:specific",
+        "hones_task:contrastive+centred",
+    ],
 )
 def test_an_unknown_method_is_refused(name: str) -> None:
     with pytest.raises(DataError, match=r"unknown method|two variants"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import chromium
+from browser import CONTRASTS, Opened, chromium
 from hones_offline.report import report
 from hones_offline.sections import sections
 from hones_offline.summary import EACH, read_summary
@@ -53,24 +53,6 @@ def browser(one_browser: Any) -> Iterator[Any]:
     yield one_browser
     for context in one_browser.contexts:
         context.close()
-
-
-class Opened:
-    """A page in the browser, with whatever it asked for or complained about."""
-
-    def __init__(self, browser: Any, page: Path, width: int = 1280, scheme: str = "light") -> None:
-        self.requests: list[str] = []
-        self.complaints: list[str] = []
-        self.tab = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
-        self.tab.on("request", lambda request: self.requests.append(request.url))
-        self.tab.on("console", lambda message: self.complaints.append(message.text))
-        self.tab.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.tab.on("dialog", lambda dialog: (self.complaints.append(dialog.message), dialog.dismiss()))
-        self.tab.goto(page.as_uri(), wait_until="load")
-        self.asked_for_nothing = self.requests == [page.as_uri()]
-
-    def ask(self, script: str) -> Any:
-        return self.tab.evaluate(script)
 
 
 def tables_of(data: Any) -> Iterator[tuple[str, Any]]:
@@ -200,36 +182,6 @@ def test_light_and_dark_differ(full: tuple[Path, Any], browser: Any) -> None:
     light, dark = (Opened(browser, full[0], scheme=scheme).ask(colours) for scheme in ("light", "dark"))
     assert light[0] != dark[0]
     assert light[1] != dark[1]
-
-
-CONTRASTS = """() => {
-  const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
-  const known = {};
-  const rgb = colour => known[colour] ??= (() => {
-    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
-    return [...canvas.getImageData(0, 0, 1, 1).data];
-  })();
-  const luminance = colour => [0.2126, 0.7152, 0.0722].reduce((sum, weight, i) => {
-    const part = colour[i] / 255;
-    return sum + weight * (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
-  }, 0);
-  const ground = element => {
-    for (let e = element; e; e = e.parentElement) {
-      const colour = rgb(getComputedStyle(e).backgroundColor);
-      if (colour[3] === 255) return colour;
-    }
-  };
-  const worst = {};
-  for (const element of document.querySelectorAll('body *:not(title):not(style)')) {
-    if (![...element.childNodes].some(node => node.nodeType === 3 && node.data.trim())) continue;
-    const style = getComputedStyle(element);
-    const [a, b] = [rgb(element.ownerSVGElement ? style.fill : style.color), ground(element)].map(luminance);
-    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    const kind = `${element.tagName}.${element.getAttribute('class') ?? ''}`;
-    worst[kind] = Math.min(worst[kind] ?? 99, ratio);
-  }
-  return worst;
-}"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -86,8 +86,9 @@ async def site(
     command, env = engine.serve(
         embedded,
         here,
-        *("--profiles", str(folder), "--routing", str(routing), "--api-key", KEY, "--allow-profile-updates"),
-        *("--served-model-name", "tiny", "--dtype", "float32", "--allowed-origins", json.dumps([ORIGIN])),
+        *("--profiles", str(folder), "--routing", str(routing), "--api-key", KEY),
+        *("--allow-profile-updates", "--playground", "--allowed-origins", json.dumps([ORIGIN])),
+        *("--served-model-name", "tiny", "--dtype", "float32"),
     )
     with server(command, here / "log", env) as running:
         site = Site(engine, running, folder, profiles, reference, processor, KEY)
@@ -285,6 +286,13 @@ async def test_health_and_browsers(site: Site) -> None:
     refused = await site.call("POST", "/v1/completions", {"model": "tiny:wqa", "prompt": "A"}, **origin)
     assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (404, origin["Origin"])
     assert (await site.call("OPTIONS", "/v1/chat/completions")).status_code == 405
+
+
+async def test_the_playground_is_a_page_where_it_was_asked_for(site: Site, plain: Site) -> None:
+    page = httpx.get(f"{site.server.url}/hones")  # whose calls need the key
+    assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert page.headers["content-security-policy"].startswith("default-src 'none'; ")
+    assert (await plain.call("GET", "/hones")).status_code == 404
 
 
 # The canary ---------------------------------------------------------------------------------------

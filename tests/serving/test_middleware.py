@@ -190,6 +190,7 @@ def engine(running, folder):
         served=("m",),
         exact=lambda: {"m", "m:lora"},
         allow_updates=True,
+        playground=True,
         stamp=stamp,
     )
     yield engine

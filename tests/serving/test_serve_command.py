@@ -60,7 +60,8 @@ def test_options_become_flags_and_variables(model: Path, profiles: Path, tmp_pat
     arguments, environment = launch(
         [
             *(str(model), "--profiles", str(profiles), "--routing", str(routing), "--max-profiles", "7"),
-            *("--allow-profile-updates", "--host", "127.0.0.1", "--port", "8123", "--served-model-name", "a", "b"),
+            *("--allow-profile-updates", "--playground", "--host", "127.0.0.1", "--port", "8123"),
+            *("--served-model-name", "a", "b"),
         ],
         {"HOME": "/home/me"},
         set(),
@@ -75,6 +76,7 @@ def test_options_become_flags_and_variables(model: Path, profiles: Path, tmp_pat
         "HONES_MAX_PROFILES": "7",
         "HONES_ALLOW_PROFILE_UPDATES": "1",
         "HONES_ALLOW_UNTESTED": "",
+        "HONES_PLAYGROUND": "1",
         "VLLM_PLUGINS": "hones",
         "VLLM_USE_V2_MODEL_RUNNER": "0",
     }
@@ -104,6 +106,7 @@ def test_the_transformers_engine(model: Path, profiles: Path) -> None:
         "HONES_MAX_PROFILES": "",
         "HONES_ALLOW_PROFILE_UPDATES": "1",
         "HONES_ALLOW_UNTESTED": "",
+        "HONES_PLAYGROUND": "",
         "HONES_API_KEY": "s3cret",
     }
 
@@ -150,8 +153,9 @@ def test_the_tested_model_runner_runs(model: Path, profiles: Path, environ: dict
 
 def test_variables_from_another_server_do_not_leak_in(model: Path, profiles: Path) -> None:
     left_over = {"HONES_ROUTING": "old.yaml", "HONES_MAX_PROFILES": "1", "HONES_ALLOW_PROFILE_UPDATES": "1"}
+    left_over["HONES_PLAYGROUND"] = "1"
     _, environment = launch([str(model), "--profiles", str(profiles)], left_over, set())
-    assert [environment[name] for name in left_over] == ["", "", ""]
+    assert [environment[name] for name in left_over] == [""] * 4
 
 
 def test_a_hub_name_is_left_to_vllm(profiles: Path) -> None:

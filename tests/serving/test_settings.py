@@ -17,6 +17,7 @@ SETTINGS = st.builds(
     routing=st.none() | PATHS,
     allow_updates=st.booleans(),
     allow_untested=st.booleans(),
+    playground=st.booleans(),
 )
 
 
@@ -32,12 +33,15 @@ def test_all_that_can_be_said() -> None:
         "HONES_ROUTING": "routing.yaml",
         "HONES_ALLOW_PROFILE_UPDATES": "1",
         "HONES_ALLOW_UNTESTED": "1",
+        "HONES_PLAYGROUND": "1",
     }
-    assert Settings.from_env(environ) == Settings(Path("profiles"), 12, Path("routing.yaml"), True, True)
+    assert Settings.from_env(environ) == Settings(Path("profiles"), 12, Path("routing.yaml"), True, True, True)
 
 
 def test_what_is_not_said_is_off() -> None:
-    assert Settings.from_env({"HONES_PROFILES": "profiles"}) == Settings(Path("profiles"), None, None, False, False)
+    assert Settings.from_env({"HONES_PROFILES": "profiles"}) == Settings(
+        Path("profiles"), None, None, False, False, False
+    )
 
 
 @given(SETTINGS)
@@ -46,7 +50,7 @@ def test_settings_survive_the_environment(settings: Settings) -> None:
 
 
 def test_they_replace_whatever_was_set_before() -> None:
-    before = Settings(Path("old"), 3, Path("old.yaml"), allow_updates=True, allow_untested=True)
+    before = Settings(Path("old"), 3, Path("old.yaml"), allow_updates=True, allow_untested=True, playground=True)
     after = Settings(Path("new"))
     assert Settings.from_env({**before.to_env(), **after.to_env()}) == after
 
@@ -62,6 +66,7 @@ def test_they_replace_whatever_was_set_before() -> None:
         ("HONES_MAX_PROFILES", "9" * 5000),
         ("HONES_ALLOW_PROFILE_UPDATES", "yes"),
         ("HONES_ALLOW_UNTESTED", "true"),
+        ("HONES_PLAYGROUND", "on"),
     ],
 )
 def test_a_value_that_means_nothing_is_named(name: str, value: str) -> None:

@@ -22,7 +22,7 @@ from transformers.cli.serving.model_manager import ModelManager, TimedModel
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import BaseHandler, GenerateManager, GenerationState
 
-from hones_serving import signatures
+from hones_serving import playground, signatures
 from hones_serving.metrics import Metrics
 from hones_serving.middleware import App, HonesMiddleware, Message, Receive, Scope, Send, Service, error_content
 from hones_serving.registry import Admission, ProfileRegistry
@@ -39,7 +39,7 @@ from hones_steer.profile import ModelIdentity
 TESTED = "5.19"
 # Of transformers' routes: these load, drop or list models of the client's choice.
 _REMOVED = {"/load_model", "/reset", "/v1/audio/transcriptions", "/v1/models"}
-_OPEN = {"/health", "/metrics"}  # without the key
+_OPEN = {"/health", "/metrics", playground.PATH}  # without the key
 
 
 def build_app(
@@ -86,6 +86,7 @@ def build_app(
         served=tuple(served),
         exact=lambda: served,
         allow_updates=settings.allow_updates,
+        playground=settings.playground,
         stamp=_stamp,
     )
     app.add_middleware(LeavingMiddleware)
@@ -176,7 +177,7 @@ def _error(status: int, message: str, **headers: str) -> Response:
 
 
 class KeyMiddleware:
-    """Lets through who sends ``Authorization: Bearer <key>``, and everybody to /health and /metrics."""
+    """Lets through who sends ``Authorization: Bearer <key>``, and everybody to /health, /metrics and /hones."""
 
     def __init__(self, app: App, key: str) -> None:
         self._app = app

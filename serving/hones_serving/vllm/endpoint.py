@@ -53,6 +53,7 @@ class Endpoint:
             served=served,
             exact=lambda: {*served, *models.lora_requests},
             allow_updates=settings.allow_updates,
+            playground=settings.playground,
             stamp=_stamp,
         )
 

@@ -1,0 +1,73 @@
+"""The playground of a real server, used as people use it; as a script, its picture for the docs:
+
+PYTHONPATH=tests python -m serving.playground_page PROFILES PICTURE
+
+with the profiles that `hones demo` has written.
+"""
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from browser import chromium
+from hones_offline.embedded import checkpoint
+from hones_offline.scenes import scenes
+from serving.engines import Server, server
+
+
+@contextmanager
+def playground(model: Path, profiles: Path, here: Path, *options: str) -> Iterator[Server]:
+    """A server of the transformers engine with the page, which generates nothing while there is a file `here`/gate."""
+    command = [sys.executable, str(Path(__file__).with_name("gated_server.py")), str(here / "gate"), str(model)]
+    command += ["--profiles", str(profiles), "--engine", "transformers", "--device", "cpu", "--playground", *options]
+    with server(command, here / "log", {}) as running:
+        yield running
+
+
+def fill(tab: Any, prompt: str, left: str, right: str, image: Path | None = None, tokens: int = 12) -> None:
+    """Fill the form in."""
+    tab.fill("#prompt", prompt)
+    tab.fill("#tokens", str(tokens))
+    for at, expression in enumerate((left, right)):
+        tab.locator(".expression").nth(at).fill(expression)
+    if image is not None:
+        tab.set_input_files("#image", image)
+        tab.wait_for_selector("#preview")
+
+
+def answers(tab: Any) -> list[dict[str, str]]:
+    """Run, and give the texts that are to be seen on each side when that is over: answer, applied, wrong."""
+    tab.get_by_role("button", name="Run").click()
+    tab.get_by_role("button", name="Run").wait_for()  # it is called "Stop" meanwhile
+    return shown(tab)
+
+
+def shown(tab: Any) -> list[dict[str, str]]:
+    """What is to be seen on each side."""
+    found: list[dict[str, str]] = tab.evaluate(
+        "() => [...document.querySelectorAll('.side')].map(side => Object.fromEntries(['answer', 'applied', 'wrong']"
+        ".map(kind => [kind, side.querySelector('.' + kind)]).map(([kind, e]) => [kind, e.hidden ? '' : e.innerText])))"
+    )
+    return found
+
+
+def take_picture(profiles: Path, picture: Path) -> None:
+    """A PNG of the page after one run with an image, in light colours."""
+    with tempfile.TemporaryDirectory() as folder:
+        here = Path(folder)
+        scene = scenes("test", 16)[-1]  # one whose answer the README's profile changes
+        scene.image().resize((256, 256)).save(here / "scene.png")
+        with playground(checkpoint(), profiles, here, "--served-model-name", "tiny") as running, chromium() as browser:
+            tab = browser.new_page(viewport={"width": 1040, "height": 1000}, color_scheme="light")
+            tab.goto(f"{running.url}/hones")
+            tab.wait_for_selector("#profiles tr")
+            fill(tab, scene.prompt("vqa"), "none", "vqa", here / "scene.png")
+            answers(tab)
+            tab.screenshot(path=picture, full_page=True)
+
+
+if __name__ == "__main__":
+    take_picture(Path(sys.argv[1]), Path(sys.argv[2]))
