@@ -229,12 +229,14 @@ def speeds(models: Models, args: argparse.Namespace, *, compiled: bool, bar: Any
                 rounds = {variant: Round(models, variant, phase, batch, args, compile_) for variant in variants(batch)}
                 check(rounds)
                 seconds = interleaved(rounds, args.repeats, clock, bar)
-            rows += [
+            measured = [
                 {"engine": variant.engine, "mode": variant.mode, "phase": phase, "profiles": variant.profiles}
                 | {"batch": batch, "compiled": compiled, "layers": models.shape.layers}
                 | {**ratios(mine, seconds[UNSTEERED]), "tokens_per_s": tokens / statistics.median(mine)}
                 for variant, mine in seconds.items()
             ]
+            print(speed_table(measured), file=sys.stderr, flush=True)
+            rows += measured
     return rows
 
 
@@ -437,18 +439,22 @@ def _timing(engine: str, mode: str, phase: str, seconds: Sequence[float]) -> dic
     }
 
 
-def tables(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows for people, as Markdown."""
+def speed_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of tokens per second for people, as Markdown."""
     lines = ["| | batch | phase | variant | tokens/s | ratio to unsteered | n |", "|---|---:|---|---|---:|---|---:|"]
     for row in rows:
-        if "ratio" in row:
-            count = {None: "", 0: ", idle", 1: ""}.get(row["profiles"], f", {row['profiles']} profiles")
-            ratio = f"{row['ratio']:.3f} ({row['ratio_min']:.3f}–{row['ratio_max']:.3f})"
-            kind = "compiled" if row["compiled"] else "eager"
-            speed = f"{row['tokens_per_s']:,.0f}"
-            lines.append(
-                f"| {kind} | {row['batch']} | {row['phase']} | {row['mode']}{count} | {speed} | {ratio} | {row['n']} |"
-            )
+        count = {None: "", 0: ", idle", 1: ""}.get(row["profiles"], f", {row['profiles']} profiles")
+        ratio = f"{row['ratio']:.3f} ({row['ratio_min']:.3f}–{row['ratio_max']:.3f})"
+        kind = "compiled" if row["compiled"] else "eager"
+        name = f"{row['mode']}{count}"
+        speed = f"{row['tokens_per_s']:,.0f}"
+        lines.append(f"| {kind} | {row['batch']} | {row['phase']} | {name} | {speed} | {ratio} | {row['n']} |")
+    return "\n".join(lines)
+
+
+def tables(rows: Sequence[Mapping[str, Any]]) -> str:
+    """All rows for people, as Markdown."""
+    lines = [speed_table([row for row in rows if "ratio" in row])]
     lines += ["", "| | of | ms | n |", "|---|---|---|---:|"]
     for row in rows:
         if "seconds" in row:

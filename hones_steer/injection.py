@@ -204,7 +204,7 @@ class Injection:
             self._written = (slots, rows)
 
     def eager_scales(self, hook: LayerHook, z: Tensor) -> Tensor | None:
-        """s `[rows, I]`, or `[I]` or `[1, I]` for all rows, of an uncompiled layer called with z; None: not steered."""
+        """S `[rows, I]`, or `[I]` or `[1, I]` for all rows, of an uncompiled layer called with z; None: not steered."""
         if self._owner == threading.get_ident():
             return self._scales_of_forward(hook, z)
         if torch._C._current_graph_task_id() != -1:
