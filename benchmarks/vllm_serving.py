@@ -37,6 +37,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common import ALLOCATOR, SMOLLM2_135M, TINY, Shape, positive, random_llama, random_profile, ratios, task_name
+
 if TYPE_CHECKING:
     from hones_steer import Profile
 
@@ -45,26 +47,6 @@ ADAPTERS = (1, 8)
 PHASES = ("decode", "prefill")
 MODES = ("eager", "compiled")
 LORA = "vllm-lora"
-# glibc gives large blocks back to the system or not, depending on what a process did before: without these, one eager
-# process is up to a quarter slower than another that runs the same code.
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A Llama's size; a profile scales `neurons` of each layer's `ffn`."""
-
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-
-    @property
-    def neurons(self) -> int:
-        """1% of a layer."""
-        return max(1, self.ffn // 100)
 
 
 @dataclass(frozen=True)
@@ -81,8 +63,6 @@ class Work:
         return self.requests * (self.new if self.new > 1 else self.prompt)
 
 
-SMOLLM2_135M = Shape(layers=30, hidden=576, ffn=1536, heads=9, kv_heads=3, vocabulary=49_152)
-TINY = Shape(layers=2, hidden=64, ffn=256, heads=2, kv_heads=1, vocabulary=256)
 REQUESTS = 64
 WORKS = {"decode": Work(REQUESTS, 2, 24), "prefill": Work(REQUESTS, 32, 1)}
 QUICK_WORKS = {"decode": Work(REQUESTS, 2, 4), "prefill": Work(REQUESTS, 16, 1)}
@@ -112,7 +92,7 @@ VARIANTS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print."""
     args = _parser().parse_args(argv)
-    os.environ.update(_ALLOCATOR)
+    os.environ.update(ALLOCATOR)
     with ExitStack() as stack:
         folder = args.model_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hones-benchmark-")))
         rows = measure(args, folder)
@@ -127,8 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print a list of rows instead of a table")
     parser.add_argument("--quick", action="store_true", help="a tiny model and one repeat: does it run?")
-    parser.add_argument("--repeats", type=_positive, default=5, metavar="N", help="rounds per row (default: 5)")
-    parser.add_argument("--threads", type=_positive, default=2, metavar="N", help="OMP_NUM_THREADS (default: 2)")
+    parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="rounds per row (default: 5)")
+    parser.add_argument("--threads", type=positive, default=2, metavar="N", help="OMP_NUM_THREADS (default: 2)")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="default: both")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES, help="default: both")
     parser.add_argument(
@@ -138,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         help="default: float32, which is twice as fast on a CPU without AMX",
     )
     parser.add_argument(
-        "--prompt-tokens", type=_positive, default=32, metavar="N", help="per request of prefill (default: 32)"
+        "--prompt-tokens", type=positive, default=32, metavar="N", help="per request of prefill (default: 32)"
     )
     parser.add_argument("--no-lora", action="store_true", help="leave the comparison with LoRA out")
     parser.add_argument(
@@ -151,12 +131,6 @@ def _parser() -> argparse.ArgumentParser:
         help="keep the model, profiles, adapters and compiled code here for the next run (default: a temporary folder)",
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
@@ -206,14 +180,7 @@ def interleaved(
 
 def speed(seconds: Sequence[float], absent: Sequence[float], tokens: int) -> dict[str, Any]:
     """Ratios of the repeats, of which each has its own `absent` round, and tokens per second: medians."""
-    ratios = [theirs / mine for mine, theirs in zip(seconds, absent, strict=True)]
-    return {
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-        "tokens_per_s": tokens / statistics.median(seconds),
-        "n": len(ratios),
-    }
+    return {**ratios(seconds, absent), "tokens_per_s": tokens / statistics.median(seconds)}
 
 
 def kv_blocks(memory: Memory, gib: float) -> dict[str, int]:
@@ -247,48 +214,19 @@ def write_inputs(folder: Path, shape: Shape) -> None:
     if (folder / "complete").exists():
         return
     import numpy as np
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    from hones_steer import ModelIdentity, Profile, save_profile
+    from hones_steer import save_profile
 
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            num_hidden_layers=shape.layers,
-            hidden_size=shape.hidden,
-            intermediate_size=shape.ffn,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            vocab_size=shape.vocabulary,
-            max_position_embeddings=2048,
-            tie_word_embeddings=True,
-        )
-    )
-    for name, weight in model.model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.normal_(weight, mean=1, std=0.1)
-        elif "layers" in name:  # larger than a new model's: steering must change what is written
-            torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+    model = random_llama(shape)
     model.save_pretrained(folder / "model")
-    identity = ModelIdentity.from_model(model)
     (folder / "profiles").mkdir(exist_ok=True)
     random = np.random.default_rng(0)
     for i in range(max(PROFILES)):
-        layers = {}
-        for layer in range(shape.layers):
-            neurons = np.sort(random.choice(shape.ffn, shape.neurons, replace=False)).astype(np.int32)
-            layers[layer] = neurons, random.uniform(0, 3, shape.neurons).astype(np.float32)
-        profile = Profile(task_name(i), layers, identity)
+        profile = random_profile(model, shape, task_name(i), random)
         save_profile(profile, folder / "profiles" / f"{profile.task}.safetensors")
         if i < max(ADAPTERS):
             write_adapter(folder / "adapters" / profile.task, profile, model)
     (folder / "complete").touch()
-
-
-def task_name(i: int) -> str:
-    """The name of profile or adapter `i`."""
-    return f"task{i}"
 
 
 def write_adapter(folder: Path, profile: Profile, model: Any) -> None:

@@ -10,7 +10,6 @@ read these tensors and nothing else when they are compiled, so switching tasks n
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -203,12 +203,12 @@ class Injection:
                 row_slots.write(slots, rows)
             self._written = (slots, rows)
 
-    def eager_rows(self, hook: LayerHook, z: Tensor) -> Tensor | None:
-        """The slots `[rows]` or `[1]` for an uncompiled layer called with z, or None where nothing is steered."""
+    def eager_scales(self, hook: LayerHook, z: Tensor) -> Tensor | None:
+        """S `[rows, I]`, or `[I]` or `[1, I]` for all rows, of an uncompiled layer called with z; None: not steered."""
         if self._owner == threading.get_ident():
-            return self._rows_of_forward(hook, z)
+            return self._scales_of_forward(hook, z)
         if torch._C._current_graph_task_id() != -1:
-            return self._rows_of_recomputation(hook)
+            return self._scales_of_recomputation(hook)
         routing = self._current()
         if routing is not None and routing.steers:
             raise RoutingError(
@@ -217,17 +217,19 @@ class Injection:
             )
         return None
 
-    def _rows_of_forward(self, hook: LayerHook, z: Tensor) -> Tensor | None:
+    def _scales_of_forward(self, hook: LayerHook, z: Tensor) -> Tensor | None:
         if self._slots == (IDENTITY,):
             return None
+        if len(self._slots) == 1 and not torch.is_grad_enabled():
+            return hook.by_slot[self._slots[0]]  # a view, which backward() might find overwritten
         if len(self._slots) > 1 and (z.shape[0] != self.batch if z.dim() > 2 else z.shape[0] % self.batch):
             raise RoutingError(
                 f"{hook.layer} got {z.shape[0]} rows from a batch of {self.batch}: its rows are packed; "
                 "steer the whole batch with task() instead of tasks()"
             )
-        return hook.rows.index[: len(self._slots)]
+        return hook.table.index_select(0, hook.rows.index[: len(self._slots)])
 
-    def _rows_of_recomputation(self, hook: LayerHook) -> Tensor | None:
+    def _scales_of_recomputation(self, hook: LayerHook) -> Tensor | None:
         """Gradient checkpointing runs the layers again in backward(), perhaps in another thread."""
         routing, slots = self._last_with_grad
         if slots == (IDENTITY,):
@@ -237,7 +239,7 @@ class Injection:
                 f"backward() recomputes a forward of {routing}, whose block was left; with gradient checkpointing "
                 "call backward() inside the block"
             )
-        return torch.tensor(slots, device=hook.table.device)
+        return hook.table.index_select(0, torch.tensor(slots, device=hook.table.device))
 
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
@@ -273,20 +275,22 @@ class LayerHook(_Hook):
         super().__init__(injection)
         self.layer = layer
         self.table = table
+        self.by_slot = table.unbind()
         self.rows = rows
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         z: Tensor = args[0]
-        if torch.compiler.is_compiling():
-            index = self.rows.index
-        elif (eager := self.injection.eager_rows(self, z)) is not None:
-            index = eager
-        else:
-            return None
         # Some architectures (OPT) flatten [B, T, I] to [B * T, I].
         batch = z.shape[0] if z.dim() > 2 else self.injection.batch
+        if torch.compiler.is_compiling():
+            s = self.table.index_select(0, self.rows.index[:batch])
+        elif (eager := self.injection.eager_scales(self, z)) is not None:
+            s = eager
+        else:
+            return None
+        if s.dim() == 1:
+            return (scale(z, s), *args[1:])
         rows = z if z.dim() > 2 else z.reshape(batch, -1, z.shape[-1])
-        s = self.table.index_select(0, index[:batch])
         s = s.view(s.shape[0], *[1] * (rows.dim() - 2), s.shape[1])
         return (scale(rows, s).view(z.shape), *args[1:])
 
@@ -312,6 +316,7 @@ def _num_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
 
 
 def _forget_compiled_code() -> None:
-    # Dynamo does not guard on hooks: code compiled before they came or went would go on without (or with) them.
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
+    # Unless told to, Dynamo does not guard on hooks. Code compiled before they came or went would go on without (or
+    # with) them, and a steered model would run the code compiled later for an unsteered one of the same class.
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    torch.compiler.reset()

@@ -93,6 +93,22 @@ def test_a_compiled_forward_attribute(model_and_ids):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+def test_a_steered_and_an_unsteered_model_of_one_class():
+    """Dynamo keeps code per class: what was compiled for one model must not run for the other."""
+    inputs = {"input_ids": text_inputs()["input_ids"], "use_cache": False}
+    for steered_first in (False, True):
+        plain, model = tiny_models.llama(), tiny_models.llama()
+        steering = attach(model)
+        compiled = [torch.compile(each, fullgraph=True, backend="eager") for each in (plain, model)]
+        for each in reversed(compiled) if steered_first else compiled:
+            with steering.task("a"):
+                call(model, inputs)  # a block without a forward is an error
+                found = call(each, inputs)
+                expected = call(each._orig_mod, inputs)
+            torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
+        steering.detach()
+
+
 def test_a_flattening_architecture_and_a_transposed_projection():
     for make in (tiny_models.opt, tiny_models.gpt2):
         torch.compiler.reset()

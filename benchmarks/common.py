@@ -1,0 +1,95 @@
+"""What the runtime benchmarks share: a random Llama of a given shape, profiles for it, and ratios."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy.random import Generator
+
+    from hones_steer import Profile
+
+# glibc gives large blocks back to the system or not, depending on what a process did before: without these, one eager
+# process is up to a quarter slower than another that runs the same code. Read when a process starts.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama's size; a profile scales `neurons` of each layer's `ffn`."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+
+    @property
+    def neurons(self) -> int:
+        """1% of a layer."""
+        return max(1, self.ffn // 100)
+
+
+SMOLLM2_135M = Shape(layers=30, hidden=576, ffn=1536, heads=9, kv_heads=3, vocabulary=49_152)
+TINY = Shape(layers=2, hidden=64, ffn=256, heads=2, kv_heads=1, vocabulary=256)
+
+
+def random_llama(shape: Shape) -> Any:
+    """Always the same weights, larger than a new model's: steering must change what is written."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).eval()
+    for name, weight in model.model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(weight, mean=1, std=0.1)
+        elif "layers" in name:
+            torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+    return model
+
+
+def random_profile(model: Any, shape: Shape, task: str, random: Generator) -> Profile:
+    """One that scales 1% of every layer's neurons by 0 to 3."""
+    import numpy as np
+
+    from hones_steer import ModelIdentity, Profile
+
+    layers = {}
+    for layer in range(shape.layers):
+        neurons = np.sort(random.choice(shape.ffn, shape.neurons, replace=False)).astype(np.int32)
+        layers[layer] = neurons, random.uniform(0, 3, shape.neurons).astype(np.float32)
+    return Profile(task, layers, ModelIdentity.from_model(model))
+
+
+def task_name(i: int) -> str:
+    """The name of profile or adapter `i`."""
+    return f"task{i}"
+
+
+def ratios(seconds: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
+    """Speed relative to the baseline's round of the same repeat: median, smallest and largest."""
+    found = [theirs / mine for mine, theirs in zip(seconds, baseline, strict=True)]
+    return {"ratio": statistics.median(found), "ratio_min": min(found), "ratio_max": max(found), "n": len(found)}
+
+
+def positive(text: str) -> int:
+    """For argparse."""
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)

@@ -1,0 +1,52 @@
+"""benchmarks/hf_runtime.py runs, and says what it promises to say. What it measures here means nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "hf_runtime.py"
+
+
+def run(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, str(BENCHMARK), *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_rows() -> None:
+    rows = json.loads(run("--quick", "--json"))
+    everywhere = [
+        ("transformers", "unsteered", None),
+        ("transformers", "again", None),
+        ("transformers", "hooked", 0),
+        ("transformers", "hooked", 1),
+        ("transformers", "folded", 1),
+        ("transformers", "merged", 1),
+        ("peft", "ia3", 1),
+        ("peft", "lora", 1),
+    ]
+    mixed = [*everywhere[:4], ("transformers", "hooked", 8), *everywhere[4:]]
+    speeds = [row for row in rows if "ratio" in row]
+    assert [
+        (row["compiled"], row["batch"], row["phase"], row["engine"], row["mode"], row["profiles"]) for row in speeds
+    ] == [
+        (compiled, batch, phase, *variant)
+        for compiled in (False, True)
+        for batch, variants in ((1, everywhere), (8, mixed))
+        for phase in ("prefill", "decode")
+        for variant in variants
+    ]
+    for row in speeds:
+        assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
+        assert row["mode"] != "unsteered" or row["ratio"] == 1
+        assert row["tokens_per_s"] > 0
+    assert {row["phase"] for row in rows if "seconds" in row} == {"switch", "load", "import"}
+    sizes = {row["mode"]: row["bytes"] for row in rows if "bytes" in row}
+    assert sizes["profile"] < sizes["ia3"] < sizes["lora"]
+
+
+def test_help_teaches() -> None:
+    text = run("--help")
+    assert "folded" in text
+    assert "--compiled-layers" in text
