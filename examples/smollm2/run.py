@@ -130,7 +130,7 @@ def main() -> None:
     for task in args.tasks:
         encoded = encode(model, tokenizer, task, args.limit)
         tasks[task] = Splits(**encoded, run_path=args.out / "work" / task, batch_size=BATCH)
-    title = "Five cloze tasks on SmolLM2-135M"
+    title = "Cloze tasks on SmolLM2-135M"
     summary = compare(
         tasks, settings, args.out, title=title, report=lambda stage: print(stage, flush=True), progress=True
     )
