@@ -2,7 +2,8 @@
 
     .venv/bin/python benchmarks/attribution.py
 
-(an hour or more on one quiet core; --models and --examples make it less) attributes a few examples on three models and prints, for each,
+(an hour or more on one quiet core; --models and --examples make it less) attributes a few examples on three models and
+prints, for each,
 
     speedup        the plain twin's time / ours. The twin is tests/reference.py: one example at a time, whole model
                    forwards with KV cache and without gradients, processor and vision tower in each of them
