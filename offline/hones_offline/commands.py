@@ -89,7 +89,8 @@ def attribute(argv: Sequence[str]) -> int:
         default=4.0,
         metavar="GIB",
         help="for the hidden states kept of --batch-size sequences: sequences x tokens x hidden size x bytes of each "
-        "layer, for as many layers as fit (default: %(default)s)",
+        "layer, for as many layers as fit; as much again for each of two KV caches where answers are generated "
+        "(default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=3407, help="order of the examples (default: %(default)s)")
     parser.add_argument(

@@ -154,7 +154,7 @@ def _shared_length(segments: Sequence[Segment], own: Sequence[int]) -> int:
     return shared if shared >= _WORTH_SHARING else 0
 
 
-_WORTH_SHARING = 16
+_WORTH_SHARING = 16  # tokens; for fewer a forward of their own costs more than it saves
 
 
 class TextDecoder:
