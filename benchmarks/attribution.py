@@ -51,7 +51,7 @@ from hones_offline.banks import select_bank
 from hones_offline.caching import ending_together, new_cache
 from hones_offline.decoding import Batch, Segment, TextDecoder
 from hones_offline.embedded import load_tiny_vlm
-from hones_offline.examples import Example, MemoryImage, scene_examples
+from hones_offline.examples import Example, MemoryImage, load_jsonl, scene_examples
 from hones_offline.interventions import Generation, HeadRuns
 from hones_offline.neurons import WriteIn
 from hones_offline.prompts import Prepared, prepare
@@ -67,7 +67,7 @@ TOP_FRACTION = 0.01
 MOST_TOKENS = 4096  # of a batch in which layers are timed
 MOST_CACHED = 65536  # of one in which they decode
 Text = list[int]
-COUNTRIES = ("France", "Japan", "Egypt", "Peru", "Norway", "Kenya", "Cuba", "Italy")
+CAPITALS = Path(__file__).resolve().parents[1] / "examples/smollm2/data/discovery/capitals.jsonl"
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,9 @@ def smollm2(args: argparse.Namespace) -> Case:
         model = LlamaForCausalLM(LlamaConfig(**{**tiny_models.TEXT, **shape, **heads, "vocab_size": 49_152})).eval()
         randomise(model)
         processor = tiny_processors.text_tokenizer(model.config)
-    prompts = [f"The capital city of {country} is" for country in COUNTRIES[: args.examples or 4]]
-    examples = [Example(str(i), prompt, ("?",)) for i, prompt in enumerate(prompts)]
-    return own_answers(Case("smollm2-135m", model, processor, JsonlTask("capitals", "anls", 8), examples))
+    examples = list(load_jsonl(CAPITALS).examples[: args.examples or 4])
+    case = Case("smollm2-135m capitals", model, processor, JsonlTask("capitals", "exact_match", 8), examples)
+    return case if args.smollm2 else own_answers(case)
 
 
 def llava(args: argparse.Namespace) -> Case:

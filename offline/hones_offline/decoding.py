@@ -7,7 +7,7 @@ candidates that share a prefix, log-probabilities of answers, FFN activations.
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hones_offline.caching import ending_together, nbytes, new_cache
-from hones_offline.recording import Head, replaced_heads, resumed
+from hones_offline.recording import Entering, Head, last_ffn_at, replaced_heads, resumed
 from hones_steer.errors import LayoutError
 from hones_steer.layout import Layout, find_layout
 
@@ -47,18 +47,15 @@ class Segment:
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded segments: embeds [B, T, hidden], mask [B, T] (1 = token), positions [axes, B, T]."""
+    """Padded segments: embeds [B, T, hidden], mask [B, T] (1 = token), positions [axes, B, T].
+
+    `wanted` [B, n] are the columns whose hidden states will be read, or None for all.
+    """
 
     embeds: Tensor
     mask: Tensor
     positions: Tensor
-
-    def __add__(self, other: "Batch") -> "Batch":
-        return Batch(
-            torch.cat([self.embeds, other.embeds], dim=1),
-            torch.cat([self.mask, other.mask], dim=1),
-            torch.cat([self.positions, other.positions], dim=2),
-        )
+    wanted: Tensor | None = None
 
 
 @dataclass
@@ -113,26 +110,48 @@ class Rows:
     """
 
     def __init__(self, decoder: "TextDecoder", segments: Sequence[Segment], own: Sequence[int]) -> None:
-        """At least the last `own[i]` tokens of segment i are not shared: of these, hidden states are wanted."""
-        self.shared = _shared_length(segments, own)
-        self.prefix = decoder.collate([segments[0].split(self.shared)[0]]) if self.shared else None
+        """Of segment i the last `own[i]` tokens' hidden states are wanted, so these at least are not shared."""
+        self.decoder, self._any = decoder, segments[0]
+        self.shared = shared_length(segments, own)
         rest = [segment.split(self.shared)[1] for segment in segments]
-        self.rest = decoder.collate(rest, side="right")
         self.ends = torch.tensor([len(segment) for segment in rest])
-        if self.prefix:
-            mask = torch.cat([self.prefix.mask.expand(len(rest), -1), self.rest.mask], dim=1)
-            self.rest = Batch(self.rest.embeds, mask, self.rest.positions)
+        wanted = (self.ends - max(own)).clamp(min=0)[:, None] + torch.arange(max(own))
+        self.rest = replace(decoder.collate(rest, side="right"), wanted=wanted)
+        self.prefix: Batch | None = None
+        if self.shared:
+            prefix = decoder.collate([segments[0].split(self.shared)[0]])
+            self.prefix = replace(prefix, wanted=wanted[:1, :0])
+            self.rest = replace(self.rest, mask=torch.cat([prefix.mask.expand(len(rest), -1), self.rest.mask], dim=1))
 
     def __len__(self) -> int:
         return len(self.ends)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row, padding included."""
+        return self.rest.mask.shape[1]
 
     @property
     def tokens(self) -> int:
         """How many tokens are run, padding included."""
         return self.shared + self.rest.embeds.shape[0] * self.rest.embeds.shape[1]
 
+    def copies_at_once(self, *, batch_size: int, memory_gb: float) -> int:
+        """How many copies of the rows make one forward: as many tokens as `batch_size` of these rows have alone.
+
+        A beginning that they share is one row of a copy, so there may be many; their KV cache is within `memory_gb`.
+        """
+        copies = batch_size * self.length // self.tokens
+        if self.prefix:
+            copy_bytes = len(self) * self.length * self.decoder.cache_token_bytes(self._any)
+            copies = min(copies, gib(memory_gb) // copy_bytes)
+        return max(1, copies)
+
     def run(self, run: Run, *, keep: bool = False) -> tuple[Tensor, Any]:
-        """Hidden states of what is not shared, [copies·B, T, hidden], copy after copy, and if asked the KV cache."""
+        """Hidden states of what is not shared, [copies·B, T, hidden], copy after copy, and if asked the KV cache.
+
+        They are right where they are wanted.
+        """
         cache = new_cache() if keep else None
         if self.prefix:
             hidden, cache = run(self.prefix, new_cache())
@@ -140,7 +159,12 @@ class Rows:
         return run(self.rest, cache)
 
 
-def _shared_length(segments: Sequence[Segment], own: Sequence[int]) -> int:
+def gib(memory_gb: float) -> int:
+    """Bytes."""
+    return int(memory_gb * 2**30)
+
+
+def shared_length(segments: Sequence[Segment], own: Sequence[int]) -> int:
     """How many tokens the segments begin with alike; 0 if these are not worth a forward of their own."""
     most = min(len(segment) - tokens for segment, tokens in zip(segments, own, strict=True))
     if len(segments) < 2 or most < _WORTH_SHARING:
@@ -169,6 +193,7 @@ class TextDecoder:
         self.unembedding: nn.Module = self.layout.unembedding
         text_config = self.model.config.get_text_config()
         self._softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
+        self._cache_token_bytes = 0
         self.end_tokens = _end_tokens(model)
 
     @property
@@ -204,44 +229,50 @@ class TextDecoder:
     def run(self, batch: Batch, cache: Any = None) -> tuple[Tensor, Any]:
         """One decoder forward: hidden states after the final norm [B, T, hidden], and the KV cache, grown.
 
-        With a cache that is not empty, `batch.mask` covers the cached tokens too: [B, cached + T].
+        With a cache that is not empty, `batch.mask` covers the cached tokens too: [B, cached + T]. Hidden states that
+        are not wanted are not right: the last layer's FFN is left out there.
         """
         mask = batch.mask
         if mask.shape[1] == batch.embeds.shape[1] and not bool((mask[:, 1:] > mask[:, :-1]).any()):
             mask = torch.ones_like(mask)  # no token looks at padding that comes after it, and plain causal is faster
         positions = batch.positions[0] if batch.positions.shape[0] == 1 else batch.positions
-        out = self.layout.decoder(
-            inputs_embeds=batch.embeds,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
+        with last_ffn_at(self.layout, batch.wanted):
+            out = self.layout.decoder(
+                inputs_embeds=batch.embeds,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
         return out.last_hidden_state, out.past_key_values
 
-    def resume(self, batch: Batch, states: Tensor, heads: Sequence[Head], cache: Any = None) -> tuple[Tensor, Any]:
+    def resume(self, batch: Batch, entering: Entering, heads: Sequence[Head], cache: Any = None) -> tuple[Tensor, Any]:
         """`run` with each of `heads`, all of one layer, replaced: copy after copy of the batch, [heads·B, T, hidden].
 
-        Only the layers from theirs on are run, from `states` [B, T, hidden], what enters that layer when `batch` runs
-        undisturbed. Of the lower layers the cache holds the length alone.
+        Only the layers from theirs on are run, from what is `entering` that layer when `batch` runs undisturbed. Of
+        the layers that this leaves unchanged the cache holds the length alone.
         """
-        copies, layer = len(heads), heads[0][0]
-        entering = states.repeat(copies, 1, 1)
-        rows = [head for head in heads for _ in range(len(states))]
-        repeated = Batch(entering.to(self.device), batch.mask.repeat(copies, 1), batch.positions.repeat(1, copies, 1))
-        with resumed(self.layout, layer, entering), replaced_heads(self.layout, rows):
+        copies = len(heads)
+        entering = entering.repeat(copies)
+        rows = [head for head in heads for _ in range(len(batch.mask))]
+        embeds = entering.hidden.to(self.device)
+        wanted = None if batch.wanted is None else batch.wanted.repeat(copies, 1)
+        repeated = Batch(embeds, batch.mask.repeat(copies, 1), batch.positions.repeat(1, copies, 1), wanted)
+        with resumed(self.layout, entering), replaced_heads(self.layout, rows):
             hidden, cache = self.run(repeated, cache)
         if cache is not None:
-            nothing = entering.new_zeros(len(entering), 1, entering.shape[1], 1)
-            for lower in range(layer):  # the next forward's mask is made from the lowest layer's length
-                cache.update(nothing, nothing, lower)
+            nothing = embeds.new_zeros(len(embeds), 1, embeds.shape[1], 1)
+            for layer in range(entering.unchanged):  # the next forward's mask is made from the lowest layer's length
+                cache.update(nothing, nothing, layer)
         return hidden, cache
 
     @torch.no_grad()
     def cache_token_bytes(self, prompt: Segment) -> int:
-        """Bytes of the KV cache for one token of one row, found out with the prompt's first."""
-        _, cache = self.run(self.collate([prompt.split(1)[0]]), new_cache())
-        return nbytes(cache)
+        """Bytes of the KV cache for one token of one row of any prompt, found out with this one's first."""
+        if not self._cache_token_bytes:
+            _, cache = self.run(self.collate([prompt.split(1)[0]]), new_cache())
+            self._cache_token_bytes = nbytes(cache)
+        return self._cache_token_bytes
 
     @torch.no_grad()
     def greedy(self, prompts: Sequence[Segment], max_new_tokens: int) -> list[list[int]]:

@@ -15,29 +15,31 @@ import torch
 from torch import Tensor
 
 from hones_offline.caching import ending_together
-from hones_offline.decoding import Batch, Rows, Run, Segment, Started, TextDecoder
+from hones_offline.decoding import Batch, Rows, Run, Segment, Started, TextDecoder, batches, gib, shared_length
 from hones_offline.evaluate import decoded_texts, mean_log_probabilities, yes_no_margins
 from hones_offline.metrics import FloatArray
 from hones_offline.prompts import Prepared
-from hones_offline.recording import Head, recorded_states
+from hones_offline.recording import Entering, Head, recorded_states
+from hones_steer.layout import linear_shape
 
 
 class HeadRuns(ABC):
     """A few items (examples, or prompts with an answer) and what the model makes of them with a head replaced.
 
-    Kept are the states entering a layer, `tokens` (padding included) · hidden size · bytes of the dtype, for as many
-    layers as fit into `memory_gb` GiB, one at least. The undisturbed forward is run again for every so many layers.
+    Kept is what enters a layer and what its heads put out, `tokens` (padding included) · (hidden size + heads · head_dim)
+    · bytes of the dtype, for as many layers as fit into `memory_gb` GiB, one at least. The undisturbed forward is run
+    again for every so many layers. A forward has the rows of `copies` heads.
     """
 
-    def __init__(self, prepared: Prepared, *, rows: int, tokens: int, batch_size: int, memory_gb: float) -> None:
+    def __init__(self, prepared: Prepared, *, copies: int, tokens: int, batch_size: int, memory_gb: float) -> None:
         self.prepared, self.decoder, self.batch_size = prepared, prepared.decoder, batch_size
-        self._heads_at_once = max(1, batch_size // rows)
-        layer_bytes = (
-            tokens * self.decoder.layout.hidden_size * next(self.decoder.embedding.parameters()).element_size()
-        )
-        self._memory = int(memory_gb * 2**30)
-        self._layers_at_once = max(1, self._memory // layer_bytes)
-        self._states: dict[int, list[Tensor]] = {}
+        self._heads_at_once, self._memory = max(1, copies), gib(memory_gb)
+        layout = self.decoder.layout
+        assert layout.layers[0].attn_out is not None  # Layout.require_attribution has been called
+        heads_size, _ = linear_shape(layout.layers[0].attn_out) or (layout.hidden_size, 0)
+        token_bytes = (layout.hidden_size + heads_size) * next(self.decoder.embedding.parameters()).element_size()
+        self._layers_at_once = max(1, self._memory // (tokens * token_bytes))
+        self._states: dict[int, list[Entering]] = {}
         self._base: Any = None
 
     @abstractmethod
@@ -45,7 +47,7 @@ class HeadRuns(ABC):
         """Run the items with every head in place; the result."""
 
     @abstractmethod
-    def replaced(self, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[Any]:
+    def replaced(self, heads: Sequence[Head], states: Sequence[Entering]) -> Sequence[Any]:
         """One result for each of `heads`, all of one layer; `states` entered it in each undisturbed forward."""
 
     @torch.no_grad()
@@ -69,7 +71,7 @@ class HeadRuns(ABC):
                 found.update(zip(some, self.replaced(some, self._entering(layer)), strict=True))
         return [found[head] for head in heads]
 
-    def resuming(self, heads: Sequence[Head], states: Sequence[Tensor]) -> Run:
+    def resuming(self, heads: Sequence[Head], states: Sequence[Entering]) -> Run:
         """The undisturbed forwards once more, one after another, from `states` on and with `heads` replaced."""
         following = iter(states)
 
@@ -78,8 +80,8 @@ class HeadRuns(ABC):
 
         return run
 
-    def _entering(self, layer: int) -> list[Tensor]:
-        """The hidden states entering `layer` in each undisturbed forward."""
+    def _entering(self, layer: int) -> list[Entering]:
+        """What enters `layer` in each undisturbed forward."""
         if layer not in self._states:
             self._states = {}  # first, so that there are never two sets
             layout = self.decoder.layout
@@ -97,13 +99,13 @@ class LogProbabilities(HeadRuns):
         self.answers = [answer for _, answer in pairs]
         segments = [prompt + prepared.decoder.continuation(prompt, answer) for prompt, answer in pairs]
         self.rows = Rows(prepared.decoder, segments, [len(answer) + 1 for answer in self.answers])
-        super().__init__(prepared, rows=len(pairs), tokens=self.rows.tokens, **options)
+        super().__init__(prepared, copies=self.rows.copies_at_once(**options), tokens=self.rows.tokens, **options)
 
     def undisturbed(self) -> FloatArray:
         hidden, _ = self.rows.run(self.decoder.run)
         return self._means(hidden, 1)[0]
 
-    def replaced(self, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[FloatArray]:
+    def replaced(self, heads: Sequence[Head], states: Sequence[Entering]) -> Sequence[FloatArray]:
         hidden, _ = self.rows.run(self.resuming(heads, states))
         return self._means(hidden, len(heads))
 
@@ -123,12 +125,12 @@ class Ranking(HeadRuns):
         flat = [len(ending) for endings in self.suffixes for ending in endings]
         tokens = len(items) * max(map(len, self.prefixes)) + len(flat) * max(flat)
         rows = max(len(items), min(len(flat), options["batch_size"]))
-        super().__init__(prepared, rows=rows, tokens=tokens, **options)
+        super().__init__(prepared, copies=options["batch_size"] // rows, tokens=tokens, **options)
 
     def undisturbed(self) -> FloatArray:
         return self._statistics(None)[0]
 
-    def replaced(self, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[FloatArray]:
+    def replaced(self, heads: Sequence[Head], states: Sequence[Entering]) -> Sequence[FloatArray]:
         return self._statistics(self.resuming(heads, states))
 
     def _statistics(self, run: Run | None) -> list[FloatArray]:
@@ -141,7 +143,7 @@ class Ranking(HeadRuns):
 
 
 class Generation(HeadRuns):
-    """Items are examples to generate for, in batches.
+    """Items are examples to generate for, run in parts of similar length.
 
     Besides the states, two KV caches are kept: those of the undisturbed forwards, and that of the rows that wait to be
     decoded because they parted from the undisturbed answer; decoding many rows costs little more than decoding one.
@@ -153,14 +155,17 @@ class Generation(HeadRuns):
         prompts = [prepared.encoded[i].prompt(0) for i in items]
         self.drafts = decoder.greedy(prompts, self.budget)
         rows = options["batch_size"]
+        if not shared_length(prompts, [1] * len(prompts)):  # else every part would run the beginning
+            rows = max(1, rows // (decoder.layout.layers[0].num_heads or 1))  # a layer's heads fill a batch
+        lengths = [len(prompt) + len(draft) for prompt, draft in zip(prompts, self.drafts, strict=True)]
         self.parts = [
-            _Drafted(decoder, prompts[start : start + rows], self.drafts[start : start + rows], self.budget)
-            for start in range(0, len(items), rows)
+            _Drafted(decoder, chosen, [prompts[i] for i in chosen], [self.drafts[i] for i in chosen], self.budget)
+            for chosen in batches(lengths, rows)
         ]
         self._waiting: list[tuple[Started, list[list[int]]]] = []
         self._scored: dict[tuple[int, tuple[int, ...]], FloatArray] = {}
-        tokens = sum(part.rows.tokens for part in self.parts)
-        super().__init__(prepared, rows=min(len(items), rows), tokens=tokens, **options)
+        copies = min(part.rows.copies_at_once(**options) for part in self.parts)
+        super().__init__(prepared, copies=copies, tokens=sum(part.rows.tokens for part in self.parts), **options)
 
     @staticmethod
     def batches_at_once(prepared: Prepared, batch_size: int, memory_gb: float) -> int:
@@ -169,7 +174,7 @@ class Generation(HeadRuns):
         row_bytes = prepared.decoder.cache_token_bytes(prompts[0]) * (
             max(map(len, prompts)) + prepared.task.max_new_tokens
         )
-        fitting = int(memory_gb * 2**30) // (batch_size * row_bytes)
+        fitting = gib(memory_gb) // (batch_size * row_bytes)
         return min(max(fitting, 1), _BATCHES_AT_ONCE)
 
     def undisturbed(self) -> FloatArray:
@@ -193,16 +198,17 @@ class Generation(HeadRuns):
                 self._scored[item, text] = statistics
         return np.stack([self._scored[key] for key in keys])
 
-    def replaced(self, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[list[list[int]]]:
+    def replaced(self, heads: Sequence[Head], states: Sequence[Entering]) -> Sequence[list[list[int]]]:
         """Tokens for each item; of rows that wait, the rest is filled in later."""
-        texts: list[list[list[int]]] = [[] for _ in heads]
+        texts: list[list[list[int]]] = [[[]] * len(self.items) for _ in heads]
         run = self.resuming(heads, states)
         for part in self.parts:
-            for of_head, more in zip(texts, self._texts(part, heads, run), strict=True):
-                of_head += more
+            for of_head, found in zip(texts, self._texts(part, heads, run, states[0].unchanged), strict=True):
+                for item, text in zip(part.items, found, strict=True):
+                    of_head[item] = text
         return texts
 
-    def _texts(self, part: "_Drafted", heads: Sequence[Head], run: Run) -> Sequence[list[list[int]]]:
+    def _texts(self, part: "_Drafted", heads: Sequence[Head], run: Run, unchanged: int) -> Sequence[list[list[int]]]:
         hidden, cache = part.rows.run(run, keep=True)
         chosen = part.columns.repeat(len(heads), 1)
         predicting = hidden[torch.arange(len(hidden))[:, None], chosen]
@@ -218,7 +224,7 @@ class Generation(HeadRuns):
             if not end[row, at] and at + 1 < self.budget:
                 parted.append((row, at))
         if parted:
-            started = part.parted(parted, tokens, heads, cache, self.budget)
+            started = part.parted(parted, tokens, heads, cache, unchanged, self.budget)
             if self._memory < started.nbytes() + sum(waiting.nbytes() for waiting, _ in self._waiting):
                 self._decode_waiting()
             self._waiting.append((started, [texts[row] for row, _ in parted]))
@@ -236,12 +242,17 @@ class Generation(HeadRuns):
 
 
 class _Drafted:
-    """A batch of prompts, each followed by its undisturbed answer; `cache` is the undisturbed forward's."""
+    """A few items' prompts, each followed by its undisturbed answer; `cache` is the undisturbed forward's."""
 
     def __init__(
-        self, decoder: TextDecoder, prompts: Sequence[Segment], drafts: Sequence[list[int]], budget: int
+        self,
+        decoder: TextDecoder,
+        items: Sequence[int],
+        prompts: Sequence[Segment],
+        drafts: Sequence[list[int]],
+        budget: int,
     ) -> None:
-        self.drafts = drafts
+        self.items, self.drafts = items, drafts
         fed = [torch.tensor(draft[: budget - 1], dtype=torch.long) for draft in drafts]
         segments = [prompt + decoder.continuation(prompt, ids) for prompt, ids in zip(prompts, fed, strict=True)]
         self.rows = Rows(decoder, segments, [1 + len(ids) for ids in fed])
@@ -256,17 +267,22 @@ class _Drafted:
         """Position ids of the prompts' last tokens, [axes, prompts]."""
 
     def parted(
-        self, parted: Sequence[tuple[int, int]], tokens: Tensor, heads: Sequence[Head], cache: Any, budget: int
+        self,
+        parted: Sequence[tuple[int, int]],
+        tokens: Tensor,
+        heads: Sequence[Head],
+        cache: Any,
+        unchanged: int,
+        budget: int,
     ) -> Started:
-        """What greedy decoding needs to go on with these rows; layers below the heads' come from the undisturbed cache.
+        """What greedy decoding needs to go on with these rows; `unchanged` layers come from the undisturbed cache.
 
         Rows are (row, how many tokens of its answer it keeps).
         """
         rows, kept = torch.tensor(parted).T
         own = rows % len(self.drafts)
-        below = heads[0][0]
-        layers = [(layer, own) for layer in self.cache.layers[:below]] + [
-            (layer, rows) for layer in cache.layers[below:]
+        layers = [(layer, own) for layer in self.cache.layers[:unchanged]] + [
+            (layer, rows) for layer in cache.layers[unchanged:]
         ]
         going_on, mask = ending_together(layers, self.prompts[own] + kept)
         device = self.rows.rest.mask.device

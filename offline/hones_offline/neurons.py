@@ -17,7 +17,7 @@ from hones_offline.distributed import ALONE, Processes
 from hones_offline.interventions import HeadRuns
 from hones_offline.metrics import FloatArray
 from hones_offline.prompts import Prepared
-from hones_offline.recording import Head, recorded_ffn
+from hones_offline.recording import Entering, Head, recorded_ffn
 from hones_steer.errors import DataError
 from hones_steer.layout import down_weight
 
@@ -176,7 +176,7 @@ class WriteIn(HeadRuns):
         self.rows = Rows(prepared.decoder, prompts, [1] * len(prompts))
         weights = [down_weight(layer) for layer in self.layout.layers]
         self.alignments = [directions.to(weight.device) @ weight.float() for weight in weights]  # [items, I]
-        super().__init__(prepared, rows=len(prompts), tokens=self.rows.tokens, **options)
+        super().__init__(prepared, copies=self.rows.copies_at_once(**options), tokens=self.rows.tokens, **options)
 
     def undisturbed(self) -> FloatArray:
         with recorded_ffn(self.layout, self.rows.ends - 1) as recorded:
@@ -185,7 +185,7 @@ class WriteIn(HeadRuns):
         sums: FloatArray = self._sums(recorded, nothing[None])[0]
         return sums
 
-    def replaced(self, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[FloatArray]:
+    def replaced(self, heads: Sequence[Head], states: Sequence[Entering]) -> Sequence[FloatArray]:
         with recorded_ffn(self.layout, (self.rows.ends - 1).repeat(len(heads))) as recorded:
             self.rows.run(self.resuming(heads, states))
         return list(self._sums(recorded, self._base[None].repeat(len(heads), axis=0)))

@@ -7,13 +7,14 @@ computes anyway: every hook reads or replaces an input the model has just produc
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hones_steer.injection import input_hooks, scale
-from hones_steer.layout import Layout
+from hones_steer.layout import DecoderLayer, Layout
 
 Scales = Mapping[int, Tensor]
 Head = tuple[int, int]
@@ -47,14 +48,16 @@ def capture_call(module: nn.Module, run: Callable[[], object]) -> dict[str, Any]
 def recorded_ffn(layout: Layout, columns: Tensor) -> Iterator[dict[int, Tensor]]:
     """Record z = act(gate(x))·up(x) of each row at its column, `columns` [rows], per layer: float32 [rows, I].
 
-    Only of forwards with that many rows: a beginning that rows share has none of their columns.
+    Only of forwards with that many rows: a beginning that rows share has none of their columns. Where an FFN is run at
+    one column of each row only (`last_ffn_at`), it is that one.
     """
     recorded: dict[int, Tensor] = {}
 
     def recorder(index: int) -> Callable[[Tensor], Tensor]:
         def record(z: Tensor) -> Tensor:
             if len(z) == len(columns):
-                recorded[index] = z[torch.arange(len(z)), columns.cpu()].detach().float()
+                at = columns.cpu() if z.shape[1] > 1 else 0
+                recorded[index] = z[torch.arange(len(z)), at].detach().float()
             return z
 
         return record
@@ -79,38 +82,134 @@ def ffn_inputs(layout: Layout) -> Iterator[dict[int, Tensor]]:
         yield recorded
 
 
-@contextmanager
-def recorded_states(layout: Layout, layers: Collection[int]) -> Iterator[dict[int, list[Tensor]]]:
-    """Record the hidden states entering each of `layers`, one tensor [rows, T, hidden] per forward."""
-    states: dict[int, list[Tensor]] = {index: [] for index in layers}
+@dataclass(frozen=True)
+class Entering:
+    """What a layer is resumed from, of one undisturbed forward.
 
-    def recorder(index: int) -> Callable[[Tensor], Tensor]:
-        def record(x: Tensor) -> Tensor:
-            states[index].append(x.detach())
-            return x
-
-        return record
-
-    with input_hooks((layout.layers[index].module, recorder(index)) for index in layers):
-        yield states
-
-
-@contextmanager
-def resumed(layout: Layout, start: int, states: Tensor) -> Iterator[None]:
-    """Within the block, forwards of the decoder skip the layers below `start`, which is given `states` instead.
-
-    The decoder itself runs as always, so that masks, position embeddings and caches are its own for any architecture.
+    `hidden` [rows, T, hidden] entered it; `heads` [rows, T, heads·head_dim] is what its attention heads put out, the
+    same whichever of them is replaced, or None where the attention must run again (`_Recorder`).
     """
+
+    layer: int
+    hidden: Tensor
+    heads: Tensor | None = None
+
+    def repeat(self, copies: int) -> "Entering":
+        """Copy after copy of the rows."""
+        heads = None if self.heads is None else self.heads.repeat(copies, 1, 1)
+        return Entering(self.layer, self.hidden.repeat(copies, 1, 1), heads)
+
+    @property
+    def unchanged(self) -> int:
+        """How many layers, from the lowest on, have the keys and values they have undisturbed."""
+        return self.layer if self.heads is None else self.layer + 1
+
+
+@contextmanager
+def recorded_states(layout: Layout, layers: Collection[int]) -> Iterator[dict[int, list[Entering]]]:
+    """Record what each of `layers` can be resumed from, once per forward."""
+    recorders = {index: _Recorder(layout.layers[index]) for index in layers}
+    with ExitStack() as stack:
+        for recorder in recorders.values():
+            recorder.place(stack)
+        yield {index: recorder.found for index, recorder in recorders.items()}
+
+
+class _Recorder:
+    """Of one layer. What the heads put out is enough where attention returns (the output projection's result, weights).
+
+    Weights, the attention probabilities, are only for show: no layer computes with them.
+    """
+
+    def __init__(self, layer: DecoderLayer) -> None:
+        self.layer, self.found = layer, list[Entering]()
+        self._hidden = self._heads = self._projected = torch.empty(0)
+
+    def place(self, stack: ExitStack) -> None:
+        """Set the hooks, which are removed with the stack."""
+        stack.enter_context(input_hooks([(self.layer.module, self._enters)]))
+        assert self.layer.attn_out is not None  # Layout.require_attribution has been called
+        for module, hook in (
+            (self.layer.attn_out, self._projects),
+            (_parent(self.layer, self.layer.attn_out), self._attends),
+        ):
+            stack.callback(module.register_forward_hook(hook).remove)
+
+    def _enters(self, hidden: Tensor) -> Tensor:
+        self._hidden = hidden.detach()
+        return hidden
+
+    def _projects(self, _module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
+        self._heads, self._projected = args[0].detach(), result
+
+    def _attends(self, _module: nn.Module, _args: tuple[Any, ...], result: Any) -> None:
+        enough = isinstance(result, tuple) and len(result) == 2 and result[0] is self._projected
+        self.found.append(Entering(self.layer.index, self._hidden, self._heads if enough else None))
+
+
+def _parent(layer: DecoderLayer, part: nn.Module | None) -> nn.Module:
+    """The layer's attention or FFN, of which `part` is the output projection, or the layer itself if it has it."""
+    return next(m for m in layer.module.modules() if any(child is part for child in m.children()))
+
+
+@contextmanager
+def last_ffn_at(layout: Layout, columns: Tensor | None) -> Iterator[None]:
+    """Within the block, the last layer's FFN runs at these columns of each row only, [rows, n]; elsewhere it adds zeros.
+
+    Positions are looked at by later layers' attention only, so what the last one writes elsewhere serves nothing. An
+    FFN that is not a module called with hidden states alone runs everywhere, as with `columns` None.
+    """
+    layer = layout.layers[-1]
+    ffn = _parent(layer, layer.down_proj)
+    if columns is None or ffn is layer.module:
+        yield
+        return
+    at = torch.arange(len(columns))[:, None], columns
+    whole: Tensor | None = None
+
+    def narrow(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal whole
+        whole = args[0] if len(args) == 1 and not kwargs else None
+        return args if whole is None else (whole[at],), kwargs
+
+    def widen(_module: nn.Module, _args: tuple[Any, ...], written: Tensor) -> Tensor:
+        return written if whole is None else torch.zeros_like(whole).index_put(at, written)
+
+    with ExitStack() as stack:
+        stack.callback(ffn.register_forward_pre_hook(narrow, with_kwargs=True).remove)
+        stack.callback(ffn.register_forward_hook(widen).remove)
+        yield
+
+
+@contextmanager
+def resumed(layout: Layout, entering: Entering) -> Iterator[None]:
+    """Within the block, forwards of the decoder begin at the layer that `entering` was recorded of.
+
+    Of its attention only the output projection runs, where what the heads put out is known. The decoder itself runs as
+    always, so that masks, position embeddings and caches are its own for any architecture.
+    """
+    layer = layout.layers[entering.layer]
 
     def skip(hidden_states: Tensor, *_args: object, **_kwargs: object) -> Tensor:
         return hidden_states
 
+    def project(*_args: object, **_kwargs: object) -> tuple[Tensor, None]:
+        assert layer.attn_out is not None
+        return layer.attn_out(entering.heads), None
+
     with ExitStack() as stack:
-        for layer in layout.layers[:start]:
-            stack.callback(_restore_forward, layer.module, layer.module.__dict__.get("forward"))
-            layer.module.forward = skip
-        stack.enter_context(input_hooks([(layout.layers[start].module, lambda _: states)]))
+        for below in layout.layers[: entering.layer]:
+            _assign_forward(stack, below.module, skip)
+        if entering.heads is not None:
+            _assign_forward(stack, _parent(layer, layer.attn_out), project)
+        stack.enter_context(input_hooks([(layer.module, lambda _: entering.hidden)]))
         yield
+
+
+def _assign_forward(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Until the stack is left; what was assigned to the instance before (accelerate does) is there again then."""
+    stack.callback(_restore_forward, module, module.__dict__.get("forward"))
+    module.forward = forward
 
 
 def _restore_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:

@@ -9,7 +9,7 @@ from hones_offline.decoding import Batch, Rows, Segment, TextDecoder
 from hones_offline.evaluate import score
 from hones_offline.heads import head_scores, head_statistics
 from hones_offline.prompts import prepare
-from hones_offline.recording import recorded_states, replaced_heads
+from hones_offline.recording import Entering, recorded_states, replaced_heads
 from problems import problem
 
 TEXT_MODELS = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3", "gpt2", "opt")
@@ -81,7 +81,7 @@ def test_a_forward_that_was_set_on_a_layer_is_there_again_also_after_an_error() 
     placed = first.forward
     third.register_forward_hook(fail)
     with pytest.raises(ZeroDivisionError):
-        decoder.resume(batch, batch.embeds, [(2, 0)])
+        decoder.resume(batch, Entering(2, batch.embeds), [(2, 0)])
     assert first.forward is placed
     assert "forward" not in vars(second)
 
