@@ -18,8 +18,10 @@ middle-sized sequence (to decode, after as many tokens as are there on average),
 and decode apart. Embedding, vision tower, unembedding, processor and scoring are not in the limit.
 
 Everything is interleaved: each round runs ours whole, a share of the twin's heads, and the layers alone. Over the
-rounds the twin scores every head once, so that its result can be compared with ours. Its importance, a few heads' more,
-is timed once. Given are the rounds' medians and extremes.
+rounds the twin scores every head of the embedded VLM once, of the larger models an even sample of heads, from which the
+time of all is extrapolated (`--twin-heads`). How far its scores are from ours is part of the result. Its importance, a
+few heads' more, is computed from its scores, with ours for heads that it did not score, and timed once. Given are the
+rounds' medians and extremes. glibc is told to keep freed memory, as the `hones` commands tell it.
 
 The models: the embedded VLM; SmolLM2-135M (`--smollm2 DIR` with a checkpoint, else random weights of its shape); a
 random LLaVA of 16 layers, hidden size 512, 256 image tokens. Answers of the last two are what the model itself writes.
@@ -53,14 +55,15 @@ from hones_offline.decoding import Batch, Segment, TextDecoder
 from hones_offline.embedded import load_tiny_vlm
 from hones_offline.examples import Example, MemoryImage, load_jsonl, scene_examples
 from hones_offline.interventions import Generation, HeadRuns
+from hones_offline.models import keep_freed_memory
 from hones_offline.neurons import WriteIn
 from hones_offline.prompts import Prepared, prepare
 from hones_offline.recording import Head
 from hones_offline.scenes import scenes
 from hones_offline.tasks import JsonlTask, Task, get_task
+from numpy.typing import NDArray
 from PIL import Image
 from problems import problem
-from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 TOP_FRACTION = 0.01
@@ -81,6 +84,8 @@ class Case:
     examples: list[Example]
     metrics: tuple[str, ...] = ("task", "logprob")
     top_heads: int = 8
+    twin_heads: int | None = None
+    """How many heads the twin scores (all)."""
 
     def arguments(self) -> tuple[Any, Any, Task, list[Example]]:
         """Of `attribute` and of the reference's functions."""
@@ -91,10 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print."""
     args = _parser().parse_args(argv)
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     cases = QUICK if args.quick else {name: CASES[name] for name in args.models}
     rows = []
     for build in cases.values():
         case = build(args)
+        case = replace(case, twin_heads=args.twin_heads or case.twin_heads)
         for metric in case.metrics:
             measured = measure(case, metric, modes(case, metric, args.race), 1 if args.quick else args.repeats)
             rows += measured
@@ -113,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="rounds per row (default: 3)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of PyTorch (default: 1)")
     parser.add_argument("--examples", type=int, metavar="N", help="per case (default: as many as take minutes)")
+    parser.add_argument("--twin-heads", type=int, metavar="N", help="that the twin scores (as many as take minutes)")
     parser.add_argument("--models", nargs="+", choices=sorted(CASES), default=list(CASES), help="default: all")
     parser.add_argument("--race", action="store_true", help="also rows with racing heads; needs --examples 64 or more")
     parser.add_argument("--smollm2", type=Path, metavar="DIR", help="SmolLM2-135M (default: random weights)")
@@ -143,8 +151,9 @@ def smollm2(args: argparse.Namespace) -> Case:
         model = LlamaForCausalLM(LlamaConfig(**{**tiny_models.TEXT, **shape, **heads, "vocab_size": 49_152})).eval()
         randomise(model)
         processor = tiny_processors.text_tokenizer(model.config)
-    examples = list(load_jsonl(CAPITALS).examples[: args.examples or 4])
-    case = Case("smollm2-135m capitals", model, processor, JsonlTask("capitals", "exact_match", 8), examples)
+    examples = list(load_jsonl(CAPITALS).examples[: args.examples or 16])
+    task = JsonlTask("capitals", "exact_match", 8)
+    case = Case("smollm2-135m capitals", model, processor, task, examples, twin_heads=30)
     return case if args.smollm2 else own_answers(case)
 
 
@@ -172,7 +181,8 @@ def llava(args: argparse.Namespace) -> Case:
         image = MemoryImage(Image.fromarray(rng.integers(0, 255, (224, 224, 3), dtype=np.uint8)), f"random-{i}")
         examples.append(Example(str(i), "what is the color of the square on the left", ("?",), image))
     processor = tiny_processors.llava_processor(config)
-    return own_answers(Case("llava-16x512", model, processor, JsonlTask("colours", "anls", 8), examples))
+    task = JsonlTask("colours", "anls", 8)
+    return own_answers(Case("llava-16x512", model, processor, task, examples, twin_heads=32))
 
 
 def quick(architecture: str, task: str) -> Case:
@@ -241,7 +251,8 @@ def measure(case: Case, metric: str, modes: Sequence[str], rounds: int) -> list[
         times = LayerTimes(prepared, metric, needed[modes[0]][2])
         for mode, (prefill, decode, _) in needed.items():
             limit[mode].append(prefill * times.prefill + decode * times.decode)
-    importance, seconds = twin.importance(case.top_heads)
+    scores, score_error = twin.compared(found["exact"].head_scores)
+    importance, seconds = twin.importance(scores, case.top_heads)
     plain = [scoring + seconds for scoring in plain]
     bank = select_bank(importance, TOP_FRACTION)
     return [
@@ -254,12 +265,14 @@ def measure(case: Case, metric: str, modes: Sequence[str], rounds: int) -> list[
             **spread("limit_speedup", plain, limit[mode]),
             **spread("over_limit", ours[mode], limit[mode]),
             "same_bank": same_bank(found[mode].bank, bank),
+            "score_error": score_error,
             "importance_error": float(np.abs(found[mode].importance - importance).max() / importance.max()),
             "seconds": statistics.median(ours[mode]),
             "twin_seconds": statistics.median(plain),
             "limit_seconds": statistics.median(limit[mode]),
             "n": len(prepared),
             "heads": len(twin.heads),
+            "twin_heads": len(twin.scores),
             "batch_size": batch_size,
             "rounds": rounds,
         }
@@ -286,25 +299,34 @@ class Twin:
         self.utility = reference.metric if metric == "task" else reference.mean_log_probability
         layers = TextDecoder(case.model).layout.layers
         self.heads = [(layer.index, head) for layer in layers for head in range(layer.num_heads or 0)]
-        self.scores = [[0.0] * (layer.num_heads or 0) for layer in layers]
+        count = min(case.twin_heads or len(self.heads), len(self.heads))
+        self.sample = [self.heads[i * len(self.heads) // count] for i in range(count)]
+        self.scores: dict[tuple[int, int], float] = {}
         start = time.perf_counter()
         self.base = self.utility(*case.arguments())
         self.base_seconds = time.perf_counter() - start
 
     def score_heads(self, number: int, rounds: int) -> float:
-        """Score every `rounds`-th head; seconds that all would take."""
-        share = self.heads[number::rounds]
+        """Score every `rounds`-th head of the sample; seconds that all heads would take."""
+        share = self.sample[number::rounds]
         start = time.perf_counter()
         for layer, head in share:
             with reference.head_replaced(self.case.model, layer, head):
-                self.scores[layer][head] = self.base - self.utility(*self.case.arguments())
+                self.scores[layer, head] = self.base - self.utility(*self.case.arguments())
         return self.base_seconds + (time.perf_counter() - start) * len(self.heads) / len(share)
 
-    def importance(self, top_heads: int) -> tuple[Any, float]:
+    def compared(self, ours: NDArray[np.float32]) -> tuple[list[list[float]], float]:
+        """S(h), [L][H], with `ours` for heads that the twin has not scored, and how far they are apart elsewhere."""
+        scores = ours.astype(float)
+        for head, score in self.scores.items():
+            scores[head] = score
+        return scores.tolist(), float(np.abs(scores - ours).max())
+
+    def importance(self, scores: list[list[float]], top_heads: int) -> tuple[Any, float]:
         """[L, I], and the seconds it took."""
         start = time.perf_counter()
         with torch.no_grad():
-            found = reference.importance(*self.case.arguments(), self.scores, top_heads).float().numpy()
+            found = reference.importance(*self.case.arguments(), scores, top_heads).float().numpy()
         return found, time.perf_counter() - start
 
 
@@ -329,7 +351,7 @@ def recorded() -> Iterator[Work]:
         work.runs.append((self, heads))
         return in_batches(self, heads)
 
-    def recording_texts(self: Generation, heads: Sequence[Head], states: Sequence[Tensor]) -> Sequence[list[Text]]:
+    def recording_texts(self: Generation, heads: Sequence[Head], states: Sequence[Any]) -> Sequence[list[Text]]:
         texts = replaced(self, heads, states)
         work.written.append((heads, self.drafts, texts))
         return texts
@@ -480,7 +502,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row[name]:.2f} ({row[name + '_min']:.2f}–{row[name + '_max']:.2f})"
             for name in ("speedup", "limit_speedup", "over_limit")
         ]
-        bank = f"{'yes' if row['same_bank'] else 'NO'} ({row['importance_error']:.0e})"
+        error = max(row["score_error"], row["importance_error"])
+        bank = f"{'yes' if row['same_bank'] else 'NO'} ({error:.0e})"
         numbers = f"{row['n']} | {row['batch_size']} | {row['seconds']:.1f}"
         lines.append(f"| {row['model']} | {row['metric']} | {row['mode']} | {' | '.join(cells)} | {bank} | {numbers} |")
     return "\n".join(lines)

@@ -21,7 +21,7 @@ from hones_offline.comparison import compare
 from hones_offline.examples import load_jsonl
 from hones_offline.finding import METHODS, STAGES, CompareSettings
 from hones_offline.fit import FitSettings
-from hones_offline.models import load_model
+from hones_offline.models import keep_freed_memory, load_model
 from hones_offline.prompts import Prepared, prepare
 from hones_offline.study import STEERED, Splits
 from hones_offline.tasks import JsonlTask
@@ -125,6 +125,7 @@ def main() -> None:
         stages=args.stages,
         fit=FitSettings(lr=args.lr, batch_size=16, accumulation_steps=1),
     )
+    keep_freed_memory()
     model, tokenizer = load_model(args.model)
     tasks = {}
     for task in args.tasks:

@@ -17,6 +17,7 @@ from hones_offline.comparison import compare
 from hones_offline.embedded import load_tiny_vlm
 from hones_offline.examples import scene_examples
 from hones_offline.finding import METHODS, CompareSettings
+from hones_offline.models import keep_freed_memory
 from hones_offline.prompts import prepare
 from hones_offline.scenes import scenes
 from hones_offline.study import Splits
@@ -46,6 +47,7 @@ def main() -> None:
         top_heads=8,
         stages=("masking", "groups"),
     )
+    keep_freed_memory()
     model, processor = load_tiny_vlm()
     counts = {"discovery": 385, "dev": 8, "test": args.test}
     tasks = {}

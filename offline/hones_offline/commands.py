@@ -19,7 +19,7 @@ from hones_offline.evaluate import Scores, intervention, score
 from hones_offline.examples import Loaded, check_disjoint, load_jsonl
 from hones_offline.fit import FIXED_AMP, FitSettings, fit_run_settings, grid_search, learn, uniform_profile
 from hones_offline.metrics import METRICS
-from hones_offline.models import load_model
+from hones_offline.models import keep_freed_memory, load_model
 from hones_offline.neurons import HeadWeights, PositivePart, Target
 from hones_offline.pipeline import METHODS as ATTRIBUTION_METHODS
 from hones_offline.pipeline import Attribution, MethodOptions
@@ -108,6 +108,7 @@ def attribute(argv: Sequence[str]) -> int:
     with launched() as processes:
         task, loaded = _load_data(args)
         others = [_read_found(path) for path in args.without]
+        keep_freed_memory()
         model, processor = load_model(args.model, dtype=args.dtype, device=own_device(args.device))
         found = find_task_bank(
             model,
@@ -174,6 +175,7 @@ def fit(argv: Sequence[str]) -> int:
     if dev_loaded is not None:
         check_disjoint(data=loaded.examples, dev=dev_loaded.examples)
     found = _read_found(args.bank, task)
+    keep_freed_memory()
     model, processor = load_model(args.model, dtype=args.dtype, device=args.device)
     bank = found.bank_for(model)
     prepared = prepare(model, processor, task, loaded.examples, max_failures=args.max_failures, progress=True)
@@ -249,6 +251,7 @@ def evaluate(argv: Sequence[str]) -> int:
     _check_apart(args, task, loaded)
     profiles = {str(path): load_profile(path) for path in args.profile}
     masked = {str(path): _read_found(path) for path in args.mask}
+    keep_freed_memory()
     model, processor = load_model(args.model, dtype=args.dtype, device=args.device)
     identity = ModelIdentity.from_model(model)
     for profile in profiles.values():

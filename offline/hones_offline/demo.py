@@ -14,6 +14,7 @@ from hones_offline.embedded import load_tiny_vlm
 from hones_offline.examples import Example, check_disjoint, scene_examples
 from hones_offline.finding import CompareSettings
 from hones_offline.fit import FitSettings
+from hones_offline.models import keep_freed_memory
 from hones_offline.prompts import Prepared, prepare, render, tokenizer_of
 from hones_offline.runs import json_bytes, write_atomically
 from hones_offline.scenes import scenes
@@ -87,6 +88,7 @@ def run_demo(out: Path, counts: Mapping[str, int], say: Say) -> dict[str, Any]:
     started = time.monotonic()
     profiles = out / "profiles"
     profiles.mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()
     model, processor = load_tiny_vlm()
     say(
         f"The embedded model on scenes it has not seen: {counts['discovery']} to learn from, {counts['dev']} to choose "

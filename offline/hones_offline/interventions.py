@@ -26,9 +26,9 @@ from hones_steer.layout import linear_shape
 class HeadRuns(ABC):
     """A few items (examples, or prompts with an answer) and what the model makes of them with a head replaced.
 
-    Kept is what enters a layer and what its heads put out, `tokens` (padding included) · (hidden size + heads · head_dim)
-    · bytes of the dtype, for as many layers as fit into `memory_gb` GiB, one at least. The undisturbed forward is run
-    again for every so many layers. A forward has the rows of `copies` heads.
+    Kept is what enters a layer and what its heads put out, `tokens` (padding included) · (hidden size + heads ·
+    head_dim) · bytes of the dtype, for as many layers as fit into `memory_gb` GiB, one at least. The undisturbed
+    forward is run again for every so many layers. A forward has the rows of `copies` heads.
     """
 
     def __init__(self, prepared: Prepared, *, copies: int, tokens: int, batch_size: int, memory_gb: float) -> None:

@@ -154,7 +154,7 @@ def _parent(layer: DecoderLayer, part: nn.Module | None) -> nn.Module:
 
 @contextmanager
 def last_ffn_at(layout: Layout, columns: Tensor | None) -> Iterator[None]:
-    """Within the block, the last layer's FFN runs at these columns of each row only, [rows, n]; elsewhere it adds zeros.
+    """Within the block, the last layer's FFN runs at these columns of each row only, [rows, n]; elsewhere it adds 0.
 
     Positions are looked at by later layers' attention only, so what the last one writes elsewhere serves nothing. An
     FFN that is not a module called with hidden states alone runs everywhere, as with `columns` None.

@@ -1,9 +1,14 @@
 """benchmarks/attribution.py runs, finds what the plain twin finds, and says what it promises to say."""
 
+import argparse
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from hones_offline.prompts import prepare
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "attribution.py"
 
@@ -24,9 +29,21 @@ def test_rows() -> None:
     ]
     for row in rows:
         assert row["same_bank"]
+        assert row["score_error"] < 1e-4
         assert row["importance_error"] < 1e-4
         for name in ("speedup", "limit_speedup", "over_limit"):
             assert 0 < row[f"{name}_min"] <= row[name] <= row[f"{name}_max"]
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("smollm2", 15), ("llava", 256)])
+def test_the_large_cases_can_be_made(name: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring them takes half an hour."""
+    monkeypatch.syspath_prepend(BENCHMARK.parent)
+    benchmark = importlib.import_module("attribution")
+    case = benchmark.CASES[name](argparse.Namespace(examples=2, smollm2=None))
+    assert len(case.examples) == 2
+    (shortest, _) = sorted(len(encoded.prompt(0)) for encoded in prepare(*case.arguments()).encoded)
+    assert shortest > tokens
 
 
 def test_help_teaches() -> None:
