@@ -1,5 +1,7 @@
 """Forwards with a head replaced start at the head's layer, and give what the whole forward gives."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import reference
@@ -46,16 +48,44 @@ def test_resuming_equals_the_whole_forward(architecture: str) -> None:
 
 
 @torch.no_grad()
-def test_layers_below_the_head_do_not_run() -> None:
+def test_layers_below_the_head_do_not_run_nor_does_the_attention_of_its_own() -> None:
     decoder, batch = decoder_and_batch("llama")
-    layers = decoder.layout.layers
-    with recorded_states(decoder.layout, [2]) as states:
+    with recorded_states(decoder.layout, [1]) as states:
         decoder.run(batch)
-    calls: list[int] = []
-    for layer in layers:
-        layer.down_proj.register_forward_hook(lambda *_, index=layer.index: calls.append(index))
-    decoder.resume(batch, states[2][0], [(2, 0)])
-    assert calls == [2]
+    calls: list[str] = []
+    for layer in decoder.layout.layers:
+        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp"):
+            part = layer.module.get_submodule(name)
+            part.register_forward_hook(lambda *_, call=f"{layer.index} {name}": calls.append(call))
+    decoder.resume(batch, states[1][0], [(1, 0)])
+    assert calls == ["1 self_attn.o_proj", "1 mlp", "2 self_attn.q_proj", "2 self_attn.o_proj", "2 mlp"]
+
+
+@torch.no_grad()
+def test_an_attention_that_changes_what_its_output_projection_gives_runs_again() -> None:
+    decoder, batch = decoder_and_batch("llama")
+    for layer in decoder.layout.layers:
+        layer.module.self_attn.register_forward_hook(lambda _module, _args, out: (2 * out[0], out[1]))
+    with recorded_states(decoder.layout, [1]) as states:
+        decoder.run(batch)
+    found, _ = decoder.resume(batch, states[1][0], [(1, 2)])
+    with replaced_heads(decoder.layout, [(1, 2)] * len(batch.mask)):
+        expected, _ = decoder.run(batch)
+    real = batch.mask.bool()
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", TEXT_MODELS)
+def test_hidden_states_are_right_where_they_are_wanted(architecture: str) -> None:
+    """Not elsewhere, but for OPT, whose FFN is no module of its own."""
+    decoder, batch = decoder_and_batch(architecture)
+    columns = torch.tensor([[-1, -3]]) % batch.mask.shape[1] + torch.zeros(len(batch.mask), 1, dtype=torch.long)
+    whole, _ = decoder.run(batch)
+    found, _ = decoder.run(replace(batch, wanted=columns))
+    rows = torch.arange(len(columns))[:, None]
+    torch.testing.assert_close(found[rows, columns], whole[rows, columns], rtol=1e-4, atol=1e-5)
+    assert torch.allclose(found[:, -2], whole[:, -2], atol=1e-3) == (architecture == "opt")
 
 
 @torch.no_grad()
@@ -99,6 +129,19 @@ def test_a_beginning_that_prompts_share_runs_once() -> None:
     torch.testing.assert_close(hidden[range(len(rows)), rows.ends - 1], whole[:, -1], rtol=1e-4, atol=1e-5)
     assert cache.get_seq_length() == max(map(len, prompts))
     assert Rows(prepared.decoder, prompts, [len(prompt) for prompt in prompts]).shared == 0  # all states are wanted
+
+
+@torch.no_grad()
+def test_as_many_copies_as_there_are_tokens_in_a_batch_and_memory_for() -> None:
+    p = problem("llama", "shots")
+    prepared = prepare(p.model, p.processor, p.task, p.examples)
+    prompts = [encoded.prompt(0) for encoded in prepared.encoded]
+    rows = Rows(prepared.decoder, prompts, [1] * len(prompts))
+    copies = rows.copies_at_once(batch_size=32, memory_gb=1)
+    assert 32 // len(rows) < copies <= 32 * rows.length / rows.tokens < copies + 1
+    copy_gb = len(rows) * rows.length * prepared.decoder.cache_token_bytes(prompts[0]) / 2**30
+    assert rows.copies_at_once(batch_size=32, memory_gb=2.5 * copy_gb) == 2
+    assert rows.copies_at_once(batch_size=1, memory_gb=1e-9) == 1
 
 
 def fail(*_: object) -> None:
