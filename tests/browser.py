@@ -34,7 +34,7 @@ def find_chromium() -> str | None:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """A running browser with nothing in its profile. Closed at once when done: while it runs, so does an event loop."""
+    """A running browser with nothing in its profile."""
     executable = find_chromium()
     assert executable, f"none of {', '.join(NAMES)} is installed; `make test` installs it where it may"
     with sync_playwright() as playwright:

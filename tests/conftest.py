@@ -1,7 +1,9 @@
-"""Settings for every test (no network, one thread), and the demo that several tests look at."""
+"""Settings for every test (no network, one thread), and the demo and the browser of several tests."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,3 +23,20 @@ def after_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "examples").symlink_to(Path(__file__).parents[1] / "examples")
     assert main(["demo", "--out", str(folder / "runs" / "demo"), *SMALL_DEMO]) == 0
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_browser() -> Iterator[Any]:
+    """Closed after the module: while it runs, so does an event loop."""
+    from browser import chromium
+
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def browser(one_browser: Any) -> Iterator[Any]:
+    """The module's browser, with no page left open by the test before."""
+    yield one_browser
+    for context in one_browser.contexts:
+        context.close()

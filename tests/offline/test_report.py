@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import CONTRASTS, Opened, chromium
+from browser import CONTRASTS, Opened
 from hones_offline.report import report
 from hones_offline.sections import sections
 from hones_offline.summary import EACH, read_summary
@@ -40,19 +40,6 @@ def reported(folder: Path, summary: Any) -> tuple[Path, Any]:
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return reported(tmp_path_factory.mktemp("full"), full_summary())
-
-
-@pytest.fixture(scope="module")
-def one_browser() -> Iterator[Any]:
-    with chromium() as started:
-        yield started
-
-
-@pytest.fixture
-def browser(one_browser: Any) -> Iterator[Any]:
-    yield one_browser
-    for context in one_browser.contexts:
-        context.close()
 
 
 def tables_of(data: Any) -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from browser import CONTRASTS, Opened, chromium
+from browser import CONTRASTS, Opened
 from hones_offline.scenes import scenes
 from PIL import Image
 from serving.playground_page import answers, fill, playground, shown
@@ -82,19 +82,6 @@ def hostile(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     save_profile(described, here / "profiles" / "vqa.safetensors")
     with playground(here / "model", here / "profiles", here, "--served-model-name", ATTACK) as running:
         yield running.url
-
-
-@pytest.fixture(scope="module")
-def one_browser() -> Iterator[Any]:
-    with chromium() as started:
-        yield started
-
-
-@pytest.fixture
-def browser(one_browser: Any) -> Iterator[Any]:
-    yield one_browser
-    for context in one_browser.contexts:
-        context.close()
 
 
 def opened(browser: Any, url: str, key: str | None = None, width: int = 1280, scheme: str = "light") -> Opened:
