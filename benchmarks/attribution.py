@@ -21,7 +21,8 @@ Everything is interleaved: each round runs ours whole, a share of the twin's hea
 rounds the twin scores every head of the embedded VLM once, of the larger models an even sample of heads, from which the
 time of all is extrapolated (`--twin-heads`). How far its scores are from ours is part of the result. Its importance, a
 few heads' more, is computed from its scores, with ours for heads that it did not score, and timed once. Given are the
-rounds' medians and extremes. glibc is told to keep freed memory, as the `hones` commands tell it.
+rounds' medians and extremes. The clock is the process's CPU time, or with more than one thread (`--threads`) the wall's.
+glibc is told to keep freed memory, as the `hones` commands tell it.
 
 The models: the embedded VLM; SmolLM2-135M (`--smollm2 DIR` with a checkpoint, else random weights of its shape); a
 random LLaVA of 16 layers, hidden size 512, 256 image tokens. Answers of the last two are what the model itself writes.
@@ -236,7 +237,7 @@ def measure(case: Case, metric: str, modes: Sequence[str], rounds: int) -> list[
         needed = {}
         for mode in modes:
             with recorded() as work:
-                start = time.perf_counter()
+                start = clock()
                 found[mode] = attribute(
                     *case.arguments(),
                     top_heads=case.top_heads,
@@ -245,7 +246,7 @@ def measure(case: Case, metric: str, modes: Sequence[str], rounds: int) -> list[
                     heads=mode,  # type: ignore[arg-type]
                     batch_size=batch_size,
                 )
-                ours[mode].append(time.perf_counter() - start)
+                ours[mode].append(clock() - start)
             needed[mode] = layer_forwards(prepared, work)
         plain.append(twin.score_heads(number, rounds))
         times = LayerTimes(prepared, metric, needed[modes[0]][2])
@@ -280,6 +281,11 @@ def measure(case: Case, metric: str, modes: Sequence[str], rounds: int) -> list[
     ]
 
 
+def clock() -> float:
+    """Seconds: what others do on the machine is less in the CPU time, which counts all threads."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def spread(name: str, above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
     """Median, smallest and largest of the rounds' ratios."""
     ratios = [a / b for a, b in zip(above, below, strict=True)]
@@ -302,18 +308,18 @@ class Twin:
         count = min(case.twin_heads or len(self.heads), len(self.heads))
         self.sample = [self.heads[i * len(self.heads) // count] for i in range(count)]
         self.scores: dict[tuple[int, int], float] = {}
-        start = time.perf_counter()
+        start = clock()
         self.base = self.utility(*case.arguments())
-        self.base_seconds = time.perf_counter() - start
+        self.base_seconds = clock() - start
 
     def score_heads(self, number: int, rounds: int) -> float:
         """Score every `rounds`-th head of the sample; seconds that all heads would take."""
         share = self.sample[number::rounds]
-        start = time.perf_counter()
+        start = clock()
         for layer, head in share:
             with reference.head_replaced(self.case.model, layer, head):
                 self.scores[layer, head] = self.base - self.utility(*self.case.arguments())
-        return self.base_seconds + (time.perf_counter() - start) * len(self.heads) / len(share)
+        return self.base_seconds + (clock() - start) * len(self.heads) / len(share)
 
     def compared(self, ours: NDArray[np.float32]) -> tuple[list[list[float]], float]:
         """S(h), [L][H], with `ours` for heads that the twin has not scored, and how far they are apart elsewhere."""
@@ -324,10 +330,10 @@ class Twin:
 
     def importance(self, scores: list[list[float]], top_heads: int) -> tuple[Any, float]:
         """[L, I], and the seconds it took."""
-        start = time.perf_counter()
+        start = clock()
         with torch.no_grad():
             found = reference.importance(*self.case.arguments(), scores, top_heads).float().numpy()
-        return found, time.perf_counter() - start
+        return found, clock() - start
 
 
 # The limit ----------------------------------------------------------------------------------------
@@ -484,10 +490,10 @@ class LayerTimes:
         seconds = []
         for _ in range(3):
             before()
-            start = time.perf_counter()
+            start = clock()
             for call in calls:
                 call()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock() - start)
         return statistics.median(seconds) / len(calls)
 
 

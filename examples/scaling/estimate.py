@@ -40,6 +40,11 @@ class Shape:
         kv = self.hidden * self.kv_heads // self.heads
         return 2 * self.hidden**2 + 2 * self.hidden * kv + 3 * self.hidden * self.ffn
 
+    @property
+    def left_out(self) -> float:
+        """Share of a layer-forward that a head's run leaves out: queries, keys and values of its layer, the last FFN."""
+        return 1 - self.hidden**2 / self.layer_parameters
+
     def layer_flops(self, tokens: int) -> float:
         """One layer-forward: two per weight and token, and attention over the tokens before each."""
         return 2.0 * self.layer_parameters * tokens + 2.0 * self.hidden * tokens**2
@@ -81,10 +86,14 @@ class Run:
 
     def layer_forwards(self) -> tuple[float, float]:
         """Of all examples: for head scores, for importance (heads taken to be spread evenly over the layers)."""
-        depth = self.shape.layers
-        scoring = depth + self.args.evaluated * self.shape.heads * depth * (depth + 1) / 2
-        importance = depth + self.shape.top_heads * (depth + 1) / 2
+        depth, per_head = self.shape.layers, self.layers_of_a_head()
+        scoring = depth + self.args.evaluated * self.shape.heads * depth * per_head
+        importance = depth + self.shape.top_heads * per_head
         return self.args.examples * scoring, self.args.examples * importance
+
+    def layers_of_a_head(self) -> float:
+        """Layer-forwards of one head on one example, on average."""
+        return (self.shape.layers + 1) / 2 - self.shape.left_out
 
     def hours(self, gpus: int, head_metric: str) -> float:
         """Of the process that has most to do; every process encodes every image."""
@@ -97,15 +106,15 @@ class Run:
             rows = min(args.batch_size, args.examples - number * args.batch_size)
             for part in range(parts):
                 owner = (number * parts + part) % gpus
-                of_heads = args.evaluated * self.shape.heads * sum(depth - layer for layer in range(part, depth, parts))
+                layers = [depth - layer - self.shape.left_out for layer in range(part, depth, parts)]
+                of_heads = args.evaluated * self.shape.heads * sum(layers)
                 units[owner] += rows * (depth + of_heads)
                 drafts[owner] += 1
         rate = args.tflops * 1e12 * args.utilisation
         scoring = max(units) * self.shape.layer_flops(self.tokens) / rate
         rows = min(args.examples, args.batch_size * math.ceil(batches / gpus))
-        importance = (
-            rows * (depth + self.shape.top_heads * (depth + 1) / 2) * self.shape.layer_flops(self.prompt) / rate
-        )
+        importance = rows * (depth + self.shape.top_heads * self.layers_of_a_head())
+        importance *= self.shape.layer_flops(self.prompt) / rate
         encoding = args.examples * self.shape.vision_flops / rate
         decoding = self.decoding(max(units), max(drafts)) if head_metric == "task" else 0.0
         return float((scoring + importance + encoding + decoding) / 3600)
@@ -116,7 +125,7 @@ class Run:
         step = (self.shape.weights * BF16 + args.batch_size * self.shape.kv_bytes(self.tokens)) / (
             args.bandwidth * 1e12
         )
-        heads = layer_forwards / args.batch_size / ((self.shape.layers + 1) / 2)  # pairs of a head and a batch
+        heads = layer_forwards / args.batch_size / self.layers_of_a_head()  # pairs of a head and a batch
         prefill = drafts * args.batch_size * self.shape.layers * self.shape.layer_flops(self.prompt)
         steps = (drafts + args.parted * heads / 2) * args.answer_tokens  # rows part half-way, on average
         return float(steps * step + prefill / (args.tflops * 1e12 * args.utilisation))
@@ -124,7 +133,7 @@ class Run:
     def gib(self) -> dict[str, float]:
         """GiB on each GPU, and in each process's main memory."""
         rows, depth = self.args.batch_size, self.shape.layers
-        states = rows * self.tokens * self.shape.hidden * BF16 * depth
+        states = rows * self.tokens * 2 * self.shape.hidden * BF16 * depth  # with the heads' outputs, as wide here
         encoded = self.args.examples * self.prompt * self.shape.hidden * BF16
         found = {
             "weights": self.shape.weights * BF16,
