@@ -88,9 +88,9 @@ def attribute(argv: Sequence[str]) -> int:
         type=float,
         default=4.0,
         metavar="GIB",
-        help="for the hidden states kept of --batch-size sequences: sequences x tokens x hidden size x bytes of each "
-        "layer, for as many layers as fit; as much again for each of two KV caches where answers are generated "
-        "(default: %(default)s)",
+        help="for what enters the layers and what their heads put out, kept of --batch-size sequences: sequences x "
+        "tokens x 2 hidden sizes x bytes of each layer, for as many layers as fit; as much again for each of two KV "
+        "caches where answers are generated (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=3407, help="order of the examples (default: %(default)s)")
     parser.add_argument(
