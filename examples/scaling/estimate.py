@@ -42,7 +42,7 @@ class Shape:
 
     @property
     def left_out(self) -> float:
-        """Share of a layer-forward that a head's run leaves out: queries, keys and values of its layer, the last FFN."""
+        """Share of a layer-forward that a head's run leaves out: queries, keys, values of its layer, the last FFN."""
         return 1 - self.hidden**2 / self.layer_parameters
 
     def layer_flops(self, tokens: int) -> float:
