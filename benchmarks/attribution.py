@@ -21,8 +21,8 @@ Everything is interleaved: each round runs ours whole, a share of the twin's hea
 rounds the twin scores every head of the embedded VLM once, of the larger models an even sample of heads, from which the
 time of all is extrapolated (`--twin-heads`). How far its scores are from ours is part of the result. Its importance, a
 few heads' more, is computed from its scores, with ours for heads that it did not score, and timed once. Given are the
-rounds' medians and extremes. The clock is the process's CPU time, or with more than one thread (`--threads`) the wall's.
-glibc is told to keep freed memory, as the `hones` commands tell it.
+rounds' medians and extremes. The clock is the process's CPU time, or with more than one thread (`--threads`) the
+wall's. glibc is told to keep freed memory, as the `hones` commands tell it.
 
 The models: the embedded VLM; SmolLM2-135M (`--smollm2 DIR` with a checkpoint, else random weights of its shape); a
 random LLaVA of 16 layers, hidden size 512, 256 image tokens. Answers of the last two are what the model itself writes.

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.1], metavar="F", help="sizes, 0.1 among them")
     parser.add_argument("--seeds", type=int, default=5, metavar="N")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=["masking", "groups"], help="(%(default)s)")
-    parser.add_argument("--test", type=int, default=128, metavar="N", help="scenes to measure on (default: %(default)s)")
+    parser.add_argument("--test", type=int, default=128, metavar="N", help="scenes to measure on (%(default)s)")
     args = parser.parse_args()
     settings = CompareSettings(
         methods=args.methods,

@@ -123,10 +123,10 @@ def attribute(
         batch_size: sequences run at a time.
         memory_gb: GiB for the hidden states that enter the layers and what their heads put out, of the sequences taken
             together: sequences · tokens · (hidden size + heads · head size) · bytes of the dtype for each layer
-            (LLaVA-1.5-7B in bfloat16, 16 sequences of 640 tokens: 160 MiB, so 5 GiB for its 32). With less than all layers need, the forward they come from is
-            repeated, once for every so many layers as fit. With head_metric "task" as much again for each of two KV
-            caches: of the undisturbed answers, and of those that wait to be decoded (one batch at least). Model,
-            activations and the KV cache of the batch being run come on top.
+            (LLaVA-1.5-7B in bfloat16, 16 sequences of 640 tokens: 160 MiB, so 5 GiB for its 32). With less than all
+            layers need, the forward they come from is repeated, once for every so many layers as fit. With head_metric
+            "task" as much again for each of two KV caches: of the undisturbed answers, and of those that wait to be
+            decoded (one batch at least). Model, activations and the KV cache of the batch being run come on top.
         run_dir: folder that keeps the results of each few examples and layers, so that a killed run can be resumed.
         max_failures: share of examples whose image may be unusable before it is an error.
         progress: show progress bars on a terminal.
