@@ -152,9 +152,9 @@ def smollm2(args: argparse.Namespace) -> Case:
         model = LlamaForCausalLM(LlamaConfig(**{**tiny_models.TEXT, **shape, **heads, "vocab_size": 49_152})).eval()
         randomise(model)
         processor = tiny_processors.text_tokenizer(model.config)
-    examples = list(load_jsonl(CAPITALS).examples[: args.examples or 16])
+    examples = list(load_jsonl(CAPITALS).examples[: args.examples or 48])
     task = JsonlTask("capitals", "exact_match", 8)
-    case = Case("smollm2-135m capitals", model, processor, task, examples, twin_heads=30)
+    case = Case("smollm2-135m capitals", model, processor, task, examples, twin_heads=15)
     return case if args.smollm2 else own_answers(case)
 
 

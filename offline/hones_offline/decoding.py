@@ -109,10 +109,15 @@ class Rows:
     it is on the CPU, because hidden states and caches may be on any device.
     """
 
-    def __init__(self, decoder: "TextDecoder", segments: Sequence[Segment], own: Sequence[int]) -> None:
-        """Of segment i the last `own[i]` tokens' hidden states are wanted, so these at least are not shared."""
+    def __init__(
+        self, decoder: "TextDecoder", segments: Sequence[Segment], own: Sequence[int], shared: int | None = None
+    ) -> None:
+        """Of segment i the last `own[i]` tokens' hidden states are wanted, so these at least are not shared.
+
+        `shared` is how many tokens are, where that is known: rows of which more are in other batches, for example.
+        """
         self.decoder, self._any = decoder, segments[0]
-        self.shared = shared_length(segments, own)
+        self.shared = shared_length(segments, own) if shared is None else shared
         rest = [segment.split(self.shared)[1] for segment in segments]
         self.ends = torch.tensor([len(segment) for segment in rest])
         wanted = (self.ends - max(own)).clamp(min=0)[:, None] + torch.arange(max(own))
@@ -152,10 +157,18 @@ class Rows:
 
         They are right where they are wanted.
         """
+        return self.go_on(run, self.begin(run), keep=keep)
+
+    def begin(self, run: Run) -> Any:
+        """Run what is shared: its KV cache, a row for each copy, or None. It serves all rows that share it."""
+        return run(self.prefix, new_cache())[1] if self.prefix else None
+
+    def go_on(self, run: Run, begun: Any, *, keep: bool = False) -> tuple[Tensor, Any]:
+        """Run the rest, as `run` does."""
         cache = new_cache() if keep else None
-        if self.prefix:
-            hidden, cache = run(self.prefix, new_cache())
-            cache = _selected(cache, torch.arange(len(hidden)).repeat_interleave(len(self)))
+        if begun is not None:
+            copies = begun.layers[-1].keys.shape[0]
+            cache = _selected(begun, torch.arange(copies).repeat_interleave(len(self)))
         return run(self.rest, cache)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hones_offline.caching import ending_together
-from hones_offline.decoding import Batch, Rows, Run, Segment, Started, TextDecoder, batches, gib, shared_length
+from hones_offline.decoding import Batch, Rows, Run, Segment, Started, TextDecoder, gib, shared_length
 from hones_offline.evaluate import decoded_texts, mean_log_probabilities, yes_no_margins
 from hones_offline.metrics import FloatArray
 from hones_offline.prompts import Prepared
@@ -154,13 +154,11 @@ class Generation(HeadRuns):
         self.budget = prepared.task.max_new_tokens
         prompts = [prepared.encoded[i].prompt(0) for i in items]
         self.drafts = decoder.greedy(prompts, self.budget)
-        rows = options["batch_size"]
-        if not shared_length(prompts, [1] * len(prompts)):  # else every part would run the beginning
-            rows = max(1, rows // (decoder.layout.layers[0].num_heads or 1))  # a layer's heads fill a batch
-        lengths = [len(prompt) + len(draft) for prompt, draft in zip(prompts, self.drafts, strict=True)]
+        shared = shared_length(prompts, [1] * len(prompts))
+        lengths = [len(prompt) + len(draft) - shared for prompt, draft in zip(prompts, self.drafts, strict=True)]
         self.parts = [
-            _Drafted(decoder, chosen, [prompts[i] for i in chosen], [self.drafts[i] for i in chosen], self.budget)
-            for chosen in batches(lengths, rows)
+            _Drafted(decoder, few, [prompts[i] for i in few], [self.drafts[i] for i in few], self.budget, shared)
+            for few in _parts(lengths, decoder.layout.layers[0].num_heads or 1, options["batch_size"])
         ]
         self._waiting: list[tuple[Started, list[list[int]]]] = []
         self._scored: dict[tuple[int, tuple[int, ...]], FloatArray] = {}
@@ -178,8 +176,9 @@ class Generation(HeadRuns):
         return min(max(fitting, 1), _BATCHES_AT_ONCE)
 
     def undisturbed(self) -> FloatArray:
+        begun = self.parts[0].rows.begin(self.decoder.run)
         for part in self.parts:
-            _, part.cache = part.rows.run(self.decoder.run, keep=True)
+            _, part.cache = part.rows.go_on(self.decoder.run, begun, keep=True)
         return self._statistics(self.drafts)
 
     @torch.no_grad()
@@ -202,18 +201,23 @@ class Generation(HeadRuns):
         """Tokens for each item; of rows that wait, the rest is filled in later."""
         texts: list[list[list[int]]] = [[[]] * len(self.items) for _ in heads]
         run = self.resuming(heads, states)
+        begun = self.parts[0].rows.begin(run)
         for part in self.parts:
-            for of_head, found in zip(texts, self._texts(part, heads, run, states[0].unchanged), strict=True):
+            hidden, cache = part.rows.go_on(run, begun, keep=True)
+            for of_head, found in zip(texts, self._texts(part, heads, hidden, cache, states[0].unchanged), strict=True):
                 for item, text in zip(part.items, found, strict=True):
                     of_head[item] = text
         return texts
 
-    def _texts(self, part: "_Drafted", heads: Sequence[Head], run: Run, unchanged: int) -> Sequence[list[list[int]]]:
-        hidden, cache = part.rows.run(run, keep=True)
-        chosen = part.columns.repeat(len(heads), 1)
-        predicting = hidden[torch.arange(len(hidden))[:, None], chosen]
-        tokens = self.decoder.logits(predicting).argmax(-1).cpu()
+    def _texts(
+        self, part: "_Drafted", heads: Sequence[Head], hidden: Tensor, cache: Any, unchanged: int
+    ) -> Sequence[list[list[int]]]:
+        """What the part's items become, from the forward of its rows with each of `heads` replaced."""
         expected = part.expected.repeat(len(heads), 1)
+        asked = (expected != _ANY).nonzero(as_tuple=True)
+        tokens = torch.full_like(expected, _ANY)
+        chosen = part.columns.repeat(len(heads), 1)[asked]
+        tokens[asked] = self.decoder.logits(hidden[asked[0], chosen]).argmax(-1).cpu()
         end = torch.isin(tokens, torch.tensor(self.decoder.end_tokens))
         agrees = (tokens == expected) | (expected == _ANY) | (end & (expected == _END))
         texts = [list(draft) for _ in heads for draft in part.drafts]
@@ -251,11 +255,12 @@ class _Drafted:
         prompts: Sequence[Segment],
         drafts: Sequence[list[int]],
         budget: int,
+        shared: int,
     ) -> None:
         self.items, self.drafts = items, drafts
         fed = [torch.tensor(draft[: budget - 1], dtype=torch.long) for draft in drafts]
         segments = [prompt + decoder.continuation(prompt, ids) for prompt, ids in zip(prompts, fed, strict=True)]
-        self.rows = Rows(decoder, segments, [1 + len(ids) for ids in fed])
+        self.rows = Rows(decoder, segments, [1 + len(ids) for ids in fed], shared)
         self.cache: Any = None
         longest = max(map(len, fed)) + 1
         self.expected = _expected_tokens(drafts, longest)
@@ -296,6 +301,31 @@ class _Drafted:
         )
 
 
+def _parts(lengths: Sequence[int], heads: int, most: int) -> list[list[int]]:
+    """Indices in parts of similar length, at most `most` in one, so that `heads` copies of all are run at least cost.
+
+    What is run are the tokens, padding included; each forward costs as much as some tokens more.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    costs, starts = [0], [0]
+    for end in range(1, len(order) + 1):
+        widest = lengths[order[end - 1]]
+        options = [
+            (costs[start] + heads * (end - start) * widest + _FORWARD, start)
+            for start in range(max(0, end - most), end)
+        ]
+        cost, start = min(options)
+        costs.append(cost)
+        starts.append(start)
+    parts: list[list[int]] = []
+    end = len(order)
+    while end:
+        parts.append(order[starts[end] : end])
+        end = starts[end]
+    return parts[::-1]
+
+
+_FORWARD = 100  # tokens; SmolLM2-135M on a CPU: about 60
 _END, _ANY = -1, -2
 _BATCHES_AT_ONCE = 8  # more hardly makes decoding cheaper, and makes the steps of a run long
 

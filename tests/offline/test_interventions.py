@@ -1,6 +1,7 @@
 """Forwards with a head replaced start at the head's layer, and give what the whole forward gives."""
 
 from dataclasses import replace
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hones_offline.decoding import Batch, Rows, Segment, TextDecoder
 from hones_offline.evaluate import score
 from hones_offline.heads import head_scores, head_statistics
+from hones_offline.interventions import _parts
 from hones_offline.prompts import prepare
 from hones_offline.recording import Entering, recorded_states, replaced_heads
 from problems import problem
@@ -166,3 +168,24 @@ def test_answers_that_end_and_part_at_different_places(batch_size: int) -> None:
     expected = reference.head_scores(p.model, p.processor, p.task, p.examples, reference.metric)
     _, found = head_scores(prepared, "task", *head_statistics(prepared, "task", batch_size=batch_size))
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_parts_of_similar_length_cost_least() -> None:
+    """Against every way to cut them; a forward costs as much as 100 tokens more."""
+    lengths = [9, 3, 4, 30, 4, 5, 9, 3]
+
+    def cost(parts: list[list[int]]) -> int:
+        return sum(100 + 6 * len(part) * max(lengths[i] for i in part) for part in parts)
+
+    order = sorted(range(8), key=lambda i: lengths[i])
+    ways = [
+        [order[start:end] for start, end in pairwise((0, *cuts, 8))]
+        for count in range(8)
+        for cuts in combinations(range(1, 8), count)
+    ]
+    for most in (2, 3, 8):
+        found = _parts(lengths, 6, most)
+        assert sorted(i for part in found for i in part) == list(range(8))
+        allowed = [way for way in ways if max(map(len, way)) <= most]
+        assert cost(found) == min(map(cost, allowed))
+    assert len(_parts(lengths, 6, 8)) > 1
