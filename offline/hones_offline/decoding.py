@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from hones_offline.caching import ending_together, nbytes, new_cache
 from hones_offline.recording import Entering, Head, last_ffn_at, replaced_heads, resumed
@@ -161,7 +162,8 @@ class Rows:
 
     def begin(self, run: Run) -> Any:
         """Run what is shared: its KV cache, a row for each copy, or None. It serves all rows that share it."""
-        return run(self.prefix, new_cache())[1] if self.prefix else None
+        # Tokens are added to copies of it once, so it needs no room for more.
+        return run(self.prefix, DynamicCache())[1] if self.prefix else None
 
     def go_on(self, run: Run, begun: Any, *, keep: bool = False) -> tuple[Tensor, Any]:
         """Run the rest, as `run` does."""
