@@ -117,7 +117,7 @@ class Rows:
 
         `shared` is how many tokens are, where that is known: rows of which more are in other batches, for example.
         """
-        self.decoder, self._any = decoder, segments[0]
+        self.decoder, self._first = decoder, segments[0]
         self.shared = shared_length(segments, own) if shared is None else shared
         rest = [segment.split(self.shared)[1] for segment in segments]
         self.ends = torch.tensor([len(segment) for segment in rest])
@@ -149,7 +149,7 @@ class Rows:
         """
         copies = batch_size * self.length // self.tokens
         if self.prefix:
-            copy_bytes = len(self) * self.length * self.decoder.cache_token_bytes(self._any)
+            copy_bytes = len(self) * self.length * self.decoder.cache_token_bytes(self._first)
             copies = min(copies, gib(memory_gb) // copy_bytes)
         return max(1, copies)
 
