@@ -405,11 +405,10 @@ def layer_forwards(prepared: Prepared, work: Work) -> tuple[int, int, int]:
 
 def fed(runs: HeadRuns) -> tuple[int, int]:
     """How many tokens each head's forward of these items must be fed: a beginning that they share, and the others."""
+    shared = runs.parts.rows[0].shared  # type: ignore[attr-defined]
     if isinstance(runs, Generation):
-        rows = [part.rows for part in runs.parts]
-        own = sum(int((part.prompts - part.rows.shared).sum()) for part in runs.parts)
-        return rows[0].shared, own
-    return runs.rows.shared, int(runs.rows.ends.sum())  # type: ignore[attr-defined]
+        return shared, sum(int((part.prompts - shared).sum()) for part in runs.drafted)
+    return shared, sum(int(rows.ends.sum()) for rows in runs.parts.rows)  # type: ignore[attr-defined]
 
 
 def _tokens(text: Text, budget: int) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-_ROOM = 32  # tokens
+_ROOM = 8  # tokens
 
 
 class _RoomyLayer(DynamicLayer):
@@ -37,8 +37,12 @@ class _RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._rooms = ()  # may be another cache's too, of which this one was a copy
-        super().batch_select_indices(indices)
+        if not self._rooms:
+            super().batch_select_indices(indices)
+            return
+        length = self.keys.shape[2]
+        self._rooms = tuple(room[indices] for room in self._rooms)
+        self.keys, self.values = (room[:, :, :length] for room in self._rooms)
 
 
 def _roomy(x: Tensor, length: int) -> Tensor:

@@ -19,7 +19,7 @@ from hones_steer.errors import DataError, LayoutError
 from hones_steer.layout import DecoderLayer
 
 HeadMetric = Literal["task", "logprob"]
-_ROWS = 1024  # (head, item) pairs of a step: enough to decode together, few enough to lose when a run is killed
+_ROWS = 4096  # (head, item) pairs of a step: enough to decode together, few enough to lose when a run is killed
 
 
 def head_count(layer: DecoderLayer) -> int:

@@ -7,7 +7,7 @@ model would have chosen another token does decoding go on from there, for the ro
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,27 +92,93 @@ class HeadRuns(ABC):
         return self._states[layer]
 
 
+class Parts:
+    """Segments in parts of similar length, each the rows of one forward; a beginning that all share runs once for them.
+
+    Iterating gives each part's (numbers of its segments, rows). `copies` of all of them fit a forward (`Rows`);
+    `tokens` are run for one, padding included.
+    """
+
+    def __init__(
+        self,
+        decoder: TextDecoder,
+        segments: Sequence[Segment],
+        own: Sequence[int],
+        *,
+        batch_size: int,
+        memory_gb: float,
+    ) -> None:
+        """Of segment i the last `own[i]` tokens' hidden states are wanted; at most `batch_size` are in a part."""
+        shared = shared_length(segments, own)
+        heads = decoder.layout.layers[0].num_heads or 1
+        self.items = in_parts([len(segment) - shared for segment in segments], heads, batch_size)
+        self.rows = [
+            Rows(decoder, [segments[i] for i in few], [own[i] for i in few], shared=shared) for few in self.items
+        ]
+        self.tokens = shared + sum(rows.tokens - shared for rows in self.rows)
+        self.copies = min(rows.copies_at_once(batch_size=batch_size, memory_gb=memory_gb) for rows in self.rows)
+
+    def __iter__(self) -> Iterator[tuple[list[int], Rows]]:
+        return zip(self.items, self.rows, strict=True)
+
+    def begin(self, run: Run) -> Any:
+        """Run what is shared, for `Rows.go_on` of each part."""
+        return self.rows[0].begin(run)
+
+
+def in_parts(lengths: Sequence[int], heads: int, most: int) -> list[list[int]]:
+    """Indices in parts of similar length, at most `most` in one, so that `heads` copies of all are run at least cost.
+
+    What is run are the tokens, padding included; each forward costs as much as some tokens more.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    costs, starts = [0], [0]
+    for end in range(1, len(order) + 1):
+        widest = lengths[order[end - 1]]
+        options = [
+            (costs[start] + heads * (end - start) * widest + _FORWARD, start)
+            for start in range(max(0, end - most), end)
+        ]
+        cost, start = min(options)
+        costs.append(cost)
+        starts.append(start)
+    parts: list[list[int]] = []
+    end = len(order)
+    while end:
+        parts.append(order[starts[end] : end])
+        end = starts[end]
+    return parts[::-1]
+
+
+_FORWARD = 100  # tokens; SmolLM2-135M on a CPU: about 60
+
+
 class LogProbabilities(HeadRuns):
     """Items are (prompt, answer) pairs; the statistic is the answer's mean token log-probability."""
 
     def __init__(self, prepared: Prepared, pairs: Sequence[tuple[Segment, Tensor]], **options: Any) -> None:
         self.answers = [answer for _, answer in pairs]
         segments = [prompt + prepared.decoder.continuation(prompt, answer) for prompt, answer in pairs]
-        self.rows = Rows(prepared.decoder, segments, [len(answer) + 1 for answer in self.answers])
-        super().__init__(prepared, copies=self.rows.copies_at_once(**options), tokens=self.rows.tokens, **options)
+        self.parts = Parts(prepared.decoder, segments, [len(answer) + 1 for answer in self.answers], **options)
+        super().__init__(prepared, copies=self.parts.copies, tokens=self.parts.tokens, **options)
 
     def undisturbed(self) -> FloatArray:
-        hidden, _ = self.rows.run(self.decoder.run)
-        return self._means(hidden, 1)[0]
+        means: FloatArray = self._means(self.decoder.run, 1)[0]
+        return means
 
     def replaced(self, heads: Sequence[Head], states: Sequence[Entering]) -> Sequence[FloatArray]:
-        hidden, _ = self.rows.run(self.resuming(heads, states))
-        return self._means(hidden, len(heads))
+        return list(self._means(self.resuming(heads, states), len(heads)))
 
-    def _means(self, hidden: Tensor, copies: int) -> list[FloatArray]:
-        ends = self.rows.ends.repeat(copies)
-        means = mean_log_probabilities(self.decoder, hidden, ends, self.answers * copies)
-        return list(means.cpu().double().numpy().reshape(copies, -1, 1))
+    def _means(self, run: Run, copies: int) -> FloatArray:
+        """[copies, items, 1]."""
+        means = np.zeros((copies, len(self.answers), 1))
+        begun = self.parts.begin(run)
+        for items, rows in self.parts:
+            hidden, _ = rows.go_on(run, begun)
+            answers = [self.answers[i] for i in items] * copies
+            found = mean_log_probabilities(self.decoder, hidden, rows.ends.repeat(copies), answers)
+            means[:, items, 0] = found.cpu().double().numpy().reshape(copies, -1)
+        return means
 
 
 class Ranking(HeadRuns):
@@ -154,16 +220,15 @@ class Generation(HeadRuns):
         self.budget = prepared.task.max_new_tokens
         prompts = [prepared.encoded[i].prompt(0) for i in items]
         self.drafts = decoder.greedy(prompts, self.budget)
-        shared = shared_length(prompts, [1] * len(prompts))
-        lengths = [len(prompt) + len(draft) - shared for prompt, draft in zip(prompts, self.drafts, strict=True)]
-        self.parts = [
-            _Drafted(decoder, few, [prompts[i] for i in few], [self.drafts[i] for i in few], self.budget, shared)
-            for few in _parts(lengths, decoder.layout.layers[0].num_heads or 1, options["batch_size"])
+        fed = [torch.tensor(draft[: self.budget - 1], dtype=torch.long) for draft in self.drafts]
+        segments = [prompt + decoder.continuation(prompt, ids) for prompt, ids in zip(prompts, fed, strict=True)]
+        self.parts = Parts(decoder, segments, [1 + len(ids) for ids in fed], **options)
+        self.drafted = [
+            _Drafted(rows, few, [prompts[i] for i in few], [self.drafts[i] for i in few]) for few, rows in self.parts
         ]
         self._waiting: list[tuple[Started, list[list[int]]]] = []
         self._scored: dict[tuple[int, tuple[int, ...]], FloatArray] = {}
-        copies = min(part.rows.copies_at_once(**options) for part in self.parts)
-        super().__init__(prepared, copies=copies, tokens=sum(part.rows.tokens for part in self.parts), **options)
+        super().__init__(prepared, copies=self.parts.copies, tokens=self.parts.tokens, **options)
 
     @staticmethod
     def batches_at_once(prepared: Prepared, batch_size: int, memory_gb: float) -> int:
@@ -176,8 +241,8 @@ class Generation(HeadRuns):
         return min(max(fitting, 1), _BATCHES_AT_ONCE)
 
     def undisturbed(self) -> FloatArray:
-        begun = self.parts[0].rows.begin(self.decoder.run)
-        for part in self.parts:
+        begun = self.parts.begin(self.decoder.run)
+        for part in self.drafted:
             _, part.cache = part.rows.go_on(self.decoder.run, begun, keep=True)
         return self._statistics(self.drafts)
 
@@ -201,8 +266,8 @@ class Generation(HeadRuns):
         """Tokens for each item; of rows that wait, the rest is filled in later."""
         texts: list[list[list[int]]] = [[[]] * len(self.items) for _ in heads]
         run = self.resuming(heads, states)
-        begun = self.parts[0].rows.begin(run)
-        for part in self.parts:
+        begun = self.parts.begin(run)
+        for part in self.drafted:
             hidden, cache = part.rows.go_on(run, begun, keep=True)
             for of_head, found in zip(texts, self._texts(part, heads, hidden, cache, states[0].unchanged), strict=True):
                 for item, text in zip(part.items, found, strict=True):
@@ -217,7 +282,7 @@ class Generation(HeadRuns):
         asked = (expected != _ANY).nonzero(as_tuple=True)
         tokens = torch.full_like(expected, _ANY)
         chosen = part.columns.repeat(len(heads), 1)[asked]
-        tokens[asked] = self.decoder.logits(hidden[asked[0], chosen]).argmax(-1).cpu()
+        tokens[asked] = self.decoder.logits(hidden[asked[0], chosen]).max(-1).indices.cpu()
         end = torch.isin(tokens, torch.tensor(self.decoder.end_tokens))
         agrees = (tokens == expected) | (expected == _ANY) | (end & (expected == _END))
         texts = [list(draft) for _ in heads for draft in part.drafts]
@@ -246,27 +311,18 @@ class Generation(HeadRuns):
 
 
 class _Drafted:
-    """A few items' prompts, each followed by its undisturbed answer; `cache` is the undisturbed forward's."""
+    """A few items whose rows are prompts followed by the undisturbed answers; `cache` is the undisturbed forward's."""
 
     def __init__(
-        self,
-        decoder: TextDecoder,
-        items: Sequence[int],
-        prompts: Sequence[Segment],
-        drafts: Sequence[list[int]],
-        budget: int,
-        shared: int,
+        self, rows: Rows, items: Sequence[int], prompts: Sequence[Segment], drafts: Sequence[list[int]]
     ) -> None:
-        self.items, self.drafts = items, drafts
-        fed = [torch.tensor(draft[: budget - 1], dtype=torch.long) for draft in drafts]
-        segments = [prompt + decoder.continuation(prompt, ids) for prompt, ids in zip(prompts, fed, strict=True)]
-        self.rows = Rows(decoder, segments, [1 + len(ids) for ids in fed], shared)
+        self.rows, self.items, self.drafts = rows, items, drafts
         self.cache: Any = None
-        longest = max(map(len, fed)) + 1
-        self.expected = _expected_tokens(drafts, longest)
         self.prompts = torch.tensor([len(prompt) for prompt in prompts])
-        columns = (self.prompts - self.rows.shared - 1)[:, None] + torch.arange(longest)
-        self.columns = torch.minimum(columns, self.rows.ends[:, None] - 1)
+        firsts = self.prompts - rows.shared - 1
+        longest = int((rows.ends - firsts).max())
+        self.expected = _expected_tokens(drafts, longest)
+        self.columns = torch.minimum(firsts[:, None] + torch.arange(longest), rows.ends[:, None] - 1)
         """Where each token of the answer is predicted, [prompts, longest]."""
         self.last = torch.stack([prompt.positions[:, -1] for prompt in prompts], dim=1)
         """Position ids of the prompts' last tokens, [axes, prompts]."""
@@ -301,31 +357,6 @@ class _Drafted:
         )
 
 
-def _parts(lengths: Sequence[int], heads: int, most: int) -> list[list[int]]:
-    """Indices in parts of similar length, at most `most` in one, so that `heads` copies of all are run at least cost.
-
-    What is run are the tokens, padding included; each forward costs as much as some tokens more.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    costs, starts = [0], [0]
-    for end in range(1, len(order) + 1):
-        widest = lengths[order[end - 1]]
-        options = [
-            (costs[start] + heads * (end - start) * widest + _FORWARD, start)
-            for start in range(max(0, end - most), end)
-        ]
-        cost, start = min(options)
-        costs.append(cost)
-        starts.append(start)
-    parts: list[list[int]] = []
-    end = len(order)
-    while end:
-        parts.append(order[starts[end] : end])
-        end = starts[end]
-    return parts[::-1]
-
-
-_FORWARD = 100  # tokens; SmolLM2-135M on a CPU: about 60
 _END, _ANY = -1, -2
 _BATCHES_AT_ONCE = 8  # more hardly makes decoding cheaper, and makes the steps of a run long
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hones_offline.decoding import Rows, Segment, batches
+from hones_offline.decoding import Run, Segment, batches
 from hones_offline.distributed import ALONE, Processes
-from hones_offline.interventions import HeadRuns
+from hones_offline.interventions import HeadRuns, Parts
 from hones_offline.metrics import FloatArray
 from hones_offline.prompts import Prepared
 from hones_offline.recording import Entering, Head, recorded_ffn
@@ -173,42 +173,51 @@ class WriteIn(HeadRuns):
 
     def __init__(self, prepared: Prepared, prompts: Sequence[Segment], directions: Tensor, **options: Any) -> None:
         self.layout = prepared.decoder.layout
-        self.rows = Rows(prepared.decoder, prompts, [1] * len(prompts))
+        self.parts = Parts(prepared.decoder, prompts, [1] * len(prompts), **options)
         weights = [down_weight(layer) for layer in self.layout.layers]
         self.alignments = [directions.to(weight.device) @ weight.float() for weight in weights]  # [items, I]
-        super().__init__(prepared, copies=self.rows.copies_at_once(**options), tokens=self.rows.tokens, **options)
+        super().__init__(prepared, copies=self.parts.copies, tokens=self.parts.tokens, **options)
 
     def undisturbed(self) -> FloatArray:
-        with recorded_ffn(self.layout, self.rows.ends - 1) as recorded:
-            self.rows.run(self.decoder.run)
-        nothing = np.zeros((len(self.alignments), self.layout.intermediate_size))
-        sums: FloatArray = self._sums(recorded, nothing[None])[0]
+        nothing = np.zeros((1, len(self.alignments), self.layout.intermediate_size))
+        sums: FloatArray = self._sums(self.decoder.run, nothing)[0]
         return sums
 
     def replaced(self, heads: Sequence[Head], states: Sequence[Entering]) -> Sequence[FloatArray]:
-        with recorded_ffn(self.layout, (self.rows.ends - 1).repeat(len(heads))) as recorded:
-            self.rows.run(self.resuming(heads, states))
-        return list(self._sums(recorded, self._base[None].repeat(len(heads), axis=0)))
+        return list(self._sums(self.resuming(heads, states), self._base[None].repeat(len(heads), axis=0)))
 
-    def _sums(self, recorded: Mapping[int, Tensor], sums: FloatArray) -> FloatArray:
-        """Σ over the items for each copy of the rows; layers that did not run stay as they are in `sums`."""
-        for layer, z in recorded.items():  # [copies·items, I]
-            written = z.unflatten(0, (len(sums), -1)) * self.alignments[layer]
-            sums[:, layer] = written.sum(1, dtype=torch.float64).cpu().numpy()
-        return sums
+    def _sums(self, run: Run, unchanged: FloatArray) -> FloatArray:
+        """Σ over the items for each copy of the rows, [copies, L, I]; layers that did not run stay as they are."""
+        sums: dict[int, Tensor] = {}
+        for layer, items, written in self._written(run, len(unchanged)):
+            of_part = self._counted(layer, items, written).sum(1, dtype=torch.float64)
+            sums[layer] = sums[layer] + of_part if layer in sums else of_part
+        for layer, total in sums.items():
+            unchanged[:, layer] = total.cpu().numpy()
+        return unchanged
+
+    def _written(self, run: Run, copies: int) -> Iterator[tuple[int, list[int], Tensor]]:
+        """Layers that ran, some items and their c: [copies, items, I]."""
+        begun = self.parts.begin(run)
+        for items, rows in self.parts:
+            with recorded_ffn(self.layout, (rows.ends - 1).repeat(copies)) as recorded:
+                rows.go_on(run, begun)
+            for layer, z in recorded.items():  # [copies·items, I]
+                yield layer, items, z.unflatten(0, (copies, -1)) * self.alignments[layer][items]
+
+    def _counted(self, _layer: int, _items: list[int], written: Tensor) -> Tensor:
+        """What is summed."""
+        return written
 
 
 class WriteInDrops(WriteIn):
     """The result with a head replaced is Σ [c(θ) − c(θ_Ih)]_+ over the items, float64 [L, I]; undisturbed it is 0."""
 
     def undisturbed(self) -> FloatArray:
-        with recorded_ffn(self.layout, self.rows.ends - 1) as recorded:
-            self.rows.run(self.decoder.run)
-        self.written = {layer: z * self.alignments[layer] for layer, z in recorded.items()}
+        self._whole = [torch.zeros_like(alignments) for alignments in self.alignments]
+        for layer, items, written in self._written(self.decoder.run, 1):
+            self._whole[layer][items] = written[0]
         return np.zeros((len(self.alignments), self.layout.intermediate_size))
 
-    def _sums(self, recorded: Mapping[int, Tensor], sums: FloatArray) -> FloatArray:
-        for layer, z in recorded.items():
-            drops = self.written[layer] - z.unflatten(0, (len(sums), -1)) * self.alignments[layer]
-            sums[:, layer] = drops.clamp(min=0).sum(1, dtype=torch.float64).cpu().numpy()
-        return sums
+    def _counted(self, layer: int, items: list[int], written: Tensor) -> Tensor:
+        return (self._whole[layer][items] - written).clamp(min=0)

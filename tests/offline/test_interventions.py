@@ -11,7 +11,7 @@ import torch
 from hones_offline.decoding import Batch, Rows, Segment, TextDecoder
 from hones_offline.evaluate import score
 from hones_offline.heads import head_scores, head_statistics
-from hones_offline.interventions import _parts
+from hones_offline.interventions import in_parts
 from hones_offline.prompts import prepare
 from hones_offline.recording import Entering, recorded_states, replaced_heads
 from problems import problem
@@ -184,8 +184,8 @@ def test_parts_of_similar_length_cost_least() -> None:
         for cuts in combinations(range(1, 8), count)
     ]
     for most in (2, 3, 8):
-        found = _parts(lengths, 6, most)
+        found = in_parts(lengths, 6, most)
         assert sorted(i for part in found for i in part) == list(range(8))
         allowed = [way for way in ways if max(map(len, way)) <= most]
         assert cost(found) == min(map(cost, allowed))
-    assert len(_parts(lengths, 6, 8)) > 1
+    assert len(in_parts(lengths, 6, 8)) > 1
