@@ -9,6 +9,7 @@ prints, for each,
                    forwards with KV cache and without gradients, processor and vision tower in each of them
     limit_speedup  the same if ours took no more than the limit
     over_limit     our time / the limit
+    unembedding    the share of our time that goes into it: no layer, so not in the limit, but as unavoidable
 
 The limit is the layer-forwards that cannot be avoided times the best time of one. A head of layer l needs the layers
 from l on, for the prompt and for the answer as far as it is the undisturbed one: all these tokens are known, which is
@@ -152,7 +153,7 @@ def smollm2(args: argparse.Namespace) -> Case:
         model = LlamaForCausalLM(LlamaConfig(**{**tiny_models.TEXT, **shape, **heads, "vocab_size": 49_152})).eval()
         randomise(model)
         processor = tiny_processors.text_tokenizer(model.config)
-    examples = list(load_jsonl(CAPITALS).examples[: args.examples or 48])
+    examples = list(load_jsonl(CAPITALS).examples[: args.examples])
     task = JsonlTask("capitals", "exact_match", 8)
     case = Case("smollm2-135m capitals", model, processor, task, examples, twin_heads=15)
     return case if args.smollm2 else own_answers(case)
@@ -232,6 +233,7 @@ def measure(case: Case, metric: str, modes: Sequence[str], rounds: int) -> list[
     batch_size = LayerTimes(prepared, metric).batch_size
     ours: dict[str, list[float]] = {mode: [] for mode in modes}
     limit: dict[str, list[float]] = {mode: [] for mode in modes}
+    unembedding: dict[str, list[float]] = {mode: [] for mode in modes}
     found, plain = {}, []
     for number in range(rounds):
         needed = {}
@@ -247,6 +249,7 @@ def measure(case: Case, metric: str, modes: Sequence[str], rounds: int) -> list[
                     batch_size=batch_size,
                 )
                 ours[mode].append(clock() - start)
+            unembedding[mode].append(work.unembedding)
             needed[mode] = layer_forwards(prepared, work)
         plain.append(twin.score_heads(number, rounds))
         times = LayerTimes(prepared, metric, needed[modes[0]][2])
@@ -265,6 +268,7 @@ def measure(case: Case, metric: str, modes: Sequence[str], rounds: int) -> list[
             **spread("speedup", plain, ours[mode]),
             **spread("limit_speedup", plain, limit[mode]),
             **spread("over_limit", ours[mode], limit[mode]),
+            **spread("unembedding", unembedding[mode], ours[mode]),
             "same_bank": same_bank(found[mode].bank, bank),
             "score_error": score_error,
             "importance_error": float(np.abs(found[mode].importance - importance).max() / importance.max()),
@@ -341,17 +345,21 @@ class Twin:
 
 @dataclass
 class Work:
-    """What was run: the heads of each `HeadRuns`; of generated answers heads, undisturbed texts and each head's."""
+    """What was run: the heads of each `HeadRuns`; of generated answers heads, undisturbed texts and each head's.
+
+    And the seconds that the unembedding took, which is no layer.
+    """
 
     runs: list[tuple[HeadRuns, Sequence[Head]]] = field(default_factory=list)
     written: list[tuple[Sequence[Head], Sequence[Text], Sequence[Sequence[Text]]]] = field(default_factory=list)
+    unembedding: float = 0.0
 
 
 @contextmanager
 def recorded() -> Iterator[Work]:
     """What is run while the block runs."""
     work = Work()
-    in_batches, replaced = HeadRuns._in_batches, Generation.replaced
+    in_batches, replaced, logits = HeadRuns._in_batches, Generation.replaced, TextDecoder.logits
 
     def recording_heads(self: HeadRuns, heads: Sequence[Head]) -> list[Any]:
         work.runs.append((self, heads))
@@ -362,11 +370,19 @@ def recorded() -> Iterator[Work]:
         work.written.append((heads, self.drafts, texts))
         return texts
 
+    def timing_logits(self: TextDecoder, hidden: torch.Tensor) -> torch.Tensor:
+        start = clock()
+        found = logits(self, hidden)
+        work.unembedding += clock() - start
+        return found
+
     HeadRuns._in_batches, Generation.replaced = recording_heads, recording_texts  # type: ignore[method-assign]
+    TextDecoder.logits = timing_logits  # type: ignore[method-assign]
     try:
         yield work
     finally:
         HeadRuns._in_batches, Generation.replaced = in_batches, replaced  # type: ignore[method-assign]
+        TextDecoder.logits = logits  # type: ignore[method-assign]
 
 
 def layer_forwards(prepared: Prepared, work: Work) -> tuple[int, int, int]:
@@ -499,13 +515,13 @@ class LayerTimes:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows for people, as Markdown."""
     lines = [
-        "| model | metric | mode | speedup | limit's speedup | over limit | same bank | n | batch | ours, s |",
-        "|---|---|---|---|---|---|---|---:|---:|---:|",
+        "| model | metric | mode | speedup | limit's speedup | over limit | unembedding | bank | n | batch | ours, s |",
+        "|---|---|---|---|---|---|---|---|---:|---:|---:|",
     ]
     for row in rows:
         cells = [
             f"{row[name]:.2f} ({row[name + '_min']:.2f}–{row[name + '_max']:.2f})"
-            for name in ("speedup", "limit_speedup", "over_limit")
+            for name in ("speedup", "limit_speedup", "over_limit", "unembedding")
         ]
         error = max(row["score_error"], row["importance_error"])
         bank = f"{'yes' if row['same_bank'] else 'NO'} ({error:.0e})"
