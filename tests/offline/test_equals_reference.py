@@ -3,13 +3,15 @@
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import reference
 import torch
 from hones_offline.evaluate import intervention, score
 from hones_offline.fit import FitSettings, learn
 from hones_offline.heads import HeadMetric, head_scores, head_statistics, top_heads
-from hones_offline.neurons import importance, mean_write_in, target_directions
+from hones_offline.interventions import LogProbabilities
+from hones_offline.neurons import PositivePart, importance, mean_write_in, target_directions
 from hones_offline.prompts import Prepared, prepare
 from problems import Problem, problem
 
@@ -66,6 +68,28 @@ def test_little_memory_and_small_batches_change_nothing(
     for batch_size in (1, 3, 64):
         _, found = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, batch_size=batch_size))
         np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("cut", [("llama", "text"), ("llama", "shots"), ("qwen2_5_vl", "caption")], ids="-".join)
+def test_cut_into_parts_by_length_nothing_changes(monkeypatch: pytest.MonkeyPatch, cut: tuple[str, str]) -> None:
+    """So few tokens are worth no forward of their own, so they are cut by saying that one costs nothing."""
+    p = problem(*cut)
+    prepared = prepare(p.model, p.processor, p.task, p.examples)
+    directions = target_directions(prepared)
+
+    def everything() -> list[npt.NDArray[np.float32]]:
+        metrics: tuple[HeadMetric, ...] = ("task", "logprob")
+        scores = [head_scores(prepared, m, *head_statistics(prepared, m, batch_size=9))[1] for m in metrics]
+        parts: tuple[PositivePart, ...] = ("mean", "example")
+        heads = top_heads(scores[1], 4)
+        return scores + [importance(prepared, directions, heads, positive_part=part, batch_size=9) for part in parts]
+
+    together = everything()
+    monkeypatch.setattr("hones_offline.interventions._FORWARD", 0)
+    parts = LogProbabilities(prepared, prepared.pairs(), batch_size=9, memory_gb=4).parts.items
+    assert len(parts) > 1
+    for found, expected in zip(everything(), together, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_importance_is_the_same_within_a_ten_thousandth(case: tuple[Problem, Prepared]) -> None:
