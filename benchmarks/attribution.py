@@ -41,6 +41,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -359,11 +360,14 @@ class Work:
 def recorded() -> Iterator[Work]:
     """What is run while the block runs."""
     work = Work()
-    in_batches, replaced, logits = HeadRuns._in_batches, Generation.replaced, TextDecoder.logits
+    replaced, logits = Generation.replaced, TextDecoder.logits
 
-    def recording_heads(self: HeadRuns, heads: Sequence[Head]) -> list[Any]:
-        work.runs.append((self, heads))
-        return in_batches(self, heads)
+    def recording_heads(results: Callable[..., Any]) -> Callable[..., Any]:
+        def record(self: HeadRuns, heads: Sequence[Head]) -> Any:
+            work.runs.append((self, heads))
+            return results(self, heads)
+
+        return record
 
     def recording_texts(self: Generation, heads: Sequence[Head], states: Sequence[Any]) -> Sequence[list[Text]]:
         texts = replaced(self, heads, states)
@@ -376,13 +380,13 @@ def recorded() -> Iterator[Work]:
         work.unembedding += clock() - start
         return found
 
-    HeadRuns._in_batches, Generation.replaced = recording_heads, recording_texts  # type: ignore[method-assign]
-    TextDecoder.logits = timing_logits  # type: ignore[method-assign]
-    try:
+    with (
+        patch.object(HeadRuns, "results", recording_heads(HeadRuns.results)),
+        patch.object(Generation, "results", recording_heads(Generation.results)),
+        patch.object(Generation, "replaced", recording_texts),
+        patch.object(TextDecoder, "logits", timing_logits),
+    ):
         yield work
-    finally:
-        HeadRuns._in_batches, Generation.replaced = in_batches, replaced  # type: ignore[method-assign]
-        TextDecoder.logits = logits  # type: ignore[method-assign]
 
 
 def layer_forwards(prepared: Prepared, work: Work) -> tuple[int, int, int]:
