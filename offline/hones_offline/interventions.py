@@ -282,7 +282,8 @@ class Generation(HeadRuns):
         asked = (expected != _ANY).nonzero(as_tuple=True)
         tokens = torch.full_like(expected, _ANY)
         chosen = part.columns.repeat(len(heads), 1)[asked]
-        tokens[asked] = self.decoder.logits(hidden[asked[0], chosen]).max(-1).indices.cpu()
+        logits = self.decoder.logits(hidden[asked[0], chosen])
+        tokens[asked] = logits.max(-1).indices.cpu()  # argmax takes 1.6 times as long on a CPU
         end = torch.isin(tokens, torch.tensor(self.decoder.end_tokens))
         agrees = (tokens == expected) | (expected == _ANY) | (end & (expected == _END))
         texts = [list(draft) for _ in heads for draft in part.drafts]
