@@ -57,7 +57,7 @@ from hones_offline.caching import ending_together, new_cache
 from hones_offline.decoding import Batch, Segment, TextDecoder
 from hones_offline.embedded import load_tiny_vlm
 from hones_offline.examples import Example, MemoryImage, load_jsonl, scene_examples
-from hones_offline.interventions import Generation, HeadRuns
+from hones_offline.interventions import Generation, HeadRuns, LogProbabilities
 from hones_offline.models import keep_freed_memory
 from hones_offline.neurons import WriteIn
 from hones_offline.prompts import Prepared, prepare
@@ -344,14 +344,18 @@ class Twin:
 # The limit ----------------------------------------------------------------------------------------
 
 
+Parted = Generation | LogProbabilities | WriteIn
+"""What the cases run: nothing here ranks."""
+
+
 @dataclass
 class Work:
-    """What was run: the heads of each `HeadRuns`; of generated answers heads, undisturbed texts and each head's.
+    """What was run: the heads of each `Parted`; of generated answers heads, undisturbed texts and each head's.
 
     And the seconds that the unembedding took, which is no layer.
     """
 
-    runs: list[tuple[HeadRuns, Sequence[Head]]] = field(default_factory=list)
+    runs: list[tuple[Parted, Sequence[Head]]] = field(default_factory=list)
     written: list[tuple[Sequence[Head], Sequence[Text], Sequence[Sequence[Text]]]] = field(default_factory=list)
     unembedding: float = 0.0
 
@@ -363,7 +367,7 @@ def recorded() -> Iterator[Work]:
     replaced, logits = Generation.replaced, TextDecoder.logits
 
     def recording_heads(results: Callable[..., Any]) -> Callable[..., Any]:
-        def record(self: HeadRuns, heads: Sequence[Head]) -> Any:
+        def record(self: Parted, heads: Sequence[Head]) -> Any:
             work.runs.append((self, heads))
             return results(self, heads)
 
@@ -423,12 +427,12 @@ def layer_forwards(prepared: Prepared, work: Work) -> tuple[int, int, int]:
     return prefill, decode, context // max(decode, 1) + int(statistics.median(lengths))
 
 
-def fed(runs: HeadRuns) -> tuple[int, int]:
+def fed(runs: Parted) -> tuple[int, int]:
     """How many tokens each head's forward of these items must be fed: a beginning that they share, and the others."""
-    shared = runs.parts.rows[0].shared  # type: ignore[attr-defined]
+    shared = runs.parts.rows[0].shared
     if isinstance(runs, Generation):
         return shared, sum(int((part.prompts - shared).sum()) for part in runs.drafted)
-    return shared, sum(int(rows.ends.sum()) for rows in runs.parts.rows)  # type: ignore[attr-defined]
+    return shared, sum(int(rows.ends.sum()) for rows in runs.parts.rows)
 
 
 def _tokens(text: Text, budget: int) -> int:
