@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-_ROOM = 8  # tokens
+_ROOM = 8  # tokens; more is copied in vain when rows leave, less means copying all more often
 
 
 class _RoomyLayer(DynamicLayer):
