@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--examples", type=int, metavar="N", help="per case (default: as many as take minutes)")
     parser.add_argument("--twin-heads", type=int, metavar="N", help="that the twin scores (as many as take minutes)")
     parser.add_argument("--models", nargs="+", choices=sorted(CASES), default=list(CASES), help="default: all")
-    parser.add_argument("--race", action="store_true", help="also rows with racing heads; needs --examples 64 or more")
+    parser.add_argument("--race", action="store_true", help="also rows with racing heads; needs 64 examples or more")
     parser.add_argument("--smollm2", type=Path, metavar="DIR", help="SmolLM2-135M (default: random weights)")
     return parser
 
