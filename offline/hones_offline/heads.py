@@ -127,7 +127,8 @@ def statistics_of(
                 own["base", number, 0] = _statistics(run, f"{step}-{number:05d}-base", runs)
             for block, of_block in enumerate(blocks):
                 if mine(number, block):
-                    some = _statistics(run, f"{step}-{number:05d}-{block:03d}", runs, of_block)
+                    name = f"{step}-{number:05d}-{block:03d}-of-{len(blocks):03d}"
+                    some = _statistics(run, name, runs, of_block)
                     own["replaced", number, block] = some
                     bar.update(some.shape[0] * some.shape[1])
     found = {key: value for of_process in processes.share(own) for key, value in of_process.items()}
