@@ -88,7 +88,7 @@ def gradient_activation(prepared: Prepared, *, batch_size: int) -> Importance:
     for chosen in batches([len(prompt) + len(answer) for prompt, answer in pairs], batch_size):
         prompts, answers = zip(*(pairs[i] for i in chosen), strict=True)
         batch = decoder.collate(
-            [prompt + decoder.continuation(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+            [decoder.answered(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         )
         with torch.enable_grad(), ffn_inputs(decoder.layout) as recorded:
             # The weights may be frozen; the graph then begins at the embeddings.
@@ -96,7 +96,7 @@ def gradient_activation(prepared: Prepared, *, batch_size: int) -> Importance:
             ends = torch.full((len(hidden),), hidden.shape[1])
             utility = mean_log_probabilities(decoder, hidden, ends, answers).sum()
             gradients = torch.autograd.grad(utility, list(recorded.values()))
-        rows, last = range(len(answers)), [-len(answer) - 1 for answer in answers]
+        rows, last = range(len(answers)), [-len(answer) for answer in answers]
         for (layer, z), gradient in zip(recorded.items(), gradients, strict=True):
             products = z.detach()[rows, last].double() * gradient[rows, last].double()
             total[layer] += products.sum(0).cpu().numpy()

@@ -357,16 +357,23 @@ class TextDecoder:
     def answer_logits(self, prompts: Sequence[Segment], answers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Teacher-forced logits at the answers' tokens: [B, N, vocabulary] and which of them are real, bool [B, N].
 
-        Answers, token ids [n_i], stand at the end of their rows: row i's tokens are the last n_i of the N columns.
-        Differentiable: gradients flow to whatever scales the FFNs.
+        Row i's tokens, ids [n_i], are predicted in the last n_i of the N columns. Differentiable: gradients flow to
+        whatever scales the FFNs.
         """
-        rows = [prompt + self.continuation(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        rows = [self.answered(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         hidden, _ = self.run(self.collate(rows))
         longest = max(len(answer) for answer in answers)
-        logits = self.logits(hidden[:, -longest - 1 : -1])
+        logits = self.logits(hidden[:, -longest:])
         lengths = torch.tensor([len(answer) for answer in answers], device=logits.device)
         real = torch.arange(longest, device=logits.device) >= (longest - lengths)[:, None]
         return logits, real
+
+    def answered(self, prompt: Segment, answer: Tensor) -> Segment:
+        """A prompt with the token ids [n] of an answer, each predicted at one of the last n tokens.
+
+        The answer's own last token is not among these: nothing is predicted after it.
+        """
+        return prompt + self.continuation(prompt, answer[:-1])
 
     def continuation(self, prompt: Segment, ids: Tensor) -> Segment:
         """Text tokens [n] following `prompt` as a segment: positions go on by one on every axis."""
@@ -383,7 +390,7 @@ def _selected(cache: Any, rows: Tensor) -> Any:
 
 
 def pad_answers(answers: Sequence[Tensor]) -> Tensor:
-    """Answer ids as [B, N], each at the end of its row like `TextDecoder.answer_logits`; zeros before."""
+    """Answer ids as [B, N], each at the end of its row like `TextDecoder.answer_logits`' columns; zeros before."""
     longest = max(len(answer) for answer in answers)
     return torch.stack([F.pad(answer, (longest - len(answer), 0)) for answer in answers])
 

@@ -164,14 +164,14 @@ def _first_token(prepared: Prepared, word: str) -> int:
 
 
 def mean_log_probabilities(decoder: TextDecoder, hidden: Tensor, ends: Tensor, answers: Sequence[Tensor]) -> Tensor:
-    """The mean token log-probability of each answer [n_i], which ends before column `ends[i]` of `hidden` [B, T, ...].
+    """The mean token log-probability of each answer [n_i]: a tensor [B] that gradients flow through.
 
-    A tensor [B] that gradients flow through.
+    Its tokens are predicted in row i of `hidden` [B, T, ...], in the n_i columns before `ends[i]`.
     """
     lengths = torch.tensor([len(answer) for answer in answers])
     rows = torch.arange(len(answers)).repeat_interleave(lengths)
     firsts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    columns = (ends - lengths - 1)[rows] + torch.arange(len(rows)) - firsts
+    columns = (ends - lengths)[rows] + torch.arange(len(rows)) - firsts
     logits = decoder.logits(hidden[rows, columns])
     tokens = logits.log_softmax(-1).gather(-1, torch.cat(list(answers)).to(logits.device)[:, None])[:, 0]
     return torch.stack([own.mean() for own in tokens.split(lengths.tolist())])

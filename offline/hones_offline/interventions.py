@@ -158,8 +158,8 @@ class LogProbabilities(HeadRuns):
 
     def __init__(self, prepared: Prepared, pairs: Sequence[tuple[Segment, Tensor]], **options: Any) -> None:
         self.answers = [answer for _, answer in pairs]
-        segments = [prompt + prepared.decoder.continuation(prompt, answer) for prompt, answer in pairs]
-        self.parts = Parts(prepared.decoder, segments, [len(answer) + 1 for answer in self.answers], **options)
+        segments = [prepared.decoder.answered(prompt, answer) for prompt, answer in pairs]
+        self.parts = Parts(prepared.decoder, segments, [len(answer) for answer in self.answers], **options)
         super().__init__(prepared, copies=self.parts.copies, tokens=self.parts.tokens, **options)
 
     def undisturbed(self) -> FloatArray:

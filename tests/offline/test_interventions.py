@@ -11,7 +11,7 @@ import torch
 from hones_offline.decoding import Batch, Rows, Segment, TextDecoder
 from hones_offline.evaluate import score
 from hones_offline.heads import head_scores, head_statistics
-from hones_offline.interventions import in_parts
+from hones_offline.interventions import LogProbabilities, in_parts
 from hones_offline.prompts import prepare
 from hones_offline.recording import Entering, recorded_states, replaced_heads
 from problems import problem
@@ -168,6 +168,16 @@ def test_answers_that_end_and_part_at_different_places(batch_size: int) -> None:
     expected = reference.head_scores(p.model, p.processor, p.task, p.examples, reference.metric)
     _, found = head_scores(prepared, "task", *head_statistics(prepared, "task", batch_size=batch_size))
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_the_last_token_of_an_answer_is_not_run() -> None:
+    """Nothing is asked of what would follow it."""
+    p = problem("llama", "text")
+    prepared = prepare(p.model, p.processor, p.task, p.examples)
+    pairs = prepared.pairs()
+    runs = LogProbabilities(prepared, pairs, batch_size=len(pairs), memory_gb=1)
+    run = sum(int(rows.shared + ends) for rows in runs.parts.rows for ends in rows.ends)
+    assert run == sum(len(prompt) + len(answer) - 1 for prompt, answer in pairs)
 
 
 def test_parts_of_similar_length_cost_least() -> None:
