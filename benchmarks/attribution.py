@@ -9,14 +9,15 @@ prints, for each,
                    forwards with KV cache and without gradients, processor and vision tower in each of them
     limit_speedup  the same if ours took no more than the limit
     over_limit     our time / the limit
-    unembedding    the share of our time that goes into it: no layer, so not in the limit, but as unavoidable
+    over_layers    our time / the part of the limit that decoder layers take, the unembedding left out
 
 The limit is the layer-forwards that cannot be avoided times the best time of one. A head of layer l needs the layers
 from l on, for the prompt and for the answer as far as it is the undisturbed one: all these tokens are known, which is
 prefill; a beginning that all prompts share counts once. Every further token needs all layers, one token at a time:
-decode. The best time of one is that of the model's own layers, called one after another on unpadded copies of the
-middle-sized sequence (to decode, after as many tokens as are there on average), at the batch size that is best, prefill
-and decode apart. Embedding, vision tower, unembedding, processor and scoring are not in the limit.
+decode. The unembedding is a layer, too, for each token of an answer that has to be chosen or whose probability has to
+be known. The best time of one is that of the model's own layers, called one after another on unpadded copies of the
+middle-sized sequence (to decode, after as many tokens as are there on average), at the batch size that is best,
+prefill, decode and unembedding apart. Embedding, vision tower, processor and scoring are not in the limit.
 
 Everything is interleaved: each round runs ours whole, a share of the twin's heads, and the layers alone. Over the
 rounds the twin scores every head of the embedded VLM once, of the larger models an even sample of heads, from which the
@@ -72,6 +73,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaC
 TOP_FRACTION = 0.01
 MOST_TOKENS = 4096  # of a batch in which layers are timed
 MOST_CACHED = 65536  # of one in which they decode
+MOST_LOGITS = 2**26  # of one that is unembedded
 Text = list[int]
 CAPITALS = Path(__file__).resolve().parents[1] / "examples/smollm2/data/discovery/capitals.jsonl"
 
@@ -233,8 +235,8 @@ def measure(case: Case, metric: str, modes: Sequence[str], rounds: int) -> list[
     twin = Twin(case, metric)
     batch_size = LayerTimes(prepared, metric).batch_size
     ours: dict[str, list[float]] = {mode: [] for mode in modes}
+    layers: dict[str, list[float]] = {mode: [] for mode in modes}
     limit: dict[str, list[float]] = {mode: [] for mode in modes}
-    unembedding: dict[str, list[float]] = {mode: [] for mode in modes}
     found, plain = {}, []
     for number in range(rounds):
         needed = {}
@@ -250,12 +252,12 @@ def measure(case: Case, metric: str, modes: Sequence[str], rounds: int) -> list[
                     batch_size=batch_size,
                 )
                 ours[mode].append(clock() - start)
-            unembedding[mode].append(work.unembedding)
-            needed[mode] = layer_forwards(prepared, work)
+            needed[mode] = least(prepared, work)
         plain.append(twin.score_heads(number, rounds))
-        times = LayerTimes(prepared, metric, needed[modes[0]][2])
-        for mode, (prefill, decode, _) in needed.items():
-            limit[mode].append(prefill * times.prefill + decode * times.decode)
+        times = LayerTimes(prepared, metric, needed[modes[0]].context)
+        for mode, work_left in needed.items():
+            layers[mode].append(work_left.prefill * times.prefill + work_left.decode * times.decode)
+            limit[mode].append(layers[mode][-1] + work_left.unembedded * times.unembedding)
     scores, score_error = twin.compared(found["exact"].head_scores)
     importance, seconds = twin.importance(scores, case.top_heads)
     plain = [scoring + seconds for scoring in plain]
@@ -269,7 +271,7 @@ def measure(case: Case, metric: str, modes: Sequence[str], rounds: int) -> list[
             **spread("speedup", plain, ours[mode]),
             **spread("limit_speedup", plain, limit[mode]),
             **spread("over_limit", ours[mode], limit[mode]),
-            **spread("unembedding", unembedding[mode], ours[mode]),
+            **spread("over_layers", ours[mode], layers[mode]),
             "same_bank": same_bank(found[mode].bank, bank),
             "score_error": score_error,
             "importance_error": float(np.abs(found[mode].importance - importance).max() / importance.max()),
@@ -350,21 +352,17 @@ Parted = Generation | LogProbabilities | WriteIn
 
 @dataclass
 class Work:
-    """What was run: the heads of each `Parted`; of generated answers heads, undisturbed texts and each head's.
-
-    And the seconds that the unembedding took, which is no layer.
-    """
+    """What was run: the heads of each `Parted`; of generated answers heads, undisturbed texts and each head's."""
 
     runs: list[tuple[Parted, Sequence[Head]]] = field(default_factory=list)
     written: list[tuple[Sequence[Head], Sequence[Text], Sequence[Sequence[Text]]]] = field(default_factory=list)
-    unembedding: float = 0.0
 
 
 @contextmanager
 def recorded() -> Iterator[Work]:
     """What is run while the block runs."""
     work = Work()
-    replaced, logits = Generation.replaced, TextDecoder.logits
+    replaced = Generation.replaced
 
     def recording_heads(results: Callable[..., Any]) -> Callable[..., Any]:
         def record(self: Parted, heads: Sequence[Head]) -> Any:
@@ -378,41 +376,48 @@ def recorded() -> Iterator[Work]:
         work.written.append((heads, self.drafts, texts))
         return texts
 
-    def timing_logits(self: TextDecoder, hidden: torch.Tensor) -> torch.Tensor:
-        start = clock()
-        found = logits(self, hidden)
-        work.unembedding += clock() - start
-        return found
-
     with (
         patch.object(HeadRuns, "results", recording_heads(HeadRuns.results)),
         patch.object(Generation, "results", recording_heads(Generation.results)),
         patch.object(Generation, "replaced", recording_texts),
-        patch.object(TextDecoder, "logits", timing_logits),
     ):
         yield work
 
 
-def layer_forwards(prepared: Prepared, work: Work) -> tuple[int, int, int]:
-    """Layer-forwards of one token that cannot be avoided, (prefill, decode), and tokens before one that is decoded."""
+@dataclass(frozen=True)
+class Least:
+    """Layer-forwards of one token that cannot be avoided; `context` tokens are before one that is decoded."""
+
+    prefill: int
+    decode: int
+    unembedded: int
+    context: int
+
+
+def least(prepared: Prepared, work: Work) -> Least:
+    """What it takes to find what `work` has found."""
     depth, budget = len(prepared.decoder.layout.layers), prepared.task.max_new_tokens
-    prefill = decode = context = 0
+    prefill = decode = unembedded = context = 0
     counted: set[Any] = set()
     for runs, heads in work.runs:
         shared, own = fed(runs)
+        answers = sum(map(len, runs.answers)) if isinstance(runs, LogProbabilities) else 0
         if not isinstance(runs, WriteIn):  # whose undisturbed forward the head scores have had
             shared_once = 0 if "undisturbed" in counted else shared
             prefill += 0 if id(runs) in counted else depth * (shared_once + own)
+            unembedded += 0 if id(runs) in counted else answers
             counted |= {id(runs), "undisturbed"}
         for layer, head in heads:
             key = (type(runs), layer, head)
             prefill += (depth - layer) * (own + (0 if key in counted else shared))
+            unembedded += answers
             counted.add(key)
     first = {id(drafts): drafts for _, drafts, _ in work.written}
     lengths = [len(encoded.prompt(0)) for encoded in prepared.encoded]
     for drafts in first.values():
         for draft in drafts:
             steps = _tokens(draft, budget) - 1
+            unembedded += steps + 1
             decode += depth * steps
             context += depth * steps * steps // 2
     for heads, drafts, texts in work.written:
@@ -420,11 +425,12 @@ def layer_forwards(prepared: Prepared, work: Work) -> tuple[int, int, int]:
             for draft, text in zip(drafts, found, strict=True):
                 shared = _shared(draft, text)
                 prefill += (depth - layer) * min(shared, budget - 1)
+                unembedded += _tokens(text, budget)
                 if text != draft:
                     steps = _tokens(text, budget) - shared - 1
                     decode += depth * steps
                     context += depth * steps * (shared + steps // 2)
-    return prefill, decode, context // max(decode, 1) + int(statistics.median(lengths))
+    return Least(prefill, decode, unembedded, context // max(decode, 1) + int(statistics.median(lengths)))
 
 
 def fed(runs: Parted) -> tuple[int, int]:
@@ -449,11 +455,11 @@ def sequences(prepared: Prepared, metric: str) -> list[Segment]:
     """What one head's forwards are fed, generated tokens aside."""
     if metric == "task":
         return [encoded.prompt(0) for encoded in prepared.encoded]
-    return [prompt + prepared.decoder.continuation(prompt, answer) for prompt, answer in prepared.pairs()]
+    return [prepared.decoder.answered(prompt, answer) for prompt, answer in prepared.pairs()]
 
 
 class LayerTimes:
-    """Seconds of one layer for one token, at the best batch size."""
+    """Seconds of one layer for one token, and of the unembedding, at the best batch size."""
 
     @torch.no_grad()
     def __init__(self, prepared: Prepared, metric: str, context: int = 0) -> None:
@@ -464,6 +470,8 @@ class LayerTimes:
         prefill = {size: self._prefill(size) for size in sizes if size * len(self.segment) <= MOST_TOKENS or size == 1}
         self.prefill = min(prefill.values())
         self.batch_size = max(size for size, seconds in prefill.items() if seconds < 1.05 * self.prefill)
+        vocabulary = self.decoder.unembedding.weight.shape[0]
+        self.unembedding = min(self._unembedding(size) for size in sizes if size * vocabulary <= MOST_LOGITS)
         self.decode = 0.0
         if context:
             self.decode = min(self._decode(size, context) for size in sizes if size * context <= MOST_CACHED)
@@ -471,6 +479,10 @@ class LayerTimes:
     def _prefill(self, rows: int) -> float:
         batch = self.decoder.collate([self.segment] * rows)
         return self._seconds(self._calls(lambda: self.decoder.run(batch)), lambda: None) / batch.mask.numel()
+
+    def _unembedding(self, rows: int) -> float:
+        hidden = torch.randn(rows, self.segment.embeds.shape[1])
+        return self._seconds([lambda: self.decoder.logits(hidden)], lambda: None) / rows
 
     def _decode(self, rows: int, context: int) -> float:
         before = self.decoder.continuation(self.segment, torch.zeros(context, dtype=torch.long))
@@ -509,7 +521,7 @@ class LayerTimes:
         return calls
 
     def _seconds(self, calls: Sequence[Callable[[], object]], before: Callable[[], None]) -> float:
-        """Of one layer: the median of three rounds through all of them, so that weights come from memory as they do."""
+        """Of one call: the median of three rounds through all of them, so that weights come from memory as they do."""
         seconds = []
         for _ in range(3):
             before()
@@ -523,13 +535,13 @@ class LayerTimes:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows for people, as Markdown."""
     lines = [
-        "| model | metric | mode | speedup | limit's speedup | over limit | unembedding | bank | n | batch | ours, s |",
+        "| model | metric | mode | speedup | limit's speedup | over limit | over layers | bank | n | batch | ours, s |",
         "|---|---|---|---|---|---|---|---|---:|---:|---:|",
     ]
     for row in rows:
         cells = [
             f"{row[name]:.2f} ({row[name + '_min']:.2f}–{row[name + '_max']:.2f})"
-            for name in ("speedup", "limit_speedup", "over_limit", "unembedding")
+            for name in ("speedup", "limit_speedup", "over_limit", "over_layers")
         ]
         error = max(row["score_error"], row["importance_error"])
         bank = f"{'yes' if row['same_bank'] else 'NO'} ({error:.0e})"

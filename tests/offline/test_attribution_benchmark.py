@@ -31,8 +31,9 @@ def test_rows() -> None:
         assert row["same_bank"]
         assert row["score_error"] < 1e-4
         assert row["importance_error"] < 1e-4
-        for name in ("speedup", "limit_speedup", "over_limit"):
+        for name in ("speedup", "limit_speedup", "over_limit", "over_layers"):
             assert 0 < row[f"{name}_min"] <= row[name] <= row[f"{name}_max"]
+        assert row["over_limit"] < row["over_layers"]
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("smollm2", 15), ("llava", 256)])
