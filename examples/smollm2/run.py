@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from hones_offline.comparison import compare
+from hones_offline.evaluate import score
 from hones_offline.examples import load_jsonl
 from hones_offline.finding import METHODS, STAGES, CompareSettings
 from hones_offline.fit import FitSettings
@@ -33,14 +34,19 @@ MAX_NEW_TOKENS = 8  # no answer has more than 6, and the line ends after it
 BATCH = 32
 
 
-def encode(model: Any, tokenizer: Any, task: str, limit: int | None) -> dict[str, Prepared]:
-    """Every split of a task; with `limit` dev and test are random draws of that size."""
+def encode(model: Any, tokenizer: Any, task: str, limit: int | None, *, known: bool) -> dict[str, Prepared]:
+    """Every split of a task, the `known` facts or all; with `limit` dev and test are random draws of that size."""
 
     def split(name: str) -> Prepared:
         examples = load_jsonl(DATA / name / f"{task}.jsonl").examples
         order = np.random.default_rng(0).permutation(len(examples))  # the files are in the order of the alphabet
-        kept = order if name == "discovery" else order[:limit]
-        return prepare(model, tokenizer, JsonlTask(task, "exact_match", MAX_NEW_TOKENS), [examples[i] for i in kept])
+        every = prepare(model, tokenizer, JsonlTask(task, "exact_match", MAX_NEW_TOKENS), [examples[i] for i in order])
+        if known:
+            right = score(every, batch_size=BATCH).statistics[:, 0] == 1
+            every = every.only(np.flatnonzero(right).tolist())
+            if not len(every):
+                raise SystemExit(f"the model answers none of the {name} facts of {task} right; leave --known out")
+        return every.first(None if name == "discovery" else limit)
 
     return {name: split(name) for name in SPLITS}
 
@@ -110,6 +116,7 @@ def main() -> None:
     parser.add_argument("--learned-seeds", type=int, metavar="N", help="steer the first N seeds (default: all)")
     parser.add_argument("--lr", type=float, default=0.02, help="learning rate of the factors (default: %(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="use N examples of dev and test only")
+    parser.add_argument("--known", action="store_true", help="use only facts that the untouched model answers right")
     args = parser.parse_args()
     settings = CompareSettings(
         methods=args.methods,
@@ -129,7 +136,7 @@ def main() -> None:
     model, tokenizer = load_model(args.model)
     tasks = {}
     for task in args.tasks:
-        encoded = encode(model, tokenizer, task, args.limit)
+        encoded = encode(model, tokenizer, task, args.limit, known=args.known)
         tasks[task] = Splits(**encoded, run_path=args.out / "work" / task, batch_size=BATCH)
     title = "Cloze tasks on SmolLM2-135M"
     summary = compare(

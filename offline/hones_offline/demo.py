@@ -136,7 +136,7 @@ def _encoded(model: Any, processor: Any, name: str, counts: Mapping[str, int]) -
 
 def _splits(path: Path, parts: Mapping[str, Prepared], on: int | None = None) -> Splits:
     """A task's examples with a run folder; with `on` at most so many test examples."""
-    test = parts["test"].first(on or len(parts["test"]))
+    test = parts["test"].first(on)
     return Splits(parts["discovery"], parts["dev"], test, path, batch_size=BATCH)
 
 

@@ -159,13 +159,8 @@ def usable_everywhere(prepared: Prepared, max_failures: float, processes: Proces
             f"task {prepared.task.name!r}: {failed} of {total} examples cannot be used by every process, more than "
             f"max_failures={max_failures:g} allows; the first is {name!r}: {reason}"
         )
-    kept = [i for i, example in enumerate(prepared.examples) if example.id not in failures]
-    return replace(
-        prepared,
-        examples=tuple(prepared.examples[i] for i in kept),
-        encoded=tuple(prepared.encoded[i] for i in kept),
-        failures=failures,
-    )
+    kept = prepared.only(i for i, example in enumerate(prepared.examples) if example.id not in failures)
+    return replace(kept, failures=failures)
 
 
 def open_run(path: str | Path | None, settings: Mapping[str, Any], processes: Processes) -> RunFolder | None:

@@ -6,7 +6,7 @@ are taken once, of every example that may be drawn; importances are steps of the
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -144,7 +144,7 @@ class Finder:
 
     def __init__(self, tasks: Mapping[str, Splits], settings: CompareSettings, *, progress: bool = False) -> None:
         self.tasks, self.settings, self.progress = tasks, settings, progress
-        self.pools = {task: s.discovery.first(settings.pool or len(s.discovery)) for task, s in tasks.items()}
+        self.pools = {task: s.discovery.first(settings.pool) for task, s in tasks.items()}
         for task, pool in self.pools.items():
             if settings.seeds > 1 and len(pool) <= settings.attribution_examples:
                 raise DataError(
@@ -162,12 +162,7 @@ class Finder:
 
     def examples(self, task: str, seed: int) -> Prepared:
         """The examples that a seed draws."""
-        pool, chosen = self.pools[task], self.drawn(task, seed)
-        return replace(
-            pool,
-            examples=tuple(pool.examples[i] for i in chosen),
-            encoded=tuple(pool.encoded[i] for i in chosen),
-        )
+        return self.pools[task].only(self.drawn(task, seed))
 
     def _statistics(self, task: str, metric: HeadMetric) -> tuple[FloatArray, FloatArray]:
         """`head_statistics` of the whole pool."""

@@ -44,9 +44,16 @@ class Prepared:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def first(self, count: int) -> "Prepared":
-        """The first `count` examples only."""
-        return replace(self, examples=self.examples[:count], encoded=self.encoded[:count])
+    def only(self, numbers: Iterable[int]) -> "Prepared":
+        """The examples of these numbers only, in this order."""
+        kept = list(numbers)
+        return replace(
+            self, examples=tuple(self.examples[i] for i in kept), encoded=tuple(self.encoded[i] for i in kept)
+        )
+
+    def first(self, count: int | None) -> "Prepared":
+        """The first `count` examples only; all with None."""
+        return self.only(range(len(self))[:count])
 
     def answer_ids(self, text: str) -> Tensor:
         """Token ids [n] of an answer as the model would write it, with the end token."""

@@ -1,5 +1,6 @@
 """The cloze tasks of examples/smollm2: well formed, right by rule where a rule exists, disjoint; and its run script."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -10,7 +11,11 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+from hones_offline.evaluate import score
 from hones_offline.examples import Example, load_jsonl
+from hones_offline.models import load_model
+from hones_offline.prompts import prepare
+from hones_offline.tasks import JsonlTask
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -135,6 +140,43 @@ def test_french_is_spelled_with_french_letters() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- the run script
+
+
+def test_known_facts_are_those_that_the_model_answers_right(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = importlib.import_module("examples.smollm2.run")
+    loaded, tokenizer = load_model(str(model))
+    prompts = ["one", "two", "three", "four", "five", "six"]
+    written = score(
+        prepare(
+            loaded,
+            tokenizer,
+            JsonlTask("sums", "exact_match", script.MAX_NEW_TOKENS),
+            [Example(prompt, prompt, ("?",), None) for prompt in prompts],
+        ),
+        batch_size=2,
+    ).outputs
+    for split in SPLITS:
+        (tmp_path / split).mkdir()
+        rows = [
+            {"id": prompt, "prompt": prompt, "targets": [str(text) if prompt in ("two", "five", "six") else "?"]}
+            for prompt, text in zip(prompts, written, strict=True)
+        ]
+        (tmp_path / split / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(script, "DATA", tmp_path)
+    splits = script.encode(loaded, tokenizer, "sums", 2, known=True)
+    assert {example.id for example in splits["discovery"].examples} == {"two", "five", "six"}
+    assert len(splits["dev"]) == len(splits["test"]) == 2
+    assert score(splits["test"], batch_size=2).value == 1
+    assert len(script.encode(loaded, tokenizer, "sums", None, known=False)["test"]) == 6
+
+
+def test_a_model_that_knows_nothing_has_no_known_facts(model: Path, tmp_path: Path) -> None:
+    command = ["examples.smollm2.run", "--model", model, "--out", tmp_path / "run", "--known"]
+    done = subprocess.run([sys.executable, "-m", *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.endswith("the model answers none of the discovery facts of capitals right; leave --known out\n")
 
 
 def run(module: str, *arguments: object) -> str:
