@@ -89,7 +89,9 @@ def check_rounded_model(folder: Path, profiles: Path, reference: Reference, **op
     steered = [reference_logprobs(reference, p, e) for p, e in zip(some, MIXED, strict=True)]
     noise = max(distance(mixed, alone), distance(prompt_logprobs(without), unsteered))
     assert distance(mixed, steered) <= 3 * noise
-    assert distance(unsteered, steered) > 10 * noise  # or the line above would say nothing
+    # Else an engine that does not steer, at most `noise` from unsteered, could pass the line above. CPUs without VNNI
+    # saturate in int8 products, so there is more noise on them: 0.68 of 2.95 on one with AVX2 alone.
+    assert distance(unsteered, steered) > 4 * noise
 
 
 def test_bfloat16(llama: Path, profiles: Path) -> None:
