@@ -64,11 +64,14 @@ def distance(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
     return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
 
 
-def check_rounded_model(folder: Path, profiles: Path, reference: Reference, **options: Any) -> None:
+def check_rounded_model(
+    folder: Path, profiles: Path, reference: Reference, *, effect: float = 10, **options: Any
+) -> None:
     """Unsteered requests are as without hones; steered ones are as far from transformers as those are.
 
     How far, is measured on the unsteered requests and on the same requests alone and in a batch. Steering enlarges
-    errors as it enlarges activations, for which there is a factor of 3.
+    errors as it enlarges activations, for which there is a factor of 3. Steering must move answers by `effect` times
+    the noise: below 4 an engine that does not steer, at most the noise from unsteered, could pass.
     """
     some = [words(40, seed=i) for i in range(len(MIXED))]
     measured = {"max_tokens": 1, "prompt_logprobs": 0}
@@ -89,9 +92,7 @@ def check_rounded_model(folder: Path, profiles: Path, reference: Reference, **op
     steered = [reference_logprobs(reference, p, e) for p, e in zip(some, MIXED, strict=True)]
     noise = max(distance(mixed, alone), distance(prompt_logprobs(without), unsteered))
     assert distance(mixed, steered) <= 3 * noise
-    # Else an engine that does not steer, at most `noise` from unsteered, could pass the line above. CPUs without VNNI
-    # saturate in int8 products, so there is more noise on them: 0.68 of 2.95 on one with AVX2 alone.
-    assert distance(unsteered, steered) > 4 * noise
+    assert distance(unsteered, steered) > effect * noise
 
 
 def test_bfloat16(llama: Path, profiles: Path) -> None:
@@ -102,7 +103,8 @@ def test_bfloat16(llama: Path, profiles: Path) -> None:
 def test_int8_weights_and_activations(llama: Path, profiles: Path, tmp_path: Path) -> None:
     write_int8(llama, tmp_path / "int8")
     reference = Reference(AutoModelForCausalLM.from_pretrained(tmp_path / "int8"), profiles)
-    check_rounded_model(tmp_path / "int8", profiles, reference)
+    # vLLM's int8 product is noisier on some CPUs: 0.68 where steering moves 2.95, on one with AVX2 alone.
+    check_rounded_model(tmp_path / "int8", profiles, reference, effect=4)
 
 
 def write_int8(llama: Path, folder: Path) -> None:
