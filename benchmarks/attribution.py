@@ -255,9 +255,9 @@ def measure(case: Case, metric: str, modes: Sequence[str], rounds: int) -> list[
             needed[mode] = least(prepared, work)
         plain.append(twin.score_heads(number, rounds))
         times = LayerTimes(prepared, metric, needed[modes[0]].context)
-        for mode, work_left in needed.items():
-            layers[mode].append(work_left.prefill * times.prefill + work_left.decode * times.decode)
-            limit[mode].append(layers[mode][-1] + work_left.unembedded * times.unembedding)
+        for mode, minimum in needed.items():
+            layers[mode].append(minimum.prefill * times.prefill + minimum.decode * times.decode)
+            limit[mode].append(layers[mode][-1] + minimum.unembedded * times.unembedding)
     scores, score_error = twin.compared(found["exact"].head_scores)
     importance, seconds = twin.importance(scores, case.top_heads)
     plain = [scoring + seconds for scoring in plain]
