@@ -10,6 +10,7 @@ with steering.tasks(["vqa", "ocr@0.5", None]):  # one per row of the batch
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -19,10 +20,11 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 
+from hones_steer._blocks import Routing, block_of, carry, innermost
 from hones_steer._folding import Folded
 from hones_steer._selftest import Verification, self_test
 from hones_steer.errors import ProfileError, RoutingError, StateError
-from hones_steer.injection import Injection, Routing
+from hones_steer.injection import Injection
 from hones_steer.layout import Layout, find_layout, unwrap
 from hones_steer.profile import ModelIdentity, Profile, StrPath, is_task_name, load_profile
 from hones_steer.slots import SlotPool
@@ -30,6 +32,8 @@ from hones_steer.store import ProfileStore, combine, parse_expression
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
 
 
 def steer(
@@ -77,14 +81,17 @@ class Steering:
         self._identity = ModelIdentity.from_model(inner)
         self._allow_mismatch = allow_mismatch
         self._profiles = {name: self._checked(name, source) for name, source in _sources(profiles).items()}
-        self._current: ContextVar[Routing | None] = ContextVar("hones_steer_routing", default=None)
+        self._key = object()  # tells this steering's blocks, without keeping it in memory
         self._generating: ContextVar[bool] = ContextVar("hones_steer_generating", default=False)
         self._open: list[Routing] = []
         self._folded: Folded | None = None
-        injection = Injection(inner, layout, max_profiles + 1, self._current.get, self._generating.get)
+        injection = Injection(inner, layout, max_profiles + 1, self._routing, self._generating.get)
         pool = SlotPool(injection.tables, max_profiles)
-        self._attached: _Attached | None = _Attached(inner, layout, injection, pool, _own_generate(inner))
-        self._wrap_generate(inner, injection)
+        methods = _InstanceMethods(inner)
+        methods.wrap("generate", lambda generate: self._generate(generate, injection))
+        for name in _CONTINUOUS_BATCHING:
+            methods.wrap(name, self._refused_inside_a_block)
+        self._attached: _Attached | None = _Attached(inner, layout, injection, pool, methods)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -128,17 +135,17 @@ class Steering:
             thread.join()
         ```
         """
-        routing = self._current.get()
-
-        @functools.wraps(function)
-        def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-            token = self._current.set(routing)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self._current.reset(token)
-
-        return wrapped
+        for is_suspended in (
+            inspect.isgeneratorfunction,
+            inspect.iscoroutinefunction,
+            inspect.isasyncgenfunction,
+        ):
+            if is_suspended(function):
+                raise RoutingError(
+                    f"wrap() carries the task through one call, and {getattr(function, '__qualname__', function)} goes on "
+                    "after its call has returned (a generator or coroutine); write `with steering.task(...)` inside it"
+                )
+        return carry(function, innermost())
 
     def load(self, name: str, profile: Profile | StrPath) -> None:
         """Add a profile, or replace the one of this name; blocks already entered keep what they had.
@@ -208,6 +215,7 @@ class Steering:
         return (
             attached is not None
             and unwrap(model) is attached.model
+            and attached.injection.replaced() is None
             and all(attached.injection.is_attached_to(layer.down_proj) for layer in attached.layout.layers)
         )
 
@@ -223,7 +231,7 @@ class Steering:
             if self._folded is not None:
                 self.unfold()
             attached.injection.detach()
-            attached.restore_generate()
+            attached.methods.restore()
             self._attached = None
 
     def __enter__(self) -> Steering:
@@ -243,10 +251,10 @@ class Steering:
             self._require_unfolded("task()")
             profiles = [self._resolve(text) for text in texts]
             slots = attached.pool.acquire(profiles)
-            routing = Routing(texts, slots, per_row)
+            routing = Routing(self._key, texts, slots, per_row)
             self._open.append(routing)
-        outer = self._current.get()
-        token = self._current.set(routing)
+        outer = self._routing()
+        routing.open()
         try:
             yield
             if routing.steers and not routing.forwards:
@@ -255,15 +263,18 @@ class Steering:
                     "steering.wrap(function) and join it inside the block"
                 )
         finally:
-            self._current.reset(token)
-            injection.release()
+            routing.close()
+            injection.release_block(routing)
             with injection.lock:
-                routing.closed = True
                 self._open.remove(routing)
                 attached.pool.release(profiles)
                 injection.rest()
             if outer is not None:
                 outer.forwards += routing.forwards
+
+    def _routing(self) -> Routing | None:
+        """What the innermost block that the calling code is inside asks for."""
+        return block_of(self._key)
 
     def _resolve(self, text: str) -> Profile | None:
         return combine(parse_expression(text), self._lookup, allow_mismatch=self._allow_mismatch)
@@ -281,15 +292,12 @@ class Steering:
         profile.base_model.check(self._identity, allow_mismatch=self._allow_mismatch)
         return profile
 
-    def _wrap_generate(self, model: nn.Module, injection: Injection) -> None:
-        """Let `generate` compare its prompts with the tasks before beams make their number ambiguous."""
-        generate = getattr(model, "generate", None)
-        if generate is None:
-            return
+    def _generate(self, generate: Callable[P, R], injection: Injection) -> Callable[P, R]:
+        """`generate`, comparing its prompts with the tasks before beams make their number ambiguous."""
 
         @functools.wraps(generate)
-        def steered_generate(*args: Any, **kwargs: Any) -> Any:
-            routing = self._current.get()
+        def steered_generate(*args: P.args, **kwargs: P.kwargs) -> R:
+            routing = self._routing()
             if routing is not None and routing.per_row:
                 routing.require_prompts(_num_prompts(args, kwargs))
             token = self._generating.set(True)
@@ -301,7 +309,22 @@ class Steering:
             finally:
                 self._generating.reset(token)
 
-        model.__dict__["generate"] = steered_generate
+        return steered_generate
+
+    def _refused_inside_a_block(self, batching: Callable[P, R]) -> Callable[P, R]:
+        """One of the model's methods for continuous batching, which packs rows and records CUDA graphs of them."""
+
+        @functools.wraps(batching)
+        def unsteered(*args: P.args, **kwargs: P.kwargs) -> R:
+            routing = self._routing()
+            if routing is not None and routing.steers:
+                raise RoutingError(
+                    f"{batching.__name__}() packs the rows of several requests into one, which {routing} cannot tell "
+                    "apart; use generate()"
+                )
+            return batching(*args, **kwargs)
+
+        return unsteered
 
     def _require_attached(self) -> _Attached:
         if self._attached is None:
@@ -325,17 +348,28 @@ class _Attached:
     layout: Layout
     injection: Injection
     pool: SlotPool
-    own_generate: Callable[..., Any] | None
-
-    def restore_generate(self) -> None:
-        self.model.__dict__.pop("generate", None)
-        if self.own_generate is not None:
-            self.model.__dict__["generate"] = self.own_generate
+    methods: _InstanceMethods
 
 
-def _own_generate(model: nn.Module) -> Callable[..., Any] | None:
-    """A `generate` that somebody has put on the instance, to be put back."""
-    return model.__dict__.get("generate")
+class _InstanceMethods:
+    """Methods put on one model, and what somebody else had put there before, to be put back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._before: dict[str, Callable[..., Any] | None] = {}
+
+    def wrap(self, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Put the wrapped method on the model, if it has the method."""
+        if (method := getattr(self._model, name, None)) is not None:
+            self._before[name] = self._model.__dict__.get(name)
+            self._model.__dict__[name] = wrapper(method)
+
+    def restore(self) -> None:
+        """Leave the model with the methods that it had."""
+        for name, before in self._before.items():
+            del self._model.__dict__[name]
+            if before is not None:
+                self._model.__dict__[name] = before
 
 
 def _sources(
