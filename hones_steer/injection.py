@@ -302,7 +302,7 @@ class _ForwardsWithGradients:
         number = -1 if node is None else node._sequence_nr()
         found = [forward for forward in self._forwards if forward.made(number)]
         for forward in found:
-            if forward.routing is not None and forward.routing.closed:
+            if forward.routing is not None and forward.routing.closed and forward.routing.steers:
                 raise StateError(
                     f"backward() recomputes a forward of {forward.routing}, whose block was left; with gradient "
                     "checkpointing call backward() inside the block"

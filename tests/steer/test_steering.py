@@ -1,6 +1,7 @@
 """What a user of `steer` relies on: rows are steered as their profiles say, and the rest is untouched."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 import gc
 import pickle
 import weakref
@@ -513,6 +514,60 @@ class TestGradients:
             loss.backward()
         for one, other in zip(plain, [p.grad for p in model.parameters() if p.grad is not None], strict=True):
             torch.testing.assert_close(one, other)
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_losses_steered_differently_go_back_together(self, model, reentrant):
+        """What a checkpointed forward was steered with travels with it."""
+        steering, _ = steered(model)
+        inputs = text_inputs()
+
+        def gradients():
+            model.zero_grad()
+            losses = []
+            with steering.task("b"):
+                losses.append(model(**inputs, labels=inputs["input_ids"]).loss)
+                with steering.tasks(ROWS):
+                    losses.append(model(**inputs, labels=inputs["input_ids"]).loss)
+                    with steering.task("none"):
+                        losses.append(model(**inputs, labels=inputs["input_ids"]).loss)
+                    losses.append(0.5 * model(**inputs, labels=inputs["input_ids"]).loss)
+                    with steering.task("a"):
+                        losses.append(model(**inputs, labels=inputs["input_ids"]).loss)
+                        sum(losses).backward()
+            return [parameter.grad.clone() for parameter in model.parameters()]
+
+        plain = gradients()
+        model.train()
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        for one, other in zip(plain, gradients(), strict=True):
+            torch.testing.assert_close(one, other)
+
+    def test_several_threads_forwards_of_one_backward_are_right_or_refused(self, model):
+        steering, _ = steered(model)
+        inputs = text_inputs()
+        model.train()
+        model.gradient_checkpointing_enable()
+
+        def loss(task):
+            with steering.task(task):
+                yield model(**inputs, labels=inputs["input_ids"]).loss
+                yield None
+
+        with ThreadPoolExecutor(2) as pool:
+            streams = [loss("a"), loss("b")]
+            losses = [pool.submit(next, stream).result() for stream in streams]
+            try:
+                sum(losses).backward()
+            except StateError as error:
+                assert "cannot be told for which forward" in str(error)
+            else:
+                found = [p.grad.clone() for p in model.parameters()]
+                model.gradient_checkpointing_disable()
+                model.zero_grad()
+                sum(next(loss(task)) for task in ("a", "b")).backward()
+                for one, other in zip(found, [p.grad for p in model.parameters()], strict=True):
+                    torch.testing.assert_close(one, other)
 
     def test_backward_outside_the_block_is_refused_when_it_recomputes(self, model):
         steering, _ = steered(model)
