@@ -67,7 +67,9 @@ def export(argv: Sequence[str]) -> int:
         allow_mismatch=options.allow_mismatch,
     )
     rank = max(done.ranks.values())
-    how = f"truncated, off by up to {done.error:.2%} of a layer's change" if done.error else "exact"
+    how = f"truncated, off by up to {done.error:.2%} of a layer's change"
+    if not done.truncated:
+        how = f"exact but for rounding, off by up to {done.error:.1g} of a layer's change"
     return _exported(options, {**result, "rank": rank, "error": done.error}, f"as a LoRA of rank {rank}, {how}")
 
 

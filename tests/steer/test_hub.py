@@ -385,7 +385,7 @@ except OSError:
 
 
 def heed_permissions():
-    """Before an exec: root is held to permissions like anybody else (no CAP_DAC_OVERRIDE), where it may ask for that."""
+    """Before an exec: give up CAP_DAC_OVERRIDE, where that may be done, for which root is above permissions."""
     ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
 
 
