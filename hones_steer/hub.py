@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import tempfile
 import warnings
@@ -151,7 +152,7 @@ def local_folder(spec: str) -> Path:
         raise DataError(f"{spec!r} names no repository; write hub:ORG/NAME or hub:ORG/NAME@REVISION")
     pulled = pull_profiles(match["repo"], revision=match["revision"])
     folder = Path(constants.HF_HOME, "hones-steer", pulled.repo.replace("/", "--"), pulled.commit)
-    if not folder.is_dir():
+    if not os.access(folder, os.R_OK | os.X_OK):
         folder = _copied(pulled, folder)
     store = ProfileStore(folder)
     for task in sorted({*pulled.profiles, *store.names()}):
@@ -160,7 +161,7 @@ def local_folder(spec: str) -> Path:
             what = "was added"
         elif not file.exists():
             what = "was deleted"
-        elif store.get(task) != pulled.profiles[task]:
+        elif file.read_bytes() != serialize_profile(pulled.profiles[task]):
             what = "was changed"
         else:
             continue
@@ -172,8 +173,8 @@ def _copied(pulled: Pulled, folder: Path) -> Path:
     """Write the profiles into `folder`, or into a temporary one where that cannot be written; return which."""
     try:
         _copy(pulled, folder)
-    except DataError as error:
-        if folder.is_dir():  # another server has made it meanwhile
+    except (DataError, OSError) as error:
+        if os.access(folder, os.R_OK | os.X_OK):  # another server has made it meanwhile
             return folder
         try:
             folder = Path(tempfile.mkdtemp(prefix="hones-"), pulled.commit)
@@ -300,7 +301,9 @@ def _hub_errors(what: str) -> Iterator[None]:
     except errors.GatedRepoError as error:
         raise DataError(f"{what}: access must be granted on its page first; ask there, then hf auth login") from error
     except errors.RevisionNotFoundError as error:
-        raise DataError(f"{what}: there is no such branch, tag or commit") from error
+        raise DataError(
+            f"{what}: there is no such branch, tag or commit (of which the Hub wants all 40 letters)"
+        ) from error
     except errors.RepositoryNotFoundError as error:
         raise DataError(f"{what}: there is no such repository, or it is private; see hf auth login") from error
     except errors.HFValidationError as error:

@@ -342,9 +342,11 @@ def test_a_folder_to_serve_from():
     ("change", "what"),
     [
         (lambda folder: save_profile(make("vqa", {1: {0: 9.0}}), folder / "vqa.safetensors"), r"vqa\..* was changed"),
+        (lambda folder: (folder / "vqa.safetensors").write_bytes(b""), r"vqa\..* was changed"),
         (lambda folder: (folder / "ocr.safetensors").unlink(), r"ocr\..* was deleted"),
         (lambda folder: save_profile(make("cap"), folder / "cap.safetensors"), r"cap\..* was added"),
     ],
+    ids=["changed", "emptied", "deleted", "added"],
 )
 def test_a_copy_that_is_no_longer_the_repositorys_says_what_to_do(change, what):
     spec = f"hub:{REPO}@{push_profile([vqa(), ocr()], REPO)}"
@@ -367,6 +369,8 @@ except OSError:
     folders = [local_folder(f"hub:{repo}@{revision}") for revision in (commit, "main")]
     constants.HF_HUB_OFFLINE = True
     folders += [local_folder(f"hub:{repo}@{revision}") for revision in (commit[:7], "main")]
+    constants.HF_HOME = os.path.join(constants.HF_HOME, "locked", "home")
+    folders.append(local_folder(f"hub:{repo}@{commit}"))
     tempfile.tempdir = os.environ["HF_HOME"]
     try:
         local_folder(f"hub:{repo}@{commit}")
@@ -395,9 +399,10 @@ def test_what_is_cached_is_served_from_a_home_that_cannot_be_written(hub, tmp_pa
     pull_profiles(REPO)
     hub.repos[REPO].commit({**hub.repos[REPO].files(), "vqa.safetensors": b"new"}, "next")
     home = tmp_path / "home"
-    (tmp_path / "tmp").mkdir()
+    for folder in (tmp_path / "tmp", home / "locked"):
+        folder.mkdir()
     for folder in (home, *(path for path in home.rglob("*") if path.is_dir())):
-        folder.chmod(0o555)
+        folder.chmod(0o000 if folder.name == "locked" else 0o555)
     env = {
         **os.environ,
         "HF_ENDPOINT": hub.url,
@@ -414,7 +419,7 @@ def test_what_is_cached_is_served_from_a_home_that_cannot_be_written(hub, tmp_pa
     if not done.stdout:
         pytest.skip("this user may write to read-only folders (root that cannot give up CAP_DAC_OVERRIDE)")
     found = json.loads(done.stdout)
-    assert found["names"] == [["ocr", "vqa"]] * 4
+    assert found["names"] == [["ocr", "vqa"]] * 5
     assert all(Path(folder).is_relative_to(tmp_path / "tmp") for folder in found["folders"])
     assert ProfileStore(found["folders"][0]).get("vqa") == vqa()
     assert re.search(r"no temporary folder .* set HF_HOME or TMPDIR .* `hones pull org/profiles --out", found["reason"])
