@@ -217,7 +217,8 @@ merge_into(load_profile(profile), base, out)
 def merge_with_files_up_to(limit, profile, base, out, how):
     save_profile(profile, out.parent / "profile.safetensors")
     arguments = [str(out.parent / "profile.safetensors"), str(base), str(out), str(limit), how]
-    return subprocess.run([sys.executable, "-c", MERGE, *arguments], capture_output=True, text=True)
+    # -B: the limit is for the files of the merge, not for what Python caches.
+    return subprocess.run([sys.executable, "-B", "-c", MERGE, *arguments], capture_output=True, text=True)
 
 
 @pytest.fixture
