@@ -144,7 +144,7 @@ def pull(argv: Sequence[str]) -> int:
         "Download profiles from a repository of the Hugging Face Hub, check them against its digests, and write\n"
         "FOLDER/<task>.safetensors for each. Only a commit as revision always gives the same profiles.",
         "hones pull my-org/llava-profiles --out profiles\n"
-        "  hones pull my-org/llava-profiles --task vqa --revision 3f1c0de --out .",
+        "  hones pull my-org/llava-profiles --task vqa --revision COMMIT --out .",
     )
     add = parser.add_argument
     add("repo", metavar="REPO", help="ORG/NAME")
