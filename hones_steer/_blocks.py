@@ -16,7 +16,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import FrameType
@@ -127,9 +127,7 @@ def carry(function: Callable[P, R], routing: Routing | None) -> Callable[P, R]:
     return carrying
 
 
-def _carried(
-    function: Callable[..., R], routing: Routing | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> R:
+def _carried(function: Callable[..., R], routing: Routing | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
     token = _current.set(routing)
     try:
         return function(*args, **kwargs)
@@ -163,23 +161,26 @@ def _carry_into_threads() -> None:
     Before Python 3.14 (and after it, unless `-X thread_inherit_context` says so) a new thread knows nothing of its
     parent's context, and nothing else tells it from a thread that has nothing to do with the block.
     """
-    start, submit = threading.Thread.start, ThreadPoolExecutor.submit
+    threads: Any = threading.Thread
+    pools: Any = ThreadPoolExecutor
+    start, submit = threads.start, pools.submit
 
     @functools.wraps(start)
-    def start_carrying(thread: threading.Thread) -> None:
+    def start_carrying(thread: Any) -> None:
         routing = None if getattr(_submitting, "now", False) else innermost()
         if routing is None:
-            return start(thread)
+            start(thread)
+            return
         run = thread.run
-        thread.run = carry(run, routing)  # type: ignore[method-assign]
+        thread.run = carry(run, routing)
         try:
-            return start(thread)
+            start(thread)
         except BaseException:
-            thread.run = run  # type: ignore[method-assign]
+            thread.run = run
             raise
 
     @functools.wraps(submit)
-    def submit_carrying(pool: ThreadPoolExecutor, function: Callable[..., R], /, *args: Any, **kwargs: Any) -> Future[R]:
+    def submit_carrying(pool: ThreadPoolExecutor, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         routing = innermost()
         _submitting.now = True
         try:
@@ -187,5 +188,4 @@ def _carry_into_threads() -> None:
         finally:
             _submitting.now = False
 
-    threading.Thread.start = start_carrying  # type: ignore[method-assign]
-    ThreadPoolExecutor.submit = submit_carrying  # type: ignore[method-assign]
+    threads.start, pools.submit = start_carrying, submit_carrying

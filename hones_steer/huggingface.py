@@ -135,16 +135,12 @@ class Steering:
             thread.join()
         ```
         """
-        for is_suspended in (
-            inspect.isgeneratorfunction,
-            inspect.iscoroutinefunction,
-            inspect.isasyncgenfunction,
-        ):
-            if is_suspended(function):
-                raise RoutingError(
-                    f"wrap() carries the task through one call, and {getattr(function, '__qualname__', function)} goes on "
-                    "after its call has returned (a generator or coroutine); write `with steering.task(...)` inside it"
-                )
+        kinds = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+        if any(is_kind(function) for is_kind in kinds):
+            raise RoutingError(
+                f"wrap() carries the task through one call, and {function.__name__} goes on after its call has "
+                "returned (a generator or coroutine); write `with steering.task(...)` inside it"
+            )
         return carry(function, innermost())
 
     def load(self, name: str, profile: Profile | StrPath) -> None:

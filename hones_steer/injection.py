@@ -127,7 +127,7 @@ class Injection:
                 hook = LayerHook(self, layer.name, table, self._rows[device])
                 self._layer_hooks.append(hook)
                 self._handles.append(layer.down_proj.register_forward_pre_hook(hook))
-                self._handles.append(layer.module.register_forward_hook(_GuardHook(hook)))
+                self._handles.append(layer.module.register_forward_hook(GuardHook(hook)))
         except BaseException:
             self.detach()
             raise
@@ -282,7 +282,7 @@ class _ForwardsWithGradients:
     def begin(self, routing: Routing | None, slots: tuple[int, ...]) -> None:
         self.latest_slots = slots
         self._any_steered |= slots != (IDENTITY,)
-        thread, node = threading.get_ident(), torch.autograd._get_sequence_nr()
+        thread, node = threading.get_ident(), _next_node()
         latest = self._forwards[-1] if self._forwards else None
         if latest is not None and latest.continues(thread, routing, slots, node):
             latest.end = None
@@ -291,7 +291,7 @@ class _ForwardsWithGradients:
 
     def end(self) -> None:
         if self._forwards and (latest := self._forwards[-1]).end is None:
-            latest.end = torch.autograd._get_sequence_nr()
+            latest.end = _next_node()
 
     def slots_of_recomputation(self, layer: str) -> tuple[int, ...]:
         """The slots of the rows of the forward that the calling backward() recomputes.
@@ -318,6 +318,12 @@ class _ForwardsWithGradients:
         )
 
 
+def _next_node() -> int:
+    """The number of the next autograd node that this thread makes."""
+    number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    return number
+
+
 @dataclass
 class _ForwardWithGradients:
     """One forward, or several alike in a row, and the numbers of the nodes made: from `start` to below `end`."""
@@ -341,7 +347,7 @@ _never_compiled: Callable[[_Function], _Function] = torch.compiler.disable
 
 
 def _never_compiled_alone(function: _Function) -> _Function:
-    """Let Dynamo trace a hook as part of a larger program only: by itself, as a compiled module's hook, it runs as is."""
+    """Let Dynamo trace a hook as part of a larger program only; a hook of the compiled module itself runs as it is."""
     torch._dynamo.eval_frame.skip_code(function.__code__)
     return function
 
@@ -424,7 +430,7 @@ class LayerHook(_Hook):
         return (scale(rows, s).view(z.shape), *args[1:])
 
 
-class _GuardHook(_Hook):
+class GuardHook(_Hook):
     """Notices, after a decoder layer has run, that its down-projection was not called.
 
     Compiled, what it notices is a constant, which the code sets again whenever it runs.
@@ -445,7 +451,7 @@ def refuse_recording() -> None:
     """Raise StateError while a program is recorded: it would be steered for ever as it is now, or never."""
     if torch.compiler.is_exporting():
         recorder = "torch.export"
-    elif torch.jit.is_tracing():
+    elif torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         recorder = "torch.jit.trace"
     elif torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         recorder = "a CUDA graph"

@@ -37,7 +37,12 @@ class Fused(nn.Module):
 
     def __init__(self, mlp):
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
+            mlp.gate_proj,
+            mlp.up_proj,
+            mlp.down_proj,
+            mlp.act_fn,
+        )
 
     def forward(self, x):
         return F.linear(self.act_fn(self.gate_proj(x)) * self.up_proj(x), self.down_proj.weight)
@@ -214,12 +219,16 @@ class TestRecordedPrograms:
     @pytest.mark.parametrize("strict", [False, True])
     def test_export_is_refused(self, model, strict):
         steering = attach(model)
-        for part in (model, model.model, model.model.layers[0].mlp):
-            inputs = () if part is not model.model.layers[0].mlp else (torch.randn(4, 7, 32),)
-            kwargs = IDS if part is not model.model.layers[0].mlp else {}
+        ffn = model.model.layers[0].mlp
+        refused = pytest.raises(Exception, match=r"torch\.export cannot record a steered model")
+        for part, args, kwargs in (
+            (model, (), IDS),
+            (model.model, (), IDS),
+            (ffn, (torch.randn(4, 7, 32),), {}),
+        ):
             for task in ("a", "none"):
-                with pytest.raises(Exception, match=r"torch\.export cannot record a steered model"), steering.task(task):
-                    torch.export.export(part, inputs, kwargs, strict=strict)
+                with refused, steering.task(task):
+                    torch.export.export(part, args, kwargs, strict=strict)
         steering.detach()
         torch.export.export(model, (), IDS, strict=False)
 

@@ -1,10 +1,10 @@
 """What a user of `steer` relies on: rows are steered as their profiles say, and the rest is untouched."""
 
 import copy
-from concurrent.futures import ThreadPoolExecutor
 import gc
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny_models
@@ -543,31 +543,24 @@ class TestGradients:
         for one, other in zip(plain, gradients(), strict=True):
             torch.testing.assert_close(one, other)
 
-    def test_several_threads_forwards_of_one_backward_are_right_or_refused(self, model):
+    def test_forwards_of_two_threads_that_cannot_be_told_apart_are_refused(self, model):
+        """Autograd numbers its nodes thread by thread."""
         steering, _ = steered(model)
         inputs = text_inputs()
         model.train()
         model.gradient_checkpointing_enable()
 
-        def loss(task):
+        def forward(task):
             with steering.task(task):
                 yield model(**inputs, labels=inputs["input_ids"]).loss
-                yield None
 
-        with ThreadPoolExecutor(2) as pool:
-            streams = [loss("a"), loss("b")]
-            losses = [pool.submit(next, stream).result() for stream in streams]
-            try:
-                sum(losses).backward()
-            except StateError as error:
-                assert "cannot be told for which forward" in str(error)
-            else:
-                found = [p.grad.clone() for p in model.parameters()]
-                model.gradient_checkpointing_disable()
-                model.zero_grad()
-                sum(next(loss(task)) for task in ("a", "b")).backward()
-                for one, other in zip(found, [p.grad for p in model.parameters()], strict=True):
-                    torch.testing.assert_close(one, other)
+        streams = [forward("a"), forward("b")]
+        losses = []
+        for stream in streams:
+            with ThreadPoolExecutor(1) as pool:
+                losses.append(pool.submit(next, stream).result())
+        with pytest.raises(StateError, match="cannot be told for which forward"):
+            sum(losses).backward()
 
     def test_backward_outside_the_block_is_refused_when_it_recomputes(self, model):
         steering, _ = steered(model)
