@@ -289,7 +289,8 @@ def _down_projection_by_shape(name: str, layer: nn.Module, model_type: str) -> n
 
     In a plain FFN the way up looks the same the other way round, so only wide FFNs (I > hidden) count.
     """
-    found, others = [], []
+    found: list[nn.Module] = []
+    others: list[str] = []
     for path, parent in layer.named_modules():
         linears = {
             child: shape
@@ -300,12 +301,15 @@ def _down_projection_by_shape(name: str, layer: nn.Module, model_type: str) -> n
             up = [shape for shape in linears.values() if shape in ((hidden, width), (hidden, 2 * width))]
             if width > hidden and up:
                 alone = len(linears) == 1 + len(up) and len(up) <= 2 and not _has_other_weights(parent, parent is layer)
-                (found if alone else others).append((f"{path} ({type(parent).__name__})".lstrip(), down))
+                if alone:
+                    found.append(down)
+                else:
+                    others.append(f"{path} ({type(parent).__name__})".lstrip())
     if len(found) == 1:
-        return found[0][1]
+        return found[0]
     what = f"{name} ({type(layer).__name__}) has no recognised FFN"
     if others and not found:
-        what += f", and its {others[0][0]} is none: it holds more weights than an FFN's (as state-space mixers do)"
+        what += f", and its {others[0]} is none: it holds more weights than an FFN's (as state-space mixers do)"
     raise _unrecognised(model_type, what)
 
 
