@@ -193,17 +193,19 @@ class Steering:
             self._folded.unfold()
             self._folded = None
 
-    def verify(self) -> Verification:
+    def verify(self, **inputs: Any) -> Verification:
         """Test on the live model that every profile scales exactly its neurons, in its own row only.
 
-        Runs a few tokens through the model. The report's `lines()` are for people.
+        Runs a few tokens through the model, or the given `inputs` of exactly two rows (a processor's, for a model
+        that does not run on text alone). The report's `lines()` are for people; layers that these inputs do not
+        reach are named there, not verified.
 
         Raises:
-            StateError: naming what is off, or that the model is folded or in training mode.
+            StateError: naming what is off, or that the model is folded, in training mode or needs `inputs`.
         """
         attached = self._require_attached()
         self._require_unfolded("verify()")
-        return self_test(attached.model, attached.layout, attached.injection, self._profiles, self.tasks)
+        return self_test(attached.model, attached.layout, attached.injection, self._profiles, self.tasks, inputs)
 
     def is_attached_to(self, model: nn.Module) -> bool:
         """Whether this steers `model` itself: false for another load of the same weights, and once detached."""
