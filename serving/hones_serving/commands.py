@@ -76,7 +76,7 @@ examples:
 def serve(argv: Sequence[str]) -> int:
     """``hones serve MODEL --profiles DIR ...``: start a server whose requests are steered. Returns only by raising."""
     arguments, environment = launch(argv, os.environ, installed_plugins())
-    _check_address(argv)
+    check_address(argv)
     sys.stdout.flush()
     os.execve(arguments[0], arguments, environment)
 
@@ -173,9 +173,8 @@ def _parser() -> argparse.ArgumentParser:
         "--shutdown_timeout",
         metavar="SECONDS",
         type=_seconds,
-        default=transformers_server.SHUTDOWN_SECONDS,
         help="how long answers that run may still take after SIGTERM or Ctrl-C before they are cut off (default: "
-        f"{transformers_server.SHUTDOWN_SECONDS})",
+        f"{transformers_server.SHUTDOWN_SECONDS}; with vLLM, as vllm serve: 0, at once)",
     )
     # With underscores too, as vLLM reads them: a key must not slip through to its command line.
     names = ("--served-model-name", "--served_model_name")
@@ -243,8 +242,8 @@ def check(model: str, settings: Settings) -> None:
         load_plan(settings.routing, profiles)
 
 
-def _check_address(argv: Sequence[str]) -> None:
-    """Find out whether a server could listen. Raises DataError if not."""
+def check_address(argv: Sequence[str]) -> None:
+    """Find out whether the server could listen where `argv` says. Raises DataError if not."""
     options, rest = _parse(argv)
     if not any(argument.partition("=")[0] == "--uds" for argument in rest):  # vLLM: a file instead of a port
         listening.close(listening.bind(options.host or listening.HOST, options.port or listening.PORT))

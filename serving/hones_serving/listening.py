@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from typing import Any
 
 from hones_steer.errors import DataError
 
@@ -49,7 +50,8 @@ def listen(sockets: list[socket.socket]) -> None:
         try:
             one.listen(_BACKLOG)
         except OSError as error:
-            raise _refused(*one.getsockname()[:2], error) from error
+            host, port = one.getsockname()[:2]
+            raise _refused(host, port, error) from error
 
 
 def close(sockets: list[socket.socket]) -> None:
@@ -63,7 +65,7 @@ def _refused(host: str, port: int, error: OSError) -> DataError:
     return DataError(f"cannot listen on {where}: {error.strerror}; name another one with --port, or end what has it")
 
 
-def _bound(family: int, kind: int, protocol: int, address: object) -> socket.socket:
+def _bound(family: int, kind: int, protocol: int, address: tuple[Any, ...]) -> socket.socket:
     one = socket.socket(family, kind, protocol)
     try:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that has just ended does not count
