@@ -352,6 +352,7 @@ async def test_a_whole_answer_that_is_cut_off_is_an_error(llama: Path, profiles:
 
 HANGING = """
 import time
+from fastapi import FastAPI
 from hones_serving import listening
 from hones_serving.transformers_server import stopping, turns
 
