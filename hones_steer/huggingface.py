@@ -102,13 +102,15 @@ class Steering:
         """Within the block, every row of every forward is steered by an expression such as "vqa@0.5+ocr".
 
         "none" and None switch steering off; of nested blocks the inner one counts. The task belongs to the
-        calling context: a new thread starts without one (see `wrap`), so leaving the block without a forward
-        raises. With gradient checkpointing, call backward() inside the block and before a forward of another task.
+        calling context and to what is started inside the block: threads, jobs of a ThreadPoolExecutor, asyncio's
+        tasks. A generator may go on with its block in another context. With gradient checkpointing, call backward()
+        inside the block.
 
         Raises:
             RoutingError: an unknown task, a malformed expression, more different profiles at once than
                 `max_profiles`, or no forward ran inside the block.
-            StateError: detached, or folded.
+            StateError: detached, or folded; and from a forward inside the block, if a layer ran without its
+                down-projection being called, or a part of the model was replaced after `steer`.
         """
         return self._routed([expression], per_row=False)
 
@@ -125,15 +127,16 @@ class Steering:
         return self._routed(list(expressions), per_row=True)
 
     def wrap(self, function: Callable[P, R]) -> Callable[P, R]:
-        """The function, carrying the present task along into another thread.
+        """The function, carrying the present block along to where it is called: a thread that runs already.
 
         ```python
         with steering.task("vqa"):
-            thread = Thread(target=steering.wrap(model.generate), kwargs={**inputs, "streamer": streamer})
-            thread.start()
+            jobs.put(steering.wrap(model.generate))  # a queue, whose worker calls it before the block is left
             ...
-            thread.join()
         ```
+
+        Raises:
+            RoutingError: a generator function or coroutine function, which runs after its call has returned.
         """
         kinds = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
         if any(is_kind(function) for is_kind in kinds):
@@ -172,8 +175,8 @@ class Steering:
 
         Raises:
             RoutingError: an unknown task or a malformed expression.
-            StateError: a task is active, something is folded already, or a weight cannot be changed in place
-                (quantised, offloaded, sharded, shared, or under a PEFT adapter).
+            StateError: a task is active, something is folded already, a weight cannot be changed in place
+                (quantised, offloaded, sharded, shared, or under a PEFT adapter), or would be beyond its dtype.
         """
         attached = self._require_attached()
         with attached.injection.lock:
@@ -208,7 +211,10 @@ class Steering:
         return self_test(attached.model, attached.layout, attached.injection, self._profiles, self.tasks, inputs)
 
     def is_attached_to(self, model: nn.Module) -> bool:
-        """Whether this steers `model` itself: false for another load of the same weights, and once detached."""
+        """Whether this steers `model` itself: false for another load of the same weights, and once detached.
+
+        False, too, where an FFN, or what it is part of, was replaced after `steer`.
+        """
         attached = self._attached
         return (
             attached is not None
@@ -257,8 +263,8 @@ class Steering:
             yield
             if routing.steers and not routing.forwards:
                 raise RoutingError(
-                    f"no forward of the model ran inside {routing}; if another thread runs it, start it with "
-                    "steering.wrap(function) and join it inside the block"
+                    f"no forward of the model ran inside {routing}; if a thread that was there before runs it, give it "
+                    "steering.wrap(function), and wait for it inside the block"
                 )
         finally:
             routing.close()
