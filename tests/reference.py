@@ -197,7 +197,9 @@ def activations(model, processor, task, examples):
 def write_ins(model, processor, task, examples, units):
     """c_{l,i} = z_i·⟨W_down[:,i], u_y⟩ at the first prompt's last token (2.2) of every example, one [L, I] each."""
     layers = find_layout(model).layers
-    weights = [layer.down_proj.weight.T if is_transposed(layer.down_proj) else layer.down_proj.weight for layer in layers]
+    weights = [
+        layer.down_proj.weight.T if is_transposed(layer.down_proj) else layer.down_proj.weight for layer in layers
+    ]
     every = [activation(model, processor, example, task.prompts(example)[0]) for example in examples]
     return [z * torch.stack([unit @ w for w in weights]) for z, unit in zip(every, units, strict=True)]
 

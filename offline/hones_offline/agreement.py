@@ -6,6 +6,7 @@ a few tokens after a prompt, one prompt at a time; and the decoder, in each of t
 wherever some would be read.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from hones_offline.decoding import Rows, Segment, TextDecoder
 from hones_steer.errors import LayoutError
+from hones_steer.layout import unwrap
 
 _TOKENS = 3  # of an answer; a longer one costs forwards and tells no more
 
@@ -53,10 +55,11 @@ def check_agreement(decoder: TextDecoder, samples: Sequence[Sample]) -> None:
 
 def _written(decoder: TextDecoder, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """What the model itself writes after a prompt: `_TOKENS` token ids, and the logits of each [tokens, vocabulary]."""
+    taken = inspect.signature(unwrap(decoder.model).forward).parameters  # a tokenizer may give more
     plain: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True}
     plain |= dict.fromkeys(("temperature", "top_p", "top_k"))  # transformers warns of any beside do_sample=False
     out = decoder.model.generate(
-        **inputs,
+        **{name: value for name, value in inputs.items() if name in taken},
         **plain,
         min_new_tokens=_TOKENS,
         max_new_tokens=_TOKENS,
@@ -85,7 +88,7 @@ def _compare(decoder: TextDecoder, how: str, found: Tensor, expected: Tensor) ->
     tolerance = 1e-3 if decoder.embedding.weight.dtype == torch.float32 else 5e-2
     if not difference <= tolerance * float(expected.abs().max()):
         raise LayoutError(
-            f"{decoder.layout.model_type}: its text decoder {how} gives other logits than the whole model writing "
-            f"(by {difference:.3g}), as one does whose tokens attend to later tokens (a bidirectional prefix) or to "
-            "padding; steering this model works, attributing, learning and evaluating on it do not"
+            f"{decoder.layout.model_type}: its text decoder {how} gives other logits than the whole model that writes "
+            f"token by token (by {difference:.3g}), as where tokens attend to later ones (a bidirectional prefix) or "
+            "to padding; steering this model works, attributing, learning and evaluating on it do not"
         )

@@ -2,8 +2,8 @@
 
 All look where the write-in looks: at z, the input of the down-projection, at a prompt's last token; and give float32
 [L, I], more important is higher. The write-in is of each example's first prompt, the others are of each (prompt,
-answer) pair that is learned. z is what masking and steering act on and what every architecture has. In a gated FFN it is act(gate(x))·up(x), so that z > 0 is not what LAPE calls an active neuron,
-act(gate(x)) > 0.
+answer) pair that is learned. z is what masking and steering act on and what every architecture has. In a gated FFN it
+is act(gate(x))·up(x), so that z > 0 is not what LAPE calls an active neuron, act(gate(x)) > 0.
 """
 
 from collections.abc import Callable, Mapping

@@ -126,9 +126,10 @@ def mean_write_in(
     memory_gb: float = 4.0,
     processes: Processes = ALONE,
 ) -> FloatArray:
-    """Mean over examples of c_{l,i} = z_i·⟨W_down[:,i], u_y⟩ at the first prompt's last token: float64 [1 + heads, L, I].
+    """Mean over examples of c_{l,i} = z_i·⟨W_down[:,i], u_y⟩ at the first prompt's last token.
 
-    First with every head in place, then with each of `heads` replaced. Each of `processes` runs some of the batches.
+    That is float64 [1 + heads, L, I], first with every head in place, then with each of `heads` replaced. Each of
+    `processes` runs some of the batches.
     """
     options: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb, "processes": processes}
     return _means(WriteIn, prepared, directions, heads, **options)

@@ -232,7 +232,10 @@ def _model_inputs(decoder: TextDecoder, processor: Any, image: Image.Image | Non
 
 
 def _refuse_unknown_arguments(decoder: TextDecoder, call: dict[str, Any]) -> None:
-    """A decoder that is handed more than embeddings, positions and a plain mask cannot be run from those alone."""
+    """A decoder that is handed more than embeddings, positions and a plain mask cannot be run from those alone.
+
+    A mask of its own says that tokens attend to later ones, of an image or of the whole prompt.
+    """
     mask = call.pop("attention_mask", None)
     more = [
         name
@@ -240,7 +243,7 @@ def _refuse_unknown_arguments(decoder: TextDecoder, call: dict[str, Any]) -> Non
         if name not in _IGNORED and isinstance(value, Tensor | list | tuple | dict) and len(value) > 0
     ]
     if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.dim() != 2):
-        more.append("attention_mask")
+        more.append("an attention mask of its own")
     if more:
         raise LayoutError(
             f"{decoder.layout.model_type}: its text decoder also takes {', '.join(sorted(more))}, which attribution "

@@ -221,7 +221,13 @@ class _Recorder:
 
 def _parent(layer: DecoderLayer, part: nn.Module | None) -> nn.Module:
     """The layer's attention or FFN, of which `part` is the output projection, or the layer itself if it has it."""
-    return next(m for m in layer.module.modules() if any(child is part for child in m.children()))
+    parents = (m for m in layer.module.modules() if any(child is part for child in m.children()))
+    if (parent := next(parents, None)) is None:
+        raise LayoutError(
+            f"{layer.name}: its {type(part).__name__} was taken out of the model after the examples were encoded; "
+            "change the model first"
+        )
+    return parent
 
 
 @contextmanager
@@ -229,7 +235,7 @@ def last_ffn_at(layout: Layout, columns: Tensor | None) -> Iterator[None]:
     """Within the block, the last layer's FFN runs at these columns of each row only, [rows, n]; elsewhere it adds 0.
 
     Positions are looked at by later layers' attention only, so what the last one writes elsewhere serves nothing. An
-    FFN that is not a module called with hidden states [rows, T, hidden] alone runs everywhere, as with `columns` None.
+    FFN that is not a module called with states [rows, T, ...] alone runs everywhere, as with `columns` None.
     """
     layer = layout.layers[-1]
     ffn = _parent(layer, layer.down_proj)
@@ -246,7 +252,9 @@ def last_ffn_at(layout: Layout, columns: Tensor | None) -> Iterator[None]:
         return args if whole is None else (whole[at],), kwargs
 
     def widen(_module: nn.Module, _args: tuple[Any, ...], written: Tensor) -> Tensor:
-        return written if whole is None else torch.zeros_like(whole).index_put(at, written)
+        if whole is None:
+            return written
+        return written.new_zeros(*whole.shape[:2], written.shape[-1]).index_put(at, written)
 
     with ExitStack() as stack:
         stack.callback(ffn.register_forward_pre_hook(narrow, with_kwargs=True).remove)
