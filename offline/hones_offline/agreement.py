@@ -75,17 +75,14 @@ def _rows_of_different_lengths(
     prompts: Sequence[Segment], written: Sequence[tuple[Tensor, Tensor]]
 ) -> tuple[list[Segment], list[Tensor], list[Tensor]]:
     """The first prompt with its whole answer beside the last (or itself) with as much of its own as leaves padding."""
-    (first, (answer, own)), (last, (other, others)) = (
-        (prompts[0], written[0]),
-        (prompts[-1], written[-1]),
-    )
+    (first, (answer, own)), (last, (other, others)) = (prompts[0], written[0]), (prompts[-1], written[-1])
     kept = next(n for n in (_TOKENS - 1, _TOKENS - 2) if len(first) + _TOKENS != len(last) + n)
     return [first, last], [answer, other[:kept]], [own, others[:kept]]
 
 
 def _compare(decoder: TextDecoder, how: str, found: Tensor, expected: Tensor) -> None:
     difference = float((found - expected.to(found.device)).abs().max())
-    tolerance = 1e-3 if decoder.embedding.weight.dtype == torch.float32 else 5e-2
+    tolerance = 1e-3 if next(decoder.embedding.parameters()).dtype == torch.float32 else 5e-2
     if not difference <= tolerance * float(expected.abs().max()):
         raise LayoutError(
             f"{decoder.layout.model_type}: its text decoder {how} gives other logits than the whole model that writes "

@@ -58,6 +58,7 @@ def _hooked(
     Raises LayoutError, naming the layer, when a forward of the decoder ends that has passed one of the modules by.
     """
     hooks = list(hooks)
+    modules = [(layer, module) for layer, module, _ in hooks]
     shape: Shape = (0, 0)
     called: set[int] = set()
 
@@ -69,7 +70,7 @@ def _hooked(
         called.clear()
 
     def leave(*_: object) -> None:
-        for layer, module, _ in hooks:
+        for layer, module in modules:
             if id(module) not in called:
                 raise LayoutError(
                     f"{layer.name}: its {type(module).__name__} was not called in a forward of the decoder, so that "
@@ -98,7 +99,7 @@ def _by_row(x: Tensor, rows: int, layer: DecoderLayer) -> Tensor:
     if x.dim() == 3 and len(x) == rows:
         return x
     if x.dim() == 2 and len(x) % rows == 0:
-        return x.unflatten(0, (rows, -1))
+        return x.view(rows, -1, x.shape[-1])
     raise LayoutError(
         f"{layer.name}: a module of it got an input of shape {list(x.shape)} in a forward of {rows} rows, which cannot "
         "be told apart there; steering this model may work, attributing on it does not"
@@ -319,7 +320,8 @@ def replaced_heads(layout: Layout, heads: Sequence[Head]) -> Iterator[None]:
             own = slices[rows, :, chosen].float()
             total = slices.sum(-2, dtype=torch.float32)[rows]
             slices[rows, :, chosen] = ((total - own) / (count - 1)).to(x.dtype)
-            return slices.reshape(x.shape)
+            joined: Tensor = slices.reshape(x.shape)
+            return joined
 
         return replace
 
