@@ -99,7 +99,7 @@ def _by_row(x: Tensor, rows: int, layer: DecoderLayer) -> Tensor:
     if x.dim() == 3 and len(x) == rows:
         return x
     if x.dim() == 2 and len(x) % rows == 0:
-        return x.view(rows, -1, x.shape[-1])
+        return x.reshape(rows, -1, x.shape[-1])
     raise LayoutError(
         f"{layer.name}: a module of it got an input of shape {list(x.shape)} in a forward of {rows} rows, which cannot "
         "be told apart there; steering this model may work, attributing on it does not"
