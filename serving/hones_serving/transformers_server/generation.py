@@ -19,6 +19,7 @@ from transformers.cli.serving.utils import GenerateManager, GenerationState
 
 from hones_serving.metrics import Metrics
 from hones_serving.registry import Admission
+from hones_serving.unsteered import generating
 from hones_steer.errors import StateError
 from hones_steer.huggingface import Steering
 from hones_steer.profile import Profile
@@ -68,6 +69,7 @@ class SteeredGeneration(GenerateManager):
     def _steered(self, model: Any) -> Any:
         if not self._steering.is_attached_to(model):
             raise StateError("the model was loaded anew, without its steering; restart the server")
+        generating()
         return SteeredModel(model, self._steering, ADMISSION.get(), self._metrics)
 
 
