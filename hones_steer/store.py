@@ -147,8 +147,8 @@ def known_tasks(name: str, tasks: Collection[str], listing: str) -> str:
         return f"known tasks: {', '.join(tasks) or 'none yet'}"
     nearest = _nearest(name, tasks)
     if not nearest:
-        return f"none of the {len(tasks):,} known tasks has a similar name; {listing} lists them"
-    return f"nearest of the {len(tasks):,} known tasks: {', '.join(nearest)}; {listing} lists them"
+        return f"none of the {len(tasks):,} known tasks has a similar name; for all see {listing}"
+    return f"nearest of the {len(tasks):,} known tasks: {', '.join(nearest)}; for all see {listing}"
 
 
 def _nearest(name: str, tasks: Collection[str]) -> list[str]:
