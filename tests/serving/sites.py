@@ -26,6 +26,13 @@ TEXTS = [Question(" ".join(scene.captions[:3])) for scene in SCENES]
 Form = tuple[list[Question], dict[str, Any]]
 FORMS: tuple[Form, ...] = ((PICTURES, {}), (TEXTS, {}), (PICTURES, {"stream": True}), (TEXTS, {"stream": True}))
 
+# Requests by routes that cannot be steered: a path and a body.
+Elsewhere = Sequence[tuple[str, dict[str, Any]]]
+_HELLO = [{"role": "user", "content": "A red cat"}]
+RESPONSES: Elsewhere = [
+    ("/v1/responses", {"input": "A red cat", "max_output_tokens": 2, "stream": stream}) for stream in (False, True)
+]
+
 # A command without --host and --port, and the variables to add to the environment.
 Command = tuple[list[str], dict[str, str]]
 
@@ -37,6 +44,13 @@ class Vllm:
     no_end: Mapping[str, Any] = {"ignore_eos": True}  # in a request's body: end tokens end nothing
     # vLLM calls n > 1 at temperature 0 an error.
     forms: Sequence[Form] = (*FORMS, (PICTURES, {"n": 2, "temperature": 1, "extra_body": {"top_k": 1}}))
+    elsewhere: Elsewhere = (
+        *RESPONSES,
+        *(("/v1/messages", {"messages": _HELLO, "max_tokens": 2, "stream": stream}) for stream in (False, True)),
+        ("/v1/chat/completions/batch", {"messages": [_HELLO, _HELLO], "max_tokens": 2}),
+        ("/invocations", {"messages": _HELLO, "max_tokens": 2}),
+        ("/generative_scoring", {"query": "A", "items": ["red", "cat"], "label_token_ids": [5, 6]}),
+    )
 
     def serve(self, model: Path, here: Path, *options: str) -> Command:
         """A model with its name "tiny" and any options of `hones serve`; `here` is a folder for this server."""
@@ -68,6 +82,7 @@ class Transformers:
     at_once = 1
     no_end: Mapping[str, Any] = {}  # the model has no end token, see `serve`
     forms: Sequence[Form] = FORMS
+    elsewhere: Elsewhere = RESPONSES
 
     def serve(self, model: Path, here: Path, *options: str) -> Command:
         """As Vllm's."""
@@ -154,8 +169,8 @@ class Site:
         return (await scrape(self.server.url))[("hones_slots_used",)]
 
     async def admitted(self) -> float:
-        """How many requests have been admitted so far."""
-        return await self._total("hones_requests_total")
+        """How many requests are admitted and not yet answered to the end."""
+        return (await scrape(self.server.url))[("hones_requests_in_flight",)]
 
     async def tokens(self) -> float:
         """How many tokens have been generated so far."""

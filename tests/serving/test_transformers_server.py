@@ -126,7 +126,7 @@ async def test_clients_cannot_load_or_drop_models(text: httpx.AsyncClient, path:
 async def test_every_name_is_the_model(text: httpx.AsyncClient) -> None:
     listed = [model["id"] for model in (await text.get("/v1/models")).json()["data"]]
     assert listed == ["tiny", "also", *(f"{name}:{task}" for name in ("tiny", "also") for task in sorted(TASKS))]
-    for asked, named in (("also", "also"), ("also:vqa", "also"), (None, "tiny")):
+    for asked, named in (("also", "also"), ("also:vqa", "also:vqa"), (None, "tiny")):
         assert (await complete(text, model=asked)).json()["model"] == named
         assert (await chat(text, model=asked)).json()["model"] == named
     assert "'huge' does not exist" in said(await chat(text, model="huge"), 404)
