@@ -49,7 +49,6 @@ class Vllm:
         *(("/v1/messages", {"messages": _HELLO, "max_tokens": 2, "stream": stream}) for stream in (False, True)),
         ("/v1/chat/completions/batch", {"messages": [_HELLO, _HELLO], "max_tokens": 2}),
         ("/invocations", {"messages": _HELLO, "max_tokens": 2}),
-        ("/generative_scoring", {"query": "A", "items": ["red", "cat"], "label_token_ids": [5, 6]}),
     )
 
     def serve(self, model: Path, here: Path, *options: str) -> Command:

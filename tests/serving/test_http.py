@@ -635,6 +635,7 @@ async def test_routes_that_take_whole_sampling_parameters_cannot_be_steered(plai
         body = {"model": "tiny", "token_ids": [17, 42], "sampling_params": params}
         response = await plain.call("POST", "/inference/v1/generate", body)
         assert response.status_code == status, response.text
+        assert (response.headers.get("x-hones-route") == "path") == (status == 200)  # counts as any other that generates
         if status == 400:
             assert "hones_" in response.json()["error"]["message"]
 
