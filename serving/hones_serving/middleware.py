@@ -261,7 +261,7 @@ def _admit(
 def _decide(service: Service, facts: RequestFacts) -> Decision:
     """What steers this request. Names are checked where a client gave them, also while steering is switched off."""
     registry, served, exact = service.registry, service.served, service.exact()
-    if facts.model in exact and facts.model not in service.served:
+    if facts.model is not None and facts.model in exact:
         service.report_taken([facts.model])
     if facts.model is not None and (alias := split_alias(facts.model, served, exact)) is not None:
         expression = parse_expression(alias[1])

@@ -26,6 +26,8 @@ TEXTS = [Question(" ".join(scene.captions[:3])) for scene in SCENES]
 Form = tuple[list[Question], dict[str, Any]]
 FORMS: tuple[Form, ...] = ((PICTURES, {}), (TEXTS, {}), (PICTURES, {"stream": True}), (TEXTS, {"stream": True}))
 
+TAKEN = "tiny:cap@9"  # a model's name that would else be an alias
+
 # Requests by routes that cannot be steered: a path and a body.
 Elsewhere = Sequence[tuple[str, dict[str, Any]]]
 _HELLO = [{"role": "user", "content": "A red cat"}]
@@ -59,7 +61,7 @@ class Vllm:
         return command, ENVIRONMENT
 
     def serve_for_two(self, model: Path, profiles: Path, here: Path) -> Command:
-        """A model with its name "tiny" and room for two profiles at once, nothing more."""
+        """A model with its names "tiny" and `TAKEN` and room for two profiles at once, nothing more."""
         del here
         env = plain_env(profiles, VLLM_PLUGINS="hones", HONES_MAX_PROFILES="2")
         return [*api_server(model), "--enable-scale-out"], env
@@ -91,7 +93,7 @@ class Transformers:
     def serve_for_two(self, model: Path, profiles: Path, here: Path) -> Command:
         """As Vllm's."""
         return self.serve(
-            model, here, "--profiles", str(profiles), "--max-profiles", "2", "--served-model-name", "tiny"
+            model, here, "--profiles", str(profiles), "--max-profiles", "2", "--served-model-name", "tiny", TAKEN
         )
 
     @contextmanager
@@ -125,7 +127,17 @@ def _without_end(model: Path, folder: Path) -> Path:
 def api_server(model: Path) -> list[str]:
     """VLLM's own command."""
     module = "vllm.entrypoints.openai.api_server"
-    options = ["--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "8"]
+    options = [
+        "--served-model-name",
+        "tiny",
+        TAKEN,
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "256",
+        "--max-num-seqs",
+        "8",
+    ]
     return [sys.executable, "-m", module, "--model", str(model), *options]
 
 

@@ -26,7 +26,7 @@ import torch
 from serving.checkpoints import llama as make_llama
 from serving.engines import server
 from serving.http_helpers import NEW_TOKENS, Answer, Client, Question, Samples, ask, increase, scrape, until
-from serving.sites import ENGINES, PICTURES, TEXTS, Form, Site, Transformers, Vllm, api_server, plain_env
+from serving.sites import ENGINES, PICTURES, TAKEN, TEXTS, Form, Site, Transformers, Vllm, api_server, plain_env
 from serving.steered import Reference, write_profiles
 from tiny_models import random_profile
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
@@ -593,6 +593,12 @@ async def test_beyond_the_slots_429_until_there_is_room(plain: Site) -> None:
         await until(plain.slots_used, 0)
 
 
+async def test_a_model_named_like_an_alias_is_itself_and_the_log_says_so(plain: Site) -> None:
+    async with plain.client() as client:
+        plain.check(await ask(client, WORDS, model=TAKEN), WORDS, "none", "default")
+    assert f"{TAKEN!r} is the name of a model or LoRA adapter" in plain.server.log.read_text()
+
+
 async def test_nothing_can_be_changed_unless_it_was_allowed(plain: Site) -> None:
     assert [profile["name"] for profile in (await plain.call("GET", "/v1/hones/profiles")).json()["data"]] == [
         *("cap", "ocr", "vqa")
@@ -635,7 +641,9 @@ async def test_routes_that_take_whole_sampling_parameters_cannot_be_steered(plai
         body = {"model": "tiny", "token_ids": [17, 42], "sampling_params": params}
         response = await plain.call("POST", "/inference/v1/generate", body)
         assert response.status_code == status, response.text
-        assert (response.headers.get("x-hones-route") == "path") == (status == 200)  # counts as any other that generates
+        assert (response.headers.get("x-hones-route") == "path") == (
+            status == 200
+        )  # counts as any other that generates
         if status == 400:
             assert "hones_" in response.json()["error"]["message"]
 

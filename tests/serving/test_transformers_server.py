@@ -135,7 +135,9 @@ async def test_every_name_is_the_model(text: httpx.AsyncClient) -> None:
 
 async def test_responses_are_answered_unsteered(text: httpx.AsyncClient) -> None:
     asked = {"model": "tiny", "input": WORDS, "stream": False, "max_output_tokens": 8}
-    answer = (await text.post("/v1/responses", json=asked)).raise_for_status().json()
+    response = (await text.post("/v1/responses", json=asked)).raise_for_status()
+    assert (response.headers["x-hones-profile"], response.headers["x-hones-route"]) == ("none", "path")
+    answer = response.json()
     plain = (await chat(text)).json()
     assert answer["model"] == "tiny"
     assert answer["output"][0]["content"][0]["text"] == plain["choices"][0]["message"]["content"]

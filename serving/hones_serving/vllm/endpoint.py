@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
 from typing import Any
 
@@ -39,6 +40,9 @@ class Endpoint:
         settings = self._settings
         if settings is None:
             return
+        log = logging.getLogger("hones_serving")
+        if log.level == logging.NOTSET:  # a dependency of vLLM's sets the root logger to errors only
+            log.setLevel(logging.WARNING)
         if engine_client is None:
             raise StateError("a render server has no engine to steer; start it without HONES_PROFILES")
         identities = await engine_client.collective_rpc("hones_identity")
