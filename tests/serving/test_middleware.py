@@ -674,6 +674,7 @@ def test_whatever_json_can_be_read_can_be_written_again(client):
 def test_steering_on_another_route_is_400(client, body, kind):
     response = client.post("/v1/embeddings", content=json.dumps(body), headers={"content-type": kind})
     refused(response, 400, "only /v1/chat/completions and /v1/completions can be steered")
+    assert response.headers["x-hones-route"] == "path"
 
 
 def test_a_large_upload_is_refused_before_it_is_read(client):
