@@ -147,28 +147,34 @@ class HonesMiddleware:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        if scope["type"] != "http":
-            session = self._unsteered()
-            session.begin()
-            with session.handled():
+        # Of every request, also of those that never begin it: uvicorn runs a pipelined one in the context of another.
+        exchange = Exchange(lambda: self._service().metrics.requests("none", "path"))
+        with exchange.handled():
+            if scope["type"] == "http":
+                await self._answer(scope, receive, send, exchange)
+            else:
+                exchange.begin()
                 await self._app(scope, receive, send)
-            return
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, exchange: Exchange) -> None:
         try:
-            await self._handle(scope, receive, send)
+            await self._handle(scope, receive, send, exchange)
         except _Refused as refused:
             labels = _labels("none", refused.route)
             await _respond(_labelled(send, lambda _: labels), refused.status, refused.content)
         except _ClientLeft:
             pass
 
-    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle(self, scope: Scope, receive: Receive, send: Send, exchange: Exchange) -> None:
         method, path = scope["method"], _path(scope)
         if path in (_PROFILES, _STEERING) or path.startswith(_PROFILES + "/"):
             await _respond(send, 200, await _administer(self._service(), method, path, receive))
         elif method == "POST" and path in _COVERED:
             await self._complete(self._service(), _COVERED[path], scope, receive, send)
         elif method == "POST":
-            await self._pass(self._service(), scope, receive, send)
+            receive = await _checked_elsewhere(self._service(), scope, receive)
+            await self._app(scope, receive, _labelled(send, _unsteered_labels(exchange)))
+            self._service().report_taken(self._service().exact())  # it may have loaded a LoRA adapter
         elif method in ("GET", "HEAD") and path == _MODELS:
             await self._app(scope, receive, _with_aliases(self._service(), send))
         elif method in ("GET", "HEAD") and path == playground.PATH and self._service().playground:
@@ -208,25 +214,6 @@ class HonesMiddleware:
             await self._app(scope, receive, send)
         finally:
             service.registry.leave(admission)
-
-    async def _pass(self, service: Service, scope: Scope, receive: Receive, send: Send) -> None:
-        receive = await _checked_elsewhere(service, scope, receive)
-        exchange = self._unsteered()
-
-        def labels(start: Message) -> Labels:
-            if start["status"] >= _REFUSED_FROM:
-                return []
-            if _media_type(start) == _EVENTS:  # nothing else is streamed, and the engine may be asked only afterwards
-                exchange.generate()
-            exchange.begin()
-            return _labels("none", "path") if exchange.generates else []
-
-        with exchange.handled():
-            await self._app(scope, receive, _labelled(send, labels))
-        service.report_taken(service.exact())  # it may have loaded a LoRA adapter
-
-    def _unsteered(self) -> Exchange:
-        return Exchange(lambda: self._service().metrics.requests("none", "path"))
 
 
 # Completions ----------------------------------------------------------------------------------------------
@@ -337,6 +324,18 @@ async def _checked_elsewhere(service: Service, scope: Scope, receive: Receive) -
     if (named := _named(service, body, headers)) is not None:
         raise _Refused(400, f"only {' and '.join(_COVERED)} can be steered; leave out {named}", route="path")
     return receive
+
+
+def _unsteered_labels(exchange: Exchange) -> Callable[[Message], Labels]:
+    def labels(start: Message) -> Labels:
+        if start["status"] >= _REFUSED_FROM:
+            return []
+        if _media_type(start) == _EVENTS:  # nothing else is streamed, and the engine may be asked only afterwards
+            exchange.generate()
+        exchange.begin()
+        return _labels("none", "path") if exchange.generates else []
+
+    return labels
 
 
 def _named(service: Service, body: object, headers: Mapping[str, str]) -> str | None:

@@ -14,7 +14,10 @@ _exchange: ContextVar[Exchange | None] = ContextVar("hones_unsteered", default=N
 
 
 class Exchange:
-    """One request by another route: `count` is called once, when it generates and its answer has begun."""
+    """One request: `count` is called once, when it generates and its answer has begun (`begin`).
+
+    What is steered never begins it.
+    """
 
     def __init__(self, count: Callable[[], None]) -> None:
         self.generates = False

@@ -764,6 +764,31 @@ def test_a_session_that_generates_is_counted_once(engine):
     assert counts(engine) == {("none", "path"): 1}
 
 
+def test_what_is_steered_is_never_counted_as_unsteered(engine):
+    """Also in the context of a request that was not: as uvicorn runs those that came in one go."""
+    scope = {"type": "http", "method": "POST", "path": "/v1/other", "headers": []}
+    counted = []
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        if scope["path"] == "/v1/other":
+            await asyncio.create_task(steered({**scope, "path": CHAT}, receive, send))
+            counted.append(counts(engine))
+        else:
+            generating()
+        await send({"type": "http.response.body"})
+
+    async def receive():
+        return {"type": "http.request", "body": b'{"model": "m:vqa"}'}
+
+    async def send(_):
+        pass
+
+    steered = HonesMiddleware(app, lambda: engine.service)
+    asyncio.run(steered(scope, receive, send))
+    assert counted == [{("vqa", "alias"): 1}] == [counts(engine)]
+
+
 # Names of models that read like aliases
 
 
