@@ -27,7 +27,7 @@ from hones_steer._cards import card, describe_model, evidence_table, profiles_ta
 from hones_steer._folders import new_folder
 from hones_steer.errors import DataError, MismatchError, ProfileError
 from hones_steer.profile import Profile, file_sha256, is_task_name, load_profile, parse_json, serialize_profile
-from hones_steer.store import SUFFIX, ProfileStore
+from hones_steer.store import SUFFIX, ProfileStore, known_tasks
 
 MANIFEST, CARD = "hones_profiles.json", "README.md"
 MANIFEST_FORMAT = 1
@@ -126,7 +126,9 @@ def pull_profile(
     """
     pulled = pull_profiles(repo, None if task is None else [task], revision=revision, token=token)
     if len(pulled.profiles) > 1:
-        raise ProfileError(f"{repo}: has several profiles ({', '.join(pulled.profiles)}); name the task")
+        names = list(pulled.profiles)
+        some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        raise ProfileError(f"{repo}: has {len(names):,} profiles ({some}); name the task")
     return next(iter(pulled.profiles.values()))
 
 
@@ -207,7 +209,8 @@ def _pull(repo: str, revision: str | None, tasks: Sequence[str] | None, token: s
     listed = _read_manifest(repo, file)
     for task in tasks or ():
         if task not in listed:
-            raise ProfileError(f"{repo}: has no profile for the task {task!r}; it has {', '.join(listed)}")
+            known = known_tasks(task, listed, f"its {MANIFEST}")
+            raise ProfileError(f"{repo}: has no profile for the task {task!r}; {known}")
     wanted = [task for task in listed if tasks is None or task in tasks]
     profiles = {task: _checked(repo, commit, task, listed[task], token) for task in wanted}
     return Pulled(repo, commit, profiles, listed)

@@ -28,7 +28,7 @@ from hones_steer.injection import Injection
 from hones_steer.layout import Layout, find_layout, unwrap
 from hones_steer.profile import ModelIdentity, Profile, StrPath, is_task_name, load_profile
 from hones_steer.slots import SlotPool
-from hones_steer.store import ProfileStore, combine, parse_expression
+from hones_steer.store import ProfileStore, combine, known_tasks, parse_expression
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -285,8 +285,8 @@ class Steering:
 
     def _lookup(self, name: str) -> Profile:
         if name not in self._profiles:
-            known = ", ".join(self._profiles) or "none is loaded"
-            raise RoutingError(f"there is no profile for the task {name!r}; known tasks: {known}")
+            known = known_tasks(name, self._profiles, "Steering.names")
+            raise RoutingError(f"there is no profile for the task {name!r}; {known}")
         return self._profiles[name]
 
     def _checked(self, name: str, source: Profile | StrPath) -> Profile:

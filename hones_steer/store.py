@@ -6,9 +6,11 @@ most 10 in magnitude and may be negative; no white space; at most 256 characters
 
 from __future__ import annotations
 
+import difflib
+import heapq
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +21,10 @@ MAX_TERMS = 8
 MAX_EXPRESSION_LENGTH = 256
 MAX_STRENGTH = 10
 SUFFIX = ".safetensors"
+
+_ALL_LISTED = 8  # in an error: so many tasks are all named, of more the nearest few
+_NEAREST = 5
+_SIMILAR = 0.6  # of difflib's ratio
 
 _NUMBER = re.compile(r"(-?)(0|[1-9][0-9]?)(?:\.([0-9]{1,3}))?")
 
@@ -132,6 +138,35 @@ def combine(
         ) from error
 
 
+def known_tasks(name: str, tasks: Collection[str], listing: str) -> str:
+    """The end of an error about the unknown task `name`: all `tasks` where they are few, else those named most like it.
+
+    `listing` says what lists them all, such as "GET /v1/hones/profiles".
+    """
+    if len(tasks) <= _ALL_LISTED:
+        return f"known tasks: {', '.join(tasks) or 'none yet'}"
+    nearest = _nearest(name, tasks)
+    if not nearest:
+        return f"none of the {len(tasks):,} known tasks has a similar name; for all see {listing}"
+    return f"nearest of the {len(tasks):,} known tasks: {', '.join(nearest)}; for all see {listing}"
+
+
+def _nearest(name: str, tasks: Collection[str]) -> list[str]:
+    matcher = difflib.SequenceMatcher(b=name.lower())
+
+    def bound(task: str) -> float:
+        matcher.set_seq1(task.lower())
+        return matcher.quick_ratio()
+
+    def similarity(task: str) -> float:
+        matcher.set_seq1(task.lower())
+        return matcher.ratio()
+
+    # Similarities of 2,000 long names take a third of a second, during which a server would answer nobody.
+    candidates = heapq.nlargest(32, tasks, key=bound)
+    return [task for task in heapq.nlargest(_NEAREST, candidates, key=similarity) if similarity(task) >= _SIMILAR]
+
+
 class ProfileStore:
     """A folder with one file per task, ``<task>.safetensors``; the task inside must be the file's name.
 
@@ -161,7 +196,7 @@ class ProfileStore:
             ProfileError: the file is a symlink that leaves the store.
         """
         if not is_task_name(name):
-            raise RoutingError(f"{name!r} is not a task name{self._known()}")
+            raise RoutingError(f"{name!r} is not a task name; {self._known(name)}")
         root = os.path.realpath(self.folder)
         file = self.folder / (name + SUFFIX)
         path = os.path.realpath(file)
@@ -173,14 +208,14 @@ class ProfileStore:
         """The profile of a task, read anew when its file has changed.
 
         Raises:
-            RoutingError: no such task, listing the known ones.
+            RoutingError: no such task, naming the known ones, or the nearest of many.
             ProfileError: its file is broken, leaves the store, or holds another task.
         """
         path = self.path(name)
         try:
             status = path.stat()
         except FileNotFoundError as error:
-            raise RoutingError(f"there is no profile for the task {name!r}{self._known()}") from error
+            raise RoutingError(f"there is no profile for the task {name!r}; {self._known(name)}") from error
         except OSError as error:
             raise ProfileError(f"{path}: cannot be read: {error.strerror}") from error
         key = (status.st_mtime_ns, status.st_size, status.st_ino)
@@ -201,5 +236,5 @@ class ProfileStore:
         """
         return combine(parse_expression(expression), self.get)
 
-    def _known(self) -> str:
-        return f"; known tasks: {', '.join(self.names()) or 'none yet'}"
+    def _known(self, name: str) -> str:
+        return known_tasks(name, self.names(), f"the folder {self.folder}")

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import os
+
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
 from hones_serving.registry import ProfileRegistry
+from hones_steer.errors import DataError
 
 
 class Metrics:
-    """Counts what is steered how; the gauges are read off `registry` whenever somebody scrapes.
+    """Counts what is steered how; the gauges follow `registry`.
+
+    Where PROMETHEUS_MULTIPROC_DIR is set, values are files, which whoever answers a scrape reads.
 
     Raises:
+        DataError: PROMETHEUS_MULTIPROC_DIR names a folder that cannot be written to.
         ValueError: `collector` has these metrics already.
     """
 
     def __init__(self, registry: ProfileRegistry, collector: CollectorRegistry = REGISTRY) -> None:
+        self._registry = registry
         self._requests = Counter(
             "hones_requests_total",
-            "Requests admitted, by the task that steers them and by what decided so.",
+            "Requests whose answer has begun, by the task that steers them and by what decided so.",
             ["profile", "route"],
             registry=collector,
         )
@@ -30,13 +37,20 @@ class Metrics:
             ["result"],
             registry=collector,
         )
-        loaded = Gauge("hones_profiles_loaded", "Profiles that requests can name.", registry=collector)
-        loaded.set_function(lambda: len(registry.tasks()))
-        used = Gauge("hones_slots_used", "Different profiles in use at this moment.", registry=collector)
-        used.set_function(registry.slots_used)
+        self._loaded = _gauge("hones_profiles_loaded", "Profiles that requests can name.", collector)
+        self._slots = _gauge("hones_slots_used", "Different profiles in use at this moment.", collector)
+        self._in_flight = _gauge(
+            "hones_requests_in_flight", "Requests admitted and not yet answered to the end.", collector
+        )
+        registry.watch(self._follow)
+
+    def _follow(self) -> None:
+        self._loaded.set(self._registry.num_profiles())
+        self._slots.set(self._registry.slots_used())
+        self._in_flight.set(self._registry.in_flight())
 
     def requests(self, profile: str, route: str) -> None:
-        """Count a request that was admitted under the label `profile` by `route` (one of routing.ROUTES)."""
+        """Count a request, as its answer begins, under the label `profile` by `route` (one of routing.ROUTES)."""
         self._requests.labels(profile, route).inc()
 
     def tokens(self, profile: str, count: int) -> None:
@@ -46,3 +60,18 @@ class Metrics:
     def loads(self, result: str) -> None:
         """Count an attempt to load a profile: ``ok`` or ``error``."""
         self._loads.labels(result).inc()
+
+
+def _gauge(name: str, about: str, collector: CollectorRegistry) -> Gauge:
+    """A gauge that is set: in files there are no functions to call.
+
+    One process of a server has it. What files of earlier ones say, however those ended, is older and does not count.
+    """
+    try:
+        return Gauge(name, about, registry=collector, multiprocess_mode="livemostrecent")
+    except OSError as error:
+        folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+        raise DataError(
+            f"PROMETHEUS_MULTIPROC_DIR is {folder!r}, where metrics cannot be kept ({error.strerror}); "
+            "make the folder, empty, or unset the variable"
+        ) from error

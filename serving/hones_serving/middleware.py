@@ -3,7 +3,8 @@
 =====================================  ==============================================================
 ``POST /v1/chat/completions``,         read, decided, admitted, and handed on without what only we
 ``POST /v1/completions``               understand; the response says what steered it
-any other ``POST``                     400 if it names steering, else untouched
+any other ``POST``                     400 if it names steering, else untouched; where it generates, the
+                                       response says that nothing steered it
 ``GET /v1/models``                     the engine's list, with ``<model>:<task>`` for each profile
 ``GET /v1/hones/profiles``             the profiles
 ``POST /v1/hones/profiles``            load one: ``{"name": "vqa", "path": "vqa-v2.safetensors"}``
@@ -14,7 +15,8 @@ any other ``POST``                     400 if it names steering, else untouched
 
 What changes something is 403 unless the server was started with --allow-profile-updates. All of it acts when a
 request is admitted: what was admitted finishes as admitted. Everything else, and every byte of a request that neither
-names steering nor gets any, passes through as it is.
+names steering nor gets any, passes through as it is. Requests count once their answer begins: what an engine refuses
+was not steered.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, MutableMapping
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, TypeAlias
 
@@ -38,8 +41,10 @@ from hones_serving.routing import (
     decide,
     facts_of_chat,
     facts_of_completion,
+    joined,
     split_alias,
 )
+from hones_serving.unsteered import Exchange
 from hones_steer.errors import MismatchError, ProfileError, RoutingError
 from hones_steer.profile import Profile
 from hones_steer.store import parse_expression
@@ -50,23 +55,32 @@ Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 FactsOf: TypeAlias = Callable[[object, Mapping[str, str]], RequestFacts]  # from body and headers
+Labels: TypeAlias = list[tuple[bytes, bytes]]  # headers of a response
+Change: TypeAlias = Callable[[dict[str, Any]], bool]  # of a JSON object in place; whether there was one to make
 
 _COVERED: dict[str, FactsOf] = {"/v1/chat/completions": facts_of_chat, "/v1/completions": facts_of_completion}
 _MODELS = "/v1/models"
 _PROFILES = "/v1/hones/profiles"
 _STEERING = "/v1/hones/steering"
 
+_JSON, _EVENTS = "application/json", "text/event-stream"
+
 _PREFIX = "hones_"
 _TASK = "hones_task"
 _TASK_HEADER = "x-hones-task"
+
+_REFUSED_FROM = 400  # statuses
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Service:
     """What the middleware works with, once the engine is up.
 
-    `served` are the model's own names; `exact` also gives those of LoRA adapters, which may change. `stamp` writes
-    the admission of a steered request into its body, where the engine will find it.
+    `served` are the model's own names; `exact` also gives those of LoRA adapters, which may change: one that reads
+    like an alias is logged, once. `stamp` writes the admission of a steered request into its body, where the engine
+    will find it.
     """
 
     registry: ProfileRegistry
@@ -77,6 +91,29 @@ class Service:
     allow_updates: bool
     playground: bool
     stamp: Callable[[dict[str, Any], Admission], None]
+    _reported: set[str] = field(default_factory=set, init=False)
+
+    def __post_init__(self) -> None:
+        self.report_taken(self.exact())
+
+    def report_taken(self, names: Iterable[str]) -> None:
+        """Log which of these names of models and LoRA adapters are also aliases, which therefore steer nothing."""
+        for name in set(names) - self._reported:
+            alias = split_alias(name, [each for each in self.served if each != name], ())
+            if alias is not None and self._is_known(alias[1]):
+                self._reported.add(name)
+                logger.warning(
+                    "%r is the name of a model or LoRA adapter, so it does not ask for %r steered with %r: "
+                    "rename the adapter, or name the task in hones_task or X-Hones-Task",
+                    *(name, *alias),
+                )
+
+    def _is_known(self, text: str) -> bool:
+        try:
+            self.registry.require_known(parse_expression(text))
+        except RoutingError:
+            return False
+        return True
 
 
 class _Refused(Exception):  # noqa: N818 -- an answer, not a failure
@@ -107,24 +144,37 @@ class HonesMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection; lifespan and websockets pass through."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
+        # Of every request, also of those that never begin it: uvicorn runs a pipelined one in the context of another.
+        exchange = Exchange(lambda: self._service().metrics.requests("none", "path"))
+        with exchange.handled():
+            if scope["type"] == "http":
+                await self._answer(scope, receive, send, exchange)
+            else:
+                exchange.begin()
+                await self._app(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, exchange: Exchange) -> None:
         try:
-            await self._handle(scope, receive, send)
+            await self._handle(scope, receive, send, exchange)
         except _Refused as refused:
-            await _respond(_labelled(send, "none", refused.route), refused.status, refused.content)
+            labels = _labels("none", refused.route)
+            await _respond(_labelled(send, lambda _: labels), refused.status, refused.content)
         except _ClientLeft:
             pass
 
-    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle(self, scope: Scope, receive: Receive, send: Send, exchange: Exchange) -> None:
         method, path = scope["method"], _path(scope)
         if path in (_PROFILES, _STEERING) or path.startswith(_PROFILES + "/"):
             await _respond(send, 200, await _administer(self._service(), method, path, receive))
         elif method == "POST" and path in _COVERED:
             await self._complete(self._service(), _COVERED[path], scope, receive, send)
         elif method == "POST":
-            await self._app(scope, await _checked_elsewhere(self._service(), scope, receive), send)
+            receive = await _checked_elsewhere(self._service(), scope, receive)
+            await self._app(scope, receive, _labelled(send, _unsteered_labels(exchange)))
+            self._service().report_taken(self._service().exact())  # it may have loaded a LoRA adapter
         elif method in ("GET", "HEAD") and path == _MODELS:
             await self._app(scope, receive, _with_aliases(self._service(), send))
         elif method in ("GET", "HEAD") and path == playground.PATH and self._service().playground:
@@ -139,17 +189,26 @@ class HonesMiddleware:
         if not isinstance(body, dict):  # the engine says what is wrong with it
             if _TASK_HEADER in headers:
                 raise _Refused(400, "X-Hones-Task is given, but the body is no JSON object; send one")
-            await self._app(scope, _replay(data, receive), _labelled(send, "none", "off"))
+            await self._app(scope, _replay(data, receive), _labelled(send, lambda _: _labels("none", "off")))
             return
         decision, admission = _admit(service, facts_of, body, headers)
-        try:
+
+        def labels(start: Message) -> Labels:
+            if start["status"] >= _REFUSED_FROM:
+                return _labels("none", decision.route)
             service.metrics.requests(admission.label, decision.route)
+            return _labels(shown(decision, admission.profile), decision.route)
+
+        try:
+            send = _labelled(send, labels)
+            if decision.route == "alias":
+                send = _named_as_asked(send, body["model"])
             if _cleaned(body, decision.model) or admission.profile is not None:
                 if admission.profile is not None:
                     service.stamp(body, admission)
-                data = json.dumps(body, separators=(",", ":")).encode()
+                data = _dumped(body)
                 scope = {**scope, "headers": _with_length(scope["headers"], data)}
-            receive, send = _replay(data, receive), _labelled(send, shown(decision, admission.profile), decision.route)
+            receive = _replay(data, receive)
             # A response can take minutes, and an image megabytes.
             del body, data
             await self._app(scope, receive, send)
@@ -189,6 +248,8 @@ def _admit(
 def _decide(service: Service, facts: RequestFacts) -> Decision:
     """What steers this request. Names are checked where a client gave them, also while steering is switched off."""
     registry, served, exact = service.registry, service.served, service.exact()
+    if facts.model is not None and facts.model in exact:
+        service.report_taken([facts.model])
     if facts.model is not None and (alias := split_alias(facts.model, served, exact)) is not None:
         expression = parse_expression(alias[1])
         try:
@@ -207,6 +268,27 @@ def _places(body: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     """The objects of a request in which names of ours may stand."""
     xargs = body.get("vllm_xargs")
     return (body, xargs) if isinstance(xargs, dict) else (body,)
+
+
+def _named_as_asked(send: Send, model: str) -> Send:
+    """Let the answer name the model as the request did; engines know no aliases."""
+
+    def rename(answer: dict[str, Any]) -> bool:
+        if not isinstance(answer.get("model"), str):
+            return False
+        answer["model"] = model
+        return True
+
+    kinds = {_JSON: _with_changed_json(send, rename), _EVENTS: _with_changed_events(send, rename)}
+    chosen = send
+
+    async def named(message: Message) -> None:
+        nonlocal chosen
+        if message["type"] == "http.response.start":
+            chosen = kinds.get(_media_type(message), send)
+        await chosen(message)
+
+    return named
 
 
 def _cleaned(body: dict[str, Any], model: str | None) -> bool:
@@ -235,13 +317,25 @@ def shown(decision: Decision, profile: Profile | None) -> str:
 async def _checked_elsewhere(service: Service, scope: Scope, receive: Receive) -> Receive:
     """Refuse a POST that names steering where there is none. Returns how to receive it: JSON has been read by then."""
     headers, body = _headers(scope), None
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "application/json" or kind.endswith("+json"):
+    kind = _media_type(scope)
+    if kind == _JSON or kind.endswith("+json"):
         data = await _read(receive)
         body, receive = _parsed(data), _replay(data, receive)
     if (named := _named(service, body, headers)) is not None:
-        raise _Refused(400, f"only {' and '.join(_COVERED)} can be steered; leave out {named}")
+        raise _Refused(400, f"only {' and '.join(_COVERED)} can be steered; leave out {named}", route="path")
     return receive
+
+
+def _unsteered_labels(exchange: Exchange) -> Callable[[Message], Labels]:
+    def labels(start: Message) -> Labels:
+        if start["status"] >= _REFUSED_FROM:
+            return []
+        if _media_type(start) == _EVENTS:  # nothing else is streamed, and the engine may be asked only afterwards
+            exchange.generate()
+        exchange.begin()
+        return _labels("none", "path") if exchange.generates else []
+
+    return labels
 
 
 def _named(service: Service, body: object, headers: Mapping[str, str]) -> str | None:
@@ -262,27 +356,15 @@ def _named(service: Service, body: object, headers: Mapping[str, str]) -> str | 
 
 
 def _with_aliases(service: Service, send: Send) -> Send:
-    """Hold the engine's list back until it is whole, and add an alias for each model and task."""
-    start: Message = {}
-    chunks: list[bytes] = []
+    """Add an alias for each model and task to the engine's list."""
 
-    async def listed(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            start.update(message)
-            return
-        chunks.append(message.get("body", b""))
-        if message.get("more_body", False):
-            return
-        data = b"".join(chunks)
-        listing = _parsed(data)
-        if start["status"] == 200 and isinstance(listing, dict) and isinstance(listing.get("data"), list):
-            listing["data"] += _aliases(service, listing["data"])
-            data = json.dumps(listing, separators=(",", ":")).encode()
-            start["headers"] = _with_length(start.get("headers", ()), data)
-        await send(start)
-        await send({"type": "http.response.body", "body": data})
+    def add(listing: dict[str, Any]) -> bool:
+        if not isinstance(listing.get("data"), list):
+            return False
+        listing["data"] += _aliases(service, listing["data"])
+        return True
 
-    return listed
+    return _with_changed_json(send, add)
 
 
 def _aliases(service: Service, models: list[Any]) -> list[dict[str, Any]]:
@@ -329,6 +411,7 @@ async def _load(service: Service, body: object) -> dict[str, Any]:
         service.metrics.loads("error")
         raise _Refused(400, str(error), "path") from error
     service.metrics.loads("ok")
+    service.report_taken(service.exact())
     return entry
 
 
@@ -355,12 +438,13 @@ def _path(scope: Scope) -> str:
 
 
 def _headers(scope: Scope) -> dict[str, str]:
-    """By lower-case name; values given twice are joined, so that contradictory ones are malformed, not ignored."""
-    headers: dict[str, str] = {}
-    for raw_name, raw_value in scope["headers"]:
-        name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return headers
+    return joined((name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"])
+
+
+def _media_type(message: Message) -> str:
+    """The media type of a request or of the start of a response, in lower case."""
+    types = [value for name, value in message.get("headers", ()) if name.lower() == b"content-type"]
+    return types[0].decode("latin-1").partition(";")[0].strip().lower() if types else ""
 
 
 async def _read(receive: Receive) -> bytes:
@@ -397,16 +481,73 @@ def _with_length(headers: Any, data: bytes) -> list[tuple[bytes, bytes]]:
     return [*kept, (b"content-length", b"%d" % len(data))]
 
 
-def _labelled(send: Send, profile: str, route: str) -> Send:
-    """Let the response say what steers it."""
-    labels = [(b"x-hones-profile", profile.encode("ascii")), (b"x-hones-route", route.encode("ascii"))]
+def _labels(profile: str, route: str) -> Labels:
+    return [(b"x-hones-profile", profile.encode("ascii")), (b"x-hones-route", route.encode("ascii"))]
+
+
+def _labelled(send: Send, labels: Callable[[Message], Labels]) -> Send:
+    """Let the response say what steers it; `labels` is called once, with the message that starts it."""
 
     async def labelled(message: Message) -> None:
         if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", ()), *labels]}
+            message = {**message, "headers": [*message.get("headers", ()), *labels(message)]}
         await send(message)
 
     return labelled
+
+
+def _with_changed_json(send: Send, change: Change) -> Send:
+    """Hold an answer back until it is whole, and let `change` have it if it is a JSON object."""
+    start: Message = {}
+    chunks: list[bytes] = []
+
+    async def changed(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            start.update(message)
+            return
+        chunks.append(message.get("body", b""))
+        if message.get("more_body", False):
+            return
+        data = b"".join(chunks)
+        answer = _parsed(data)
+        if start["status"] < _REFUSED_FROM and isinstance(answer, dict) and change(answer):
+            data = _dumped(answer)
+            start["headers"] = _with_length(start.get("headers", ()), data)
+        await send(start)
+        await send({"type": "http.response.body", "body": data})
+
+    return changed
+
+
+def _with_changed_events(send: Send, change: Change) -> Send:
+    """Let `change` have each JSON object of a stream of events; they go on as they come, line by line."""
+    unfinished = b""
+
+    async def changed(message: Message) -> None:
+        nonlocal unfinished
+        if message["type"] == "http.response.body":
+            more = message.get("more_body", False)
+            *lines, unfinished = (unfinished + message.get("body", b"")).split(b"\n")
+            lines.append(b"" if more else unfinished)
+            data = b"\n".join(_changed_line(line, change) for line in lines)
+            if more and not data:
+                return
+            message = {**message, "body": data}
+        await send(message)
+
+    return changed
+
+
+def _changed_line(line: bytes, change: Change) -> bytes:
+    field_name, _, value = line.partition(b":")
+    event = _parsed(value) if field_name == b"data" else None
+    if not isinstance(event, dict) or not change(event):
+        return line
+    return b"data: " + _dumped(event) + (b"\r" if line.endswith(b"\r") else b"")
+
+
+def _dumped(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
 
 
 async def _respond(send: Send, status: int, content: dict[str, Any]) -> None:

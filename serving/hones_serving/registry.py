@@ -6,6 +6,7 @@ import functools
 import os
 import secrets
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -13,7 +14,9 @@ from typing import Any, NamedTuple
 
 from hones_steer.errors import MismatchError, ProfileError, RoutingError, StateError
 from hones_steer.profile import ModelIdentity, Profile, StrPath, is_task_name, load_profile
-from hones_steer.store import SUFFIX, Expression, ProfileStore, combine
+from hones_steer.store import SUFFIX, Expression, ProfileStore, combine, known_tasks
+
+LISTING = "GET /v1/hones/profiles"  # what lists all profiles of a server
 
 _CACHED_BLENDS = 128
 
@@ -57,23 +60,34 @@ class ProfileRegistry:
         identity: the model's.
         max_profiles: how many different profiles can be in use at once.
         always_enough: no load of the engine can need more than `max_profiles`, so nobody is ever turned away.
+        listing: where a client finds the names of all profiles, for errors that name the nearest few.
 
     Raises:
         ProfileError: no such folder; a file is broken, leaves the folder, or is named otherwise than its task.
         MismatchError: a profile was made for another model.
     """
 
-    def __init__(self, folder: StrPath, identity: ModelIdentity, *, max_profiles: int, always_enough: bool) -> None:
+    def __init__(
+        self,
+        folder: StrPath,
+        identity: ModelIdentity,
+        *,
+        max_profiles: int,
+        always_enough: bool,
+        listing: str = LISTING,
+    ) -> None:
         self.enabled = True
         self._folder = Path(folder)
         self._identity = identity
         self._max_profiles = max_profiles
         self._always_enough = always_enough
+        self._listing = listing
         self._lock = Lock()
         self._entries = self._read_folder()
         self._admissions: dict[str, Admission] = {}
         self._uses: Counter[str] = Counter()  # digest -> admissions and holds
         self._blend = functools.lru_cache(maxsize=_CACHED_BLENDS)(_blend)
+        self._changed: Callable[[], None] = lambda: None
 
     def _read_folder(self) -> dict[str, _Entry]:
         store = ProfileStore(self._folder)
@@ -89,27 +103,31 @@ class ProfileRegistry:
         """The names that expressions can use, sorted."""
         return sorted(self._entries)
 
+    def num_profiles(self) -> int:
+        """How many names there are."""
+        return len(self._entries)
+
     def profiles(self) -> list[dict[str, Any]]:
         """What to tell a client about each profile, sorted by name; JSON values."""
         return [_described(name, entry) for name, entry in sorted(self._entries.items())]
 
     def require_known(self, expression: Expression) -> None:
-        """Raises RoutingError if the expression mentions a task that has no profile, listing those that have."""
+        """Raises RoutingError if the expression mentions a task that has no profile, naming those that are like it."""
         self._lookup(self._entries, expression)
 
     def resolve(self, expression: Expression) -> Profile | None:
         """The profile that an expression describes now, or None where nothing is left to steer.
 
         Raises:
-            RoutingError: an unknown task, listing the known ones, or scales beyond 100 in magnitude.
+            RoutingError: an unknown task, or scales beyond 100 in magnitude.
         """
         return self._blend(expression, self._lookup(self._entries, expression))
 
     def _lookup(self, entries: dict[str, _Entry], expression: Expression) -> tuple[tuple[str, Profile], ...]:
         for name in expression.names:
             if name not in entries:
-                known = ", ".join(sorted(entries)) or "none yet"
-                raise RoutingError(f"there is no profile for the task {name!r}; known tasks: {known}")
+                known = known_tasks(name, sorted(entries), self._listing)
+                raise RoutingError(f"there is no profile for the task {name!r}; {known}")
         return tuple((name, entries[name].profile) for name in expression.names)
 
     # Changing it
@@ -135,6 +153,7 @@ class ProfileRegistry:
         entry = self._checked(load_profile(real), os.path.relpath(real, root))
         with self._lock:
             self._entries = {**self._entries, name: entry}
+            self._changed()
         return _described(name, entry)
 
     def unload(self, name: str) -> None:
@@ -145,9 +164,10 @@ class ProfileRegistry:
         """
         with self._lock:
             if name not in self._entries:
-                known = ", ".join(self.tasks()) or "none"
-                raise RoutingError(f"there is no profile {name!r} to unload; known tasks: {known}")
+                known = known_tasks(name, self.tasks(), self._listing)
+                raise RoutingError(f"there is no profile {name!r} to unload; {known}")
             self._entries = {key: entry for key, entry in self._entries.items() if key != name}
+            self._changed()
 
     def _checked(self, profile: Profile, file: str) -> _Entry:
         try:
@@ -171,13 +191,17 @@ class ProfileRegistry:
             if profile is not None:
                 self._hold(profile.digest)
             self._admissions[admission.ticket] = admission
+            self._changed()
         return admission
 
     def leave(self, admission: Admission) -> None:
         """Give the room back; doing it again changes nothing."""
         with self._lock:
-            if self._admissions.pop(admission.ticket, None) is not None and admission.profile is not None:
+            if self._admissions.pop(admission.ticket, None) is None:
+                return
+            if admission.profile is not None:
                 self._release(admission.profile.digest)
+            self._changed()
 
     def admission(self, ticket: str) -> Admission | None:
         """The admission of a ticket, or None if nobody is admitted by it (any more)."""
@@ -191,15 +215,30 @@ class ProfileRegistry:
         """
         with self._lock:
             self._hold(digest)
+            self._changed()
 
     def release(self, digest: str) -> None:
         """Undo one `hold`. Raises StateError if nothing holds this profile."""
         with self._lock:
             self._release(digest)
+            self._changed()
 
     def slots_used(self) -> int:
         """How many different profiles are in use."""
         return len(self._uses)
+
+    def in_flight(self) -> int:
+        """How many requests are admitted and have not left."""
+        return len(self._admissions)
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Have `changed` called, now and whenever `num_profiles`, `slots_used` or `in_flight` give something else.
+
+        Calls come one at a time; `changed` may look at the registry, but not change it.
+        """
+        with self._lock:
+            self._changed = changed
+            changed()
 
     def _hold(self, digest: str) -> None:
         if digest not in self._uses and len(self._uses) >= self._max_profiles and not self._always_enough:

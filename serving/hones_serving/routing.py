@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import re2  # type: ignore[import-untyped]
 from hones_steer.errors import RoutingError
 from hones_steer.store import Expression, parse_expression
 
-ROUTES = ("body", "header", "alias", "rule", "default", "canary", "off")
+ROUTES = ("body", "header", "alias", "rule", "default", "canary", "off", "path")
 MATCHED_BYTES = 8 * 1024
 
 _IMAGES = ("image_url", "input_image", "image", "image_pil", "image_embeds")
@@ -102,7 +102,7 @@ def _facts(body: object, headers: Mapping[str, str], **found: Any) -> RequestFac
     model, user = _field(body, "model"), _field(body, "user")
     return RequestFacts(
         body_task=_body_task(body),
-        header_task=lowered.get("x-hones-task"),
+        header_task=_header_task(lowered.get("x-hones-task")),
         model=model if isinstance(model, str) else None,
         headers=lowered,
         user=user if isinstance(user, str) else None,
@@ -121,6 +121,26 @@ def _body_task(body: object) -> str | None:
             f"hones_task is {short(tasks[0])} and in vllm_xargs {short(tasks[1])}; give it once, or the same twice"
         )
     return tasks[0] if tasks else None
+
+
+def joined(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Headers by lower-case name; different values are joined: contradictory ones are malformed, not ignored."""
+    values: dict[str, list[str]] = {}
+    for name, value in headers:
+        given = values.setdefault(name.lower(), [])
+        if (value := value.strip(" \t")) not in given:
+            given.append(value)
+    return {name: ", ".join(given) for name, given in values.items()}
+
+
+def _header_task(value: str | None) -> str | None:
+    """A header given several times is the list of its values, also to proxies, which may join them."""
+    if value is None:
+        return None
+    given = dict.fromkeys(each.strip(" \t") for each in value.split(","))
+    if len(given) > 1:
+        raise RoutingError(f"X-Hones-Task is {' and '.join(map(short, given))}; give it once, or the same twice")
+    return next(iter(given))
 
 
 def _field(value: object, name: str) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hones_serving.middleware import shown
-from hones_serving.routing import Decision, RequestFacts, RoutingPlan, decide, facts_of_chat
+from hones_serving.routing import Decision, RequestFacts, RoutingPlan, decide, facts_of_chat, joined
 from hones_serving.routing_file import load_plan
 from hones_steer.commands import command_parser, print_json, printable
 from hones_steer.store import ProfileStore
@@ -95,7 +95,7 @@ def _body(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _headers(options: argparse.Namespace) -> dict[str, str]:
-    return {**dict(options.header), **({} if options.key is None else {"X-Hones-Key": options.key})}
+    return joined([*options.header, *([] if options.key is None else [("X-Hones-Key", options.key)])])
 
 
 # What was decided ---------------------------------------------------------------------------------

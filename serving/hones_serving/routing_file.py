@@ -27,7 +27,7 @@ import yaml
 
 from hones_serving.routing import Canary, RoutingPlan, Rule, compile_regex, same, short
 from hones_steer.errors import RoutingError
-from hones_steer.store import parse_expression
+from hones_steer.store import known_tasks, parse_expression
 
 MAX_FILE_BYTES = 1024 * 1024
 MAX_DEPTH = 8  # a sound file nests four deep
@@ -153,8 +153,8 @@ class _RoutingFile:
             self._fail(node, f"{what}: {error}")
         for name in names:
             if self.tasks is not None and name not in self.tasks:
-                known = ", ".join(self.tasks) or "none yet"
-                self._fail(node, f"{what}: there is no profile for the task {name!r}; known tasks: {known}")
+                known = known_tasks(name, self.tasks, "the folder of profiles")
+                self._fail(node, f"{what}: there is no profile for the task {name!r}; {known}")
         return text
 
     def _regex(self, node: yaml.Node, what: str) -> Any:

@@ -44,12 +44,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """The texts of a response's choices, its two headers, and the tokens it says it cost."""
+    """The texts of a response's choices, its two headers, the tokens it says it cost, and the model it names."""
 
     texts: list[str]
     profile: str
     route: str
     tokens: int
+    models: frozenset[str]  # that the response, or any event of a stream, names
 
 
 class Client(AsyncOpenAI):
@@ -79,19 +80,21 @@ async def ask(
         max_tokens=count,
         extra_body={**client.no_end, **(extra_body or {})},
     )
-    texts, tokens = await _streamed(raw.parse(), started) if stream else _whole(raw.parse())
-    return Answer(texts, raw.headers["x-hones-profile"], raw.headers["x-hones-route"], tokens)
+    texts, tokens, models = await _streamed(raw.parse(), started) if stream else _whole(raw.parse())
+    return Answer(texts, raw.headers["x-hones-profile"], raw.headers["x-hones-route"], tokens, frozenset(models))
 
 
-def _whole(response: Any) -> tuple[list[str], int]:
+def _whole(response: Any) -> tuple[list[str], int, set[str]]:
     chosen = [choice.message.content if hasattr(choice, "message") else choice.text for choice in response.choices]
-    return chosen, response.usage.completion_tokens
+    return chosen, response.usage.completion_tokens, {response.model}
 
 
-async def _streamed(chunks: AsyncIterator[Any], started: asyncio.Event | None) -> tuple[list[str], int]:
+async def _streamed(chunks: AsyncIterator[Any], started: asyncio.Event | None) -> tuple[list[str], int, set[str]]:
     texts: dict[int, str] = {}
     tokens = 0
+    models = set()
     async for chunk in chunks:
+        models.add(chunk.model)
         for choice in chunk.choices:
             text = choice.delta.content if hasattr(choice, "delta") else choice.text
             texts[choice.index] = texts.get(choice.index, "") + (text or "")
@@ -99,7 +102,7 @@ async def _streamed(chunks: AsyncIterator[Any], started: asyncio.Event | None) -
                 started.set()
         if chunk.usage is not None:
             tokens = chunk.usage.completion_tokens
-    return [texts[index] for index in sorted(texts)], tokens
+    return [texts[index] for index in sorted(texts)], tokens, models
 
 
 async def scrape(url: str) -> Samples:

@@ -26,6 +26,15 @@ TEXTS = [Question(" ".join(scene.captions[:3])) for scene in SCENES]
 Form = tuple[list[Question], dict[str, Any]]
 FORMS: tuple[Form, ...] = ((PICTURES, {}), (TEXTS, {}), (PICTURES, {"stream": True}), (TEXTS, {"stream": True}))
 
+TAKEN = "tiny:cap@9"  # a model's name that would else be an alias
+
+# Requests by routes that cannot be steered: a path and a body.
+Elsewhere = Sequence[tuple[str, dict[str, Any]]]
+_HELLO = [{"role": "user", "content": "A red cat"}]
+RESPONSES: Elsewhere = [
+    ("/v1/responses", {"input": "A red cat", "max_output_tokens": 2, "stream": stream}) for stream in (False, True)
+]
+
 # A command without --host and --port, and the variables to add to the environment.
 Command = tuple[list[str], dict[str, str]]
 
@@ -37,6 +46,12 @@ class Vllm:
     no_end: Mapping[str, Any] = {"ignore_eos": True}  # in a request's body: end tokens end nothing
     # vLLM calls n > 1 at temperature 0 an error.
     forms: Sequence[Form] = (*FORMS, (PICTURES, {"n": 2, "temperature": 1, "extra_body": {"top_k": 1}}))
+    elsewhere: Elsewhere = (
+        *RESPONSES,
+        *(("/v1/messages", {"messages": _HELLO, "max_tokens": 2, "stream": stream}) for stream in (False, True)),
+        ("/v1/chat/completions/batch", {"messages": [_HELLO, _HELLO], "max_tokens": 2}),
+        ("/invocations", {"messages": _HELLO, "max_tokens": 2}),
+    )
 
     def serve(self, model: Path, here: Path, *options: str) -> Command:
         """A model with its name "tiny" and any options of `hones serve`; `here` is a folder for this server."""
@@ -46,7 +61,7 @@ class Vllm:
         return command, ENVIRONMENT
 
     def serve_for_two(self, model: Path, profiles: Path, here: Path) -> Command:
-        """A model with its name "tiny" and room for two profiles at once, nothing more."""
+        """A model with its names "tiny" and `TAKEN` and room for two profiles at once, nothing more."""
         del here
         env = plain_env(profiles, VLLM_PLUGINS="hones", HONES_MAX_PROFILES="2")
         return [*api_server(model), "--enable-scale-out"], env
@@ -68,6 +83,7 @@ class Transformers:
     at_once = 1
     no_end: Mapping[str, Any] = {}  # the model has no end token, see `serve`
     forms: Sequence[Form] = FORMS
+    elsewhere: Elsewhere = RESPONSES
 
     def serve(self, model: Path, here: Path, *options: str) -> Command:
         """As Vllm's."""
@@ -77,7 +93,7 @@ class Transformers:
     def serve_for_two(self, model: Path, profiles: Path, here: Path) -> Command:
         """As Vllm's."""
         return self.serve(
-            model, here, "--profiles", str(profiles), "--max-profiles", "2", "--served-model-name", "tiny"
+            model, here, "--profiles", str(profiles), "--max-profiles", "2", "--served-model-name", "tiny", TAKEN
         )
 
     @contextmanager
@@ -111,7 +127,17 @@ def _without_end(model: Path, folder: Path) -> Path:
 def api_server(model: Path) -> list[str]:
     """VLLM's own command."""
     module = "vllm.entrypoints.openai.api_server"
-    options = ["--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "8"]
+    options = [
+        "--served-model-name",
+        "tiny",
+        TAKEN,
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "256",
+        "--max-num-seqs",
+        "8",
+    ]
     return [sys.executable, "-m", module, "--model", str(model), *options]
 
 
@@ -154,8 +180,8 @@ class Site:
         return (await scrape(self.server.url))[("hones_slots_used",)]
 
     async def admitted(self) -> float:
-        """How many requests have been admitted so far."""
-        return await self._total("hones_requests_total")
+        """How many requests are admitted and not yet answered to the end."""
+        return (await scrape(self.server.url))[("hones_requests_in_flight",)]
 
     async def tokens(self) -> float:
         """How many tokens have been generated so far."""

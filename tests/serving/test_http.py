@@ -26,7 +26,7 @@ import torch
 from serving.checkpoints import llama as make_llama
 from serving.engines import free_port, server
 from serving.http_helpers import NEW_TOKENS, Answer, Client, Question, Samples, ask, increase, scrape, until
-from serving.sites import ENGINES, PICTURES, TEXTS, Form, Site, Transformers, Vllm, api_server, plain_env
+from serving.sites import ENGINES, PICTURES, TAKEN, TEXTS, Form, Site, Transformers, Vllm, api_server, plain_env
 from serving.steered import Reference, write_profiles
 from tiny_models import random_profile
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
@@ -104,7 +104,7 @@ async def site(
 async def client(site: Site) -> AsyncIterator[Client]:
     async with site.client() as client:
         yield client
-    await until(site.slots_used, 0)  # no test leaves one in use
+    await until(site.admitted, 0)  # no test leaves one in flight
 
 
 # 64 at once ---------------------------------------------------------------------------------------
@@ -193,6 +193,12 @@ async def test_their_headers_say_what_steered_them(site: Site, burst: Burst) -> 
     assert len(set(expected)) > 12
 
 
+async def test_they_name_the_model_as_it_was_asked_for_where_that_decided(burst: Burst) -> None:
+    asked = [one.options.get("model", "tiny") if one.route == "alias" else "tiny" for one in burst.sent]
+    assert [answer.models for answer in burst.answers] == [{name} for name in asked]
+    assert {"tiny", "tiny:ocr@1.5"} <= set(asked)
+
+
 async def test_the_metrics_count_what_was_sent(burst: Burst) -> None:
     requests: Counter[tuple[str, str]] = Counter()
     tokens: Counter[tuple[str]] = Counter()
@@ -252,6 +258,33 @@ async def test_what_is_unknown_or_malformed(
         assert words in refused.value.message
         assert refused.value.response.headers["content-type"] == "application/json"
         assert refused.value.body["code"] == refused.value.status_code
+
+
+async def test_what_the_engine_refuses_is_neither_steered_nor_counted(site: Site, client: Client) -> None:
+    before = await scrape(site.server.url)
+    for extra in ({"top_p": "high"}, {"model": "huge"}, {"prompt": 5}):
+        body = {"model": "tiny", "prompt": "A", "max_tokens": 2, "hones_task": "vqa", **extra}
+        response = await site.call("POST", "/v1/completions", body)
+        assert (response.status_code // 100, response.headers["x-hones-profile"]) == (4, "none"), extra
+    response = await site.call("POST", "/v1/completions", body, **{"Content-Type": "text/plain"})
+    assert (response.status_code // 100, response.headers["x-hones-profile"]) == (4, "none")
+    site.check(await ask(client, PICTURES[0], model="tiny:vqa"), PICTURES[0], "vqa", "alias")
+    counted = increase(before, await scrape(site.server.url), "hones_requests_total")
+    assert counted == {("vqa", "alias"): 1}
+
+
+async def test_other_routes_that_generate_say_that_they_are_unsteered_and_count(site: Site) -> None:
+    """Also where the routing file has a default."""
+    before, tokens = await scrape(site.server.url), await site.tokens()
+    for path, body in site.engine.elsewhere:
+        response = await site.call("POST", path, {"model": "tiny", **body})
+        assert response.status_code == 200, response.text
+        assert (response.headers["x-hones-profile"], response.headers["x-hones-route"]) == ("none", "path"), path
+    response = await site.call("POST", "/v1/responses", {"model": "tiny", "input": "A", "temperature": "hot"})
+    assert response.status_code // 100 == 4
+    after = await scrape(site.server.url)
+    assert increase(before, after, "hones_requests_total") == {("none", "path"): len(site.engine.elsewhere)}
+    assert await site.tokens() > tokens
 
 
 async def test_beams_cannot_be_steered(site: Site) -> None:
@@ -552,7 +585,9 @@ def plain(engine: Vllm | Transformers, llama: Path, tmp_path_factory: pytest.Tem
     profiles = write_profiles(model, folder)
     reference = Reference(model, folder)
     command, env = engine.serve_for_two(llama, folder, here)
-    with server(command, here / "log", env) as running:
+    # Metrics are files then, as where several processes serve.
+    (here / "metrics").mkdir()
+    with server(command, here / "log", {**env, "PROMETHEUS_MULTIPROC_DIR": str(here / "metrics")}) as running:
         yield Site(engine, running, folder, profiles, reference, AutoTokenizer.from_pretrained(llama))
 
 
@@ -579,6 +614,12 @@ async def test_beyond_the_slots_429_until_there_is_room(plain: Site) -> None:
             plain.check(await task, WORDS, expression, "alias")
         plain.check(await ask(client, WORDS, model="tiny:vqa@0.5"), WORDS, "vqa@0.5", "alias")
         await until(plain.slots_used, 0)
+
+
+async def test_a_model_named_like_an_alias_is_itself_and_the_log_says_so(plain: Site) -> None:
+    async with plain.client() as client:
+        plain.check(await ask(client, WORDS, model=TAKEN), WORDS, "none", "default")
+    assert f"{TAKEN!r} is the name of a model or LoRA adapter" in plain.server.log.read_text()
 
 
 async def test_nothing_can_be_changed_unless_it_was_allowed(plain: Site) -> None:
@@ -623,6 +664,9 @@ async def test_routes_that_take_whole_sampling_parameters_cannot_be_steered(plai
         body = {"model": "tiny", "token_ids": [17, 42], "sampling_params": params}
         response = await plain.call("POST", "/inference/v1/generate", body)
         assert response.status_code == status, response.text
+        assert (response.headers.get("x-hones-route") == "path") == (
+            status == 200
+        )  # counts as any other that generates
         if status == 400:
             assert "hones_" in response.json()["error"]["message"]
 

@@ -1,10 +1,15 @@
 """What Prometheus sees."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hones_serving.metrics import Metrics
 from hones_serving.registry import ProfileRegistry
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
 from hones_steer import ModelIdentity, Profile, save_profile
@@ -13,11 +18,16 @@ IDENTITY = ModelIdentity("", None, "llama", 2, 8, 32, (1.0,) * 16)
 
 
 @pytest.fixture
-def registry(tmp_path):
+def folder(tmp_path):
     for task, scale in (("vqa", 2.0), ("ocr", 3.0)):
         layers = {0: (np.array([1], np.int32), np.array([scale], np.float32))}
         save_profile(Profile(task, layers, IDENTITY), tmp_path / f"{task}.safetensors")
-    return ProfileRegistry(tmp_path, IDENTITY, max_profiles=4, always_enough=False)
+    return tmp_path
+
+
+@pytest.fixture
+def registry(folder):
+    return ProfileRegistry(folder, IDENTITY, max_profiles=4, always_enough=False)
 
 
 def scraped(collector):
@@ -48,6 +58,7 @@ def test_what_is_counted(registry):
         ("hones_profile_loads_total", ("result", "error")): 1,
         ("hones_profiles_loaded",): 2,
         ("hones_slots_used",): 0,
+        ("hones_requests_in_flight",): 0,
     }
 
 
@@ -63,6 +74,58 @@ def test_the_gauges_say_what_is_so_now(registry):
     registry.unload("vqa")
     now = scraped(collector)
     assert (now["hones_profiles_loaded",], now["hones_slots_used",]) == (2, 1)
+    admission = registry.admit(None, "none")
+    assert scraped(collector)["hones_requests_in_flight",] == 1
+    registry.leave(admission)
+    registry.leave(admission)
+    assert scraped(collector)["hones_requests_in_flight",] == 0
+
+
+PROCESS = """
+import os, sys
+from hones_serving.metrics import Metrics
+from hones_serving.registry import ProfileRegistry
+from hones_steer import ModelIdentity
+
+identity = ModelIdentity("", None, "llama", 2, 8, 32, (1.0,) * 16)
+registry = ProfileRegistry(sys.argv[1], identity, max_profiles=9, always_enough=False)
+metrics = Metrics(registry)
+for name in sys.argv[3:]:
+    registry.load(name, "vqa.safetensors")
+for i in range(int(sys.argv[2])):
+    registry.hold(f"digest {i}")
+    registry.admit(None, "none")
+    metrics.requests("vqa", "body")
+    metrics.tokens("vqa", 5)
+metrics.loads("ok")
+os._exit(0)  # as where a process is killed: nothing is tidied up
+"""
+
+
+def test_where_processes_share_a_folder_the_gauges_are_those_of_the_last(folder):
+    """With PROMETHEUS_MULTIPROC_DIR set, whoever answers a scrape reads files, also of processes that have ended."""
+    shared = folder / "shared"
+    shared.mkdir()
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(shared)}
+    for used, extra in (("3", ["third", "fourth"]), ("2", ["third"])):
+        subprocess.run([sys.executable, "-c", PROCESS, str(folder), used, *extra], env=environment, check=True)
+    collector = CollectorRegistry()
+    MultiProcessCollector(collector, str(shared))
+    assert scraped(collector) == {
+        ("hones_profiles_loaded",): 3,
+        ("hones_slots_used",): 2,
+        ("hones_requests_in_flight",): 2,
+        ("hones_requests_total", ("profile", "vqa"), ("route", "body")): 5,
+        ("hones_tokens_total", ("profile", "vqa")): 25,
+        ("hones_profile_loads_total", ("result", "ok")): 2,
+    }
+
+
+def test_a_folder_for_metrics_that_is_not_there_is_named(folder):
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(folder / "nowhere")}
+    command = [sys.executable, "-c", PROCESS, str(folder), "0"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.stderr.splitlines()[-1].startswith("hones_steer.errors.DataError: PROMETHEUS_MULTIPROC_DIR is ")
 
 
 def test_the_metrics_exist_once_per_collector(registry):

@@ -10,6 +10,7 @@ import json
 import queue
 import socket
 import threading
+from dataclasses import replace
 
 import httpx
 import numpy as np
@@ -21,8 +22,10 @@ from hones_serving.middleware import HonesMiddleware, Service
 from hones_serving.registry import ProfileRegistry
 from hones_serving.routing import RoutingPlan
 from hones_serving.routing_file import load_plan
+from hones_serving.unsteered import generating
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
@@ -42,7 +45,11 @@ VQA, OCR = profile("vqa", 2.0), profile("ocr", 3.0)
 
 
 class Engine:
-    """Serves "m" and the LoRA adapter "m:lora". A request can ask it to wait (`gate`) or to fail (`explode`)."""
+    """Serves "m" and the LoRA adapter "m:lora".
+
+    A request can ask it to wait (`gate`), to fail (`explode`), to `refuse` with a status, or to send a stream's bytes
+    a few at a time (`pieces`).
+    """
 
     def __init__(self):
         self.service = None
@@ -50,6 +57,7 @@ class Engine:
         self.forget()
         routes = [Route(path, self.complete, methods=["POST"]) for path in (CHAT, COMPLETIONS)]
         routes += [Route(path, self.echo, methods=["POST"]) for path in ("/v1/embeddings", "/tokenize")]
+        routes += [Route("/v1/other", self.other, methods=["POST"])]
         routes += [Route("/v1/models", self.models), Route("/health", self.models)]
         self.app = self.noticed(HonesMiddleware(Starlette(routes=routes, lifespan=self.lifespan), lambda: self.service))
 
@@ -106,6 +114,8 @@ class Engine:
             return JSONResponse({"error": {"message": "the engine wants an object"}}, 400)
         if body.get("model", "m") not in ("m", "m:lora"):
             return JSONResponse({"error": {"message": "the engine knows no such model"}}, 404)
+        if body.get("refuse"):
+            return JSONResponse({"error": {"message": "the engine refuses"}}, body["refuse"])
         if body.get("explode"):
             raise OSError("the engine failed")
         if body.get("quiet"):
@@ -118,7 +128,10 @@ class Engine:
     async def stream(self, body):
         for part in ("first", "last"):
             chunk = self.completion("chat.completion.chunk", "delta", {**body, "part": part})
-            yield f"data: {json.dumps(chunk)}\n\n"
+            event = f"data: {json.dumps(chunk)}\n\n".encode()
+            size = body.get("pieces", len(event))
+            for start in range(0, len(event), size):
+                yield event[start : start + size]
             if part == "first":
                 await self.pause(body.get("gate"))
         yield "data: [DONE]\n\n"
@@ -135,6 +148,22 @@ class Engine:
     async def echo(self, request):
         data = await request.body()
         return JSONResponse({"length": len(data), "got": data.decode("latin-1")})
+
+    async def other(self, request):
+        """A route that cannot be steered and generates as `how` says: not at all, before, in or after its answer."""
+        how = json.loads(await request.body())["how"]
+        if how == "refused":
+            generating()
+            return JSONResponse({}, 400)
+        if how == "stream":
+            return StreamingResponse(self.generated(), media_type="text/event-stream")
+        if how == "whole":
+            await asyncio.gather(*(asyncio.to_thread(generating) for _ in range(3)))
+        return JSONResponse({}, background=BackgroundTask(generating) if how == "later" else None)
+
+    async def generated(self):
+        generating()
+        yield "data: {}\n\n"
 
     async def models(self, _):
         common = {"object": "model", "created": 0, "owned_by": "me", "root": "/m"}
@@ -241,6 +270,16 @@ def shown(each, asked=None):
     return f"{asked or each.task} ({each.short_digest})"
 
 
+def counts(engine):
+    """All that hones_requests_total says: (profile, route) -> how many."""
+    (family,) = [family for family in engine.collector.collect() if family.name == "hones_requests"]
+    return {
+        (sample.labels["profile"], sample.labels["route"]): sample.value
+        for sample in family.samples
+        if sample.name == "hones_requests_total"
+    }
+
+
 def counted(engine, name, **labels):
     return engine.collector.get_sample_value(name, labels)
 
@@ -285,8 +324,8 @@ def test_the_header_names_the_task(client, engine):
 @pytest.mark.parametrize("alias", ["vqa", "ocr+vqa", "vqa@-1", "none"])
 def test_the_model_names_the_task(ai, alias):
     raw = ai.chat.completions.with_raw_response.create(model=f"m:{alias}", messages=[{"role": "user", "content": "hi"}])
-    completion = raw.parse()
-    assert completion.model == "m"
+    assert raw.parse().model == f"m:{alias}"
+    assert raw.headers["content-length"] == str(len(raw.content))
     assert raw.headers["x-hones-route"] == "alias"
     assert raw.headers["x-hones-profile"].startswith("none" if alias == "none" else f"{alias} (")
 
@@ -372,6 +411,31 @@ def test_the_openai_client_streams(ai):
     assert [chunk["steered_by"] for chunk in chunks] == [OCR.digest] * 2
 
 
+@STEERED_ROUTES
+@pytest.mark.parametrize("pieces", [1, 7, 100_000])
+def test_every_event_of_a_stream_names_the_model_as_asked_and_none_waits_for_the_next(client, engine, path, pieces):
+    body = {"model": "m:vqa", "messages": [], "prompt": "", "stream": True, "gate": True, "pieces": pieces, "x": "ä\n"}
+    with client.stream("POST", path, json=body) as response:
+        assert steering(response) == (shown(VQA), "alias")
+        lines = response.iter_lines()
+        first = next(lines)
+        engine.open_gate()
+        events = [line.removeprefix("data: ") for line in [first, *lines] if line]
+    assert events.pop() == "[DONE]"
+    assert [json.loads(event)["model"] for event in events] == ["m:vqa"] * 2
+    got = [json.loads(json.loads(event)["choices"][0]["delta"]["content"])["got"] for event in events]
+    assert [(each["model"], each["part"], each["x"]) for each in got] == [("m", "first", "ä\n"), ("m", "last", "ä\n")]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_alias_that_did_not_decide_is_not_claimed(client, engine, stream):
+    """Behind a proxy that drops headers, the model's name is all that says what steered an answer."""
+    for way in ({"hones_task": "ocr"}, {"headers": {"X-Hones-Task": "none"}}):
+        assert '"model":"m"' in ask(client, model="m:vqa", stream=stream, **way).text.replace(" ", "")
+    engine.service.registry.enabled = False
+    assert '"m:vqa"' not in ask(client, model="m:vqa", stream=stream).text
+
+
 def test_a_client_that_leaves_midway_gives_its_slot_back(client, engine):
     body = {"model": "m", "messages": [], "stream": True, "gate": True, "hones_task": "vqa"}
     with client.stream("POST", CHAT, json=body) as response:
@@ -398,6 +462,37 @@ def test_an_engine_that_fails_gives_the_slot_back(client, engine):
 
 
 # Refusals
+
+
+@STEERED_ROUTES
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("status", [400, 404, 415, 422, 503])
+def test_what_the_engine_refuses_is_not_steered_and_not_counted(client, engine, path, stream, status):
+    for asked, route in (({"hones_task": "vqa"}, "body"), ({"model": "m:vqa"}, "alias"), ({}, "default")):
+        response = ask(client, path, refuse=status, stream=stream, **asked)
+        assert response.status_code == status
+        assert response.json() == {"error": {"message": "the engine refuses"}}
+        assert steering(response) == ("none", route)
+    engine.settle()
+    assert not counts(engine)
+    assert steering(ask(client, path, hones_task="vqa")) == (shown(VQA), "body")
+    assert counts(engine) == {("vqa", "body"): 1}
+
+
+def test_a_stream_counts_once_it_begins_and_any_other_answer_once_it_is_there(client, engine):
+    with client.stream("POST", CHAT, json={"model": "m:vqa", "stream": True, "gate": True}) as response:
+        assert response.status_code == 200
+        assert counts(engine) == {("vqa", "alias"): 1}
+        assert counted(engine, "hones_requests_in_flight") == 1
+        with concurrent(client, hones_task="ocr", gate=True) as held:
+            engine.waiting.get(timeout=TIMEOUT), engine.waiting.get(timeout=TIMEOUT)
+            assert counts(engine) == {("vqa", "alias"): 1}
+            assert counted(engine, "hones_requests_in_flight") == 2
+            engine.open_gate()
+            assert held().status_code == 200
+    engine.settle()
+    assert counts(engine) == {("vqa", "alias"): 1, ("ocr", "body"): 1}
+    assert counted(engine, "hones_requests_in_flight") == 0
 
 
 @STEERED_ROUTES
@@ -454,12 +549,41 @@ def test_an_unknown_model_is_the_engines_business(client):
         {"headers": {"X-Hones-Task": ""}},
         {"headers": {"X-Hones-Task": "vqä".encode("latin-1")}},
         {"headers": [("X-Hones-Task", "vqa"), ("X-Hones-Task", "ocr")]},
+        {"headers": [("X-Hones-Task", "vqa"), ("X-Hones-Task", "")]},
     ],
     ids=str,
 )
 def test_what_is_malformed_is_400(client, engine, asked):
     refused(ask(client, **asked), 400)
     assert engine.bodies.empty()
+
+
+@pytest.mark.parametrize(
+    "values", [["vqa", "vqa"], ["vqa", " vqa\t"], ["  vqa "], ["vqa, vqa"], ["vqa,vqa", "vqa"]], ids=str
+)
+def test_a_header_given_twice_with_the_same_value_is_given(engine, values):
+    """Proxies repeat headers, join repeated ones, and leave spaces; uvicorn takes some of these away, others do not."""
+    headers = [(b"x-hones-task", value.encode()) for value in values]
+    started, body = [], json.dumps({"model": "m"}).encode()
+
+    async def answer(_scope, _receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async def receive():
+        return {"type": "http.request", "body": body}
+
+    async def send(message):
+        started.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": headers}
+    asyncio.run(HonesMiddleware(answer, lambda: engine.service)(scope, receive, send))
+    assert dict(started[0]["headers"])[b"x-hones-profile"].decode() == shown(VQA)
+
+
+def test_different_values_of_a_header_are_told_apart(client):
+    response = ask(client, headers=[("X-Hones-Task", "vqa"), ("X-Hones-Task", "ocr"), ("X-Hones-Task", "vqa")])
+    refused(response, 400, "X-Hones-Task is 'vqa' and 'ocr'; give it once, or the same twice")
 
 
 @pytest.mark.parametrize("key", ["hones_ticket", "hones_digest", "hones_tsk"])
@@ -550,6 +674,7 @@ def test_whatever_json_can_be_read_can_be_written_again(client):
 def test_steering_on_another_route_is_400(client, body, kind):
     response = client.post("/v1/embeddings", content=json.dumps(body), headers={"content-type": kind})
     refused(response, 400, "only /v1/chat/completions and /v1/completions can be steered")
+    assert response.headers["x-hones-route"] == "path"
 
 
 def test_a_large_upload_is_refused_before_it_is_read(client):
@@ -606,6 +731,93 @@ def test_it_works_under_a_root_path(engine):
         assert [model["id"] for model in client.get("/v1/models").json()["data"]][2:] == ["m:ocr", "m:vqa"]
         refused(client.post("/v1/embeddings", json={"hones_task": "vqa"}), 400)
         other.settle()
+
+
+@pytest.mark.parametrize("default", ["none", "vqa"])
+@pytest.mark.parametrize("how", ["whole", "stream", "later"])
+def test_what_generates_by_another_route_is_counted_as_unsteered(client, engine, tmp_path, how, default):
+    (tmp_path / "r.yaml").write_text(f"default: {default}\n")
+    engine.service.plan = load_plan(tmp_path / "r.yaml", engine.service.registry.tasks())
+    response = client.post("/v1/other", json={"how": how})
+    assert response.status_code == 200
+    if how == "later":  # too late for a header
+        assert "x-hones-profile" not in response.headers
+    else:
+        assert steering(response) == ("none", "path")
+    engine.settle()
+    assert counts(engine) == {("none", "path"): 1}
+
+
+@pytest.mark.parametrize("how", ["refused", "not at all"])
+def test_what_generates_nothing_is_not(client, engine, how):
+    assert "x-hones-profile" not in client.post("/v1/other", json={"how": how}).headers
+    engine.settle()
+    assert not counts(engine)
+
+
+def test_a_session_that_generates_is_counted_once(engine):
+    async def app(*_):
+        generating()
+        generating()
+
+    asyncio.run(HonesMiddleware(app, lambda: engine.service)({"type": "websocket", "path": "/v1/realtime"}, None, None))
+    assert counts(engine) == {("none", "path"): 1}
+
+
+def test_what_is_steered_is_never_counted_as_unsteered(engine):
+    """Also in the context of a request that was not: as uvicorn runs those that came in one go."""
+    scope = {"type": "http", "method": "POST", "path": "/v1/other", "headers": []}
+    counted = []
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        if scope["path"] == "/v1/other":
+            await asyncio.create_task(steered({**scope, "path": CHAT}, receive, send))
+            counted.append(counts(engine))
+        else:
+            generating()
+        await send({"type": "http.response.body"})
+
+    async def receive():
+        return {"type": "http.request", "body": b'{"model": "m:vqa"}'}
+
+    async def send(_):
+        pass
+
+    steered = HonesMiddleware(app, lambda: engine.service)
+    asyncio.run(steered(scope, receive, send))
+    assert counted == [{("vqa", "alias"): 1}] == [counts(engine)]
+
+
+# Names of models that read like aliases
+
+
+def test_a_name_that_reads_like_an_alias_is_reported_when_it_becomes_one(client, engine, folder, caplog):
+    registry = ProfileRegistry(folder, IDENTITY, max_profiles=2, always_enough=False)
+    names = {"m", "m:vqa", "m:vqa@0.5+ocr", "m:lora", "m:none", "m:a b", "other:vqa"}
+    engine.service = replace(engine.service, registry=registry, served=("m", "m:none"), exact=lambda: names)
+    reported = {"m:vqa", "m:vqa@0.5+ocr", "m:none"}
+    assert reports(caplog) == reported
+    response = client.post("/v1/hones/profiles", json={"name": "lora", "path": "vqa.safetensors"})
+    assert response.status_code == 200
+    assert reports(caplog) == {"m:lora"}
+    names.add("m:ocr")  # as vLLM does when it is told to load an adapter
+    client.post("/v1/other", json={"how": "not at all"})
+    assert reports(caplog) == {"m:ocr"}
+    names.add("m:ocr@2")  # as vLLM's resolvers do, while nobody looks
+    ask(client, model="m:ocr@2")
+    assert reports(caplog) == {"m:ocr@2"}
+    ask(client, model="m:ocr@2")
+    client.post("/v1/other", json={"how": "not at all"})
+    assert reports(caplog) == set()
+
+
+def reports(caplog):
+    """The names that were reported since the last call."""
+    names = {record.args[0] for record in caplog.records if record.name == "hones_serving.middleware"}
+    assert all(repr(name) in record.getMessage() for record in caplog.records for name in record.args[:1])
+    caplog.clear()
+    return names
 
 
 # The list of models

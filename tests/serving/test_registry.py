@@ -100,6 +100,21 @@ def test_an_unknown_task_is_an_error_wherever_it_stands(folder):
             resolved(known, text)
 
 
+def test_an_unknown_task_of_many_is_not_answered_with_all_of_them(folder):
+    for i in range(100):
+        save_profile(profile(f"tenant-{i}"), folder / f"tenant-{i}.safetensors")
+    known = registry(folder)
+    message = (
+        r"the task 'tenant-77x'; nearest of the 103 known tasks: tenant-77, .*; for all see GET /v1/hones/profiles"
+    )
+    with pytest.raises(RoutingError, match=message) as caught:
+        resolved(known, "tenant-77x")
+    assert len(str(caught.value)) < 300
+    with pytest.raises(RoutingError, match="to unload; nearest of the 103 known tasks: tenant-77, ") as caught:
+        known.unload("tenant-77x")
+    assert len(str(caught.value)) < 300
+
+
 def test_scales_beyond_the_format_are_the_clients_error(folder):
     save_profile(profile("big", 90.0), folder / "big.safetensors")
     with pytest.raises(RoutingError, match="scales beyond 100"):
@@ -300,7 +315,7 @@ def test_threads_never_get_more_room_than_there_is(folder):
 
     def work(seed):
         start.wait()
-        for i in range(300):
+        for i in range(100):
             try:
                 admission = known.admit(contents[(seed + i) % 3], "x")
             except CapacityError:

@@ -84,6 +84,7 @@ STRICT = ("--header", "X-Tenant=internal", "--system", "You are strict.")
     [
         (["hi", "--task", "ocr", "--header", "X-Hones-Task=vqa", "--model", "llava:cap"], "ocr", "body", None),
         (["hi", "--header", "X-Hones-Task=vqa", "--model", "llava:cap"], "vqa", "header", None),
+        (["hi", "--header", "X-Hones-Task=vqa", "--header", "x-hones-task= vqa"], "vqa", "header", None),
         (["hi", "--model", "llava:cap@-0.5"], "cap@-0.5", "alias", None),
         (["hi", "--model", "llava:7b", "--served-model-name", "llava:7b"], "cap", "default", None),
         (["hi", "--model", "llava:7b:ocr", "--served-model-name", "llava", "llava:7b"], "ocr", "alias", None),

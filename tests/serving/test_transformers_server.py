@@ -135,7 +135,7 @@ async def test_clients_cannot_load_or_drop_models(text: httpx.AsyncClient, path:
 async def test_every_name_is_the_model(text: httpx.AsyncClient) -> None:
     listed = [model["id"] for model in (await text.get("/v1/models")).json()["data"]]
     assert listed == ["tiny", "also", *(f"{name}:{task}" for name in ("tiny", "also") for task in sorted(TASKS))]
-    for asked, named in (("also", "also"), ("also:vqa", "also"), (None, "tiny")):
+    for asked, named in (("also", "also"), ("also:vqa", "also:vqa"), (None, "tiny")):
         assert (await complete(text, model=asked)).json()["model"] == named
         assert (await chat(text, model=asked)).json()["model"] == named
     assert "'huge' does not exist" in said(await chat(text, model="huge"), 404)
@@ -144,7 +144,9 @@ async def test_every_name_is_the_model(text: httpx.AsyncClient) -> None:
 
 async def test_responses_are_answered_unsteered(text: httpx.AsyncClient) -> None:
     asked = {"model": "tiny", "input": WORDS, "stream": False, "max_output_tokens": 8}
-    answer = (await text.post("/v1/responses", json=asked)).raise_for_status().json()
+    response = (await text.post("/v1/responses", json=asked)).raise_for_status()
+    assert (response.headers["x-hones-profile"], response.headers["x-hones-route"]) == ("none", "path")
+    answer = response.json()
     plain = (await chat(text)).json()
     assert answer["model"] == "tiny"
     assert answer["output"][0]["content"][0]["text"] == plain["choices"][0]["message"]["content"]
@@ -289,8 +291,7 @@ async def test_told_to_stop_it_finishes_the_answer_and_refuses_who_waits(
     async with gated(llama, profiles, tmp_path, "--shutdown-timeout", "600") as (running, client):
 
         async def admitted() -> float:
-            samples = await scrape(running.url)
-            return sum(value for (name, *_), value in samples.items() if name == "hones_requests_total")
+            return (await scrape(running.url))[("hones_requests_in_flight",)]
 
         async with asyncio.TaskGroup() as group:
             with ENGINE.frozen(running, tmp_path):

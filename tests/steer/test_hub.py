@@ -73,9 +73,9 @@ def test_a_repository_holds_several_and_keeps_what_is_there(hub):
     assert (pulled.commit, list(pulled.profiles)) == (second, ["cap", "ocr", "vqa"])
     assert pulled.profiles["vqa"] == vqa()
     assert pull_profile(REPO, "ocr") == ocr()
-    with pytest.raises(ProfileError, match="has several profiles \\(cap, ocr, vqa\\); name the task"):
+    with pytest.raises(ProfileError, match="has 3 profiles \\(cap, ocr, vqa\\); name the task"):
         pull_profile(REPO)
-    with pytest.raises(ProfileError, match="has no profile for the task 'vqaa'; it has cap, ocr, vqa"):
+    with pytest.raises(ProfileError, match="has no profile for the task 'vqaa'; known tasks: cap, ocr, vqa"):
         pull_profile(REPO, "vqaa")
 
 

@@ -226,10 +226,17 @@ class TestExpressions:
             assert torch.equal(logits(model, inputs), b)
 
     def test_unknown_and_malformed_ones_are_refused(self, model):
-        steering, _ = steered(model)
+        steering, profiles = steered(model)
         with (
             pytest.raises(RoutingError, match=r"no profile for the task 'vqa'; known tasks: a, b"),
             steering.task("vqa"),
+        ):
+            pass
+        for name in "cdefghi":
+            steering.load(name, profiles["a"])
+        with (
+            pytest.raises(RoutingError, match=r"nearest of the 9 known tasks: a; for all see Steering.names"),
+            steering.task("aa"),
         ):
             pass
         with pytest.raises(RoutingError, match="not a strength"), steering.task("a@x"):

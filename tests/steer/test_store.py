@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from steer.profiles import identity, make, rows, scales_of, task_names
 
 from hones_steer import MismatchError, Profile, ProfileError, ProfileStore, RoutingError, save_profile
-from hones_steer.store import combine, parse_expression
+from hones_steer.store import combine, known_tasks, parse_expression
 
 VQA = make("vqa", {1: {0: 0.5, 7: 1.5}, 3: {4: -2.0}})
 OCR = make("ocr", {1: {7: 2.0}, 5: {9: 0.25}})
@@ -285,6 +285,29 @@ def test_a_replacement_of_equal_size_and_time_is_noticed(folder: Path) -> None:
 def test_an_unknown_task_lists_the_known_ones(folder: Path) -> None:
     with pytest.raises(RoutingError, match="no profile for the task 'cap'; known tasks: ocr, vqa"):
         ProfileStore(folder).resolve("vqa+cap")
+
+
+def test_of_many_tasks_an_error_names_the_nearest_few() -> None:
+    tasks = [f"customer-support-team-europe-{i:04d}-visual-question" for i in range(2_000)] + ["vqa", "VQA-2"]
+    known = known_tasks("customer-support-team-europe-0123-visual-questions", tasks, "GET /list")
+    near, _, rest = known.removeprefix("nearest of the 2,002 known tasks: ").partition("; ")
+    assert near.split(", ")[0] == tasks[123]
+    assert 2 <= len(near.split(", ")) <= 5
+    assert rest == "for all see GET /list"
+    assert known_tasks("Vqa", tasks, "GET /list").startswith("nearest of the 2,002 known tasks: vqa, VQA-2;")
+    assert known_tasks("zzz", tasks, "GET /list") == (
+        "none of the 2,002 known tasks has a similar name; for all see GET /list"
+    )
+
+
+def test_an_unknown_task_of_a_large_store(tmp_path: Path) -> None:
+    for i in range(9):
+        save_profile(make(f"task-{i}"), tmp_path / f"task-{i}.safetensors")
+    (tmp_path / "other.safetensors").touch()
+    with pytest.raises(RoutingError, match=r"'task-3x'; nearest of the 10 known tasks: task-3, ") as caught:
+        ProfileStore(tmp_path).get("task-3x")
+    assert str(caught.value).endswith(f"; for all see the folder {tmp_path}")
+    assert "other" not in str(caught.value)
 
 
 def test_an_empty_store(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from transformers.cli.serving.utils import GenerateManager, GenerationState, _St
 from hones_serving.metrics import Metrics
 from hones_serving.registry import Admission
 from hones_serving.transformers_server.turns import TURN, StoppingError, Turn
+from hones_serving.unsteered import generating
 from hones_steer.errors import StateError
 from hones_steer.huggingface import Steering
 from hones_steer.profile import Profile
@@ -75,6 +76,7 @@ class SteeredGeneration(GenerateManager):
     def _steered(self, model: Any) -> tuple[Any, Turn]:
         if not self._steering.is_attached_to(model):
             raise StateError("the model was loaded anew, without its steering; restart the server")
+        generating()
         turn = TURN.get()
         turn.ask()
         return SteeredModel(model, self._steering, ADMISSION.get(), turn, self._metrics), turn

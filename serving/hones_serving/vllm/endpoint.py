@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
 from typing import Any
 
 from hones_serving.metrics import Metrics
 from hones_serving.middleware import HonesMiddleware, Service
-from hones_serving.registry import Admission
+from hones_serving.registry import LISTING, Admission
 from hones_serving.routing import RoutingPlan
 from hones_serving.routing_file import load_plan
 from hones_serving.settings import Settings
@@ -39,10 +40,13 @@ class Endpoint:
         settings = self._settings
         if settings is None:
             return
+        log = logging.getLogger("hones_serving")
+        if log.level == logging.NOTSET:  # a dependency of vLLM's sets the root logger to errors only
+            log.setLevel(logging.WARNING)
         if engine_client is None:
             raise StateError("a render server has no engine to steer; start it without HONES_PROFILES")
         identities = await engine_client.collective_rpc("hones_identity")
-        front = attach(engine_client, identities, settings)
+        front = attach(engine_client, identities, settings, LISTING)
         front.metrics = metrics = Metrics(front.registry)
         registry, models = front.registry, state.openai_serving_models
         served = tuple(model.name for model in models.base_model_paths)

@@ -18,6 +18,7 @@ from vllm.exceptions import VLLMClientError
 from hones_serving.metrics import Metrics
 from hones_serving.registry import ProfileRegistry, label_of
 from hones_serving.settings import Settings
+from hones_serving.unsteered import generating
 from hones_serving.vllm import compat
 from hones_steer.errors import RoutingError, StateError
 from hones_steer.profile import ModelIdentity, Profile, serialize_profile
@@ -99,6 +100,8 @@ class Front:
         digest = asked.get(DIGEST)
         if digest is not None:
             self.registry.hold(digest)
+        if request.sampling_params is not None:  # pooling generates nothing
+            generating()
         try:
             add()
         except BaseException:
@@ -140,8 +143,10 @@ def _reserved(request: Any) -> dict[str, Any]:
 # In vLLM's classes --------------------------------------------------------------------------------
 
 
-def attach(engine: Any, identities: Sequence[Mapping[str, Any]], settings: Settings) -> Front:
+def attach(engine: Any, identities: Sequence[Mapping[str, Any]], settings: Settings, listing: str) -> Front:
     """Give an LLMEngine or AsyncLLM its front, from what its workers say of their model (`hones_identity`).
+
+    `listing` is ProfileRegistry's.
 
     Raises:
         ProfileError, MismatchError, DataError: a profile of the folder cannot be used with this model.
@@ -154,6 +159,7 @@ def attach(engine: Any, identities: Sequence[Mapping[str, Any]], settings: Setti
         ModelIdentity(**identities[0]),
         max_profiles=slots,
         always_enough=slots >= compat.max_requests(engine.vllm_config),
+        listing=listing,
     )
     front = Front(registry)
     engine.input_processor.hones_front = engine.output_processor.hones_front = front
@@ -196,7 +202,8 @@ def _start_offline(original: Callable[..., None], self: Any, *args: Any, **kwarg
     original(self, *args, **kwargs)
     if settings := Settings.from_env():
         try:
-            attach(self, self.collective_rpc("hones_identity"), settings)
+            identities = self.collective_rpc("hones_identity")
+            attach(self, identities, settings, f"the folder {settings.profiles}")
         except BaseException:
             self.engine_core.shutdown()
             raise
