@@ -75,8 +75,10 @@ def build_app(
         "completion_handler": Completion(manager, state, registry, served),
         "response_handler": Responses(manager, state, registry, served),
     }
-    asked = [name for name in inspect.signature(build_server).parameters if name.endswith("_handler")]
-    app = build_server(manager, generation_state=state, **{name: handlers.get(name) for name in asked})
+    for name in inspect.signature(build_server).parameters:
+        if name.endswith("_handler"):
+            handlers.setdefault(name, None)  # its route is left out
+    app = build_server(manager, generation_state=state, **handlers)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in _KEPT]
     _add_routes(app, served, collector)
     _add_error_handlers(app)
