@@ -1,6 +1,7 @@
 # make demo   the whole method on the embedded model: prints one table, writes runs/demo
 # make test   lint, then every test
 # make docs   the documentation as a site in site/
+# make test-newest   the tests that need no vLLM, with the newest releases that pyproject.toml allows
 # Each makes .venv from nothing but Python >= 3.11, and is quick once it exists.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -54,4 +55,18 @@ format: .venv/.installed
 	$(BIN)/ruff format --quiet .
 
 clean:
-	rm -rf .venv runs/demo dist site
+	rm -rf .venv .venv-newest runs/demo dist site
+
+# With the newest releases that pyproject.toml allows, which each call looks for again, instead of those in constraints.txt. Only torch is the one
+# from there: elsewhere it brings gigabytes of CUDA. vLLM allows older ones only, so it is not there, nor are the tests that need it.
+NEWEST := .venv-newest/bin
+
+.PHONY: test-newest
+test-newest:
+	test -x $(NEWEST)/python || $(PYTHON) -m venv .venv-newest
+	$(NEWEST)/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		"$$(grep ^torch== constraints.txt)" --editable '.[dev]'
+	@$(NEWEST)/python -m pip freeze --disable-pip-version-check --exclude-editable | paste -s -d ' ' | fold -s -w 120
+	$(NEWEST)/python tests/install_chromium.py
+	OMP_NUM_THREADS=1 $(NEWEST)/python -m pytest tests/steer tests/offline \
+		tests/serving/test_transformers_server.py tests/serving/test_http.py -k 'not (test_http and vllm)'

@@ -284,6 +284,8 @@ class Round:
         import torch
         from transformers import StaticCache
 
+        from hones_steer._transformers import cache_name
+
         model = models.by_mode[variant.mode]
         prompt = torch.randint(models.shape.vocabulary, (batch, args.prompt_tokens), generator=torch.manual_seed(1))
         self._steered = lambda: models.steered(variant)
@@ -294,8 +296,9 @@ class Round:
             if phase == "decode":
                 room = args.prompt_tokens + 1 + args.repeats * args.steps
                 cache = StaticCache(config=model.config, max_cache_len=room)
-                model(input_ids=prompt, past_key_values=cache)
-                self._inputs = {"input_ids": prompt[:, :1], "past_key_values": cache}
+                cached = {cache_name(model.forward): cache}
+                model(input_ids=prompt, **cached)
+                self._inputs = {"input_ids": prompt[:, :1], **cached}
             self.logits = self._call(**self._inputs).logits.clone()
 
     def seconds(self, clock: Callable[[], float]) -> float:

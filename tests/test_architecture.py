@@ -32,6 +32,7 @@ _BELOW_HUGGINGFACE = {"errors", "profile", "store", "layout", "slots", "_blocks"
 ALLOWED = {
     "_version": set(),
     "errors": set(),
+    "_transformers": set(),
     "profile": {"_version", "errors"},
     "store": {"errors", "profile"},
     "layout": {"errors"},

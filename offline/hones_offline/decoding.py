@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from hones_offline.caching import ending_together, nbytes, new_cache
 from hones_offline.recording import Entering, Head, last_ffn_at, replaced_heads, resumed
+from hones_steer._transformers import cache_name, returned_cache
 from hones_steer.errors import LayoutError
 from hones_steer.layout import Layout, find_layout
 
@@ -203,6 +204,7 @@ class TextDecoder:
         self.model = model
         self.layout: Layout = find_layout(model)
         self.layout.require_attribution()
+        self._cache_name = cache_name(self.layout.decoder.forward)
         self.embedding: nn.Module = self.model.get_input_embeddings()
         assert self.layout.unembedding is not None
         self.unembedding: nn.Module = self.layout.unembedding
@@ -256,10 +258,10 @@ class TextDecoder:
                 inputs_embeds=batch.embeds,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=cache is not None,
+                **{self._cache_name: cache},
             )
-        return out.last_hidden_state, out.past_key_values
+        return out.last_hidden_state, returned_cache(out)
 
     def resume(self, batch: Batch, entering: Entering, heads: Sequence[Head], cache: Any = None) -> tuple[Tensor, Any]:
         """`run` with each of `heads`, all of one layer, replaced: copy after copy of the batch, [heads·B, T, hidden].

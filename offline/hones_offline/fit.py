@@ -19,6 +19,7 @@ from hones_offline.prompts import Prepared, prepare
 from hones_offline.recording import scaled_ffn
 from hones_offline.runs import Arrays, RunFolder, check_seed, run_settings
 from hones_offline.tasks import Task
+from hones_steer._transformers import disable_checkpointing, enable_checkpointing
 from hones_steer.errors import DataError
 from hones_steer.profile import ModelIdentity, Profile
 
@@ -276,7 +277,7 @@ def _frozen(decoder: TextDecoder, *, checkpointing: bool) -> Iterator[None]:
     for parameter, _ in parameters:
         parameter.requires_grad_(False)
     if checkpointing:
-        decoder.model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(decoder.model)
         for layer in layers:
             layer.training = True
     try:
@@ -285,6 +286,6 @@ def _frozen(decoder: TextDecoder, *, checkpointing: bool) -> Iterator[None]:
         for parameter, required in parameters:
             parameter.requires_grad_(required)
         if checkpointing:
-            decoder.model.gradient_checkpointing_disable()
+            disable_checkpointing(decoder.model)
             for layer, mode in zip(layers, modes, strict=True):
                 layer.training = mode

@@ -13,11 +13,12 @@ from hones_offline.decoding import Segment, TextDecoder
 from hones_offline.examples import Example
 from hones_offline.recording import capture_call
 from hones_offline.tasks import Task
+from hones_steer._transformers import CACHE_NAMES
 from hones_steer.errors import DataError, LayoutError
 
 _CHECKED = 2  # examples on which the decoder is compared with the whole model
 # What a decoder may be given besides embeddings and positions without its being part of the prompt.
-_IGNORED = {"input_ids", "inputs_embeds", "position_ids", "past_key_values", "use_cache", "cache_position"}
+_IGNORED = {"input_ids", "inputs_embeds", "position_ids", "use_cache", "cache_position", *CACHE_NAMES}
 
 
 @dataclass(frozen=True)

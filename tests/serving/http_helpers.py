@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving.engines import Server
 
 NEW_TOKENS = 12
-DEADLINE_SECONDS = 60
+DEADLINE_SECONDS = 300
 
 # A name and its labels, sorted: ("hones_tokens_total", ("profile", "vqa")).
 Samples = dict[tuple[Any, ...], float]

@@ -32,7 +32,7 @@ from starlette.routing import Route
 from hones_steer import ModelIdentity, Profile, save_profile
 
 IDENTITY = ModelIdentity("", None, "llama", 2, 8, 32, (1.0,) * 16)
-TIMEOUT = 30
+TIMEOUT = 300
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 STEERED_ROUTES = pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 

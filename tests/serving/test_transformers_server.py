@@ -127,7 +127,7 @@ async def test_a_version_with_other_functions_is_refused(
 # One model, under its names -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["/reset", "/load_model", "/v1/audio/transcriptions"])
+@pytest.mark.parametrize("path", ["/reset", "/load_model", "/v1/audio/transcriptions", "/v1/systemone"])
 async def test_clients_cannot_load_or_drop_models(text: httpx.AsyncClient, path: str) -> None:
     assert "Not Found" in said(await text.post(path, json={"model": "tiny"}), 404)
 

@@ -96,7 +96,7 @@ def test_above_the_highest_rank_it_is_refused_or_truncated_with_the_error_stated
     assert done.error == pytest.approx(error, rel=1e-3)
     # Nothing of this rank comes nearer (Eckart-Young).
     assert error == pytest.approx(float(torch.linalg.svdvals(exact)[30:].norm() / exact.norm()), rel=1e-3)
-    assert f"{done.error:.2%}" in (tmp_path / "lora" / "README.md").read_text()
+    assert f"{done.error:.2%}" in (tmp_path / "lora" / "README.md").read_text(encoding="utf-8")
 
 
 def one_layer(model, neurons, scales):

@@ -108,7 +108,7 @@ def test_everything_but_other_forms_of_the_weights_comes_along(sharded, tmp_path
 def test_the_card_says_where_it_comes_from(sharded, tmp_path):
     profile = few_layers(load(sharded))
     merge_into(profile, sharded, tmp_path / "merged")
-    text = (tmp_path / "merged" / "README.md").read_text()
+    text = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
     assert profile.digest in text
     assert f"{profile.num_neurons:,} columns" in text
     assert "| vqa | accuracy | 300 | 0.71 | 0.75 | [0.01, 0.07] |" in text

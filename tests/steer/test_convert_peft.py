@@ -194,7 +194,7 @@ def test_a_damaged_adapter_is_named(adapter, damage, message):
 
 
 def test_the_card_says_what_it_is(adapter):
-    text = (adapter / "README.md").read_text()
+    text = (adapter / "README.md").read_text(encoding="utf-8")
     assert text.startswith("---\n")
     assert "library_name: peft" in text
     assert "| vqa | accuracy | 300 | 0.71 | 0.75 | [0.01, 0.07] |" in text

@@ -432,7 +432,7 @@ def test_serve_takes_a_repository():
     from hones_serving.commands import launch
 
     commit = push_profile(vqa(), REPO)
-    _, environment = launch(["org/tiny", "--profiles", f"hub:{REPO}@{commit}"], {}, set())
+    _, environment = launch(["org/tiny", "--profiles", f"hub:{REPO}@{commit}", "--engine", "transformers"], {}, set())
     assert environment["HONES_PROFILES"] == str(local_folder(f"hub:{REPO}@{commit}"))
 
 

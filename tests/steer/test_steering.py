@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from reference_steering import generated_alone, logits_alone, new_tokens, scaled
 from tiny_models import random_profile, text_inputs
 
+from hones_steer._transformers import disable_checkpointing, enable_checkpointing
 from hones_steer.errors import LayoutError, MismatchError, ProfileError, RoutingError, StateError
 from hones_steer.huggingface import steer
 from hones_steer.profile import save_profile
@@ -500,7 +501,7 @@ class TestGradients:
         assert not all(torch.allclose(one, other, rtol=1e-2) for one, other in zip(plain, unsteered, strict=True))
         model.train()
         model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        enable_checkpointing(model, use_reentrant=reentrant)
         checkpointed = self.run(model, steering, "a")
         for one, other in zip(plain, checkpointed, strict=True):
             torch.testing.assert_close(one, other)
@@ -512,7 +513,7 @@ class TestGradients:
         inputs = text_inputs()
         plain = self.run(model, steering, "a")
         model.train()
-        model.gradient_checkpointing_enable()
+        enable_checkpointing(model)
         model.zero_grad()
         with steering.task("a"):
             loss = model(**inputs, labels=inputs["input_ids"]).loss
@@ -573,12 +574,12 @@ class TestGradients:
         steering, _ = steered(model)
         inputs = text_inputs()
         model.train()
-        model.gradient_checkpointing_enable()
+        enable_checkpointing(model)
         with steering.task("a"):
             loss = model(**inputs, labels=inputs["input_ids"]).loss
         with pytest.raises(StateError, match=r"backward\(\) inside the block"):
             loss.backward()
-        model.gradient_checkpointing_disable()
+        disable_checkpointing(model)
         with steering.task("a"):
             loss = model(**inputs, labels=inputs["input_ids"]).loss
         loss.backward()

@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from hones_steer.errors import HonesError, RoutingError, StateError
 from hones_steer.huggingface import steer
 
-WAIT = 20  # seconds; a test that waits this long has failed
+WAIT = 300  # seconds; a test that waits this long has failed, also on a busy machine
 
 
 class QueueStreamer(BaseStreamer):

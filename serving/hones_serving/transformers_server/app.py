@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
+import inspect
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,8 +40,9 @@ from hones_steer.loading import load_model, loading
 from hones_steer.profile import ModelIdentity
 
 TESTED = "5.19"
-# Of transformers' routes: these load, drop or list models of the client's choice.
-_REMOVED = {"/load_model", "/reset", "/v1/audio/transcriptions", "/v1/models"}
+# Of transformers' routes. Others load, drop or list models of the client's choice, or answer unsteered.
+_KEPT = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/health"}
+_KEPT |= {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
 _OPEN = {"/health", "/metrics", playground.PATH}  # without the key
 
 
@@ -72,15 +74,16 @@ def build_app(
     metrics = Metrics(registry, collector)
     # Profiles come one by one, as they were admitted: the registry has checked them against this model.
     state = OneGeneration(steer(model, {}, allow_mismatch=True), metrics)
-    app = build_server(
-        manager,
-        Chat(manager, state, registry, served),
-        completion_handler=Completion(manager, state, registry, served),
-        response_handler=Responses(manager, state, registry, served),
-        transcription_handler=None,  # type: ignore[arg-type]  # its route is removed
-        generation_state=state,
-    )
-    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in _REMOVED]
+    handlers: dict[str, Any] = {
+        "chat_handler": Chat(manager, state, registry, served),
+        "completion_handler": Completion(manager, state, registry, served),
+        "response_handler": Responses(manager, state, registry, served),
+    }
+    for name in inspect.signature(build_server).parameters:
+        if name.endswith("_handler"):
+            handlers.setdefault(name, None)  # its route is left out
+    app = build_server(manager, generation_state=state, **handlers)
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in _KEPT]
     _add_routes(app, served, collector)
     _add_error_handlers(app)
     service = Service(

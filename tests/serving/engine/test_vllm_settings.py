@@ -64,14 +64,12 @@ def distance(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
     return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
 
 
-def check_rounded_model(
-    folder: Path, profiles: Path, reference: Reference, *, effect: float = 10, **options: Any
-) -> None:
+def check_rounded_model(folder: Path, profiles: Path, reference: Reference, **options: Any) -> None:
     """Unsteered requests are as without hones; steered ones are as far from transformers as those are.
 
     How far, is measured on the unsteered requests and on the same requests alone and in a batch. Steering enlarges
-    errors as it enlarges activations, for which there is a factor of 3. Steering must move answers by `effect` times
-    the noise: below 4 an engine that does not steer, at most the noise from unsteered, could pass.
+    errors as it enlarges activations, for which there is a factor of 3. Steering must move answers by 10 times the
+    noise: below 4 an engine that does not steer, at most the noise from unsteered, could pass.
     """
     some = [words(40, seed=i) for i in range(len(MIXED))]
     measured = {"max_tokens": 1, "prompt_logprobs": 0}
@@ -92,7 +90,7 @@ def check_rounded_model(
     steered = [reference_logprobs(reference, p, e) for p, e in zip(some, MIXED, strict=True)]
     noise = max(distance(mixed, alone), distance(prompt_logprobs(without), unsteered))
     assert distance(mixed, steered) <= 3 * noise
-    assert distance(unsteered, steered) > effect * noise
+    assert distance(unsteered, steered) > 10 * noise
 
 
 def test_bfloat16(llama: Path, profiles: Path) -> None:
@@ -101,21 +99,24 @@ def test_bfloat16(llama: Path, profiles: Path) -> None:
 
 
 def test_int8_weights_and_activations(llama: Path, profiles: Path, tmp_path: Path) -> None:
+    """In bfloat16, because vLLM's int8 kernels for CPUs with AMX take no float32."""
     write_int8(llama, tmp_path / "int8")
-    reference = Reference(AutoModelForCausalLM.from_pretrained(tmp_path / "int8"), profiles)
-    # vLLM's int8 product is noisier on some CPUs: 0.68 where steering moves 2.95, on one with AVX2 alone.
-    check_rounded_model(tmp_path / "int8", profiles, reference, effect=4)
+    reference = Reference(AutoModelForCausalLM.from_pretrained(tmp_path / "int8", dtype=torch.bfloat16), profiles)
+    check_rounded_model(tmp_path / "int8", profiles, reference, dtype="bfloat16")
 
 
 def write_int8(llama: Path, folder: Path) -> None:
-    """A checkpoint in compressed-tensors' format: int8 weights, a scale per output; activations int8 per token."""
+    """A checkpoint in compressed-tensors' format: int8 weights, a scale per output; activations int8 per token.
+
+    Weights go to 63, not 127: without VNNI, two products of bytes are added in 16 bits, which larger ones overflow.
+    """
     shutil.copytree(llama, folder)
     tensors = {}
     for name, weight in load_file(llama / "model.safetensors").items():
         if "_proj.weight" not in name:
             tensors[name] = weight
             continue
-        scale = weight.abs().amax(1, keepdim=True) / 127
+        scale = weight.abs().amax(1, keepdim=True) / 63
         tensors[name] = (weight / scale).round().to(torch.int8)
         tensors[f"{name}_scale"] = scale
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

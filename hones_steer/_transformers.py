@@ -1,0 +1,37 @@
+"""Names that transformers has changed within the versions allowed, taken from what is there rather than from a version.
+
+Gradient checkpointing is called activation checkpointing from 5.23 on, and the key-value cache `cache` instead of
+`past_key_values` from 5.24 on; 5.40 does not take the old name any more. Models whose code is not part of transformers
+may keep it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+def cache_name(forward: Callable[..., object]) -> str:
+    """What a model's or decoder's `forward` calls its key-value cache."""
+    parameters = inspect.signature(forward).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[0])
+
+
+def returned_cache(output: Any) -> Any:
+    """The key-value cache in what a model or decoder returns, or None."""
+    # Not getattr with a default: asking for the old name where there is the new one warns.
+    return output.cache if hasattr(output, "cache") else output.past_key_values
+
+
+def enable_checkpointing(model: Any, *, use_reentrant: bool = False) -> None:
+    """Have the layers of a model in training mode recomputed by backward()."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+
+
+def disable_checkpointing(model: Any) -> None:
+    """Undo `enable_checkpointing`."""
+    (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
