@@ -1,5 +1,7 @@
 # make demo   the whole method on the embedded model: prints one table, writes runs/demo
-# make test   lint, then every test
+# make test   lint, then the tests: one or more for every behaviour
+# make test-fast   those that start no engine, server or browser: minutes
+# make test-all   every test, the matrices as well, in parts; one that has passed on these very files is not run again
 # make docs   the documentation as a site in site/
 # Each makes .venv from nothing but Python >= 3.11, and is quick once it exists.
 
@@ -7,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test docs picture lint format clean
+.PHONY: demo test test-fast test-all docs picture lint format clean
 .DEFAULT_GOAL := test
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -29,8 +31,20 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/hones demo --out runs/demo
 
+# Tests that share something expensive run in one of so many processes (tests/conftest.py); each takes up to 3 GB.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
 test: lint .venv/.vllm .venv/.chromium
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST) -m 'not matrix'
+
+test-fast: .venv/.installed
+	$(PYTEST) -m 'not matrix and not slow'
+
+# All parts, or some: make test-all PART='steer http'; tests/all_parts.py --list names them.
+PART ?=
+test-all: lint .venv/.vllm .venv/.chromium
+	WORKERS=$(WORKERS) $(BIN)/python tests/all_parts.py $(PART)
 
 # A test builds it, too, with warnings as errors.
 docs: .venv/.installed
@@ -54,4 +68,4 @@ format: .venv/.installed
 	$(BIN)/ruff format --quiet .
 
 clean:
-	rm -rf .venv runs/demo dist site
+	rm -rf .venv .test-all runs/demo dist site

@@ -1,15 +1,100 @@
-"""Settings for every test (no network, one thread), and the demo and the browser of several tests."""
+"""What every test stands on: the same environment whatever the shell's, an order for two workers, a demo, a browser.
 
+The first process of a run makes a folder for what is remembered between processes (compiled code, what vLLM knows of
+models), which xdist's workers and the processes that tests start share, and which goes when the run ends.
+"""
+
+import locale
 import os
+import shutil
+import signal
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+RUN = "TESTS_RUN_FOLDER"  # the environment variable that holds the folder
+STARTED_BY_OTHERS = RUN in os.environ
+
+# Variables that change what is tested: of the libraries in use, of torchrun, of terminals.
+FOREIGN_PREFIXES = (
+    *("HF_", "HONES_", "HUGGINGFACE_", "OPENAI_", "PROMETHEUS_", "TORCHDYNAMO_", "TORCHINDUCTOR_", "TORCH_LOGS"),
+    *("TRANSFORMERS_", "TRITON_", "VLLM_"),
+)
+FOREIGN = {
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    *("FORCE_COLOR", "NO_COLOR", "COLUMNS", "LINES", "LANG", "LANGUAGE"),
+}
+
+
+def _same_everywhere() -> None:
+    """Give this process, and so all it starts, the environment that tests are written for."""
+    if not STARTED_BY_OTHERS:
+        for name in list(os.environ):
+            if name.startswith((*FOREIGN_PREFIXES, "LC_")) or name in FOREIGN:
+                del os.environ[name]
+        folder = tempfile.mkdtemp(prefix="hones-tests-")
+        os.environ.update(
+            {
+                RUN: folder,
+                "HF_HOME": f"{folder}/huggingface",
+                "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+                "VLLM_CACHE_ROOT": f"{folder}/vllm",
+                "VLLM_CONFIG_ROOT": f"{folder}/vllm",
+            }
+        )
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", OMP_NUM_THREADS="1")
+    os.environ.update(TZ="UTC", LC_ALL="C.UTF-8", COLUMNS="80")
+    # Servers of the tests are on this machine; a proxy that it uses otherwise would not find them.
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+    time.tzset()
+    locale.setlocale(locale.LC_ALL, "C.UTF-8")
+    os.umask(0o022)
+    # Jobs that a script starts in the background ignore Ctrl-C, those of nohup SIGHUP, and so would their children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+_same_everywhere()
+
+
+def pytest_unconfigure() -> None:
+    """Remove the run's folder, at the end of the process that made it."""
+    if not STARTED_BY_OTHERS:
+        shutil.rmtree(os.environ[RUN], ignore_errors=True)
+
+
+# What starts an engine, a server, a browser or a demo, or many processes: `make test-fast` leaves these out.
+SLOW_FILES = {
+    *("test_in_vllm", "test_vllm_benchmark", "test_http", "test_playground", "test_hf_benchmark"),
+    *("test_attribution_benchmark", "test_site", "test_wheel"),
+}
+SLOW_FIXTURES = {"after_demo", "one_browser"}
+# The groups that take longest, in that order: workers that begin with them end together.
+LONGEST = ("engine-0", "engine-1", "demo", "http-vllm", "test_vllm_benchmark")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group tests that share something expensive, else by file, for `--dist loadgroup`; longest groups first."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    order = {}
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        mark = item.get_closest_marker("xdist_group")
+        group = mark.args[0] if mark else "demo" if "after_demo" in fixtures else item.path.stem
+        if mark is None:
+            item.add_marker(pytest.mark.xdist_group(group))
+        if item.path.stem in SLOW_FILES or fixtures & SLOW_FIXTURES:
+            item.add_marker(pytest.mark.slow)
+        order[item] = places.get(group, len(LONGEST))
+    items.sort(key=order.__getitem__)
 
 
 @pytest.fixture(scope="session")

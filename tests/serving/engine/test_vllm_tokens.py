@@ -113,7 +113,7 @@ def test_async_scheduling(
 # vLLM's client leaves its ZeroMQ context to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_tensor_parallel_in_processes_of_their_own(llama: Path, profiles: Path, expected: list[list[int]]) -> None:
-    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with engine(llama, profiles, env, tensor_parallel_size=2) as llm:
         assert answers(llm, PROMPTS, MIXED) == expected
 
