@@ -4,6 +4,7 @@ Engines in one process come one after the other, each with the environment varia
 vLLM need `ENVIRONMENT` from their start; the tests in engine/ have it.
 """
 
+import gc
 import os
 import signal
 import socket
@@ -49,6 +50,7 @@ def offline(model: Path, **options: Any) -> Iterator[Any]:
 
     settings: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "max_num_seqs": 8}
     llm = None
+    gc.freeze()  # vLLM collects garbage time and again, and all that has been imported is none
     try:
         llm = LLM(str(model), **{**settings, **options})
         yield llm
