@@ -65,9 +65,9 @@ def test_unsteered_requests_are_bit_equal_to_an_engine_without_hones(
     with engine(llama, profiles) as llm:
         idle = generate(llm, PROMPTS, unsteered, logprobs=5)
         mixed = generate(llm, PROMPTS, MIXED, logprobs=5)
+        alone = answers_alone(llm, PROMPTS, MIXED)
     assert tokens_of(idle) == tokens_of(without)
     assert logprobs_of(idle) == logprobs_of(without)
-        alone = answers_alone(llm, PROMPTS, MIXED)
     assert tokens_of(mixed) == alone == expected
     for row, expression in enumerate(MIXED):
         same = logprobs_of(mixed)[row] == logprobs_of(without)[row]
