@@ -13,9 +13,10 @@ import pytest
 from serving.engines import ENVIRONMENT
 
 ENGINE = Path(__file__).parent / "engine"
-# What compares with a vLLM that hones-steer has not touched comes first in its process.
-FIRST = ("test_environment", "test_vllm_tokens")
-MODULES = sorted(ENGINE.glob("test_*.py"), key=lambda module: (module.stem not in FIRST, module.stem))
+# Before anything in their process has wrapped parts of vLLM: these look at a vLLM that hones-steer has not touched.
+FIRST = ("test_environment", "test_vllm_tokens", "test_vllm_refusals")
+MODULES = [ENGINE / f"{name}.py" for name in FIRST]
+MODULES += sorted(module for module in ENGINE.glob("test_*.py") if module not in MODULES)
 PROCESSES = [
     pytest.param(MODULES[at::2], id="+".join(module.stem for module in MODULES[at::2]), marks=mark)
     for at, mark in enumerate(map(pytest.mark.xdist_group, ("engine-0", "engine-1")))
