@@ -70,10 +70,10 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(os.environ[RUN], ignore_errors=True)
 
 
-# What starts an engine, a server, a browser or a demo, or many processes: `make test-fast` leaves these out.
+# What starts engines, servers, browsers, compilers or several processes that load a model: not in `make test-fast`.
 SLOW_FILES = {
-    *("test_in_vllm", "test_vllm_benchmark", "test_http", "test_playground", "test_hf_benchmark"),
-    *("test_attribution_benchmark", "test_site", "test_wheel"),
+    *("test_in_vllm", "test_vllm_benchmark", "test_http", "test_playground", "test_hf_benchmark", "test_compile"),
+    *("test_attribution_benchmark", "test_distributed", "test_resume", "test_site", "test_wheel"),
 }
 SLOW_FIXTURES = {"after_demo", "one_browser"}
 # The groups that take longest, in that order: workers that begin with them end together.
