@@ -13,12 +13,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from serving.engines import ENVIRONMENT
+from serving.engines import ENVIRONMENT, free_port
 
 from hones_steer.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PORT = re.compile(r"\b89\d\d\b")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -31,7 +32,10 @@ def blocks(page: Path) -> Iterator[tuple[str, str]]:
 def test_every_block_runs(page: Path, after_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(after_demo)
     namespace: dict[str, object] = {"__name__": "__docs__"}
-    for language, code in blocks(page):
+    # The page's own may be taken on this machine.
+    ports = {port: str(free_port()) for _, code in blocks(page) for port in PORT.findall(code)}
+    for language, written in blocks(page):
+        code = PORT.sub(lambda found: ports[found[0]], written)
         if language == "bash" and page.name != "README.md" and (commands := simple_commands(code)):
             for command in commands:
                 if command[0] == "hones":

@@ -76,7 +76,7 @@ def server(command: Sequence[str], log: Path, env: Mapping[str, str]) -> Iterato
     `env` is added to this process's environment. A server that ends before, or is not there after five minutes, fails
     the test with what it printed.
     """
-    port = _free_port()
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -93,7 +93,8 @@ def server(command: Sequence[str], log: Path, env: Mapping[str, str]) -> Iterato
         _stop(process)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of 127.0.0.1 on which nothing listens."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
