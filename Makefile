@@ -33,7 +33,7 @@ demo: .venv/.installed
 
 # Tests that share something expensive run in one of so many processes (tests/conftest.py); each takes up to 3 GB.
 WORKERS ?= 2
-PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS)
 
 test: lint .venv/.vllm .venv/.chromium
 	$(PYTEST) -m 'not matrix'

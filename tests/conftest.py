@@ -6,6 +6,7 @@ models), which xdist's workers and the processes that tests start share, and whi
 
 import locale
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -76,25 +77,41 @@ SLOW_FILES = {
     *("test_attribution_benchmark", "test_distributed", "test_resume", "test_site", "test_wheel"),
 }
 SLOW_FIXTURES = {"after_demo", "one_browser"}
-# The groups that take longest, in that order: workers that begin with them end together.
-LONGEST = ("engine-0", "engine-1", "demo", "http-vllm", "test_vllm_benchmark")
+# What takes longest, in that order: workers that begin with it end together.
+LONGEST = ("test_in_vllm", "demo", "test_http[vllm", "test_http[transformers", "test_vllm_benchmark", "test_playground")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def group_of(nodeid: str) -> str:
+    """What a test runs together with in one worker, as they share something expensive: its file, with exceptions."""
+    path, _, name = nodeid.partition("::")
+    file = Path(path).stem
+    if file in ("test_demo", "test_docs"):
+        return "demo"
+    if file in ("test_http", "test_in_vllm"):  # by the first parameter: an engine's servers, a process of vLLM's
+        return file + "[" + re.split(r"[-\]]", name.partition("[")[2])[0]
+    return file
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests that share something expensive, else by file, for `--dist loadgroup`; longest groups first."""
-    places = {name: place for place, name in enumerate(LONGEST)}
-    order = {}
+    """Mark what is slow; the longest first."""
     for item in items:
-        fixtures = set(getattr(item, "fixturenames", ()))
-        mark = item.get_closest_marker("xdist_group")
-        group = mark.args[0] if mark else "demo" if "after_demo" in fixtures else item.path.stem
-        if mark is None:
-            item.add_marker(pytest.mark.xdist_group(group))
-        if item.path.stem in SLOW_FILES or fixtures & SLOW_FIXTURES:
+        if item.path.stem in SLOW_FILES or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
-        order[item] = places.get(group, len(LONGEST))
-    items.sort(key=order.__getitem__)
+    places = {item: group_of(item.nodeid) for item in items}
+    items.sort(key=lambda item: next((i for i, name in enumerate(LONGEST) if places[item].startswith(name)), 99))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One group after the other to whichever worker is free, in the order of collection."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    config.option.loadscopereorder = False
+    return ByGroup(config, log)
 
 
 @pytest.fixture(scope="session")

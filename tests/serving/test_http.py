@@ -57,16 +57,13 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-EACH = {name: pytest.param(name, marks=pytest.mark.xdist_group(f"http-{name}")) for name in ENGINES}
-
-
-@pytest.fixture(scope="module", params=EACH.values())
+@pytest.fixture(scope="module", params=list(ENGINES))
 def engine(request: pytest.FixtureRequest) -> Vllm | Transformers:
     return ENGINES[request.param]
 
 
-only_vllm = pytest.mark.parametrize("engine", [EACH["vllm"]], indirect=True)
-only_transformers = pytest.mark.parametrize("engine", [EACH["transformers"]], indirect=True)
+only_vllm = pytest.mark.parametrize("engine", ["vllm"], indirect=True)
+only_transformers = pytest.mark.parametrize("engine", ["transformers"], indirect=True)
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,10 @@ ENGINE = Path(__file__).parent / "engine"
 FIRST = ("test_environment", "test_vllm_tokens", "test_vllm_refusals")
 MODULES = [ENGINE / f"{name}.py" for name in FIRST]
 MODULES += sorted(module for module in ENGINE.glob("test_*.py") if module not in MODULES)
-PROCESSES = [
-    pytest.param(MODULES[at::2], id="+".join(module.stem for module in MODULES[at::2]), marks=mark)
-    for at, mark in enumerate(map(pytest.mark.xdist_group, ("engine-0", "engine-1")))
-]
+PROCESSES = {"first half": MODULES[0::2], "second half": MODULES[1::2]}
 
 
-@pytest.mark.parametrize("modules", PROCESSES)
+@pytest.mark.parametrize("modules", PROCESSES.values(), ids=PROCESSES)
 def test_engine(modules: list[Path], request: pytest.FixtureRequest) -> None:
     selected = request.config.getoption("markexpr")
     command = [sys.executable, "-m", "pytest", "-q", "-m", selected, *map(str, modules)]
