@@ -9,6 +9,7 @@ and 8,
     again           the same model once more: how far from 1 a ratio gets by chance
     hooked, idle    steer() is attached and no task is chosen
     hooked, 1 or 8  one task for the whole batch, or another one for each of its eight rows
+    unguarded       hooked without the guard against layers that are passed by: what the guard costs
     folded          steering.fold(): the scales are in the weights, the hooks are still there
     merged          a checkpoint written by merge_into, loaded by transformers
     ia3, lora       the same scaling, exported to PEFT; called past PEFT's outer module, which is to their advantage
@@ -71,6 +72,7 @@ VARIANTS = (
     Variant("transformers", "again"),
     Variant("transformers", "hooked", 0),
     HOOKED,
+    Variant("transformers", "unguarded", 1),
     Variant("transformers", "hooked", 8),
     Variant("transformers", "folded", 1),
     Variant("transformers", "merged", 1),
@@ -178,6 +180,8 @@ class Models:
         merged = LlamaForCausalLM.from_pretrained(folder / "merged").eval()
         hooked, folded = twin(plain), twin(plain, own="down_proj")
         self.steering = steer(hooked, self.profiles, max_profiles=SLOTS)
+        unguarded = twin(plain)
+        self.unguarded = without_guard(steer(unguarded, self.profiles, max_profiles=SLOTS), unguarded)
         self.folded = steer(folded, self.profiles)
         self.folded.fold(first)
         self.adapted = {
@@ -187,6 +191,7 @@ class Models:
         self.by_mode = {
             "unsteered": plain,
             "hooked": hooked,
+            "unguarded": unguarded,
             "folded": folded,
             "merged": share(merged, plain),
             **{kind: model.get_base_model() for kind, model in self.adapted.items()},
@@ -195,11 +200,24 @@ class Models:
 
     def steered(self, variant: Variant) -> AbstractContextManager[None]:
         """Within the block, the variant's model does what the variant says."""
-        if variant.mode != "hooked" or not variant.profiles:
+        steering = {"hooked": self.steering, "unguarded": self.unguarded}.get(variant.mode)
+        if steering is None or not variant.profiles:
             return nullcontext()
         if variant.profiles == 1:
-            return self.steering.task(task_name(0))
-        return self.steering.tasks([task_name(i) for i in range(variant.profiles)])
+            return steering.task(task_name(0))
+        return steering.tasks([task_name(i) for i in range(variant.profiles)])
+
+
+def without_guard(steering: Steering, model: Any) -> Steering:
+    """The steering of a model, no longer looking for layers that are passed by and parts that were replaced."""
+    from hones_steer.injection import GuardHook
+
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, GuardHook):
+                del module._forward_hooks[key]
+    steering._attached.injection._edges.clear()
+    return steering
 
 
 def twin(model: Any, own: str = "nothing") -> Any:

@@ -12,12 +12,16 @@ from hones_steer.injection import scale
 from hones_steer.layout import DecoderLayer, Layout, down_weight
 from hones_steer.profile import Profile
 
+# What a column can be multiplied in; 8-bit floats mean nothing without their own factors.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 class Folded:
     """A profile folded into a model's down-projections; only the touched columns are changed and kept.
 
     Raises StateError, before anything is changed, for weights that cannot be multiplied and restored in place:
-    quantised, not in memory (meta, offloaded), shared with another module, sharded, or under a PEFT adapter.
+    quantised, not in memory (meta, offloaded), shared with another module, sharded, under a PEFT adapter, or beyond
+    their dtype once they are multiplied.
     """
 
     def __init__(self, model: nn.Module, layout: Layout, profile: Profile) -> None:
@@ -29,13 +33,21 @@ class Folded:
         for layer, _, _ in touched:
             _require_own_weight(layer, pointers)
         self._originals: list[tuple[DecoderLayer, Tensor, Tensor]] = []
+        scaled = []
         with torch.no_grad():
             for layer, neurons, scales in touched:
                 weight = down_weight(layer)
                 neurons, scales = neurons.to(weight.device), scales.to(weight.device)
                 original = weight[:, neurons]
+                scaled.append(scale(original, scales))
+                if why := not_finite(original, scaled[-1], neurons, scales):
+                    raise StateError(
+                        f"{layer.name}: {why}; lower the scale, use task() instead of fold(), or load the model in "
+                        "bfloat16 or float32"
+                    )
                 self._originals.append((layer, neurons, original))
-                weight[:, neurons] = scale(original, scales)
+            for (layer, neurons, _), columns in zip(self._originals, scaled, strict=True):
+                down_weight(layer)[:, neurons] = columns
 
     def unfold(self) -> None:
         """Copy the original columns back, bit for bit."""
@@ -45,6 +57,18 @@ class Folded:
         self._originals.clear()
 
 
+def not_finite(before: Tensor, after: Tensor, neurons: Tensor, scales: Tensor) -> str | None:
+    """Which of the columns `[hidden, k]` of these neurons is infinite or NaN after scaling; None where none is."""
+    wrong = (~after.isfinite()).any(0).nonzero().flatten()
+    if not len(wrong):
+        return None
+    at = int(wrong[0])
+    if not before[:, at].isfinite().all():
+        return f"the weights of neuron {int(neurons[at])} are infinite or NaN before they are scaled"
+    dtype, most = str(after.dtype).removeprefix("torch."), torch.finfo(after.dtype).max
+    return f"neuron {int(neurons[at])} with scale {float(scales[at]):g} goes beyond {dtype} ({most:g} at most)"
+
+
 def _require_own_weight(layer: DecoderLayer, pointers: Counter[int]) -> None:
     if hasattr(layer.down_proj, "base_layer"):
         raise StateError(f"{layer.name}: its down-projection has a PEFT adapter; merge the adapter, or use task()")
@@ -52,6 +76,9 @@ def _require_own_weight(layer: DecoderLayer, pointers: Counter[int]) -> None:
         weight = down_weight(layer)
     except LayoutError as error:
         raise StateError(f"cannot fold: {error}, or use task()") from error
+    if weight.dtype not in FLOATS:
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise StateError(f"{layer.name}: its down-projection is stored in {dtype}; use task() instead of fold()")
     if weight.is_meta:
         raise StateError(f"{layer.name}: its down-projection is offloaded (meta); use task() instead of fold()")
     if hasattr(weight, "to_local"):

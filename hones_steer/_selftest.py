@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ _TOKENS = 4
 
 @dataclass(frozen=True)
 class VerifiedProfile:
-    """One profile's result: how far it moves the logits of the test tokens at most."""
+    """One profile's result: how many of its neurons were seen to be scaled, and how far logits move at most."""
 
     name: str
     short_digest: str
@@ -32,11 +33,15 @@ class VerifiedProfile:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `Steering.verify` has found to be right."""
+    """What `Steering.verify` has found to be right.
+
+    `layers_not_run` names the layers that the test's inputs do not reach, of which nothing is known.
+    """
 
     model_type: str
     num_layers: int
     intermediate_size: int
+    layers_not_run: tuple[str, ...]
     profiles: tuple[VerifiedProfile, ...]
 
     def lines(self) -> list[str]:
@@ -44,6 +49,10 @@ class Verification:
         width = f"{self.num_layers} layers of {self.intermediate_size} neurons"
         return [
             f"{self.model_type}: {width}, every down-projection is hooked",
+            *(
+                f"{name} did not run in this test and is not verified; verify(**inputs) takes inputs that reach it"
+                for name in self.layers_not_run
+            ),
             "a row without a task is bit-equal to the unsteered model",
             *(
                 f"{p.name} ({p.short_digest}): {p.num_neurons} neurons scaled as the profile says, "
@@ -59,47 +68,75 @@ def self_test(
     injection: Injection,
     profiles: Mapping[str, Profile],
     tasks: Callable[[Sequence[str | None]], AbstractContextManager[None]],
+    inputs: Mapping[str, Any],
 ) -> Verification:
-    """Run test tokens through the model, each profile beside an unsteered row, and compare every layer's input."""
+    """Run two rows through the model, the second under each profile in turn, and compare every layer's input.
+
+    `inputs` are two rows as the model takes them; without any, plain tokens, and a blank image where it must be.
+    """
     if model.training:
         raise StateError("the model is in training mode, where dropout hides differences; call model.eval() first")
     present = {layer.down_proj for layer in find_layout(model).layers}
     for layer in layout.layers:
         if layer.down_proj not in present or not injection.is_attached_to(layer.down_proj):
             raise StateError(f"{layer.name}: its down-projection was replaced after steer(); detach() and steer again")
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), _layers_run(layout) as run:
+        forward = functools.partial(_logits, model, inputs) if inputs else _plain_forward(model)
+        plain = forward()
+        if not run:
+            raise StateError("no decoder layer was called; the model cannot be steered here")
+        verified = tuple(
+            _verify_profile(forward, plain, layout, run, name, profile, tasks) for name, profile in profiles.items()
+        )
     return Verification(
         layout.model_type,
         len(layout.layers),
         layout.intermediate_size,
-        tuple(_verify_profile(model, layout, name, profile, tasks) for name, profile in profiles.items()),
+        tuple(layer.name for layer in layout.layers if layer.index not in run),
+        verified,
     )
 
 
 def _verify_profile(
-    model: nn.Module,
+    forward: Callable[[], Tensor],
+    plain: Tensor,
     layout: Layout,
+    run: set[int],
     name: str,
     profile: Profile,
     tasks: Callable[[Sequence[str | None]], AbstractContextManager[None]],
 ) -> VerifiedProfile:
-    rows = [None, name]
-    ids = _test_tokens(model).repeat(len(rows), 1)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        plain = _logits(model, ids)
-        with _recorded(layout, first=True) as before, _recorded(layout, first=False) as after, tasks(rows):
-            steered = _logits(model, ids)
+    with _recorded(layout, first=True) as before, _recorded(layout, first=False) as after, tasks([None, name]):
+        steered = forward()
     for layer in layout.layers:
         z, scaled = before.get(layer.index), after.get(layer.index)
         if z is None or scaled is None:
-            raise StateError(f"{layer.name}: its down-projection was not called; the model cannot be steered here")
+            if layer.index in run:
+                raise StateError(
+                    f"{layer.name} ran, but its down-projection was not called; the model cannot be steered here"
+                )
+            continue
         s = scale_row(profile, layer.index, layout.intermediate_size).to(z.device)
-        z, scaled = z.view(len(rows), -1, z.shape[-1]), scaled.view(len(rows), -1, z.shape[-1])
+        z, scaled = z.view(2, -1, z.shape[-1]), scaled.view(2, -1, z.shape[-1])
         if not torch.equal(scaled[0], z[0]) or not torch.equal(scaled[1], scale(z[1], s)):
             raise StateError(f"{layer.name}: its input is not scaled as {name!r} says; detach() and steer again")
     if not torch.equal(steered[0], plain[0]):
         raise StateError(f"a row without a task differs from the unsteered model beside {name!r}; detach()")
     change = (steered[1].float() - plain[1].float()).abs().max().item()
-    return VerifiedProfile(name, profile.short_digest, profile.num_neurons, change)
+    seen = sum(len(neurons) for index, (neurons, _) in profile.layers.items() if index in before)
+    return VerifiedProfile(name, profile.short_digest, seen, change)
+
+
+@contextmanager
+def _layers_run(layout: Layout) -> Generator[set[int]]:
+    """Within the block, collects the layers that run: that are called, or whose down-projection is."""
+    run: set[int] = set()
+    with ExitStack() as stack:
+        for layer in layout.layers:
+            for module in (layer.module, layer.down_proj):
+                handle = module.register_forward_pre_hook(lambda *_, index=layer.index: run.add(index))
+                stack.callback(handle.remove)
+        yield run
 
 
 @contextmanager
@@ -117,8 +154,57 @@ def _recorded(layout: Layout, *, first: bool) -> Generator[dict[int, Tensor]]:
         yield inputs
 
 
-def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+def _plain_forward(model: nn.Module) -> Callable[[], Tensor]:
+    """The model on a few plain tokens, or where it refuses these alone, on tokens and a blank image."""
+    text = _test_text(model)
+    try:
+        _logits(model, text)
+    except (TypeError, ValueError) as error:  # how models say that they need more
+        refusal = error
+    else:
+        return functools.partial(_logits, model, text)
+    for image in _blank_images(model):
+        try:
+            _logits(model, text | image)
+        except (TypeError, ValueError, AttributeError, RuntimeError):  # the next one may have the right shape
+            continue
+        return functools.partial(_logits, model, text | image)
+    raise StateError(
+        f"{type(model).__name__} does not run on a few plain tokens ({refusal}); give verify() two rows of its usual "
+        "inputs: verify(**inputs)"
+    ) from refusal
+
+
+def _test_text(model: nn.Module) -> dict[str, Tensor]:
+    """Two rows of test tokens, under every name for token ids that the model must be given."""
+    ids = _test_tokens(model).repeat(2, 1)
+    required = [
+        name
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.default is inspect.Parameter.empty and name.endswith("input_ids")
+    ]
+    if getattr(model.config, "is_encoder_decoder", False):
+        required.append("decoder_input_ids")
+    return dict.fromkeys(["input_ids", *required], ids)
+
+
+def _blank_images(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """An image for each of two rows, in the shapes in which models take them."""
+    vision_config: Any = getattr(model.config, "vision_config", None)
+    size = getattr(vision_config, "image_size", None)
+    if isinstance(size, int):
+        device: Any = model.device
+        dtype: Any = model.dtype
+        image = torch.zeros(2, 3, size, size, device=device, dtype=dtype)
+        yield {"pixel_values": image}
+        listed = {"pixel_values": image[:, None]}  # one image in a list for each row
+        if "image_attention_mask" in inspect.signature(model.forward).parameters:  # Idefics: seen by every token
+            listed["image_attention_mask"] = torch.ones(2, _TOKENS, 1, device=device, dtype=torch.long)
+        yield listed
+
+
+def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    logits: Tensor = model(**inputs, use_cache=False).logits
     return logits
 
 

@@ -84,7 +84,10 @@ def _stored_tensors(source: Path) -> dict[str, Stored]:
     elif (source / SINGLE).is_file():
         names = [SINGLE]
     else:
-        raise DataError(f"{source}: has no {SINGLE} and no {INDEX}; save the model as safetensors (save_pretrained)")
+        raise DataError(
+            f"{source}: has no {SINGLE} and no {INDEX}; get the whole checkpoint, or save the model as safetensors "
+            "(save_pretrained)"
+        )
     stored: dict[str, Stored] = {}
     for name in names:
         stored.update(_read_header(source / name))

@@ -2,7 +2,8 @@
 
 Commands are entry points of the group ``hones.commands``: name -> ``callable(argv) -> exit code``, each with
 its own argparse parser. Only the one that is called is imported, so this module knows no package above it and
-``hones --help`` is instant. Exit codes: 0 done, 1 the answer is no (or interrupted), 2 bad input or usage.
+``hones --help`` is instant. A command that can be interrupted and resumed says so in a note of the KeyboardInterrupt
+that it lets through. Exit codes: see `_USAGE`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import difflib
 import io
 import os
+import select
 import sys
 import traceback
 import warnings
@@ -24,6 +26,7 @@ from hones_steer.errors import HonesError
 GROUP = "hones.commands"
 
 OK, NO, BAD_INPUT = 0, 1, 2
+INTERRUPTED, READER_LEFT = 130, 141  # 128 + SIGINT and SIGPIPE, which is what a shell says of a program that they end
 
 _SUMMARIES = {
     "attribute": "find the neurons that matter for a task",
@@ -56,6 +59,13 @@ options:
   --version  show the version
   --help     show this text; `hones COMMAND --help` explains a command
 
+exit codes:
+  0    done
+  1    the answer is no: the profiles differ, the profile does not fit
+  2    bad input or usage, in one line on standard error
+  130  interrupted by Ctrl-C
+  141  the reader of the output has left (`| head`)
+
 example:
   hones inspect profiles/vqa.safetensors
 """
@@ -82,61 +92,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = arguments[:1] == ["--debug"]
     if debug:
         arguments.pop(0)
+    _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is no error
-    try:
-        code = _dispatch(arguments, debug)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader (`| head`) has left. Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return NO
+    code = _outcome(arguments, debug)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            _discard(stream)  # or Python would complain when it flushes at exit
     return code
 
 
-def _dispatch(arguments: list[str], debug: bool) -> int:
+def _outcome(arguments: list[str], debug: bool) -> int:
+    """The exit code of a command that has done all its output, or has said in one line why not."""
     commands = {point.name: point for point in entry_points(group=GROUP)}
-    if not arguments:
-        sys.stderr.write(_usage(commands))
-        return BAD_INPUT
-    name, *rest = arguments
-    if name in ("-h", "--help"):
-        sys.stdout.write(_usage(commands))
-        return OK
-    if name == "--version":
-        print(f"hones-steer {__version__}")
-        return OK
-    if name not in commands:
-        close = difflib.get_close_matches(name, commands, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else "see `hones --help`"
-        return _fail("hones", f"there is no command {name!r}; {hint}")
-    return _run(commands[name], rest, debug)
-
-
-def _usage(commands: dict[str, EntryPoint]) -> str:
-    order = [*(name for name in _SUMMARIES if name in commands), *sorted(commands.keys() - _SUMMARIES.keys())]
-    width = max(map(len, order), default=0)
-    lines = [f"  {name:<{width}}  {_SUMMARIES.get(name, commands[name].value)}" for name in order]
-    return _USAGE.format(commands="\n".join(lines))
-
-
-def _run(point: EntryPoint, arguments: list[str], debug: bool) -> int:
-    prog = f"hones {point.name}"
+    point = commands.get(arguments[0]) if arguments else None
+    prog = "hones" if point is None else f"hones {point.name}"
     try:
-        with _one_line_warnings(prog):
-            command: Callable[[Sequence[str]], int] = point.load()
-            return command(arguments)
-    except SystemExit as stop:  # argparse: 0 after --help, 2 after a usage error
-        return _fail(prog, stop.code) if isinstance(stop.code, str) else int(stop.code or OK)
-    except KeyboardInterrupt:
+        if point is None:
+            code = _without_command(arguments, commands)
+        else:
+            with _one_line_warnings(prog):
+                code = _run(point, prog, arguments[1:])
+        _flush_output()
+    except KeyboardInterrupt as interrupt:
         _show_traceback(debug)
-        sys.stderr.write(f"{prog}: interrupted; run the same command again to resume\n")
-        return NO
-    except BrokenPipeError:
-        raise
+        _say("; ".join([f"{prog}: interrupted", *getattr(interrupt, "__notes__", [])]))
+        return INTERRUPTED
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        extra = _EXTRAS.get(point.module.partition(".")[0])
+        extra = None if point is None else _EXTRAS.get(point.module.partition(".")[0])
         if missing not in _EXTRA_MODULES or extra is None:
             raise
         _show_traceback(debug)
@@ -145,14 +131,96 @@ def _run(point: EntryPoint, arguments: list[str], debug: bool) -> int:
         _show_traceback(debug)
         return _fail(prog, str(error))
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and (_reader_left(sys.stdout) or _reader_left(sys.stderr)):
+            return READER_LEFT
         _show_traceback(debug)
         where = f"{error.filename}: " if error.filename is not None else ""
         return _fail(prog, f"{where}{error.strerror or error}")
+    return code
+
+
+def _without_command(arguments: list[str], commands: dict[str, EntryPoint]) -> int:
+    if not arguments:
+        _say(_usage(commands))
+        return BAD_INPUT
+    name = arguments[0]
+    if name in ("-h", "--help"):
+        print(_usage(commands))
+        return OK
+    if name == "--version":
+        print(f"hones-steer {__version__}")
+        return OK
+    close = difflib.get_close_matches(name, commands, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else "see `hones --help`"
+    return _fail("hones", f"there is no command {name!r}; {hint}")
+
+
+def _run(point: EntryPoint, prog: str, arguments: list[str]) -> int:
+    try:
+        command: Callable[[Sequence[str]], int] = point.load()
+        return command(arguments)
+    except SystemExit as stop:  # argparse: 0 after --help, 2 after a usage error
+        return _fail(prog, stop.code) if isinstance(stop.code, str) else int(stop.code or OK)
+
+
+def _usage(commands: dict[str, EntryPoint]) -> str:
+    order = [*(name for name in _SUMMARIES if name in commands), *sorted(commands.keys() - _SUMMARIES.keys())]
+    width = max(map(len, order), default=0)
+    lines = [f"  {name:<{width}}  {_SUMMARIES.get(name, commands[name].value)}" for name in order]
+    return _USAGE.format(commands="\n".join(lines)).rstrip()
 
 
 def _fail(prog: str, message: str) -> int:
-    sys.stderr.write(f"{prog}: error: {' '.join(message.split())}\n")
+    _say(f"{prog}: error: {' '.join(message.split())}")
     return BAD_INPUT
+
+
+# Standard streams ---------------------------------------------------------------------------------
+
+
+def _open_closed_streams() -> None:
+    """Let what a caller has closed (``>&-``) lead nowhere.
+
+    Python has None there, and the next file that is opened would get the number, and what is printed with it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(descriptor, descriptor == number)
+            stream = open(descriptor, "w" if number else "r", errors="backslashreplace", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+
+
+def _flush_output() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        error.filename = "the output"
+        raise
+
+
+def _say(text: str) -> None:
+    """Write to standard error, where somebody may listen."""
+    try:
+        sys.stderr.write(text + "\n")
+    except OSError:
+        _discard(sys.stderr)
+
+
+def _reader_left(stream: TextIO) -> bool:
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+    except io.UnsupportedOperation:
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _discard(stream: TextIO) -> None:
+    """Let what is still in a stream's buffer, and what is written later, lead nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _show_traceback(debug: bool) -> None:
@@ -170,8 +238,8 @@ def _one_line_warnings(prog: str) -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        del category, filename, lineno, line
-        (file or sys.stderr).write(f"{prog}: warning: {' '.join(str(message).split())}\n")
+        del category, filename, lineno, file, line
+        _say(f"{prog}: warning: {' '.join(str(message).split())}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show

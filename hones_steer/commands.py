@@ -84,19 +84,19 @@ def verify(argv: Sequence[str]) -> int:
     from hones_steer.loading import load_model
 
     model = load_model(options.model)
-    reason, lines = None, []
+    reason, report = None, None
     try:
-        steering = steer(model, {profile.task: profile})
-        lines = steering.verify().lines()
+        report = steer(model, {profile.task: profile}).verify()
     except HonesError as error:
         reason = str(error)
     if options.json:
-        print_json({"file": options.file, "model": options.model, "fits": not reason, "reason": reason})
-    elif reason:
+        answer = {"file": options.file, "model": options.model, "fits": report is not None, "reason": reason}
+        print_json({**answer, "layers_not_run": report.layers_not_run if report is not None else None})
+    elif report is None:
         print(f"no: {reason}")
     else:
-        print("\n".join(["yes", *(f"  {line}" for line in lines)]))
-    return 1 if reason else 0
+        print("\n".join(["yes", *(f"  {line}" for line in report.lines())]))
+    return 1 if report is None else 0
 
 
 def command_parser(name: str, description: str, example: str) -> argparse.ArgumentParser:

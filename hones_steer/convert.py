@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hones_steer._cards import card, describe_model, evidence_table, profiles_table
 from hones_steer._folders import new_folder
+from hones_steer._folding import FLOATS, not_finite
 from hones_steer.errors import DataError, LayoutError, ProfileError
 from hones_steer.layout import DecoderLayer, Layout, down_weight, find_layout, is_transposed, unwrap
 from hones_steer.layout import base_layer as inside_adapters
@@ -30,6 +31,7 @@ CONFIG, WEIGHTS, SIDECAR = "adapter_config.json", "adapter_model.safetensors", "
 MAX_RANK = 512  # the most vLLM takes
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 PREFIX, IA3_SUFFIX = "base_model.model.", ".ia3_l"
+_NOT_FINITE = "lower the scale, load the model in bfloat16 or float32, or export IA3"
 
 
 def export_peft(profile: Profile, model: nn.Module, folder: StrPath, *, allow_mismatch: bool = False) -> None:
@@ -59,11 +61,13 @@ def export_peft(profile: Profile, model: nn.Module, folder: StrPath, *, allow_mi
 class LoraExport:
     """What `export_lora` wrote: the rank in each layer, and by how much the change of weights is off.
 
-    `error` is the largest ‖ΔW − BA‖ / ‖ΔW‖ (Frobenius) over the layers; 0 where nothing was truncated.
+    `error` is the largest ‖ΔW − BA‖ / ‖ΔW‖ (Frobenius) over the layers, of the tensors as they were written: without
+    truncation it is the rounding to their dtype.
     """
 
     ranks: Mapping[int, int]
     error: float
+    truncated: bool
 
 
 def export_lora(
@@ -79,11 +83,12 @@ def export_lora(
 
     A layer's rank is the number of its neurons with a scale other than 1, at most the hidden size. The tensors have
     the weights' dtype: in float32 the result is exact up to rounding; in bfloat16 each entry of B is off by at most
-    2^-9 of itself.
+    2^-9 of itself. What this comes to is the result's `error`.
     With `truncate="svd"` a layer above `max_rank` gets the best approximation of that rank instead of an error.
 
     Raises:
-        ProfileError: a layer needs more than `max_rank` (and `truncate` is None), or every scale is 1.
+        ProfileError: a layer needs more than `max_rank` (and `truncate` is None), every scale is 1, or a scale takes a
+            column's change beyond the weights' dtype; nothing is written.
         DataError: peft is not installed, or the folder exists or cannot be written.
         LayoutError: the FFNs are not recognised, or the weights are quantised or not in memory.
         MismatchError: the profile is another model's.
@@ -113,7 +118,7 @@ def export_lora(
         fan_in_fan_out=_is_conv1d(layout),
         **_common(profile),
     )
-    done = LoraExport(ranks, max(errors.values()))
+    done = LoraExport(ranks, max(errors.values()), truncated=ranks != needed)
     modules = {index: names[index] for index in profile.layers}
     _write_adapter(
         folder, config, tensors, sidecar(profile, modules), _adapter_card(profile, "LoRA", _lora_notes(done))
@@ -196,18 +201,30 @@ def _lora_pair(profile: Profile, layer: DecoderLayer, max_rank: int) -> tuple[Te
     """(A `[r, I]`, B `[hidden, r]`, relative error) of one layer."""
     weight = _plain_weight(layer)
     neurons, scales = (torch.from_numpy(array.copy()) for array in profile.layers[layer.index])
-    neurons, offsets = neurons[scales != 1].long(), scales[scales != 1] - 1
-    delta = weight[:, neurons].float() * offsets  # [hidden, k]
-    b, rows, error = delta, torch.eye(len(neurons)), 0.0
+    neurons, scales = neurons[scales != 1].long(), scales[scales != 1]
+    columns = weight[:, neurons]
+    delta = columns * (scales - 1)  # [hidden, k], in float32 at least
+    if why := not_finite(columns, delta.to(weight.dtype), neurons, scales):
+        raise ProfileError(f"{layer.name}: {why}; {_NOT_FINITE}")
+    b, rows = delta, torch.eye(len(neurons))
     if len(neurons) > len(delta):  # no matrix has a rank above its height
         b, rows = torch.eye(len(delta)), delta
     if len(rows) > max_rank:
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
         b, rows = u[:, :max_rank] * s[:max_rank], vh[:max_rank]
-        error = float(s[max_rank:].norm() / s.norm())
-    a = torch.zeros(len(rows), weight.shape[1])
+    b, rows = b.to(weight.dtype), rows.to(weight.dtype)
+    if not (b.isfinite().all() and rows.isfinite().all()):
+        most, dtype = float(scales.abs().max()), str(weight.dtype).removeprefix("torch.")
+        raise ProfileError(f"{layer.name}: truncated, scales up to {most:g} go beyond {dtype}; {_NOT_FINITE}")
+    a = torch.zeros(len(rows), weight.shape[1], dtype=weight.dtype)
     a[:, neurons] = rows
-    return a.to(weight.dtype), b.to(weight.dtype), error
+    return a, b, _relative_error(b.double() @ rows.double(), columns.double() * (scales.double() - 1))
+
+
+def _relative_error(found: Tensor, exact: Tensor) -> float:
+    """‖found − exact‖ / ‖exact‖ (Frobenius)."""
+    difference, size = float((found - exact).norm()), float(exact.norm())
+    return difference / size if difference else 0.0
 
 
 def _plain_weight(layer: DecoderLayer) -> Tensor:
@@ -215,7 +232,7 @@ def _plain_weight(layer: DecoderLayer) -> Tensor:
     weight = down_weight(layer).detach()
     if weight.is_meta:
         raise LayoutError(f"{layer.name}: its down-projection is offloaded (meta); load the whole model")
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    if weight.dtype not in FLOATS:
         raise LayoutError(
             f"{layer.name}: its down-projection is quantised ({weight.dtype}), which a LoRA's change of the weights "
             "does not fit; load the model without quantisation, or export IA3"
@@ -246,8 +263,11 @@ def _lora_notes(done: LoraExport) -> str:
     rank = max(done.ranks.values())
     served = next((allowed for allowed in _VLLM_RANKS if rank <= allowed), None)
     vllm = f"vLLM: `--enable-lora --max-lora-rank {served}`." if served else "Above vLLM's highest rank, 512."
-    if not done.error:
-        return f"Exact in real arithmetic; the highest rank is {rank}. {vllm}"
+    if not done.truncated:
+        return (
+            f"Exact but for rounding, by which the change of a layer's weights is off by up to {done.error:.1g} "
+            f"(relative Frobenius norm); the highest rank is {rank}. {vllm}"
+        )
     return (
         f"Truncated by SVD to rank {rank}: the change of a layer's weights is off by up to {done.error:.2%} "
         f"(relative Frobenius norm), and the evidence was measured without that. {vllm}"

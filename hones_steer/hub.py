@@ -2,14 +2,17 @@
 
 A repository holds `<task>.safetensors` for each profile, `hones_profiles.json`, which says for each file its sha256 and
 the profile's digest, and a generated model card. What is downloaded is checked against both. Downloads go through
-huggingface_hub's cache; with a commit as revision, what is cached needs no network.
+huggingface_hub's cache; with a commit as revision, what is cached needs no network, and nothing that is cached needs a
+cache that can be written.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +21,7 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, HfApi, constants, errors
+from huggingface_hub.file_download import repo_folder_name
 
 from hones_steer._cards import card, describe_model, evidence_table, profiles_table
 from hones_steer._folders import new_folder
@@ -31,6 +35,7 @@ MANIFEST_FORMAT = 1
 # In a card without this line the text is somebody's own, and is left alone.
 _GENERATED = "<!-- Written by `hones push`, which replaces it. Delete this line to keep a text of your own. -->"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHORT_COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _SPEC = re.compile(r"hub:(?P<repo>[^@\s]+)(?:@(?P<revision>[^@\s]+))?")
 
 
@@ -110,12 +115,14 @@ def pull_profile(
 ) -> Profile:
     """Download a profile and check it; `task` may be left out where the repository has only one.
 
-    `revision` is a branch, a tag or a commit (default: main); only a commit always means the same profile.
+    `revision` is a branch, a tag or a commit (default: main); only a commit always means the same profile. Of a commit
+    that is in the cache, 7 letters are enough.
 
     Raises:
         ProfileError: the repository has no profiles, none for `task`, or several where `task` is None; or a file is not
             what the repository's `hones_profiles.json` says.
-        DataError: no such repository or revision, no permission, no network.
+        DataError: no such repository or revision, no permission, no network, or a cache that cannot be read, or not
+            written where something must be downloaded.
     """
     pulled = pull_profiles(repo, None if task is None else [task], revision=revision, token=token)
     if len(pulled.profiles) > 1:
@@ -134,7 +141,8 @@ def pull_profiles(
 def local_folder(spec: str) -> Path:
     """A folder with the profiles that "hub:org/name" or "hub:org/name@revision" names, downloaded and checked.
 
-    It lies under huggingface_hub's home, one per commit, and holds plain files.
+    It lies under huggingface_hub's home, one per commit, and holds plain files. Where the home cannot be written, it is
+    a new temporary folder.
 
     Raises:
         ProfileError, DataError: as `pull_profile`, or the text is not of this form.
@@ -144,25 +152,52 @@ def local_folder(spec: str) -> Path:
         raise DataError(f"{spec!r} names no repository; write hub:ORG/NAME or hub:ORG/NAME@REVISION")
     pulled = pull_profiles(match["repo"], revision=match["revision"])
     folder = Path(constants.HF_HOME, "hones-steer", pulled.repo.replace("/", "--"), pulled.commit)
-    if not folder.is_dir():
-        try:
-            with new_folder(folder) as temporary:
-                for task, profile in pulled.profiles.items():
-                    (temporary / (task + SUFFIX)).write_bytes(serialize_profile(profile))
-        except DataError:
-            if not folder.is_dir():  # else another server has made it meanwhile
-                raise
+    if not os.access(folder, os.R_OK | os.X_OK):
+        folder = _copied(pulled, folder)
     store = ProfileStore(folder)
-    for task, profile in pulled.profiles.items():
-        if store.get(task) != profile:
-            raise ProfileError(f"{store.path(task)}: was changed after the download; delete {folder}")
+    for task in sorted({*pulled.profiles, *store.names()}):
+        file = store.folder / (task + SUFFIX)
+        if task not in pulled.profiles:
+            what = "was added"
+        elif not file.exists():
+            what = "was deleted"
+        elif file.read_bytes() != serialize_profile(pulled.profiles[task]):
+            what = "was changed"
+        else:
+            continue
+        raise ProfileError(f"{file}: {what} after the download; delete {folder}, and it is made anew")
     return folder
+
+
+def _copied(pulled: Pulled, folder: Path) -> Path:
+    """Write the profiles into `folder`, or into a temporary one where that cannot be written; return which."""
+    try:
+        _copy(pulled, folder)
+    except (DataError, OSError) as error:
+        if os.access(folder, os.R_OK | os.X_OK):  # another server has made it meanwhile
+            return folder
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="hones-"), pulled.commit)
+            _copy(pulled, folder)
+        except (DataError, OSError) as second:
+            raise DataError(
+                f"{error}, and no temporary folder can be either ({second}); set HF_HOME or TMPDIR to a folder that "
+                f"can, or serve the folder that `hones pull {pulled.repo} --out FOLDER` has written before"
+            ) from second
+    return folder
+
+
+def _copy(pulled: Pulled, folder: Path) -> None:
+    with new_folder(folder) as temporary:
+        for task, profile in pulled.profiles.items():
+            (temporary / (task + SUFFIX)).write_bytes(serialize_profile(profile))
 
 
 # Reading ------------------------------------------------------------------------------------------
 
 
 def _pull(repo: str, revision: str | None, tasks: Sequence[str] | None, token: str | None) -> Pulled:
+    revision = _full_commit(repo, revision)
     # Not left to the download alone: without a network that would give what is in the cache, without a word.
     present = _present_commit(repo, revision, token)
     file = _download(repo, MANIFEST, revision, token)
@@ -176,6 +211,22 @@ def _pull(repo: str, revision: str | None, tasks: Sequence[str] | None, token: s
     wanted = [task for task in listed if tasks is None or task in tasks]
     profiles = {task: _checked(repo, commit, task, listed[task], token) for task in wanted}
     return Pulled(repo, commit, profiles, listed)
+
+
+def _full_commit(repo: str, revision: str | None) -> str | None:
+    """`revision`, or the whole commit where it is the beginning of one that is in the cache (and no branch or tag)."""
+    short = (revision or "").lower()
+    if revision is None or not _SHORT_COMMIT.fullmatch(short):
+        return revision
+    if len(short) == 40:
+        return short
+    cache = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"))
+    if (cache / "refs" / revision).is_file():
+        return revision
+    commits = sorted(folder.name for folder in cache.glob(f"snapshots/{short}*") if _COMMIT.fullmatch(folder.name))
+    if len(commits) > 1:
+        raise DataError(f"{repo}: {revision} may be any of {', '.join(commits)}; write the whole commit")
+    return commits[0] if commits else revision
 
 
 def _present_commit(repo: str, revision: str | None, token: str | None) -> str | None:
@@ -224,6 +275,12 @@ def _checked(repo: str, commit: str, task: str, expected: Entry, token: str | No
 def _download(repo: str, file: str, revision: str | None, token: str | None) -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision, token=token))
+    except errors.LocalEntryNotFoundError as error:
+        where = f"{repo}@{revision}" if revision else repo
+        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
+        raise DataError(
+            f"{where}: cannot be pulled: {offline}, and its {file} is not in the cache; pull it once with a network"
+        ) from error
     except errors.RemoteEntryNotFoundError as error:
         where = f"{repo}@{revision}" if revision else repo
         reason = "it holds no profiles" if file == MANIFEST else f"{MANIFEST} lists it"
@@ -241,19 +298,24 @@ def _hub_errors(what: str) -> Iterator[None]:
         yield
     except errors.OfflineModeIsEnabled as error:
         raise DataError(f"{what}: HF_HUB_OFFLINE is set; unset it") from error
-    except errors.LocalEntryNotFoundError as error:
-        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
-        raise DataError(f"{what}: {offline}, and it is not in the cache; pull it once with a network") from error
     except errors.GatedRepoError as error:
         raise DataError(f"{what}: access must be granted on its page first; ask there, then hf auth login") from error
     except errors.RevisionNotFoundError as error:
-        raise DataError(f"{what}: there is no such branch, tag or commit") from error
+        raise DataError(
+            f"{what}: there is no such branch, tag or commit (of which the Hub wants all 40 letters)"
+        ) from error
     except errors.RepositoryNotFoundError as error:
         raise DataError(f"{what}: there is no such repository, or it is private; see hf auth login") from error
     except errors.HFValidationError as error:
         raise DataError(f"{what}: not the name of a repository; write ORG/NAME") from error
     except errors.HfHubHTTPError as error:
         raise DataError(f"{what}: {_http_reason(error)}") from error
+    except OSError as error:
+        file = f"{error.filename}: " if error.filename is not None else ""
+        raise DataError(
+            f"{what}: {file}{error.strerror or error}; the cache must be readable, and writable for what is not in it "
+            "yet: set HF_HOME to a folder that is"
+        ) from error
     except (RuntimeError, ValueError) as error:  # an upload that failed in a thread of its own
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         raise DataError(f"{what}: {reason}") from error

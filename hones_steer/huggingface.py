@@ -10,6 +10,7 @@ with steering.tasks(["vqa", "ocr@0.5", None]):  # one per row of the batch
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -19,10 +20,11 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 
+from hones_steer._blocks import Routing, block_of, carry, innermost
 from hones_steer._folding import Folded
 from hones_steer._selftest import Verification, self_test
 from hones_steer.errors import ProfileError, RoutingError, StateError
-from hones_steer.injection import Injection, Routing
+from hones_steer.injection import Injection
 from hones_steer.layout import Layout, find_layout, unwrap
 from hones_steer.profile import ModelIdentity, Profile, StrPath, is_task_name, load_profile
 from hones_steer.slots import SlotPool
@@ -30,6 +32,8 @@ from hones_steer.store import ProfileStore, combine, parse_expression
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
 
 
 def steer(
@@ -77,14 +81,17 @@ class Steering:
         self._identity = ModelIdentity.from_model(inner)
         self._allow_mismatch = allow_mismatch
         self._profiles = {name: self._checked(name, source) for name, source in _sources(profiles).items()}
-        self._current: ContextVar[Routing | None] = ContextVar("hones_steer_routing", default=None)
+        self._key = object()  # tells this steering's blocks, without keeping it in memory
         self._generating: ContextVar[bool] = ContextVar("hones_steer_generating", default=False)
         self._open: list[Routing] = []
         self._folded: Folded | None = None
-        injection = Injection(inner, layout, max_profiles + 1, self._current.get, self._generating.get)
+        injection = Injection(inner, layout, max_profiles + 1, self._routing, self._generating.get)
         pool = SlotPool(injection.tables, max_profiles)
-        self._attached: _Attached | None = _Attached(inner, layout, injection, pool, _own_generate(inner))
-        self._wrap_generate(inner, injection)
+        methods = _InstanceMethods(inner)
+        methods.wrap("generate", lambda generate: self._generate(generate, injection))
+        for name in _CONTINUOUS_BATCHING:
+            methods.wrap(name, self._refused_inside_a_block)
+        self._attached: _Attached | None = _Attached(inner, layout, injection, pool, methods)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -95,13 +102,15 @@ class Steering:
         """Within the block, every row of every forward is steered by an expression such as "vqa@0.5+ocr".
 
         "none" and None switch steering off; of nested blocks the inner one counts. The task belongs to the
-        calling context: a new thread starts without one (see `wrap`), so leaving the block without a forward
-        raises. With gradient checkpointing, call backward() inside the block and before a forward of another task.
+        calling context and to what is started inside the block: threads, jobs of a ThreadPoolExecutor, asyncio's
+        tasks. A generator may go on with its block in another context. With gradient checkpointing, call backward()
+        inside the block.
 
         Raises:
             RoutingError: an unknown task, a malformed expression, more different profiles at once than
                 `max_profiles`, or no forward ran inside the block.
-            StateError: detached, or folded.
+            StateError: detached, or folded; and from a forward inside the block, if a layer ran without its
+                down-projection being called, or a part of the model was replaced after `steer`.
         """
         return self._routed([expression], per_row=False)
 
@@ -118,27 +127,24 @@ class Steering:
         return self._routed(list(expressions), per_row=True)
 
     def wrap(self, function: Callable[P, R]) -> Callable[P, R]:
-        """The function, carrying the present task along into another thread.
+        """The function, carrying the present block along to where it is called: a thread that runs already.
 
         ```python
         with steering.task("vqa"):
-            thread = Thread(target=steering.wrap(model.generate), kwargs={**inputs, "streamer": streamer})
-            thread.start()
+            jobs.put(steering.wrap(model.generate))  # a queue, whose worker calls it before the block is left
             ...
-            thread.join()
         ```
+
+        Raises:
+            RoutingError: a generator function or coroutine function, which runs after its call has returned.
         """
-        routing = self._current.get()
-
-        @functools.wraps(function)
-        def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-            token = self._current.set(routing)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self._current.reset(token)
-
-        return wrapped
+        kinds = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+        if any(is_kind(function) for is_kind in kinds):
+            raise RoutingError(
+                f"wrap() carries the task through one call, and {function.__name__} goes on after its call has "
+                "returned (a generator or coroutine); write `with steering.task(...)` inside it"
+            )
+        return carry(function, innermost())
 
     def load(self, name: str, profile: Profile | StrPath) -> None:
         """Add a profile, or replace the one of this name; blocks already entered keep what they had.
@@ -169,8 +175,8 @@ class Steering:
 
         Raises:
             RoutingError: an unknown task or a malformed expression.
-            StateError: a task is active, something is folded already, or a weight cannot be changed in place
-                (quantised, offloaded, sharded, shared, or under a PEFT adapter).
+            StateError: a task is active, something is folded already, a weight cannot be changed in place
+                (quantised, offloaded, sharded, shared, or under a PEFT adapter), or would be beyond its dtype.
         """
         attached = self._require_attached()
         with attached.injection.lock:
@@ -190,24 +196,30 @@ class Steering:
             self._folded.unfold()
             self._folded = None
 
-    def verify(self) -> Verification:
+    def verify(self, **inputs: Any) -> Verification:
         """Test on the live model that every profile scales exactly its neurons, in its own row only.
 
-        Runs a few tokens through the model. The report's `lines()` are for people.
+        Runs a few tokens through the model, or the given `inputs` of exactly two rows (a processor's, for a model
+        that does not run on text alone). The report's `lines()` are for people; layers that these inputs do not
+        reach are named there, not verified.
 
         Raises:
-            StateError: naming what is off, or that the model is folded or in training mode.
+            StateError: naming what is off, or that the model is folded, in training mode or needs `inputs`.
         """
         attached = self._require_attached()
         self._require_unfolded("verify()")
-        return self_test(attached.model, attached.layout, attached.injection, self._profiles, self.tasks)
+        return self_test(attached.model, attached.layout, attached.injection, self._profiles, self.tasks, inputs)
 
     def is_attached_to(self, model: nn.Module) -> bool:
-        """Whether this steers `model` itself: false for another load of the same weights, and once detached."""
+        """Whether this steers `model` itself: false for another load of the same weights, and once detached.
+
+        False, too, where an FFN, or what it is part of, was replaced after `steer`.
+        """
         attached = self._attached
         return (
             attached is not None
             and unwrap(model) is attached.model
+            and attached.injection.replaced() is None
             and all(attached.injection.is_attached_to(layer.down_proj) for layer in attached.layout.layers)
         )
 
@@ -223,7 +235,7 @@ class Steering:
             if self._folded is not None:
                 self.unfold()
             attached.injection.detach()
-            attached.restore_generate()
+            attached.methods.restore()
             self._attached = None
 
     def __enter__(self) -> Steering:
@@ -243,27 +255,30 @@ class Steering:
             self._require_unfolded("task()")
             profiles = [self._resolve(text) for text in texts]
             slots = attached.pool.acquire(profiles)
-            routing = Routing(texts, slots, per_row)
+            routing = Routing(self._key, texts, slots, per_row)
             self._open.append(routing)
-        outer = self._current.get()
-        token = self._current.set(routing)
+        outer = self._routing()
+        routing.open()
         try:
             yield
             if routing.steers and not routing.forwards:
                 raise RoutingError(
-                    f"no forward of the model ran inside {routing}; if another thread runs it, start it with "
-                    "steering.wrap(function) and join it inside the block"
+                    f"no forward of the model ran inside {routing}; if a thread that was there before runs it, give it "
+                    "steering.wrap(function), and wait for it inside the block"
                 )
         finally:
-            self._current.reset(token)
-            injection.release()
+            routing.close()
+            injection.release_block(routing)
             with injection.lock:
-                routing.closed = True
                 self._open.remove(routing)
                 attached.pool.release(profiles)
                 injection.rest()
             if outer is not None:
                 outer.forwards += routing.forwards
+
+    def _routing(self) -> Routing | None:
+        """What the innermost block that the calling code is inside asks for."""
+        return block_of(self._key)
 
     def _resolve(self, text: str) -> Profile | None:
         return combine(parse_expression(text), self._lookup, allow_mismatch=self._allow_mismatch)
@@ -281,15 +296,12 @@ class Steering:
         profile.base_model.check(self._identity, allow_mismatch=self._allow_mismatch)
         return profile
 
-    def _wrap_generate(self, model: nn.Module, injection: Injection) -> None:
-        """Let `generate` compare its prompts with the tasks before beams make their number ambiguous."""
-        generate = getattr(model, "generate", None)
-        if generate is None:
-            return
+    def _generate(self, generate: Callable[P, R], injection: Injection) -> Callable[P, R]:
+        """`generate`, comparing its prompts with the tasks before beams make their number ambiguous."""
 
         @functools.wraps(generate)
-        def steered_generate(*args: Any, **kwargs: Any) -> Any:
-            routing = self._current.get()
+        def steered_generate(*args: P.args, **kwargs: P.kwargs) -> R:
+            routing = self._routing()
             if routing is not None and routing.per_row:
                 routing.require_prompts(_num_prompts(args, kwargs))
             token = self._generating.set(True)
@@ -301,7 +313,22 @@ class Steering:
             finally:
                 self._generating.reset(token)
 
-        model.__dict__["generate"] = steered_generate
+        return steered_generate
+
+    def _refused_inside_a_block(self, batching: Callable[P, R]) -> Callable[P, R]:
+        """One of the model's methods for continuous batching, which packs rows and records CUDA graphs of them."""
+
+        @functools.wraps(batching)
+        def unsteered(*args: P.args, **kwargs: P.kwargs) -> R:
+            routing = self._routing()
+            if routing is not None and routing.steers:
+                raise RoutingError(
+                    f"{batching.__name__}() packs the rows of several requests into one, which {routing} cannot tell "
+                    "apart; use generate()"
+                )
+            return batching(*args, **kwargs)
+
+        return unsteered
 
     def _require_attached(self) -> _Attached:
         if self._attached is None:
@@ -325,17 +352,28 @@ class _Attached:
     layout: Layout
     injection: Injection
     pool: SlotPool
-    own_generate: Callable[..., Any] | None
-
-    def restore_generate(self) -> None:
-        self.model.__dict__.pop("generate", None)
-        if self.own_generate is not None:
-            self.model.__dict__["generate"] = self.own_generate
+    methods: _InstanceMethods
 
 
-def _own_generate(model: nn.Module) -> Callable[..., Any] | None:
-    """A `generate` that somebody has put on the instance, to be put back."""
-    return model.__dict__.get("generate")
+class _InstanceMethods:
+    """Methods put on one model, and what somebody else had put there before, to be put back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._before: dict[str, Callable[..., Any] | None] = {}
+
+    def wrap(self, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Put the wrapped method on the model, if it has the method."""
+        if (method := getattr(self._model, name, None)) is not None:
+            self._before[name] = self._model.__dict__.get(name)
+            self._model.__dict__[name] = wrapper(method)
+
+    def restore(self) -> None:
+        """Leave the model with the methods that it had."""
+        for name, before in self._before.items():
+            del self._model.__dict__[name]
+            if before is not None:
+                self._model.__dict__[name] = before
 
 
 def _sources(

@@ -6,11 +6,16 @@ s = 1 + m⊙λ.
 `Injection` steers a model that is called as usual. A hook on the model, which always runs outside compiled code,
 finds out once per forward what is asked for and writes it into static tensors; the hooks on the down-projections
 read these tensors and nothing else when they are compiled, so switching tasks never recompiles.
+
+Nothing is silently unsteered: before a steered forward the modules on the way to each down-projection must be those
+that were there at `steer`, and after it no decoder layer may have run whose down-projection was not called. Compiled
+code knows which were called when it is traced, and leaves word of it at each run (`LayerHook.called`).
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +26,7 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hones_steer._blocks import Routing
 from hones_steer.errors import LayoutError, RoutingError, StateError
 from hones_steer.layout import Layout, base_layer
 from hones_steer.slots import IDENTITY, RowSlots, ScaleTables
@@ -58,43 +64,19 @@ def _input_hook(replace: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tup
     return hook
 
 
-@dataclass(eq=False)
-class Routing:
-    """What one `with` block asks for: one slot for every row, or one slot per prompt."""
+@dataclass(frozen=True)
+class Edge:
+    """One step of the way from the model to a down-projection: `parent` has `child` under `name`."""
 
-    expressions: tuple[str, ...]
-    slots: tuple[int, ...]
-    per_row: bool
-    forwards: int = 0
-    closed: bool = False
-
-    def __str__(self) -> str:
-        return f"tasks({list(self.expressions)})" if self.per_row else f"task({self.expressions[0]!r})"
+    path: str
+    parent: nn.Module
+    name: str
+    child: nn.Module
 
     @property
-    def steers(self) -> bool:
-        return any(slot != IDENTITY for slot in self.slots)
-
-    def row_slots(self, rows: int | None, *, generating: bool) -> tuple[int, ...]:
-        """The slot of each of the forward's rows, or a single slot for all of them.
-
-        Within `generate`, beams and returned sequences repeat each prompt's row (`repeat_interleave`).
-        """
-        if not self.per_row:
-            return self.slots
-        repeats = self.require_prompts(rows, exactly=not generating) // len(self.slots)
-        return tuple(slot for slot in self.slots for _ in range(repeats))
-
-    def require_prompts(self, rows: int | None, *, exactly: bool = True) -> int:
-        """`rows`, or RoutingError if they cannot be the rows of these tasks."""
-        if rows is None:
-            raise RoutingError(f"{self} cannot tell the number of rows; pass input_ids or inputs_embeds by keyword")
-        if rows % len(self.slots) or (exactly and rows != len(self.slots)):
-            raise RoutingError(
-                f"{self} names {len(self.slots)} rows, but the model was called with {rows}; "
-                "give one expression (or None) per row of the batch"
-            )
-        return rows
+    def unchanged(self) -> bool:
+        now = self.parent._modules.get(self.name)
+        return now is self.child or getattr(now, "_orig_mod", None) is self.child  # compiled since: its hooks run
 
 
 class Injection:
@@ -115,15 +97,19 @@ class Injection:
     ) -> None:
         self.lock = threading.RLock()
         self.batch = 1
+        self.missed: str | None = None  # a layer that ran in this forward while its down-projection was not called
         self._current = current
         self._generating = generating
         self._owner: int | None = None  # the thread whose forward is in progress
+        self._routing: Routing | None = None  # of that forward
         self._slots: tuple[int, ...] = (IDENTITY,)  # of its rows
-        self._last_with_grad: tuple[Routing | None, tuple[int, ...]] = (None, (IDENTITY,))
+        self._with_gradients = _ForwardsWithGradients()
         devices = [execution_device(layer.down_proj, layer.name) for layer in layout.layers]
         self.tables = ScaleTables(devices, layout.intermediate_size, slots)
         self._rows = {device: RowSlots(device) for device in devices}
         self._written: tuple[tuple[int, ...], int] = ((IDENTITY,), 1)
+        self._edges = _edges(model, [layer.down_proj for layer in layout.layers])
+        self._layer_hooks: list[LayerHook] = []
         self._handles: list[RemovableHandle] = []
         self._attach(model, layout, devices)
 
@@ -133,10 +119,15 @@ class Injection:
             raise StateError("the model is steered already; use that Steering, or detach() it first")
         try:
             self._handles.append(model.register_forward_pre_hook(_EnterHook(self), with_kwargs=True))
+            self._handles.append(model.register_forward_hook(_CheckHook(self)))
             self._handles.append(model.register_forward_hook(_LeaveHook(self), always_call=True))
+            if layout.decoder is not model:
+                self._handles.append(layout.decoder.register_forward_pre_hook(_DecoderHook(self)))
             for layer, table, device in zip(layout.layers, self.tables.tables, devices, strict=True):
                 hook = LayerHook(self, layer.name, table, self._rows[device])
+                self._layer_hooks.append(hook)
                 self._handles.append(layer.down_proj.register_forward_pre_hook(hook))
+                self._handles.append(layer.module.register_forward_hook(GuardHook(hook)))
         except BaseException:
             self.detach()
             raise
@@ -154,6 +145,10 @@ class Injection:
         hooks = module._forward_pre_hooks.values()
         return any(isinstance(hook, LayerHook) and hook.injection is self for hook in hooks)
 
+    def replaced(self) -> str | None:
+        """The path of a module on the way to a down-projection that is another one than at `steer`, if there is any."""
+        return next((edge.path for edge in self._edges if not edge.unchanged), None)
+
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward begins: fix the slots of its rows for all layers that it calls."""
         # Only an interrupt leaves a forward without an end (KeyboardInterrupt skips PyTorch's hooks).
@@ -166,36 +161,52 @@ class Injection:
             self.release()
             raise
 
+    def release_block(self, routing: Routing) -> None:
+        """End this thread's forward if one of this block is in progress."""
+        if self._routing is routing:
+            self.release()
+
     def release(self) -> None:
         """End this thread's forward if one is in progress, so that other threads can go on."""
-        if self._owner == threading.get_ident():
-            self._owner = None
+        if self.is_running_here():
+            self._with_gradients.end()
+            self._owner = self._routing = None
             self.lock.release()
 
     def rest(self) -> None:
         """Set the identity for code that is called without a forward of the model: compiled parts of it.
 
-        Rows of a forward with gradients stay as they are: compiled backward code may still read them.
+        Rows of a forward with gradients stay as they are: compiled backward code may still read them. So do those of
+        a forward in progress: a generator's block is left wherever the generator happens to be collected.
         """
         with self.lock:
-            if self._last_with_grad[1] != self._written[0]:
+            if not self.is_running_here() and self._with_gradients.latest_slots != self._written[0]:
                 self._write((IDENTITY,), 1)
 
     def _begin(self, rows: int | None) -> None:
+        refuse_recording()
         routing = self._current()
-        self._slots = (IDENTITY,)
+        self._routing, self._slots = routing, (IDENTITY,)
         if routing is not None:
             if routing.closed:
                 raise StateError(
-                    f"the block of {routing} was left while a function that carries it still runs; "
-                    "join its thread inside the block"
+                    f"the block of {routing} was left while a thread or function that belongs to it still runs; "
+                    "join it inside the block"
                 )
             self._slots = routing.row_slots(rows, generating=self._generating())
+            if routing.steers and (path := self.replaced()) is not None:
+                raise StateError(
+                    f"{path} was replaced after steer(), so that {routing} would not steer it as before (adding or "
+                    "merging a PEFT adapter does that, too); detach() and steer() again"
+                )
             routing.forwards += 1
         self.batch = rows or 1
+        self.missed = None
+        for hook in self._layer_hooks:
+            hook.called = False
         self._write(self._slots, self.batch)
         if torch.is_grad_enabled():
-            self._last_with_grad = (routing, self._slots)
+            self._with_gradients.begin(routing, self._slots)
 
     def _write(self, slots: tuple[int, ...], rows: int) -> None:
         if self._written != (slots, rows):
@@ -203,19 +214,38 @@ class Injection:
                 row_slots.write(slots, rows)
             self._written = (slots, rows)
 
+    def check(self) -> None:
+        """Raise StateError if a layer of the forward that ends was passed by while rows of it are steered."""
+        if self.missed is not None and self._slots != (IDENTITY,):
+            raise StateError(
+                f"{self.missed} ran without calling its down-projection, so {self._routing} has not scaled its "
+                "neurons (a fused kernel that reads the weight itself does that); switch the fused kernel off, or "
+                "use fold()"
+            )
+
+    def is_running_here(self) -> bool:
+        """Whether a forward of the model is in progress in the calling thread."""
+        return self._owner == threading.get_ident()
+
     def eager_scales(self, hook: LayerHook, z: Tensor) -> Tensor | None:
         """S `[rows, I]`, or `[I]` or `[1, I]` for all rows, of an uncompiled layer called with z; None: not steered."""
-        if self._owner == threading.get_ident():
+        if self.is_running_here():
+            hook.called = True
             return self._scales_of_forward(hook, z)
         if torch._C._current_graph_task_id() != -1:
             return self._scales_of_recomputation(hook)
+        self.refuse_past_the_model(hook.layer)
+        return None
+
+    def refuse_past_the_model(self, part: str) -> None:
+        """Raise RoutingError inside a block: a part of the model is called on its own, with rows nobody knows."""
+        refuse_recording()
         routing = self._current()
         if routing is not None and routing.steers:
             raise RoutingError(
-                f"{hook.layer} was called past the model inside {routing}; call the model itself, model(...), "
+                f"{part} was called past the model inside {routing}; call the model itself, model(...), "
                 "so that its rows are known"
             )
-        return None
 
     def _scales_of_forward(self, hook: LayerHook, z: Tensor) -> Tensor | None:
         if self._slots == (IDENTITY,):
@@ -231,19 +261,95 @@ class Injection:
 
     def _scales_of_recomputation(self, hook: LayerHook) -> Tensor | None:
         """Gradient checkpointing runs the layers again in backward(), perhaps in another thread."""
-        routing, slots = self._last_with_grad
+        slots = self._with_gradients.slots_of_recomputation(hook.layer)
         if slots == (IDENTITY,):
             return None
-        if routing is not None and routing.closed:
-            raise StateError(
-                f"backward() recomputes a forward of {routing}, whose block was left; with gradient checkpointing "
-                "call backward() inside the block"
-            )
         return hook.table.index_select(0, torch.tensor(slots, device=hook.table.device))
+
+
+class _ForwardsWithGradients:
+    """What forwards with gradients were steered with, found again by the autograd nodes they made.
+
+    A recomputation (gradient checkpointing) runs on behalf of a node. Nodes are numbered in the order in which their
+    thread makes them, so a node's number lies between those at the beginning and at the end of its forward.
+    """
+
+    def __init__(self) -> None:
+        self.latest_slots: tuple[int, ...] = (IDENTITY,)
+        self._forwards: deque[_ForwardWithGradients] = deque(maxlen=1024)
+        self._any_steered = False
+
+    def begin(self, routing: Routing | None, slots: tuple[int, ...]) -> None:
+        self.latest_slots = slots
+        self._any_steered |= slots != (IDENTITY,)
+        thread, node = threading.get_ident(), _next_node()
+        latest = self._forwards[-1] if self._forwards else None
+        if latest is not None and latest.continues(thread, routing, slots, node):
+            latest.end = None
+        else:
+            self._forwards.append(_ForwardWithGradients(thread, routing, slots, node))
+
+    def end(self) -> None:
+        if self._forwards and (latest := self._forwards[-1]).end is None:
+            latest.end = _next_node()
+
+    def slots_of_recomputation(self, layer: str) -> tuple[int, ...]:
+        """The slots of the rows of the forward that the calling backward() recomputes.
+
+        Raises StateError if its block was left, or if which forward it is cannot be told.
+        """
+        node = torch._C._current_autograd_node()
+        number = -1 if node is None else node._sequence_nr()
+        found = [forward for forward in self._forwards if forward.made(number)]
+        for forward in found:
+            if forward.routing is not None and forward.routing.closed and forward.routing.steers:
+                raise StateError(
+                    f"backward() recomputes a forward of {forward.routing}, whose block was left; with gradient "
+                    "checkpointing call backward() inside the block"
+                )
+        slots = {forward.slots for forward in found}
+        if len(slots) == 1:
+            return slots.pop()
+        if not slots and not self._any_steered:
+            return (IDENTITY,)
+        raise StateError(
+            f"backward() recomputes {layer}, and it cannot be told for which forward; with gradient checkpointing call "
+            "the model itself, model(...), run differently steered forwards in one thread, and do not nest checkpoints"
+        )
+
+
+def _next_node() -> int:
+    """The number of the next autograd node that this thread makes."""
+    number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    return number
+
+
+@dataclass
+class _ForwardWithGradients:
+    """One forward, or several alike in a row, and the numbers of the nodes made: from `start` to below `end`."""
+
+    thread: int
+    routing: Routing | None
+    slots: tuple[int, ...]
+    start: int
+    end: int | None = None
+
+    def continues(self, thread: int, routing: Routing | None, slots: tuple[int, ...], node: int) -> bool:
+        same = self.thread == thread and self.routing is routing and self.slots == slots
+        return same and self.end is not None and node >= self.end
+
+    def made(self, number: int) -> bool:
+        return self.start <= number and (self.end is None or number < self.end)
 
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 _never_compiled: Callable[[_Function], _Function] = torch.compiler.disable
+
+
+def _never_compiled_alone(function: _Function) -> _Function:
+    """Let Dynamo trace a hook as part of a larger program only; a hook of the compiled module itself runs as it is."""
+    torch._dynamo.eval_frame.skip_code(function.__code__)
+    return function
 
 
 class _Hook:
@@ -257,15 +363,41 @@ class _Hook:
 
 
 class _EnterHook(_Hook):
-    @_never_compiled
+    @_never_compiled_alone
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_exporting():
+            refuse_recording()  # where Dynamo traces this hook
+        self._enter(args, kwargs)
+
+    @_never_compiled
+    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.injection.enter(args, kwargs)
+
+
+class _CheckHook(_Hook):
+    @_never_compiled
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
+        self.injection.check()
 
 
 class _LeaveHook(_Hook):
     @_never_compiled
     def __call__(self, _module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
         self.injection.release()
+
+
+class _DecoderHook(_Hook):
+    """Refuses the decoder without its model; also where the decoder is compiled and the layers' hooks read tensors."""
+
+    @_never_compiled_alone
+    def __call__(self, module: nn.Module, _args: tuple[Any, ...]) -> None:
+        if not torch.compiler.is_compiling():
+            self._refuse(module)
+
+    @_never_compiled
+    def _refuse(self, module: nn.Module) -> None:
+        if not self.injection.is_running_here():
+            self.injection.refuse_past_the_model(type(module).__name__)
 
 
 class LayerHook(_Hook):
@@ -277,12 +409,15 @@ class LayerHook(_Hook):
         self.table = table
         self.by_slot = table.unbind()
         self.rows = rows
+        self.called = False  # since the layer began, in a forward of the model
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         z: Tensor = args[0]
         # Some architectures (OPT) flatten [B, T, I] to [B * T, I].
         batch = z.shape[0] if z.dim() > 2 else self.injection.batch
         if torch.compiler.is_compiling():
+            refuse_recording()
+            self.called = True
             s = self.table.index_select(0, self.rows.index[:batch])
         elif (eager := self.injection.eager_scales(self, z)) is not None:
             s = eager
@@ -293,6 +428,54 @@ class LayerHook(_Hook):
         rows = z if z.dim() > 2 else z.reshape(batch, -1, z.shape[-1])
         s = s.view(s.shape[0], *[1] * (rows.dim() - 2), s.shape[1])
         return (scale(rows, s).view(z.shape), *args[1:])
+
+
+class GuardHook(_Hook):
+    """Notices, after a decoder layer has run, that its down-projection was not called.
+
+    Compiled, what it notices is a constant, which the code sets again whenever it runs.
+    """
+
+    def __init__(self, hook: LayerHook) -> None:
+        super().__init__(hook.injection)
+        self.hook = hook
+
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
+        if torch.compiler.is_compiling() or self.injection.is_running_here():
+            if not self.hook.called:
+                self.injection.missed = self.hook.layer
+            self.hook.called = False
+
+
+def refuse_recording() -> None:
+    """Raise StateError while a program is recorded: it would be steered for ever as it is now, or never."""
+    if torch.compiler.is_exporting():
+        recorder = "torch.export"
+    elif torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        recorder = "torch.jit.trace"
+    elif torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        recorder = "a CUDA graph"
+    else:
+        return
+    raise StateError(
+        f"{recorder} cannot record a steered model, whose task changes from call to call; detach() first, and record a "
+        "checkpoint made by merge_into() for a steered program"
+    )
+
+
+def _edges(model: nn.Module, modules: Sequence[nn.Module]) -> list[Edge]:
+    """The steps of the ways from a model to these parts of it, each step once."""
+    wanted = {id(module) for module in modules}
+    edges: dict[str, Edge] = {}
+    for path, module in model.named_modules():
+        if id(module) in wanted:
+            parent, names = model, path.split(".")
+            for depth, name in enumerate(names, 1):
+                child = parent.get_submodule(name)
+                step = ".".join(names[:depth])
+                edges[step] = Edge(step, parent, name, child)
+                parent = child
+    return list(edges.values())
 
 
 def execution_device(module: nn.Module, name: str) -> torch.device:

@@ -31,6 +31,7 @@ _DOWN_PROJECTIONS = (
     "ffn.down_proj",  # MPT
     "feed_forward.down_proj",
     "feed_forward.w2",  # LFM2, InternLM2
+    "feed_forward.value",  # RWKV
 )
 _ATTENTION_OUTPUTS = (
     "self_attn.o_proj",
@@ -43,6 +44,8 @@ _ATTENTION_OUTPUTS = (
     "self_attention.dense",
     "self_attn.c_proj",
 )
+# What transformers calls layers that keep keys and values only from one token to the next (`config.layer_types`).
+_PLAIN_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
 
 
@@ -76,7 +79,8 @@ class Layout:
     unembedding: nn.Module | None
 
     def require_attribution(self) -> None:
-        """Raise LayoutError, naming the missing parts, unless everything attribution needs was found."""
+        """Raise LayoutError, naming the culprit, unless attribution can run the decoder and has found all it needs."""
+        self._require_plain_decoder()
         missing = [
             part
             for part, found in (
@@ -91,6 +95,19 @@ class Layout:
             raise LayoutError(
                 f"attribution needs {', '.join(missing)}, not found in model type {self.model_type!r}: "
                 f"name it with hones_steer.register_layout({self.model_type!r}, {missing[0]}=...)"
+            )
+
+    def _require_plain_decoder(self) -> None:
+        """Attribution runs the decoder from embeddings, positions and a mask, and carries keys and values only."""
+        config = getattr(self.decoder, "config", None)
+        kinds = getattr(config, "layer_types", None) or ()
+        more = [f"layers of type {kind!r}" for kind in dict.fromkeys(kinds) if kind not in _PLAIN_ATTENTION]
+        if getattr(config, "hidden_size_per_layer_input", 0):
+            more.append("per-layer inputs")  # a second embedding of the token ids, which embeddings do not tell
+        if more:
+            raise LayoutError(
+                f"model type {self.model_type!r}: its text decoder has {', '.join(more)}, which attribution does not "
+                "carry yet; steering this model works, attributing on it does not"
             )
 
 
@@ -133,19 +150,19 @@ def register_layout(
 def find_layout(model: nn.Module) -> Layout:
     """Find the parts of a Hugging Face model, also of one inside a PEFT or `torch.compile` wrapper.
 
-    Raises LayoutError for a model without a recognised FFN in every layer, with mixture-of-experts FFNs, with
-    an FFN that is sharded over devices (tensor parallelism) or shared between layers, or with FFN widths that
-    differ between layers.
+    Raises LayoutError for a model without a recognised FFN in every layer (a state-space mixer is none), with
+    mixture-of-experts FFNs, with an FFN that is sharded over devices (tensor parallelism) or shared between
+    layers, or with FFN widths that differ between layers.
     """
     model = unwrap(model)
     config = getattr(model, "config", None)
     model_type = str(getattr(config, "model_type", "") or type(model).__name__)
     names = _registered.get(model_type, _Names())
-    text_config = config.get_text_config(decoder=True) if config is not None else None
+    text_config = _text_config(config, model_type)
 
     decoder = _find_decoder(model, model_type, names)
     modules = _find_layer_list(decoder, model_type, names)
-    paths = {id(module): name for name, module in model.named_modules()}
+    paths = {id(module): name.replace("_orig_mod.", "") for name, module in model.named_modules()}
     layers = tuple(
         _describe_layer(index, paths[id(module)], module, model_type, names, text_config)
         for index, module in enumerate(modules)
@@ -212,14 +229,27 @@ def is_transposed(module: nn.Module) -> bool:
     return hasattr(module, "nx") and hasattr(module, "nf")
 
 
+def _text_config(config: Any, model_type: str) -> Any:
+    """The text decoder's part of a transformers configuration; of any other, and of none, None."""
+    get_text_config = getattr(config, "get_text_config", None)
+    if get_text_config is None:
+        return None
+    try:
+        return get_text_config(decoder=True)
+    except ValueError as error:  # more than one
+        raise LayoutError(
+            f"the configuration of model type {model_type!r} names no single text decoder: {error}"
+        ) from error
+
+
 def _find_decoder(model: nn.Module, model_type: str, names: _Names) -> nn.Module:
     if names.decoder is not None:
         return _required(model, names.decoder, model_type)
     get_decoder = getattr(model, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else None
     if isinstance(decoder, nn.Module):
-        # Some wrappers answer with a language model that still has its head around the stack.
-        while _first(decoder, _LAYER_LISTS) is None and isinstance(inner := getattr(decoder, "model", None), nn.Module):
+        # Some wrappers answer with a language model that still has its head, or an encoder, around the stack.
+        while _first(decoder, _LAYER_LISTS) is None and (inner := _first(decoder, ("model", "decoder"))) is not None:
             decoder = inner
         return decoder
     raise _unrecognised(model_type, "no text decoder was found")
@@ -239,10 +269,8 @@ def _describe_layer(
         down_proj = _required(module, names.down_proj, model_type)
     else:
         _refuse_experts(name, module, model_type)
-        found = _first(module, _DOWN_PROJECTIONS) or _down_projection_by_shape(module)
-        if found is None:
-            raise _unrecognised(model_type, f"{name} ({type(module).__name__}) has no recognised FFN")
-        down_proj = found
+        found = _first(module, _DOWN_PROJECTIONS)
+        down_proj = found if found is not None else _down_projection_by_shape(name, module, model_type)
     if linear_shape(down_proj) is None:
         raise _unrecognised(
             model_type, f"the down-projection of {name} is a {type(down_proj).__name__}, not a linear layer"
@@ -256,26 +284,45 @@ def _describe_layer(
     return DecoderLayer(index, name, module, down_proj, attn_out, num_heads)
 
 
-def _down_projection_by_shape(layer: nn.Module) -> nn.Module | None:
-    """The only linear outside attention, I → hidden, beside one that maps hidden → I (or 2 I: gate and up).
+def _down_projection_by_shape(name: str, layer: nn.Module, model_type: str) -> nn.Module:
+    """The only linear outside attention, I → hidden, of an FFN: beside one or two hidden → I, or one hidden → 2 I.
 
     In a plain FFN the way up looks the same the other way round, so only wide FFNs (I > hidden) count.
     """
-    linears = [
-        (name, module, shape)
-        for name, module in layer.named_modules()
-        if (shape := linear_shape(module)) is not None and "attn" not in name and "attention" not in name
-    ]
-    candidates = [
-        module
-        for name, module, (width, hidden) in linears
-        if width > hidden
-        and any(
-            other_name.rpartition(".")[0] == name.rpartition(".")[0] and other in ((hidden, width), (hidden, 2 * width))
-            for other_name, _, other in linears
-        )
-    ]
-    return candidates[0] if len(candidates) == 1 else None
+    found: list[nn.Module] = []
+    others: list[str] = []
+    for path, parent in layer.named_modules():
+        linears = {
+            child: shape
+            for child_name, child in parent.named_children()
+            if (shape := linear_shape(child)) is not None and not _is_attention(f"{path}.{child_name}")
+        }
+        for down, (width, hidden) in linears.items():
+            up = [shape for shape in linears.values() if shape in ((hidden, width), (hidden, 2 * width))]
+            if width > hidden and up:
+                alone = len(linears) == 1 + len(up) and len(up) <= 2 and not _has_other_weights(parent, parent is layer)
+                if alone:
+                    found.append(down)
+                else:
+                    others.append(f"{path} ({type(parent).__name__})".lstrip())
+    if len(found) == 1:
+        return found[0]
+    what = f"{name} ({type(layer).__name__}) has no recognised FFN"
+    if others and not found:
+        what += f", and its {others[0]} is none: it holds more weights than an FFN's (as state-space mixers do)"
+    raise _unrecognised(model_type, what)
+
+
+def _is_attention(path: str) -> bool:
+    return "attn" in path or "attention" in path
+
+
+def _has_other_weights(parent: nn.Module, is_layer: bool) -> bool:
+    """Whether a module has weights outside its linears and norms, as an FFN has not; a layer's parts have their own."""
+    if next(parent.parameters(recurse=False), None) is not None:
+        return True
+    children = [child for child in parent.children() if linear_shape(child) is None]
+    return any(weight.dim() > 1 for child in children for weight in child.parameters(recurse=not is_layer))
 
 
 def _refuse_experts(name: str, layer: nn.Module, model_type: str) -> None:
@@ -313,10 +360,12 @@ def _common_shape(layers: Iterable[DecoderLayer], model_type: str) -> tuple[int,
 
 def _refuse_shards(layers: Iterable[DecoderLayer], text_config: Any) -> None:
     """A profile addresses the neurons of the whole FFN; a module that holds only some of them has others."""
-    configured = getattr(text_config, "intermediate_size", None)
     for layer in layers:
         module = base_layer(layer.down_proj)
         width, full = _stored_width(module)
+        ffn = next((part for part in layer.module.modules() if layer.down_proj in part.children()), None)
+        # RecurrentGemma's FFN has half of the configured width, and says so itself.
+        configured = getattr(ffn, "intermediate_size", getattr(text_config, "intermediate_size", None))
         if isinstance(configured, int) and configured % width == 0:
             # Sharded by hand, the module knows its own part only (a model that derives another width from
             # the configured one, as LFM2 does, is no whole part of it).

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from hones_steer._cards import card, describe_model, evidence_table, profiles_table
 from hones_steer._folders import new_folder, sync
+from hones_steer._folding import not_finite
 from hones_steer.checkpoint import DTYPES, INDEX, Checkpoint, Stored, open_checkpoint, read_tensor
 from hones_steer.convert import SIDECAR, module_names, sidecar
 from hones_steer.errors import DataError
@@ -46,7 +48,8 @@ def merge_into(
 
     Raises:
         DataError: no such checkpoint, a quantised one or one without safetensors, one that is merged already, weights
-            that are not the configuration's, or a folder that exists or cannot be written (nothing is left of it).
+            that are not the configuration's or go beyond their dtype once they are scaled, or a folder that exists or
+            cannot be written (nothing is left of it).
         LayoutError, MismatchError: the model's FFNs are not recognised, or the profile is another model's.
     """
     base = open_checkpoint(os.fspath(checkpoint))
@@ -57,6 +60,7 @@ def merge_into(
     targets = {layer: _target(f"{name}.weight", base) for layer, name in modules.items()}
     files = sorted({tensor.file.name for tensor in base.stored.values()})
     with new_folder(folder) as temporary:
+        _refuse_not_finite(profile, modules, targets, _transposed(base))  # before copying what may be much
         _copy_others(base.folder, temporary)
         (temporary / SIDECAR).write_text(sidecar(profile, modules), encoding="utf-8")
         (temporary / "README.md").write_text(_merged_card(profile, checkpoint), encoding="utf-8")
@@ -103,6 +107,19 @@ def _target(parameter: str, base: Checkpoint) -> Stored:
     return tensor
 
 
+def _refuse_not_finite(
+    profile: Profile, modules: Mapping[int, str], targets: Mapping[int, Stored], transposed: bool
+) -> None:
+    for layer, tensor in targets.items():
+        neurons, scales = _torch(profile, layer)
+        before = _columns(tensor.read(), transposed)[:, neurons]
+        if why := not_finite(before, scale(before, scales), neurons, scales):
+            raise DataError(
+                f"{tensor.file}: {modules[layer]}: {why}; lower the scale, or save the checkpoint in bfloat16 or "
+                "float32 and merge into that"
+            )
+
+
 def _transposed(base: Checkpoint) -> bool:
     return is_transposed(base.layout.layers[0].down_proj)
 
@@ -124,16 +141,25 @@ def _write_shard(source: Path, target: Path, profile: Profile, tensors: Mapping[
     scaled = 0
     with part.open("r+b") as file:
         for layer, tensor in tensors.items():
-            neurons, scales = (torch.from_numpy(array.copy()) for array in profile.layers[layer])
+            neurons, scales = _torch(profile, layer)
             weight = read_tensor(file, tensor)
-            columns = weight.t() if transposed else weight
-            columns[:, neurons.long()] = scale(columns[:, neurons.long()], scales)
+            columns = _columns(weight, transposed)
+            columns[:, neurons] = scale(columns[:, neurons], scales)
             file.seek(tensor.begin)
             file.write(weight.view(torch.uint8).numpy().data)
             scaled += len(neurons)
     sync(part)
     part.rename(target)
     return scaled
+
+
+def _torch(profile: Profile, layer: int) -> tuple[Tensor, Tensor]:
+    neurons, scales = profile.layers[layer]
+    return torch.tensor(neurons, dtype=torch.int64), torch.tensor(scales)
+
+
+def _columns(weight: Tensor, transposed: bool) -> Tensor:
+    return weight.t() if transposed else weight
 
 
 def _merged_card(profile: Profile, checkpoint: StrPath) -> str:

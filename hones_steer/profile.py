@@ -127,7 +127,7 @@ class ModelIdentity:
         from hones_steer.layout import find_layout
 
         layout = find_layout(model)
-        config: Any = model.config
+        config: Any = getattr(model, "config", None)
         return cls(
             name=_hub_name(getattr(config, "_name_or_path", None)),
             revision=getattr(config, "_commit_hash", None),

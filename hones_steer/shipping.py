@@ -67,7 +67,9 @@ def export(argv: Sequence[str]) -> int:
         allow_mismatch=options.allow_mismatch,
     )
     rank = max(done.ranks.values())
-    how = f"truncated, off by up to {done.error:.2%} of a layer's change" if done.error else "exact"
+    how = f"truncated, off by up to {done.error:.2%} of a layer's change"
+    if not done.truncated:
+        how = f"exact but for rounding, off by up to {done.error:.1g} of a layer's change"
     return _exported(options, {**result, "rank": rank, "error": done.error}, f"as a LoRA of rank {rank}, {how}")
 
 
@@ -142,7 +144,7 @@ def pull(argv: Sequence[str]) -> int:
         "Download profiles from a repository of the Hugging Face Hub, check them against its digests, and write\n"
         "FOLDER/<task>.safetensors for each. Only a commit as revision always gives the same profiles.",
         "hones pull my-org/llava-profiles --out profiles\n"
-        "  hones pull my-org/llava-profiles --task vqa --revision 3f1c0de --out .",
+        "  hones pull my-org/llava-profiles --task vqa --revision COMMIT --out .",
     )
     add = parser.add_argument
     add("repo", metavar="REPO", help="ORG/NAME")

@@ -1,9 +1,11 @@
 """Small problems for tests: a tiny random model, its processor, and examples of a task on random images."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 import tiny_models
 import tiny_processors
 from hones_offline.examples import Example, MemoryImage
@@ -16,6 +18,17 @@ SMALL_DEMO = ("--discovery", "24", "--dev", "8", "--test", "10")
 CANDIDATES = ("a cat on the mat", "a big dog", "small town", "red square left of a blue circle")
 
 
+_IMAGES = ("llava", "qwen2_5_vl", "idefics3", "smolvlm", "internvl")
+
+
+def every_architecture(represented: Sequence[tuple[str, str]]) -> list[Any]:
+    """Cases (architecture, task), `represented` and all others that docs/attribution.md lists, these in the matrix."""
+    cases = [(name, "text") for name in tiny_models.ALL]
+    cases += [(name, task) for name in _IMAGES for task in ("vqa", "retrieval")]
+    rest = [pytest.param(case, marks=pytest.mark.matrix) for case in cases if case not in represented]
+    return [*represented, *rest]
+
+
 @dataclass
 class Problem:
     model: Any
@@ -25,21 +38,24 @@ class Problem:
 
 
 def problem(architecture: str, task_name: str, count: int = 5) -> Problem:
-    """Prompts and images differ in length and size, so that batches need padding; those of "shots" begin alike."""
+    """Prompts and images differ in length and size, so that batches need padding; those of "shots" begin alike.
+
+    Those of "text" and "shots" have no image, of a vision-language model either.
+    """
     model = getattr(tiny_models, architecture)()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
-    if architecture == "llama":
+    text = task_name in ("text", "shots")
+    if text:
         processor = tiny_processors.text_tokenizer(model.config)
     else:
         processor = getattr(tiny_processors, f"{architecture}_processor")(model.config)
-    text = task_name in ("text", "shots")
     task = JsonlTask("text", "bleu4", max_new_tokens=6) if text else get_task(task_name)
     preamble = "big cat small dog town what is " * 3 if task_name == "shots" else ""
     rng = np.random.default_rng(0)
     examples = []
     for i in range(count):
         image = None
-        if architecture != "llama":
+        if not text:
             pixels = rng.integers(0, 255, (16 + 8 * i, 24, 3), dtype=np.uint8)
             image = MemoryImage(Image.fromarray(pixels), f"random-{i}")
         question = preamble + "what is " + " ".join(("cat", "dog", "big", "small", "town")[: i % 5 + 1])

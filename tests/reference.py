@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from hones_steer.layout import find_layout
+from hones_steer.layout import find_layout, is_transposed
 
 
 def prompt_inputs(processor, example, prompt):
@@ -143,7 +143,7 @@ def head_scores(model, processor, task, examples, utility):
 
 
 def directions(model, processor, task, examples):
-    """u_y (2.2) for every (example, answer) pair, in order."""
+    """u_y (2.2) of every example's first prompt, towards the task's `target_texts`."""
     tokenizer = getattr(processor, "tokenizer", processor)
     rows = model.get_output_embeddings().weight
 
@@ -151,52 +151,61 @@ def directions(model, processor, task, examples):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         return [i for i in ids if i not in tokenizer.all_special_ids][:128]
 
+    documents = [tokens(" ".join(task.target_texts(example))) for example in examples]
     if task.idf_weighted:
-        documents = [tokens(" ".join(task.target_texts(example))) for example in examples]
         df = Counter(token for document in documents for token in set(document))
         n = len(documents)
         sums = [sum(rows[t] * (math.log((n + 1) / (df[t] + 1)) + 1) for t in doc) for doc in documents]
     else:
-        sums = [sum(rows[t] for t in tokens(answer)) for example in examples for _, answer in task.answers(example)]
+        sums = [sum(rows[t] for t in doc) for doc in documents]
     return [u / u.norm() for u in sums]
 
 
 @contextmanager
 def ffn_inputs_recorded(model):
-    """The input of every layer's down-projection in the forwards of the block: {layer: [1, T, I]}."""
+    """The input of every layer's down-projection in the forwards of the block, of one row: {layer: [T, I]}."""
     recorded = {}
     with ExitStack() as stack:
         for layer in find_layout(model).layers:
 
             def hook(_module, args, layer=layer):
-                recorded[layer.index] = args[0]
+                recorded[layer.index] = z = args[0].reshape(-1, args[0].shape[-1])  # OPT's has no row dimension
+                return (z.reshape(args[0].shape),)
 
             stack.callback(layer.down_proj.register_forward_pre_hook(hook).remove)
         yield recorded
 
 
 @torch.no_grad()
+def activation(model, processor, example, prompt):
+    """Z at the last token of a prompt (2.2), [L, I]."""
+    with ffn_inputs_recorded(model) as recorded:
+        model(**prompt_inputs(processor, example, prompt))
+    return torch.stack([recorded[layer][-1] for layer in sorted(recorded)])
+
+
 def activations(model, processor, task, examples):
-    """Z at the last prompt token of every (prompt, answer) pair (2.2), one [L, I] each."""
-    result = []
-    for example in examples:
-        for index, _answer in task.answers(example):
-            with ffn_inputs_recorded(model) as recorded:
-                model(**prompt_inputs(processor, example, task.prompts(example)[index]))
-            result.append(torch.stack([recorded[layer][0, -1] for layer in sorted(recorded)]))
-    return result
+    """Z at the last prompt token of every (prompt, answer) pair, one [L, I] each."""
+    return [
+        activation(model, processor, example, task.prompts(example)[index])
+        for example in examples
+        for index, _answer in task.answers(example)
+    ]
 
 
 @torch.no_grad()
 def write_ins(model, processor, task, examples, units):
-    """c_{l,i} = z_i·⟨W_down[:,i], u_y⟩ at the last prompt token (2.2) of every pair with its u_y, one [L, I] each."""
-    weights = [layer.down_proj.weight for layer in find_layout(model).layers]
-    every = activations(model, processor, task, examples)
+    """c_{l,i} = z_i·⟨W_down[:,i], u_y⟩ at the first prompt's last token (2.2) of every example, one [L, I] each."""
+    layers = find_layout(model).layers
+    weights = [
+        layer.down_proj.weight.T if is_transposed(layer.down_proj) else layer.down_proj.weight for layer in layers
+    ]
+    every = [activation(model, processor, example, task.prompts(example)[0]) for example in examples]
     return [z * torch.stack([unit @ w for w in weights]) for z, unit in zip(every, units, strict=True)]
 
 
 def mean_write_in(model, processor, task, examples, units=None):
-    """Mean of c_{l,i} over pairs, [L, I]; with the paper's directions, or others."""
+    """Mean of c_{l,i} over examples, [L, I]; with the paper's directions, or others."""
     units = directions(model, processor, task, examples) if units is None else units
     return sum(write_ins(model, processor, task, examples, units)) / len(units)
 
@@ -243,7 +252,7 @@ def centred_directions(model, processor, task, examples):
 
 
 def contrastive_directions(model, processor, task, examples):
-    """u_y less the mean of the other pairs' u, normalised again."""
+    """u_y less the mean of the other examples' u, normalised again."""
     units = directions(model, processor, task, examples)
     result = []
     for i, unit in enumerate(units):
@@ -264,7 +273,7 @@ def gradient_activation(model, processor, task, examples):
                 z.retain_grad()
             logits.log_softmax(-1)[range(len(ids)), ids].mean().backward()
             last = -len(ids) - 1
-            products.append(torch.stack([(z * z.grad)[0, last].detach() for _, z in sorted(recorded.items())]))
+            products.append(torch.stack([(z * z.grad)[last].detach() for _, z in sorted(recorded.items())]))
             model.zero_grad()
     return sum(products) / len(products)
 

@@ -28,7 +28,7 @@ PACKAGES = {
 }
 
 # Module of hones_steer -> the modules it may import. A new module needs a line here.
-_BELOW_HUGGINGFACE = {"errors", "profile", "store", "layout", "slots", "injection", "_folding", "_selftest"}
+_BELOW_HUGGINGFACE = {"errors", "profile", "store", "layout", "slots", "_blocks", "injection", "_folding", "_selftest"}
 ALLOWED = {
     "_version": set(),
     "errors": set(),
@@ -36,16 +36,17 @@ ALLOWED = {
     "store": {"errors", "profile"},
     "layout": {"errors"},
     "slots": {"errors", "profile"},
-    "injection": {"errors", "layout", "profile", "slots"},
+    "_blocks": {"errors", "slots"},
+    "injection": {"_blocks", "errors", "layout", "profile", "slots"},
     "_folding": {"errors", "injection", "layout", "profile", "slots"},
     "_selftest": {"errors", "injection", "layout", "profile", "slots"},
     "huggingface": _BELOW_HUGGINGFACE,
     "_folders": {"errors", "profile"},
     "_cards": {"profile"},
-    "convert": {"errors", "layout", "profile", "slots", "_cards", "_folders"},
+    "convert": {"errors", "layout", "profile", "slots", "_cards", "_folders", "_folding"},
     "importing": {"errors", "layout", "profile", "convert"},
     "checkpoint": {"errors", "layout", "loading", "profile"},
-    "merging": {"errors", "injection", "layout", "profile", "_cards", "_folders", "checkpoint", "convert"},
+    "merging": {"errors", "injection", "layout", "profile", "_cards", "_folders", "_folding", "checkpoint", "convert"},
     "hub": {"errors", "profile", "store", "_cards", "_folders"},
     "loading": {"errors"},
     "commands": {*_BELOW_HUGGINGFACE, "huggingface", "loading"},

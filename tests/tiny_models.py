@@ -28,6 +28,8 @@ from transformers import (
     MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2_5_VLConfig,
@@ -188,6 +190,20 @@ def gemma3(seed=0):
         tie_word_embeddings=False,
     )
     return _build(Gemma3ForConditionalGeneration, config, seed)
+
+
+def paligemma(seed=0):
+    """Its prompts attend to themselves in both directions."""
+    config = PaliGemmaConfig(
+        text_config={"model_type": "gemma", **GROUPED, "head_dim": 8},
+        vision_config=SiglipVisionConfig(**VISION, vision_use_head=False),
+        image_token_index=IMAGE,
+        projection_dim=32,
+        hidden_size=32,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=False,
+    )
+    return _build(PaliGemmaForConditionalGeneration, config, seed)
 
 
 def idefics3(seed=0):

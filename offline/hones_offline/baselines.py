@@ -1,9 +1,9 @@
 """What attribution is compared with: importance of FFN neurons found without heads (design 2.7).
 
-All look where the write-in looks: at z, the input of the down-projection, at the last prompt token of each (prompt,
-answer) pair; and give float32 [L, I], more important is higher. z is what masking and steering act on and what every
-architecture has. In a gated FFN it is act(gate(x))·up(x), so that z > 0 is not what LAPE calls an active neuron,
-act(gate(x)) > 0.
+All look where the write-in looks: at z, the input of the down-projection, at a prompt's last token; and give float32
+[L, I], more important is higher. The write-in is of each example's first prompt, the others are of each (prompt,
+answer) pair that is learned. z is what masking and steering act on and what every architecture has. In a gated FFN it
+is act(gate(x))·up(x), so that z > 0 is not what LAPE calls an active neuron, act(gate(x)) > 0.
 """
 
 from collections.abc import Callable, Mapping
@@ -71,7 +71,7 @@ def _mean(prepared: Prepared, of: Callable[[Tensor], Tensor], batch_size: int) -
 
 
 def write_in(prepared: Prepared, *, batch_size: int, target: Target = "paper") -> Importance:
-    """DVP, the direct write-in or logit lens: the mean of c_{l,i}, no head replaced."""
+    """DVP, the direct write-in or logit lens: the mean of c_{l,i} over examples, no head replaced."""
     (mean,) = mean_write_in(prepared, target_directions(prepared, target), batch_size=batch_size)
     importance: Importance = mean.astype(np.float32)
     return importance

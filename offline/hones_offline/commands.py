@@ -25,7 +25,7 @@ from hones_offline.pipeline import METHODS as ATTRIBUTION_METHODS
 from hones_offline.pipeline import Attribution, MethodOptions
 from hones_offline.pipeline import attribute as find_task_bank
 from hones_offline.prompts import Prepared, prepare
-from hones_offline.runs import RunFolder, json_bytes, read_json, write_atomically
+from hones_offline.runs import RunFolder, json_bytes, read_json, resumable, write_atomically
 from hones_offline.tasks import TASKS, JsonlTask, Task
 from hones_steer.errors import DataError, MismatchError, ProfileError, StateError
 from hones_steer.layout import find_layout
@@ -105,7 +105,7 @@ def attribute(argv: Sequence[str]) -> int:
     _add_method_arguments(parser)
     args = parser.parse_args(argv)
     options = MethodOptions(args.method, args.target, args.positive_part, args.head_weights)
-    with launched() as processes:
+    with resumable(), launched() as processes:
         task, loaded = _load_data(args)
         others = [_read_found(path) for path in args.without]
         keep_freed_memory()
@@ -548,7 +548,8 @@ def _fitted(
     if args.method == "random_neurons":
         bank = random_bank(bank, prepared.decoder.layout.intermediate_size, args.seed)
     run = RunFolder(args.state or args.bank / f"fit-{args.method}", fit_run_settings(prepared, bank, settings))
-    return learn(prepared, bank, settings, run=run, name=args.method, progress=True)
+    with resumable():
+        return learn(prepared, bank, settings, run=run, name=args.method, progress=True)
 
 
 def _row(measured: Scores, base: Scores) -> dict[str, Any]:

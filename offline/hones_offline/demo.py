@@ -16,7 +16,7 @@ from hones_offline.finding import CompareSettings
 from hones_offline.fit import FitSettings
 from hones_offline.models import keep_freed_memory
 from hones_offline.prompts import Prepared, prepare, render, tokenizer_of
-from hones_offline.runs import json_bytes, write_atomically
+from hones_offline.runs import json_bytes, resumable, write_atomically
 from hones_offline.scenes import scenes
 from hones_offline.study import STEERED, Splits, Study, StudySettings, study, summarize
 from hones_offline.tasks import TASKS
@@ -77,7 +77,8 @@ def demo(argv: Sequence[str]) -> int:
         if count < 4:
             parser.error(f"--{split} must be at least 4, not {count}")
     say: Say = partial(print, file=sys.stderr if args.json else sys.stdout, flush=True)
-    summary = run_demo(args.out, counts, say)
+    with resumable():
+        summary = run_demo(args.out, counts, say)
     if args.json:
         print(json.dumps(summary, indent=1, sort_keys=True))
     return 0

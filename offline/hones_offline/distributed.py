@@ -92,7 +92,7 @@ def _contact() -> Iterator[None]:
     except RuntimeError as error:  # what gloo raises when a connection closes or times out
         raise StateError(
             "lost contact with another process, which has ended or cannot be reached (its own message says why); "
-            "start all of them again with the same command to resume"
+            "start all of them again; what a run folder already holds is not computed again"
         ) from error
 
 

@@ -18,7 +18,7 @@ from hones_offline.baselines import Importance, activation_entropy, baseline
 from hones_offline.fit import FitSettings
 from hones_offline.heads import HeadMetric, head_scores, head_statistics, top_heads
 from hones_offline.metrics import FloatArray
-from hones_offline.neurons import HeadWeights, PositivePart, Target, importance, target_directions, weigh
+from hones_offline.neurons import WRITE_IN, HeadWeights, PositivePart, Target, importance, target_directions, weigh
 from hones_offline.pipeline import Attribution
 from hones_offline.prompts import Prepared
 from hones_offline.records import naming
@@ -216,7 +216,7 @@ class Finder:
                 limits |= {"memory_gb": self.settings.memory_gb, "positive_part": method.positive_part}
                 return {"importance": importance(examples, directions, heads, **limits)}
 
-            decides = [name, heads, [example.id for example in examples.examples]]
+            decides = [WRITE_IN, name, heads, [example.id for example in examples.examples]]
             digest = hashlib.sha256(json_bytes(decides)).hexdigest()[:16]
             return splits.run.arrays(f"importance-{digest}", compute)["importance"]
 

@@ -22,6 +22,8 @@ from hones_steer.errors import DataError
 from hones_steer.layout import down_weight
 
 MAX_TARGET_TOKENS = 128
+WRITE_IN = "of the first prompt towards target_texts"
+"""What write-in is measured of; runs that were begun with another definition are not gone on with."""
 
 Target = Literal["paper", "contrastive", "centred"]
 PositivePart = Literal["mean", "example"]
@@ -29,26 +31,18 @@ HeadWeights = Literal["score", "rank"]
 
 
 def target_directions(prepared: Prepared, target: Target = "paper") -> Tensor:
-    """u_y of every (prompt, answer) pair: unit vectors, float32 [pairs, hidden].
+    """u_y of every example's first prompt: unit vectors, float32 [examples, hidden].
 
-    The sum of the unembedding rows of the target's tokens, special tokens dropped, the first 128; for a task with
-    `idf_weighted` each row is weighted by the token's smoothed IDF over these examples, all references joined.
+    The sum of the unembedding rows of the tokens of the task's `target_texts`, joined, special tokens dropped, the
+    first 128; for a task with `idf_weighted` each row is weighted by the token's smoothed IDF over these examples.
 
     "centred": of the rows less their mean over the vocabulary, which every token has in common. "contrastive": the
-    paper's u_y less the mean of the other pairs', normalised again: what tells this answer from the task's others.
+    paper's u_y less the mean of the other examples', normalised again: what tells this answer from the task's others.
 
     Raises:
         DataError: a target has no token, or "contrastive" of targets that are all the same.
     """
-    tokens = [
-        _target_tokens(prepared, text)
-        for example in prepared.examples
-        for text in (
-            [" ".join(prepared.task.target_texts(example))]
-            if prepared.task.idf_weighted
-            else [answer for _, answer in prepared.task.answers(example)]
-        )
-    ]
+    tokens = [_target_tokens(prepared, " ".join(prepared.task.target_texts(example))) for example in prepared.examples]
     weights = _smoothed_idf(tokens) if prepared.task.idf_weighted else {}
     unembedding = prepared.decoder.unembedding.weight
     assert isinstance(unembedding, Tensor)
@@ -132,9 +126,10 @@ def mean_write_in(
     memory_gb: float = 4.0,
     processes: Processes = ALONE,
 ) -> FloatArray:
-    """Mean over pairs of c_{l,i} = z_i·⟨W_down[:,i], u_y⟩ at the last prompt token: float64 [1 + heads, L, I].
+    """Mean over examples of c_{l,i} = z_i·⟨W_down[:,i], u_y⟩ at the first prompt's last token.
 
-    First with every head in place, then with each of `heads` replaced. Each of `processes` runs some of the batches.
+    That is float64 [1 + heads, L, I], first with every head in place, then with each of `heads` replaced. Each of
+    `processes` runs some of the batches.
     """
     options: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb, "processes": processes}
     return _means(WriteIn, prepared, directions, heads, **options)
@@ -150,13 +145,9 @@ def _means(
     memory_gb: float,
     processes: Processes,
 ) -> FloatArray:
-    """The mean over pairs of what `kind` sums, [1 + heads, L, I]."""
+    """The mean over examples of what `kind` sums, [1 + heads, L, I]."""
     layout = prepared.decoder.layout
-    prompts = [
-        encoded.prompt(index)
-        for example, encoded in zip(prepared.examples, prepared.encoded, strict=True)
-        for index, _ in prepared.task.answers(example)
-    ]
+    prompts = [encoded.prompt(0) for encoded in prepared.encoded]
 
     def of_batch(chosen: list[int]) -> FloatArray:
         some = [prompts[i] for i in chosen]
@@ -184,23 +175,24 @@ class WriteIn(HeadRuns):
         return sums
 
     def replaced(self, heads: Sequence[Head], states: Sequence[Entering]) -> Sequence[FloatArray]:
-        return list(self._sums(self.resuming(heads, states), self._base[None].repeat(len(heads), axis=0)))
+        unchanged = self._base[None].repeat(len(heads), axis=0)
+        return list(self._sums(self.resuming(heads, states), unchanged, first=states[0].layer))
 
-    def _sums(self, run: Run, unchanged: FloatArray) -> FloatArray:
-        """Σ over the items for each copy of the rows, [copies, L, I]; layers that did not run stay as they are."""
+    def _sums(self, run: Run, unchanged: FloatArray, *, first: int = 0) -> FloatArray:
+        """Σ over the items for each copy of the rows, [copies, L, I]; layers below `first` do not run and stay so."""
         sums: dict[int, Tensor] = {}
-        for layer, items, written in self._written(run, len(unchanged)):
+        for layer, items, written in self._written(run, len(unchanged), first=first):
             of_part = self._counted(layer, items, written).sum(1, dtype=torch.float64)
             sums[layer] = sums[layer] + of_part if layer in sums else of_part
         for layer, total in sums.items():
             unchanged[:, layer] = total.cpu().numpy()
         return unchanged
 
-    def _written(self, run: Run, copies: int) -> Iterator[tuple[int, list[int], Tensor]]:
-        """Layers that ran, some items and their c: [copies, items, I]."""
+    def _written(self, run: Run, copies: int, *, first: int = 0) -> Iterator[tuple[int, list[int], Tensor]]:
+        """Layers from `first` on, some items and their c: [copies, items, I]."""
         begun = self.parts.begin(run)
         for items, rows in self.parts:
-            with recorded_ffn(self.layout, (rows.ends - 1).repeat(copies)) as recorded:
+            with recorded_ffn(self.layout, (rows.ends - 1).repeat(copies), first=first) as recorded:
                 rows.go_on(run, begun)
             for layer, z in recorded.items():  # [copies·items, I]
                 yield layer, items, z.unflatten(0, (copies, -1)) * self.alignments[layer][items]

@@ -18,7 +18,7 @@ from hones_offline.baselines import Baseline, baseline
 from hones_offline.distributed import ALONE, Processes, open_run, usable_everywhere
 from hones_offline.examples import Example
 from hones_offline.heads import HeadMetric, head_count, head_runs, head_scores, head_statistics, top_heads, utility
-from hones_offline.neurons import HeadWeights, PositivePart, Target, importance, target_directions, weigh
+from hones_offline.neurons import WRITE_IN, HeadWeights, PositivePart, Target, importance, target_directions, weigh
 from hones_offline.prompts import Prepared, prepare
 from hones_offline.racing import Race, race
 from hones_offline.runs import RunFolder, check_seed, run_settings
@@ -189,6 +189,7 @@ def attribution_run_settings(prepared: Prepared, settings: dict[str, Any]) -> di
     """What decides the bytes of an attribution (the bank's size does not: it is cut from the importance)."""
     return {
         "stage": "attribute",
+        "write_in": WRITE_IN,
         **run_settings(prepared),
         **settings,
     }

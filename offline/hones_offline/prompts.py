@@ -8,12 +8,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hones_offline.agreement import Sample, check_agreement
 from hones_offline.decoding import Segment, TextDecoder
 from hones_offline.examples import Example
 from hones_offline.recording import capture_call
 from hones_offline.tasks import Task
 from hones_steer.errors import DataError, LayoutError
 
+_CHECKED = 2  # examples on which the decoder is compared with the whole model
 # What a decoder may be given besides embeddings and positions without its being part of the prompt.
 _IGNORED = {"input_ids", "inputs_embeds", "position_ids", "past_key_values", "use_cache", "cache_position"}
 
@@ -95,6 +97,7 @@ def prepare(
     usable: list[Example] = []
     encoded: list[Encoded] = []
     failures: dict[str, str] = {}
+    samples: list[Sample] = []
     bar = tqdm(examples, f"{task.name}: encode", delay=2, leave=False, disable=None if progress else True)
     for example in bar:
         try:
@@ -104,15 +107,19 @@ def prepare(
             continue
         encoded.append(encode(decoder, processor, image, task.prompts(example)))
         usable.append(example)
-        if len(usable) == 1:
+        if len(samples) < _CHECKED:
             text = render(processor, task.prompts(example)[0], has_image=image is not None)
-            _check_agreement(decoder, processor, image, text, encoded[0])
+            samples.append(Sample(_model_inputs(decoder, processor, image, text), encoded[-1].prompt(0)))
+            if len(samples) == _CHECKED:
+                check_agreement(decoder, samples)
     if failures and (not usable or len(failures) > max_failures * len(examples)):
         name, reason = next(iter(failures.items()))
         raise DataError(
             f"task {task.name!r}: {len(failures)} of {len(examples)} examples cannot be used, more than "
             f"max_failures={max_failures:g} allows; the first is {name!r}: {reason}"
         )
+    if len(samples) < _CHECKED:
+        check_agreement(decoder, samples)
     return Prepared(task, decoder, tokenizer_of(processor), tuple(usable), tuple(encoded), failures)
 
 
@@ -225,7 +232,10 @@ def _model_inputs(decoder: TextDecoder, processor: Any, image: Image.Image | Non
 
 
 def _refuse_unknown_arguments(decoder: TextDecoder, call: dict[str, Any]) -> None:
-    """A decoder that is handed more than embeddings, positions and a plain mask cannot be run from those alone."""
+    """A decoder that is handed more than embeddings, positions and a plain mask cannot be run from those alone.
+
+    A mask of its own says that tokens attend to later ones, of an image or of the whole prompt.
+    """
     mask = call.pop("attention_mask", None)
     more = [
         name
@@ -233,7 +243,7 @@ def _refuse_unknown_arguments(decoder: TextDecoder, call: dict[str, Any]) -> Non
         if name not in _IGNORED and isinstance(value, Tensor | list | tuple | dict) and len(value) > 0
     ]
     if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.dim() != 2):
-        more.append("attention_mask")
+        more.append("an attention mask of its own")
     if more:
         raise LayoutError(
             f"{decoder.layout.model_type}: its text decoder also takes {', '.join(sorted(more))}, which attribution "
@@ -261,20 +271,3 @@ def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
             break
         common += 1
     return common
-
-
-@torch.no_grad()
-def _check_agreement(
-    decoder: TextDecoder, processor: Any, image: Image.Image | None, text: str, encoded: Encoded
-) -> None:
-    """Compare the decoder path's next-token logits for an example's first prompt with the whole model's."""
-    inputs = _model_inputs(decoder, processor, image, text)
-    expected = decoder.model(**inputs).logits[0, -1].float()
-    hidden, _ = decoder.run(decoder.collate([encoded.prompt(0)]))
-    difference = float((decoder.logits(hidden[0, -1]) - expected.to(hidden.device)).abs().max())
-    tolerance = 1e-3 if hidden.dtype == torch.float32 else 5e-2
-    if not difference <= tolerance * float(expected.abs().max()):
-        raise LayoutError(
-            f"{decoder.layout.model_type}: its text decoder run alone gives other logits than the whole model "
-            f"(by {difference:.3g}); attribution does not support this architecture"
-        )

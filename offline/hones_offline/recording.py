@@ -5,7 +5,7 @@ Reading (`capture_call`, `recorded_ffn`, `ffn_inputs`, `recorded_states`), inter
 computes anyway: every hook reads or replaces an input the model has just produced.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hones_steer.errors import LayoutError
 from hones_steer.injection import input_hooks, scale
 from hones_steer.layout import DecoderLayer, Layout
 
@@ -44,25 +45,95 @@ def capture_call(module: nn.Module, run: Callable[[], object]) -> dict[str, Any]
     raise RuntimeError(f"{type(module).__name__} was not called by the model's forward")
 
 
+Shape = tuple[int, int]
+"""(rows, positions) of a decoder's forward."""
+
+
 @contextmanager
-def recorded_ffn(layout: Layout, columns: Tensor) -> Iterator[dict[int, Tensor]]:
+def _hooked(
+    layout: Layout, hooks: Iterable[tuple[DecoderLayer, nn.Module, Callable[[Tensor, Shape], Tensor]]]
+) -> Iterator[None]:
+    """Within the block, each module's input becomes what its function makes of it and of the forward's shape.
+
+    Raises LayoutError, naming the layer, when a forward of the decoder ends that has passed one of the modules by.
+    """
+    hooks = list(hooks)
+    modules = [(layer, module) for layer, module, _ in hooks]
+    shape: Shape = (0, 0)
+    called: set[int] = set()
+
+    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal shape
+        given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args)
+        rows, positions = next(x for x in given if x is not None).shape[:2]
+        shape = rows, positions
+        called.clear()
+
+    def leave(*_: object) -> None:
+        for layer, module in modules:
+            if id(module) not in called:
+                raise LayoutError(
+                    f"{layer.name}: its {type(module).__name__} was not called in a forward of the decoder, so that "
+                    "nothing can be read or changed there; use a model that calls it (no fused or replaced kernels)"
+                )
+
+    def noted(module: nn.Module, replace: Callable[[Tensor, Shape], Tensor]) -> Callable[[Tensor], Tensor]:
+        def hook(x: Tensor) -> Tensor:
+            called.add(id(module))
+            return replace(x, shape)
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.callback(layout.decoder.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        stack.callback(layout.decoder.register_forward_hook(leave).remove)
+        stack.enter_context(input_hooks((module, noted(module, replace)) for _, module, replace in hooks))
+        yield
+
+
+def _by_row(x: Tensor, rows: int, layer: DecoderLayer) -> Tensor:
+    """A module's input as [rows, T, features]; some architectures (OPT) give [rows·T, features].
+
+    Raises LayoutError, naming the layer, for any other shape.
+    """
+    if x.dim() == 3 and len(x) == rows:
+        return x
+    if x.dim() == 2 and len(x) % rows == 0:
+        return x.reshape(rows, -1, x.shape[-1])
+    raise LayoutError(
+        f"{layer.name}: a module of it got an input of shape {list(x.shape)} in a forward of {rows} rows, which cannot "
+        "be told apart there; steering this model may work, attributing on it does not"
+    )
+
+
+@contextmanager
+def recorded_ffn(layout: Layout, columns: Tensor, *, first: int = 0) -> Iterator[dict[int, Tensor]]:
     """Record z = act(gate(x))·up(x) of each row at its column, `columns` [rows], per layer: float32 [rows, I].
 
-    Only of forwards with that many rows: a beginning that rows share has none of their columns. Where an FFN is run at
-    one column of each row only (`last_ffn_at`), it is that one.
+    Of the layers from `first` on, and only of forwards with that many rows: a beginning that rows share has none of
+    their columns. Where the last FFN is run at one column of each row only (`last_ffn_at`), it is that one.
     """
     recorded: dict[int, Tensor] = {}
 
-    def recorder(index: int) -> Callable[[Tensor], Tensor]:
-        def record(z: Tensor) -> Tensor:
-            if len(z) == len(columns):
-                at = columns.cpu() if z.shape[1] > 1 else 0
-                recorded[index] = z[torch.arange(len(z)), at].detach().float()
-            return z
+    def recorder(layer: DecoderLayer) -> Callable[[Tensor, Shape], Tensor]:
+        def record(x: Tensor, shape: Shape) -> Tensor:
+            rows, positions = shape
+            if rows == len(columns):
+                z = _by_row(x, rows, layer)
+                if z.shape[1] == positions:
+                    recorded[layer.index] = z[torch.arange(rows), columns.cpu()].detach().float()
+                elif z.shape[1] == 1 and layer is layout.layers[-1]:
+                    recorded[layer.index] = z[:, 0].detach().float()
+                else:
+                    raise LayoutError(
+                        f"{layer.name}: its FFN ran at {z.shape[1]} of {positions} positions, so that it is not known "
+                        "which; attributing on this model does not work"
+                    )
+            return x
 
         return record
 
-    with input_hooks((layer.down_proj, recorder(layer.index)) for layer in layout.layers):
+    with _hooked(layout, [(layer, layer.down_proj, recorder(layer)) for layer in layout.layers[first:]]):
         yield recorded
 
 
@@ -71,14 +142,14 @@ def ffn_inputs(layout: Layout) -> Iterator[dict[int, Tensor]]:
     """Record z at every position of a forward, per layer: [rows, T, I], as part of the gradients' graph."""
     recorded: dict[int, Tensor] = {}
 
-    def recorder(index: int) -> Callable[[Tensor], Tensor]:
-        def record(z: Tensor) -> Tensor:
-            recorded[index] = z
-            return z
+    def recorder(layer: DecoderLayer) -> Callable[[Tensor, Shape], Tensor]:
+        def record(x: Tensor, shape: Shape) -> Tensor:
+            z = recorded[layer.index] = _by_row(x, shape[0], layer)
+            return z.reshape(x.shape)
 
         return record
 
-    with input_hooks((layer.down_proj, recorder(layer.index)) for layer in layout.layers):
+    with _hooked(layout, [(layer, layer.down_proj, recorder(layer)) for layer in layout.layers]):
         yield recorded
 
 
@@ -118,7 +189,8 @@ def recorded_states(layout: Layout, layers: Collection[int]) -> Iterator[dict[in
 class _Recorder:
     """Of one layer. What the heads put out is enough where attention returns (the output projection's result, weights).
 
-    Weights, the attention probabilities, are only for show: no layer computes with them.
+    Weights, the attention probabilities, are only for show: no layer computes with them. An attention that flattens
+    its rows is run again, because copies of the rows are made along a dimension of their own.
     """
 
     def __init__(self, layer: DecoderLayer) -> None:
@@ -144,12 +216,19 @@ class _Recorder:
 
     def _attends(self, _module: nn.Module, _args: tuple[Any, ...], result: Any) -> None:
         enough = isinstance(result, tuple) and len(result) == 2 and result[0] is self._projected
+        enough = enough and self._heads.shape[:-1] == self._hidden.shape[:-1]
         self.found.append(Entering(self.layer.index, self._hidden, self._heads if enough else None))
 
 
 def _parent(layer: DecoderLayer, part: nn.Module | None) -> nn.Module:
     """The layer's attention or FFN, of which `part` is the output projection, or the layer itself if it has it."""
-    return next(m for m in layer.module.modules() if any(child is part for child in m.children()))
+    parents = (m for m in layer.module.modules() if any(child is part for child in m.children()))
+    if (parent := next(parents, None)) is None:
+        raise LayoutError(
+            f"{layer.name}: its {type(part).__name__} was taken out of the model after the examples were encoded; "
+            "change the model first"
+        )
+    return parent
 
 
 @contextmanager
@@ -157,7 +236,7 @@ def last_ffn_at(layout: Layout, columns: Tensor | None) -> Iterator[None]:
     """Within the block, the last layer's FFN runs at these columns of each row only, [rows, n]; elsewhere it adds 0.
 
     Positions are looked at by later layers' attention only, so what the last one writes elsewhere serves nothing. An
-    FFN that is not a module called with hidden states alone runs everywhere, as with `columns` None.
+    FFN that is not a module called with states [rows, T, ...] alone runs everywhere, as with `columns` None.
     """
     layer = layout.layers[-1]
     ffn = _parent(layer, layer.down_proj)
@@ -169,11 +248,14 @@ def last_ffn_at(layout: Layout, columns: Tensor | None) -> Iterator[None]:
 
     def narrow(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal whole
-        whole = args[0] if len(args) == 1 and not kwargs else None
+        alone = len(args) == 1 and not kwargs and args[0].dim() == 3 and len(args[0]) == len(columns)
+        whole = args[0] if alone else None
         return args if whole is None else (whole[at],), kwargs
 
     def widen(_module: nn.Module, _args: tuple[Any, ...], written: Tensor) -> Tensor:
-        return written if whole is None else torch.zeros_like(whole).index_put(at, written)
+        if whole is None:
+            return written
+        return written.new_zeros(*whole.shape[:2], written.shape[-1]).index_put(at, written)
 
     with ExitStack() as stack:
         stack.callback(ffn.register_forward_pre_hook(narrow, with_kwargs=True).remove)
@@ -229,39 +311,43 @@ def replaced_heads(layout: Layout, heads: Sequence[Head]) -> Iterator[None]:
     for row, (layer, _) in enumerate(heads):
         rows_of.setdefault(layer, []).append(row)
 
-    def intervention(layer: int, count: int) -> Callable[[Tensor], Tensor]:
-        rows = torch.tensor(rows_of[layer])
-        chosen = torch.tensor([heads[row][1] for row in rows_of[layer]])
+    def intervention(layer: DecoderLayer, count: int) -> Callable[[Tensor, Shape], Tensor]:
+        rows = torch.tensor(rows_of[layer.index])
+        chosen = torch.tensor([heads[row][1] for row in rows_of[layer.index]])
 
-        def replace(x: Tensor) -> Tensor:
-            slices = x.unflatten(-1, (count, -1)).clone()  # [rows, T, heads, head_dim]
+        def replace(x: Tensor, _shape: Shape) -> Tensor:
+            slices = _by_row(x, len(heads), layer).unflatten(-1, (count, -1)).clone()  # [rows, T, heads, head_dim]
             own = slices[rows, :, chosen].float()
             total = slices.sum(-2, dtype=torch.float32)[rows]
             slices[rows, :, chosen] = ((total - own) / (count - 1)).to(x.dtype)
-            joined: Tensor = slices.flatten(-2)
+            joined: Tensor = slices.reshape(x.shape)
             return joined
 
         return replace
 
-    def hooks() -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
+    def hooks() -> Iterator[tuple[DecoderLayer, nn.Module, Callable[[Tensor, Shape], Tensor]]]:
         for index in rows_of:
             layer = layout.layers[index]
             assert layer.attn_out is not None  # Layout.require_attribution has been called
             assert layer.num_heads is not None
-            yield layer.attn_out, intervention(index, layer.num_heads)
+            yield layer, layer.attn_out, intervention(layer, layer.num_heads)
 
-    with input_hooks(hooks()):
+    with _hooked(layout, hooks()):
         yield
 
 
 @contextmanager
 def scaled_ffn(layout: Layout, scales: Scales) -> Iterator[None]:
-    """Multiply the FFN activations of layer l by scales[l], float32 [I]; zeros mask, layers not named are untouched."""
+    """Multiply the FFN activations of layer l by scales[l], float32 [I]; zeros mask, layers not named are untouched.
 
-    def scaler(factors: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda z: scale(z, factors.to(z.device))
+    A forward of the decoder that does not call one of these down-projections raises LayoutError.
+    """
 
-    with input_hooks((layout.layers[index].down_proj, scaler(factors)) for index, factors in scales.items()):
+    def scaler(factors: Tensor) -> Callable[[Tensor, Shape], Tensor]:
+        return lambda z, _shape: scale(z, factors.to(z.device))
+
+    scaled = [(layout.layers[index], scaler(factors)) for index, factors in scales.items()]
+    with _hooked(layout, [(layer, layer.down_proj, replace) for layer, replace in scaled]):
         yield
 
 

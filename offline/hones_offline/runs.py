@@ -8,8 +8,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,16 @@ class RunFolder:
         if not self.holds(name):
             write_atomically(file, save({k: np.ascontiguousarray(v) for k, v in compute().items()}))
         return read_arrays(file)
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """A block whose steps a run folder keeps: an interrupt takes along what to do, for the command line to say."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note("run the same command again to resume")
+        raise
 
 
 def read_arrays(file: Path) -> dict[str, npt.NDArray[Any]]:

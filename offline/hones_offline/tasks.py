@@ -74,7 +74,7 @@ class Task:
         return ((0, self.answer(example)),)
 
     def target_texts(self, example: Example) -> tuple[str, ...]:
-        """Texts whose tokens make up the write-in direction u_y of the first prompt."""
+        """Texts whose tokens, all together, make up the direction u_y that write-in at the first prompt is towards."""
         return (self.answer(example),)
 
     def statistics(self, example: Example, output: Output) -> FloatArray:

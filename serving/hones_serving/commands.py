@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from hones_serving import listening
 from hones_serving.settings import COUNT, Settings, flag
 from hones_serving.transformers_server import command as transformers_server
 from hones_steer.errors import DataError, MismatchError
@@ -42,6 +43,7 @@ _REFUSED = {
     "--headless": "hones serve runs one API server",
     "--grpc": "steering is for the HTTP server",
 }
+_LAST_PORT = 65535
 # A shape of a profile's base model -> its name in a language model's config.json.
 _SHAPES = {
     "num_layers": "num_hidden_layers",
@@ -74,6 +76,7 @@ examples:
 def serve(argv: Sequence[str]) -> int:
     """``hones serve MODEL --profiles DIR ...``: start a server whose requests are steered. Returns only by raising."""
     arguments, environment = launch(argv, os.environ, installed_plugins())
+    check_address(argv)
     sys.stdout.flush()
     os.execve(arguments[0], arguments, environment)
 
@@ -164,7 +167,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--playground", action="store_true", help="a page at /hones on which to try profiles by hand")
     add("--host", help="address to listen on (default: all)")
-    add("--port", type=int, help="port to listen on (default: 8000)")
+    add("--port", type=_port, help=f"port to listen on, 1 to {_LAST_PORT} (default: {listening.PORT})")
+    add(
+        "--shutdown-timeout",
+        "--shutdown_timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        help="how long answers that run may still take after SIGTERM or Ctrl-C before they are cut off (default: "
+        f"{transformers_server.SHUTDOWN_SECONDS}; with vLLM, as vllm serve: 0, at once)",
+    )
     # With underscores too, as vLLM reads them: a key must not slip through to its command line.
     names = ("--served-model-name", "--served_model_name")
     add(*names, metavar="NAME", nargs="+", help="what requests call the model (default: MODEL)")
@@ -175,6 +186,18 @@ def _parser() -> argparse.ArgumentParser:
 def _count(text: str) -> int:
     if not COUNT.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 999999")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not (COUNT.fullmatch(text) and int(text) <= _LAST_PORT):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, a whole number from 1 to {_LAST_PORT}")
+    return int(text)
+
+
+def _seconds(text: str) -> int:
+    if text != "0" and not COUNT.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of seconds from 0 to 999999")
     return int(text)
 
 
@@ -217,6 +240,13 @@ def check(model: str, settings: Settings) -> None:
         from hones_serving.routing_file import load_plan
 
         load_plan(settings.routing, profiles)
+
+
+def check_address(argv: Sequence[str]) -> None:
+    """Find out whether the server could listen where `argv` says. Raises DataError if not."""
+    options, rest = _parse(argv)
+    if not any(argument.partition("=")[0] == "--uds" for argument in rest):  # vLLM: a file instead of a port
+        listening.close(listening.bind(options.host or listening.HOST, options.port or listening.PORT))
 
 
 def read_config(model: str) -> dict[str, Any]:
@@ -263,9 +293,9 @@ def installed_plugins() -> set[str]:
 def _arguments(options: argparse.Namespace) -> list[str]:
     # -P: what lies in the current folder is no module, as with vLLM's own command.
     arguments = [sys.executable, "-P", "-m", _SERVERS[options.engine], "--model", options.model]
-    for name in ("host", "port"):
+    for name in ("host", "port", "shutdown_timeout"):
         if getattr(options, name) is not None:
-            arguments += [f"--{name}", str(getattr(options, name))]
+            arguments += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     if options.served_model_name:
         arguments += ["--served-model-name", *options.served_model_name]
     return arguments

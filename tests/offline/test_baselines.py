@@ -11,11 +11,13 @@ from hones_offline.baselines import activation_entropy, activation_probability, 
 from hones_offline.heads import head_scores, head_statistics, top_heads
 from hones_offline.neurons import importance, target_directions, weigh
 from hones_offline.prompts import Prepared, prepare
-from problems import Problem, problem
+from problems import Problem, every_architecture, problem
 
 from hones_steer.errors import DataError
 
-CASES = [("llama", "text"), ("llava", "caption"), ("qwen2_5_vl", "vqa"), ("llava", "retrieval")]
+CASES = every_architecture(
+    [("llama", "text"), ("opt", "text"), ("llava", "caption"), ("qwen2_5_vl", "vqa"), ("llava", "retrieval")]
+)
 HEADS = [(0, 1, 0.5), (1, 3, 0.25), (2, 0, 0.125)]
 
 
@@ -46,10 +48,7 @@ def test_the_write_in_alone_in_all_directions(case: tuple[Problem, Prepared]) ->
     directions = {
         "paper": reference.directions,
         "centred": reference.centred_directions,
-        "contrastive": reference.contrastive_directions,
     }
-    if p.task.name != "retrieval":  # the others' targets here are all the same
-        del directions["contrastive"]
     for target, of in directions.items():
         found = baseline(prepared, "dvp", batch_size=3, target=target)  # type: ignore[arg-type]
         close(found, reference.mean_write_in(*asked(p), units=[u.detach() for u in of(*asked(p))]))
@@ -96,10 +95,13 @@ def test_targets_that_differ_have_contrastive_directions() -> None:
     found = target_directions(prepared, "contrastive")
     for got, want in zip(found, reference.contrastive_directions(*asked(p)), strict=True):
         close(got.numpy(), want.detach().numpy())
+    towards = [unit.detach() for unit in reference.contrastive_directions(*asked(p))]
+    close(baseline(prepared, "dvp", batch_size=3, target="contrastive"), reference.mean_write_in(*asked(p), towards))
 
 
-def test_targets_that_are_all_the_same_have_none() -> None:
-    p = problem("llama", "text")
+@pytest.mark.parametrize("asks", [("llama", "text"), ("llava", "retrieval")], ids="-".join)
+def test_targets_that_are_all_the_same_have_none(asks: tuple[str, str]) -> None:
+    p = problem(*asks)
     prepared = prepare(p.model, p.processor, p.task, p.examples)
     with pytest.raises(DataError, match="its 5 targets are all the same"):
         target_directions(prepared, "contrastive")

@@ -1,6 +1,9 @@
 """`hones demo` on a handful of scenes: what it leaves, what it says, and that it can be stopped and shown again."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +92,21 @@ def test_other_settings_in_the_same_folder_are_refused(out: Path, capsys: pytest
 def test_json_goes_to_stdout_alone(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--out", str(out), *SMALL_DEMO, "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)["tasks"]) == {"vqa", "ocr", "caption", "retrieval"}
+
+
+def test_control_c_says_how_to_resume(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hones_steer", "demo", "--out", str(tmp_path / "demo"), *SMALL_DEMO],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("The embedded model on scenes")
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, error
+    assert error.splitlines()[-1] == "hones demo: interrupted; run the same command again to resume"
+    assert "Traceback" not in error

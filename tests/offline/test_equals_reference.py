@@ -13,15 +13,21 @@ from hones_offline.heads import HeadMetric, head_scores, head_statistics, top_he
 from hones_offline.interventions import LogProbabilities
 from hones_offline.neurons import PositivePart, importance, mean_write_in, target_directions
 from hones_offline.prompts import Prepared, prepare
-from problems import Problem, problem
+from problems import Problem, every_architecture, problem
 
 from hones_steer.errors import LayoutError
 
-CASES = [
-    ("llama", "text"),
-    ("llama", "shots"),
-    *((model, task) for model in ("llava", "qwen2_5_vl") for task in ("vqa", "ocr", "caption", "retrieval")),
-]
+CASES = every_architecture(
+    [
+        ("llama", "text"),
+        ("llama", "shots"),
+        ("opt", "text"),  # FFN inputs [rows·T, I]
+        ("gpt2", "text"),  # weights transposed, learned positions
+        *(("llava", task) for task in ("vqa", "ocr", "caption", "retrieval")),
+        ("qwen2_5_vl", "caption"),  # positions on three axes
+        ("qwen2_5_vl", "retrieval"),
+    ]
+)
 
 
 @pytest.fixture(params=CASES, ids="-".join, scope="module")
@@ -171,7 +177,7 @@ def test_an_image_is_encoded_once_for_all_its_candidates() -> None:
     p.model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
     prepared = prepare(p.model, p.processor, p.task, p.examples)
     score(prepared, batch_size=9)
-    assert len(calls) == 3 + 1  # one more compares the decoder path with the whole model
+    assert len(calls) == 3 + 2  # two more compare the decoder path with the whole model
 
 
 def test_more_candidates_than_a_batch_holds_are_ranked_the_same() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hones_offline import attribute, fit
+from hones_offline.prompts import prepare
 from hones_offline.tasks import JsonlTask
 from offline.killed_run import contents
 from problems import Problem, problem
@@ -94,13 +95,24 @@ def with_end(model):
     return model
 
 
+def test_a_run_that_measured_another_write_in_is_not_gone_on_with(p, tmp_path):
+    attribution(p, tmp_path)
+    settings = json.loads((tmp_path / "run.json").read_text())
+    del settings["write_in"]  # as before it was always of the first prompt
+    (tmp_path / "run.json").write_text(json.dumps(settings))
+    with pytest.raises(DataError, match="write_in was None and now is 'of the first prompt towards target_texts'"):
+        attribution(p, tmp_path)
+
+
 def test_the_banks_size_may_change_without_computing_anything_again(p, tmp_path):
     small = attribution(p, tmp_path)
     before = contents(tmp_path)
     calls = []
     p.model.model.language_model.register_forward_hook(lambda *_: calls.append(1))
+    prepare(p.model, p.processor, p.task, p.examples)  # compares the decoder with the whole model
+    checking = len(calls)
     large = attribution(p, tmp_path, top_fraction=0.1)
-    assert len(calls) == 2  # comparing the decoder run alone with the whole model
+    assert len(calls) == 2 * checking
     assert sum(map(len, large.bank.values())) > sum(map(len, small.bank.values()))
     assert contents(tmp_path) == before
 

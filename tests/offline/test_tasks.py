@@ -5,10 +5,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reference
+import torch
+from hones_offline import attribute
 from hones_offline.examples import Example, scene_examples
 from hones_offline.scenes import scenes
 from hones_offline.tasks import TASKS, JsonlTask, Task, get_task
+from problems import problem
 
+from hones_steer import find_layout
 from hones_steer.errors import DataError
 
 CAPTIONS = ("A man on a bench.", "a man sits", "man with laptop")
@@ -76,6 +81,31 @@ def test_retrieval_learns_the_positive_and_every_kind_of_negative() -> None:
 def test_target_texts_are_what_write_in_aims_at() -> None:
     texts = {name: get_task(name).target_texts(example) for name, example in EXAMPLES.items()}
     assert texts == {"vqa": ("sneakers",), "ocr": ("RMF",), "caption": CAPTIONS, "retrieval": ("Yes",)}
+
+
+class Sits(Task):
+    """A task of one's own whose importance is measured towards other words than it learns."""
+
+    name = "sits"
+
+    def target_texts(self, example: Example) -> tuple[str, ...]:  # noqa: ARG002
+        return ("sits on", "mat")
+
+
+@pytest.mark.parametrize(("kind", "words"), [("retrieval", ["Yes"]), ("caption", ["sits", "on", "mat"])])
+def test_attribution_measures_towards_the_target_texts_at_the_first_prompt(kind: str, words: list[str]) -> None:
+    """Retrieval's: "Yes" after the right caption, though "No" after a wrong one is learned too."""
+    p = problem("llava", kind, count=3)
+    task = p.task if kind == "retrieval" else Sits()
+    ids = [p.processor.tokenizer.convert_tokens_to_ids(word) for word in words]
+    towards = torch.nn.functional.normalize(p.model.lm_head.weight.detach()[ids].sum(0), dim=0)
+    layers, expected = find_layout(p.model).layers, 0
+    for example in p.examples:
+        with torch.no_grad(), reference.ffn_inputs_recorded(p.model) as z:
+            p.model(**reference.prompt_inputs(p.processor, example, task.prompts(example)[0]))
+        expected += torch.stack([z[part.index][-1] * (towards @ part.down_proj.weight.detach()) for part in layers]) / 3
+    found = attribute(p.model, p.processor, task, p.examples, method="dvp", head_metric="logprob", top_fraction=0.1)
+    np.testing.assert_allclose(found.importance, expected, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -2,7 +2,8 @@
 
     python gated_server.py FILE MODEL --engine transformers --profiles DIR ...
 
-So a test can look at what is in flight.
+So a test can look at what is in flight. While there is a FILE.loading, the model waits in the midst of being loaded,
+and says so in that file.
 """
 
 import os
@@ -12,12 +13,19 @@ from pathlib import Path
 
 from hones_serving.commands import launch
 from hones_serving.transformers_server import command
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_forward_pre_hook, register_module_module_registration_hook
 from transformers import GenerationMixin
 
 
 def main() -> None:
     gate = Path(sys.argv[1])
+    loading = gate.with_name(gate.name + ".loading")
+
+    def wait_while_loading(*_: object) -> None:
+        if loading.exists():
+            loading.write_text("waiting", encoding="utf-8")
+        while loading.exists():
+            time.sleep(0.005)
 
     def wait(module: object, _inputs: object) -> None:
         while isinstance(module, GenerationMixin) and gate.exists():
@@ -25,6 +33,7 @@ def main() -> None:
 
     arguments, environment = launch(sys.argv[2:], os.environ, ())
     register_module_forward_pre_hook(wait)
+    register_module_module_registration_hook(wait_while_loading)
     command.main(arguments[arguments.index("--model") :], environment)
 
 

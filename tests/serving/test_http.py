@@ -24,7 +24,7 @@ import openai
 import pytest
 import torch
 from serving.checkpoints import llama as make_llama
-from serving.engines import server
+from serving.engines import free_port, server
 from serving.http_helpers import NEW_TOKENS, Answer, Client, Question, Samples, ask, increase, scrape, until
 from serving.sites import ENGINES, PICTURES, TEXTS, Form, Site, Transformers, Vllm, api_server, plain_env
 from serving.steered import Reference, write_profiles
@@ -523,6 +523,29 @@ async def test_a_killed_client_leaks_no_slot(site: Site, client: Client) -> None
     assert await site.tokens() < tokens + 400  # nobody generates for those who have left
 
 
+@only_transformers
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_who_has_left_before_its_turn_has_none(site: Site, client: Client, stream: bool) -> None:
+    before = await scrape(site.server.url)
+
+    async def only_the_first_is_in() -> float:
+        return await site.slots_used() == 1
+
+    async with asyncio.TaskGroup() as group, running(site, client, group, "tiny:vqa", count=1):
+        so_far = await site.admitted()
+        waiting = start_client(site, stream=stream, hones_task="cap")
+        await until(site.admitted, so_far + 1)
+        os.kill(waiting.pid, signal.SIGKILL)
+        await until(only_the_first_is_in, 1)
+        waiting.communicate()
+        after = group.create_task(ask(client, PICTURES[0], model="tiny:ocr"))
+    site.check(after.result(), PICTURES[0], "ocr", "alias")
+    tokens = increase(before, await scrape(site.server.url), "hones_tokens_total")
+    assert tokens == {("vqa",): LONG, ("ocr",): NEW_TOKENS}
+    left = "A client has left before its turn: nothing is generated for it"
+    assert left in site.server.log.read_text()
+
+
 # The plain way ------------------------------------------------------------------------------------
 
 
@@ -586,7 +609,7 @@ async def test_nothing_can_be_changed_unless_it_was_allowed(plain: Site) -> None
 def refusal(command: list[str], env: dict[str, str]) -> str:
     """What a server says that ends with an error, and leaves no process behind: those would keep the pipe open."""
     done = subprocess.run(
-        [*command, "--port", "0"],
+        [*command, "--port", str(free_port())],
         env={**os.environ, **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,6 +1,7 @@
 """`hones serve`: what it refuses at once, and the process it becomes."""
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -8,13 +9,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-from hones_serving.commands import launch
-from serving.engines import ENVIRONMENT, server
+from hones_serving import listening
+from hones_serving.commands import check_address, launch
+from serving.engines import ENVIRONMENT, free_port, server
 from steer.profiles import identity, make
 from tiny_models import random_profile
 from transformers import AutoModelForCausalLM
 
-from hones_steer import save_profile
+from hones_steer import DataError, save_profile
 from hones_steer.cli import main
 
 SHAPES = {"num_hidden_layers": 6, "intermediate_size": 40, "hidden_size": 32}  # those of `make`'s profiles
@@ -61,13 +63,14 @@ def test_options_become_flags_and_variables(model: Path, profiles: Path, tmp_pat
         [
             *(str(model), "--profiles", str(profiles), "--routing", str(routing), "--max-profiles", "7"),
             *("--allow-profile-updates", "--playground", "--host", "127.0.0.1", "--port", "8123"),
-            *("--served-model-name", "a", "b"),
+            *("--served-model-name", "a", "b", "--shutdown-timeout", "7"),
         ],
         {"HOME": "/home/me"},
         set(),
     )
     assert flags_for_vllm(arguments) == [
-        *("--model", str(model), "--host", "127.0.0.1", "--port", "8123", "--served-model-name", "a", "b")
+        *("--model", str(model), "--host", "127.0.0.1", "--port", "8123"),
+        *("--shutdown-timeout", "7", "--served-model-name", "a", "b"),
     ]
     assert environment == {
         "HOME": "/home/me",
@@ -190,6 +193,74 @@ def test_an_empty_key_would_protect_nothing(profiles: Path, capsys: pytest.Captu
     assert "the key is empty" in refusal(capsys, "m", "--profiles", profiles, "--api-key", "")
 
 
+ENGINES = pytest.mark.parametrize("engine", ["vllm", "transformers"])
+
+
+@ENGINES
+@pytest.mark.parametrize("port", ["99999", "65536", "0", "-1", "abc", "80.0", "08", "\u0668\u0660", ""])
+def test_a_port_that_is_none(port: str, engine: str, profiles: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The operating system would take 99999 for 34463."""
+    said = refusal(capsys, "m", "--profiles", profiles, "--engine", engine, f"--port={port}")
+    assert f"argument --port: {port!r} is not a port, a whole number from 1 to 65535" in said
+
+
+@ENGINES
+def test_a_port_in_use(engine: str, model: Path, profiles: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        for host in ("127.0.0.1", "0.0.0.0"):
+            said = refusal(capsys, model, "--profiles", profiles, "--engine", engine, "--host", host, "--port", port)
+            assert f"cannot listen on port {port} of {host}: Address already in use; name another one" in said
+
+
+def test_of_two_servers_that_loaded_at_the_same_time_one_listens() -> None:
+    """The system lets both bind the port."""
+    port = free_port()
+    first, second = (listening.bind("127.0.0.1", port) for _ in range(2))
+    try:
+        listening.listen(first)
+        with pytest.raises(DataError, match=f"cannot listen on port {port} of 127.0.0.1: Address already in use"):
+            listening.listen(second)
+    finally:
+        listening.close(first + second)
+
+
+def test_every_address_of_a_host_is_bound() -> None:
+    sockets = listening.bind("localhost", free_port())
+    try:
+        assert {one.getsockname()[0] for one in sockets} <= {"127.0.0.1", "::1"}
+        assert "127.0.0.1" in {one.getsockname()[0] for one in sockets}
+    finally:
+        listening.close(sockets)
+
+
+@ENGINES
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [("203.0.113.7", "is not this machine"), ("..", "is no address"), ("1.2.3.4.5.6.7.8::", "is no address")],
+)
+def test_a_host_that_is_none(
+    host: str, words: str, engine: str, model: Path, profiles: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refusal(capsys, model, "--profiles", profiles, "--engine", engine, "--host", host, "--port", free_port())
+    assert f"--host {host!r} {words}" in said
+
+
+def test_a_socket_that_is_a_file_needs_no_port(model: Path, profiles: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = ("--host", "127.0.0.1", "--port", str(other.getsockname()[1]))
+        check_address([str(model), "--profiles", str(profiles), *address, "--uds", "/tmp/hones.sock"])
+        with pytest.raises(DataError, match="Address already in use"):
+            check_address([str(model), "--profiles", str(profiles), *address])
+
+
+@ENGINES
+@pytest.mark.parametrize("seconds", ["-1", "soon", "1.5", "1e3", ""])
+def test_a_limit_that_is_none(seconds: str, engine: str, profiles: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(capsys, "m", "--profiles", profiles, "--engine", engine, f"--shutdown-timeout={seconds}")
+    assert f"{seconds!r} is not a whole number of seconds from 0 to 999999" in said
+
+
 @pytest.mark.parametrize("count", ["0", "-1", "many"])
 def test_a_maximum_that_is_none(count: str, profiles: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--max-profiles" in refusal(capsys, "m", "--profiles", profiles, f"--max-profiles={count}")
@@ -233,7 +304,8 @@ def test_a_model_that_transformers_cannot_serve(profiles: Path, tmp_path: Path) 
     model.mkdir()
     (model / "config.json").write_text(json.dumps({"model_type": "clip"}))
     command = [sys.executable, "-m", "hones_steer", "serve", str(model), "--profiles", str(profiles)]
-    done = subprocess.run([*command, "--engine", "transformers"], capture_output=True, text=True)
+    command += ["--engine", "transformers", "--host", "127.0.0.1", "--port", str(free_port())]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(f"hones serve: error: cannot load the weights of '{model}': ")
 

@@ -1,6 +1,13 @@
 """What only the transformers engine has to do: see `test_http.py` for what both do alike."""
 
+import asyncio
 import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,7 +18,9 @@ import pytest
 from hones_serving.settings import Settings
 from hones_serving.transformers_server.app import build_app, pinned
 from prometheus_client import CollectorRegistry
-from serving.http_helpers import Question
+from serving.engines import Server, free_port, server
+from serving.http_helpers import Question, scrape, until
+from serving.sites import Transformers
 from serving.steered import TASKS, Reference, write_profiles
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cli.serving.model_manager import ModelManager
@@ -240,3 +249,153 @@ async def test_an_image_that_is_none(vlm: httpx.AsyncClient) -> None:
     url = "data:image/png;base64," + base64.b64encode(b"no image").decode()
     for wrong in (url, 5):
         assert "cannot be answered" in said(await chat(vlm, picture(wrong)), 400)
+
+
+# Told to stop -------------------------------------------------------------------------------------
+
+ENGINE = Transformers()
+ANSWER = 40  # tokens
+
+
+@asynccontextmanager
+async def gated(
+    model: Path, profiles: Path, here: Path, *options: str, prefix: tuple[str, ...] = ()
+) -> AsyncIterator[tuple[Server, httpx.AsyncClient]]:
+    """A server that `ENGINE.frozen` stops from generating, and a client of it."""
+    command, env = ENGINE.serve(model, here, "--profiles", str(profiles), "--served-model-name", "tiny", *options)
+    with server([*prefix, *command], here / "log", env) as running:
+        async with httpx.AsyncClient(base_url=running.url, timeout=300) as client:
+            yield running, client
+
+
+async def stream(client: httpx.AsyncClient, begun: asyncio.Event, **body: Any) -> list[Any]:
+    """The events of a stream of ANSWER tokens; sets `begun` when its status is there, which is when its turn begins."""
+    body = {"model": "tiny", "prompt": WORDS, "max_tokens": ANSWER, "stream": True, **body}
+    async with client.stream("POST", COMPLETIONS, json=body) as response:
+        assert response.status_code == 200
+        begun.set()
+        return [json.loads(line.removeprefix("data: ")) async for line in response.aiter_lines() if line]
+
+
+async def ended(process: "subprocess.Popen[bytes]") -> int:
+    """The exit code of a process that ends by itself."""
+    return await asyncio.to_thread(process.wait, 120)
+
+
+async def test_told_to_stop_it_finishes_the_answer_and_refuses_who_waits(
+    llama: Path, profiles: Path, tmp_path: Path
+) -> None:
+    begun = asyncio.Event()
+    async with gated(llama, profiles, tmp_path, "--shutdown-timeout", "600") as (running, client):
+
+        async def admitted() -> float:
+            samples = await scrape(running.url)
+            return sum(value for (name, *_), value in samples.items() if name == "hones_requests_total")
+
+        async with asyncio.TaskGroup() as group:
+            with ENGINE.frozen(running, tmp_path):
+                answer = group.create_task(stream(client, begun, hones_task="vqa"))
+                await begun.wait()
+                requests = [(complete, False), (complete, True), (chat, False), (chat, True)]
+                waiting = [group.create_task(send(client, stream=streamed)) for send, streamed in requests]
+                await until(admitted, 1 + len(waiting))
+                running.process.terminate()
+                refused = [await task for task in waiting]  # though nothing is generated meanwhile
+                late = [await complete(client, hones_task="vqa"), await client.get("/health")]
+                assert (await client.get("/metrics")).status_code == 200
+                assert not answer.done()
+        for response in refused + late:
+            assert "the server is stopping; send the request to another one" in said(response, 503)
+            assert response.headers["Retry-After"] == "1"
+        assert answer.result()[-1]["usage"]["completion_tokens"] == ANSWER
+        assert await ended(running.process) == 0
+
+
+async def test_an_answer_that_takes_longer_than_the_limit_is_cut_off(
+    llama: Path, profiles: Path, tmp_path: Path
+) -> None:
+    """By a signal that was ignored where the server was started, as SIGINT is in a shell's background."""
+    begun = asyncio.Event()
+    ignoring = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
+    async with gated(llama, profiles, tmp_path, "--shutdown-timeout", "0", prefix=ignoring) as (running, client):
+        async with asyncio.TaskGroup() as group:
+            with ENGINE.frozen(running, tmp_path):
+                answer = group.create_task(stream(client, begun))
+                await begun.wait()
+                running.process.send_signal(signal.SIGINT)
+                assert await ended(running.process) == 0  # though the model is in the midst of a forward
+        (event,) = answer.result()
+        assert event == {"error": "the server has stopped before the answer was complete; send the request again"}
+
+
+async def test_a_whole_answer_that_is_cut_off_is_an_error(llama: Path, profiles: Path) -> None:
+    manager = pinned(str(llama), device="cpu")
+    app = build_app(Settings(profiles), manager, ["tiny"], collector=CollectorRegistry())
+    reached, gate = threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        reached.set()
+        gate.wait()
+
+    next(iter(manager.loaded_models.values())).model.register_forward_pre_hook(wait)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server", timeout=60) as client:
+        try:
+            answer = asyncio.create_task(complete(client, hones_task="vqa"))
+            await asyncio.to_thread(reached.wait)
+            await app.state.turns.drain(0)
+            assert "before the answer was complete" in said(await answer, 503)
+        finally:
+            gate.set()
+        app.state.turns.stopping = False
+        assert (await complete(client)).status_code == 200  # so the thread is done with the one before
+
+
+HANGING = """
+import time
+from fastapi import FastAPI
+from hones_serving import listening
+from hones_serving.transformers_server import stopping, turns
+
+app = FastAPI()
+app.state.turns = turns.Turns()
+
+@app.get("/hang")
+async def hang_in_the_event_loop():
+    print("hanging", flush=True)
+    time.sleep(1000)
+
+sockets = listening.bind("127.0.0.1", 0)
+print(sockets[0].getsockname()[1], flush=True)
+stopping.serve(app, sockets, 0)
+"""
+
+
+async def test_a_server_that_hangs_ends_all_the_same() -> None:
+    """As transformers' does that fetches an image in the event loop, and as a forward pass does that never returns."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", HANGING], **pipes) as process:
+        assert process.stdout is not None
+        url = f"http://127.0.0.1:{int(process.stdout.readline())}"
+        async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(retries=10), timeout=60) as client:
+            answer = asyncio.create_task(client.get(f"{url}/hang"))
+            assert await asyncio.to_thread(process.stdout.readline) == "hanging\n"
+            process.terminate()
+            _, log = await asyncio.to_thread(process.communicate)
+            with pytest.raises(httpx.TransportError):
+                await answer
+    assert process.returncode == 1
+    assert "hang_in_the_event_loop" in log  # where it hung
+
+
+async def test_told_to_stop_while_the_model_loads_it_ends_at_once(llama: Path, profiles: Path, tmp_path: Path) -> None:
+    loading = tmp_path / "gate.loading"
+    loading.touch()  # for good
+    command, env = ENGINE.serve(llama, tmp_path, "--profiles", str(profiles))
+    command += ["--host", "127.0.0.1", "--port", str(free_port())]
+    with subprocess.Popen(command, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not loading.read_text():
+            await asyncio.sleep(0.02)
+        process.terminate()
+        _, log = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, log
+    assert log.splitlines()[-1] == "hones serve: stopped by SIGTERM before the model was loaded"

@@ -80,6 +80,7 @@ class _RefusedError(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # headers and body in one packet, or each answer waits 40 ms for a delayed acknowledgement
     state: Hub
 
     def log_message(self, format: str, *args: object) -> None:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,7 @@ def test_help_lists_every_command_with_a_summary(capsys: pytest.CaptureFixture[s
     for name in ("attribute", "fit", "evaluate", "inspect", "diff", "verify", "demo"):
         assert any(line.startswith(f"  {name} ") and len(line) > 30 for line in text.splitlines())
     assert "example:" in text
+    assert "  130  interrupted by Ctrl-C\n" in text
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,6 +107,16 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "    if argv == ['warn']: warnings.warn('one\\ntwo')\n"
         "    if argv == ['missing']: open('missing/file')\n"
         "    if argv == ['interrupt']: raise KeyboardInterrupt\n"
+        "    if argv == ['noted']:\n"
+        "        interrupt = KeyboardInterrupt()\n"
+        "        interrupt.add_note('run it again')\n"
+        "        raise interrupt\n"
+        "    if argv == ['pipe']: raise BrokenPipeError(32, 'Broken pipe')\n"
+        "    if argv == ['chatter']:\n"
+        "        for _ in range(10000): print('x' * 100)\n"
+        "    if argv == ['descriptors']:\n"
+        "        import os\n"
+        "        return os.open(__file__, os.O_RDONLY) <= 2\n"
         "    if argv == ['sleep']: print('started', flush=True); time.sleep(60)\n"
         "    if argv == ['bug']: raise ZeroDivisionError\n"
         "    if argv == ['exit']: raise SystemExit\n"
@@ -139,9 +149,13 @@ def test_what_is_a_bug_stays_a_traceback() -> None:
 
 
 @pytest.mark.usefixtures("plugin")
-def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["trial", "interrupt"]) == 1
-    assert capsys.readouterr().err == "hones trial: interrupted; run the same command again to resume\n"
+def test_an_interrupt_is_one_line_and_says_what_the_command_says_of_resuming(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["trial", "interrupt"]) == 130
+    assert capsys.readouterr().err == "hones trial: interrupted\n"
+    assert main(["trial", "noted"]) == 130
+    assert capsys.readouterr().err == "hones trial: interrupted; run it again\n"
 
 
 def test_control_c(plugin: str) -> None:
@@ -156,11 +170,9 @@ def test_control_c(plugin: str) -> None:
     with process:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
-        time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        error = process.communicate(timeout=20)[1]
-    assert process.returncode == 1
-    assert error == "hones trial: interrupted; run the same command again to resume\n"
+        error = process.communicate(timeout=60)[1]
+    assert (process.returncode, error) == (130, "hones trial: interrupted\n")
 
 
 def test_a_warning_is_one_line(plugin: str) -> None:
@@ -169,13 +181,73 @@ def test_a_warning_is_one_line(plugin: str) -> None:
     assert result.stderr == "hones trial: warning: one two\n"
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
+def hones(*arguments: str, redirect: str, plugin: str) -> subprocess.CompletedProcess[str]:
+    """`hones` in a process of its own, whose streams a shell redirects."""
+    command = ["sh", "-c", f'exec "$@" {redirect}', "sh", sys.executable, "-m", "hones_steer", *arguments]
+    return subprocess.run(command, env=environment(plugin), capture_output=True, text=True, check=False)
+
+
+def environment(plugin: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return {**kept, "PYTHONPATH": plugin}
+
+
+BROKEN = str(ATTACKS / "empty.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "error"),
+    [
+        (["inspect", GOLDEN], 0, ""),
+        (["inspect", "--help"], 0, ""),
+        (["--help"], 0, ""),
+        (["trial", "message"], 2, "hones trial: error: no good\n"),
+        (["trial", "warn"], 1, "hones trial: warning: one two\n"),
+        (["trial", "interrupt"], 130, "hones trial: interrupted\n"),
+        (["trial", "chatter"], 1, ""),
+        (["trial", "descriptors"], 0, ""),  # no file gets the number of a closed stream
+    ],
+)
+def test_closed_streams_change_no_exit_code(arguments: list[str], code: int, error: str, plugin: str) -> None:
+    """As with `>&-`: whoever closes a stream does not want to read it."""
+    result = hones(*arguments, redirect=">&-", plugin=plugin)
+    assert (result.returncode, result.stderr) == (code, error)
+    assert hones(*arguments, redirect="<&- >&- 2>&-", plugin=plugin).returncode == code
+
+
+@pytest.mark.parametrize("arguments", [["inspect", GOLDEN], ["--help"], ["inspect", "--help"], ["trial", "chatter"]])
+def test_a_reader_that_leaves_is_no_error(arguments: list[str], plugin: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "hones_steer", "inspect", GOLDEN]
-    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    command, env = [sys.executable, "-m", "hones_steer", *arguments], environment(plugin)
+    result = subprocess.run(command, env=env, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    assert (result.returncode, result.stderr) == (141, "")
+    assert subprocess.run(command, env=env, stdout=writer, stderr=writer, check=False).returncode == 141
     os.close(writer)
-    assert (result.returncode, result.stderr) == (1, "")
+
+
+@pytest.mark.parametrize(("argument", "code"), [("message", 2), ("warn", 1), ("interrupt", 130)])
+def test_errors_that_nobody_reads_change_no_exit_code(argument: str, code: int, plugin: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "hones_steer", "trial", argument]
+    assert subprocess.run(command, env=environment(plugin), stderr=writer, check=False).returncode == code
+    os.close(writer)
+
+
+@pytest.mark.usefixtures("plugin")
+def test_a_pipe_that_is_not_ours_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trial", "pipe"]) == 2
+    assert capsys.readouterr().err == "hones trial: error: Broken pipe\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here, a disk that is full")
+def test_output_that_cannot_be_written_is_an_error(plugin: str) -> None:
+    for arguments, what in ((["inspect", "--help"], "the output: "), (["trial", "chatter"], "")):
+        result = hones(*arguments, redirect=">/dev/full", plugin=plugin)
+        expected = f"hones {arguments[0]}: error: {what}No space left on device\n"
+        assert (result.returncode, result.stderr) == (2, expected)
+    assert hones("trial", "message", redirect="2>/dev/full", plugin=plugin).returncode == 2
 
 
 def test_a_terminal_without_unicode_is_no_error() -> None:

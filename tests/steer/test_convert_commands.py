@@ -40,7 +40,8 @@ def test_a_lora_says_its_rank_and_error(files, capsys):
     arguments = ["vqa.safetensors", "base", "--to", "lora"]
     assert export([*arguments, "--out", "lora", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert (said["rank"], said["error"]) == (32, 0.0)
+    assert said["rank"] == 32
+    assert 0 < said["error"] < 1e-7
     assert export([*arguments, "--out", "small", "--max-rank", "30", "--truncate", "svd"]) == 0
     assert "as a LoRA of rank 30, truncated, off by up to" in capsys.readouterr().out
     with pytest.raises(HonesError, match="--max-rank"):

@@ -13,7 +13,15 @@ from steer.conversions import INPUTS, MODELS, few_layers, logits, steered_logits
 from tiny_models import random_profile
 from torch import nn
 
-from hones_steer import LayoutError, MismatchError, Profile, ProfileError, export_lora
+from hones_steer import (
+    LayoutError,
+    MismatchError,
+    Profile,
+    ProfileError,
+    export_lora,
+    export_peft,
+    import_peft,
+)
 
 
 @pytest.fixture
@@ -33,7 +41,8 @@ def test_peft_gives_the_logits_of_the_runtime(name, tmp_path):
     done = export_lora(profile, model, tmp_path / "lora")
     assert done.ranks == {layer: min(int(np.sum(s != 1)), 32) for layer, (_, s) in profile.layers.items()}
     assert sorted(done.ranks.values()) == [28, 32]  # fewer and more changed neurons than the hidden size
-    assert done.error == 0
+    assert not done.truncated
+    assert done.error < 1e-7
     adapted = PeftModel.from_pretrained(model, tmp_path / "lora")
     torch.testing.assert_close(logits(adapted, inputs), expected, atol=1e-5, rtol=1e-5)
 
@@ -88,6 +97,65 @@ def test_above_the_highest_rank_it_is_refused_or_truncated_with_the_error_stated
     # Nothing of this rank comes nearer (Eckart-Young).
     assert error == pytest.approx(float(torch.linalg.svdvals(exact)[30:].norm() / exact.norm()), rel=1e-3)
     assert f"{done.error:.2%}" in (tmp_path / "lora" / "README.md").read_text()
+
+
+def one_layer(model, neurons, scales):
+    """A profile that changes these neurons of layer 1."""
+    layers = {1: (np.array(neurons, dtype=np.int32), np.array(scales, dtype=np.float32))}
+    return Profile("vqa", layers, random_profile(model, 1).base_model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("count", "max_rank"), [(8, 512), (60, 512), (60, 20)], ids=["one-hot", "eye", "svd"])
+def test_the_error_stated_is_that_of_the_tensors_written(model, tmp_path, dtype, count, max_rank):
+    model.to(dtype)
+    rng = np.random.default_rng(0)
+    neurons, scales = np.arange(count), rng.uniform(-3, 3, count)
+    profile = one_layer(model, neurons, scales)
+    done = export_lora(profile, model, tmp_path / "lora", max_rank=max_rank, truncate="svd")
+    weight = down_projections(model)[1].weight.detach().double()
+    exact = torch.zeros_like(weight)
+    exact[:, :count] = weight[:, :count] * (torch.tensor(profile.layers[1][1].copy()).double() - 1)
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    a, b = (next(t for key, t in tensors.items() if f".lora_{letter}." in key).double() for letter in "AB")
+    assert done.error == pytest.approx(float((b @ a - exact).norm() / exact.norm()), rel=1e-6)
+    assert done.error > 0
+    assert done.truncated == (max_rank == 20)
+    stated = f"{done.error:.2%}" if done.truncated else f"{done.error:.1g}"
+    assert f"off by up to {stated} (relative Frobenius norm)" in (tmp_path / "lora" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("count", "options"), [(2, {}), (60, {}), (60, {"max_rank": 20, "truncate": "svd"})])
+def test_a_scale_beyond_float16_is_refused(model, tmp_path, count, options):
+    model.half()
+    with torch.no_grad():
+        down_projections(model)[1].weight[3, 1] = 1000
+    profile = one_layer(model, range(count), [2.0, 100.0, *[0.5] * (count - 2)])
+    message = r"layers\.1.*: neuron 1 with scale 100 goes beyond float16 \(65504 at most\); lower the scale, load .*IA3"
+    with pytest.raises(ProfileError, match=message):
+        export_lora(profile, model, tmp_path / "lora", **options)
+    assert list(tmp_path.iterdir()) == []
+    export_peft(profile, model, tmp_path / "ia3")  # its factors are float32's
+    assert import_peft(tmp_path / "ia3") == profile
+    model.to(torch.bfloat16)
+    assert export_lora(profile, model, tmp_path / "lora", **options).error < 0.5
+
+
+def test_a_truncation_beyond_float16_is_refused_though_each_change_is_not(model, tmp_path):
+    model.half()
+    with torch.no_grad():
+        down_projections(model)[1].weight[:, :60] = 600  # the first singular vector adds all of them up
+    profile = one_layer(model, range(60), [100.0] * 60)
+    with pytest.raises(ProfileError, match=r"layers\.1.*: truncated, scales up to 100 go beyond float16; lower"):
+        export_lora(profile, model, tmp_path / "lora", max_rank=20, truncate="svd")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_zero_have_no_error(model, tmp_path):
+    with torch.no_grad():
+        down_projections(model)[1].weight[:, :2] = 0
+    done = export_lora(one_layer(model, range(2), [2.0, 3.0]), model, tmp_path / "lora", max_rank=1, truncate="svd")
+    assert done.error == 0
 
 
 def test_scales_of_one_take_no_rank(model, tmp_path):

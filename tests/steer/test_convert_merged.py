@@ -5,15 +5,17 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
+from reference_steering import down_projections
 from safetensors.torch import load_file, save_file
 from steer.conversions import INPUTS, MODELS, few_layers, logits
 from tiny_models import random_profile
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from hones_steer import MismatchError, merge_into, save_profile, steer
+from hones_steer import MismatchError, Profile, merge_into, save_profile, steer
 from hones_steer.errors import DataError
 
 INDEX = "model.safetensors.index.json"
@@ -178,6 +180,26 @@ def test_a_profile_of_another_model_is_refused(sharded, tmp_path):
     merge_into(profile, sharded, tmp_path / "merged", allow_mismatch=True)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_scale_beyond_float16_is_refused_before_anything_is_written(name, tmp_path):
+    model = MODELS[name]().half()
+    projection = down_projections(model)[1]
+    with torch.no_grad():
+        projection.weight[(7, 3) if name == "gpt2" else (3, 7)] = 1000
+    model.save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    layers = {0: ([1], [2]), 1: ([5, 7], [0.5, 100])}
+    layers = {layer: (np.array(n, np.int32), np.array(s, np.float32)) for layer, (n, s) in layers.items()}
+    profile = Profile("vqa", layers, few_layers(model).base_model)
+    message = (
+        r"\.1\..*: neuron 7 with scale 100 goes beyond float16 \(65504 at most\); lower .* bfloat16 or float32 and"
+    )
+    copied = []
+    with pytest.raises(DataError, match=message):
+        merge_into(profile, tmp_path / "base", tmp_path / "new" / "merged", progress=lambda names: copied.append(names))
+    assert not copied
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
 # A disk that is full in the middle, and a process that is killed there ----------------------------
 
 MERGE = """
@@ -195,7 +217,8 @@ merge_into(load_profile(profile), base, out)
 def merge_with_files_up_to(limit, profile, base, out, how):
     save_profile(profile, out.parent / "profile.safetensors")
     arguments = [str(out.parent / "profile.safetensors"), str(base), str(out), str(limit), how]
-    return subprocess.run([sys.executable, "-c", MERGE, *arguments], capture_output=True, text=True)
+    # -B: the limit is for the files of the merge, not for what Python caches.
+    return subprocess.run([sys.executable, "-B", "-c", MERGE, *arguments], capture_output=True, text=True)
 
 
 @pytest.fixture

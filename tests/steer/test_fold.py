@@ -1,5 +1,6 @@
 """Folding: the scales in the weights, and the weights back bit for bit."""
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -8,6 +9,7 @@ from reference_steering import down_projections, new_tokens
 from tiny_models import random_profile, text_inputs
 from torch import nn
 
+from hones_steer import Profile
 from hones_steer.errors import RoutingError, StateError
 from hones_steer.huggingface import steer
 
@@ -146,6 +148,53 @@ def test_weights_that_cannot_be_changed_in_place_are_refused_untouched(model, ch
     with steering.task("a"):
         logits(model)
     steering.verify()
+
+
+def steep(model, dtype):
+    """The model in `dtype`, with a large weight of neuron 7 in layer 1, and a profile that scales it by 100."""
+    model.to(dtype)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 7] = 1000
+    layers = {0: ([1], [2]), 1: ([5, 7], [0.5, 100])}
+    identity = random_profile(model, 1).base_model
+    return Profile("a", {i: (np.array(n, np.int32), np.array(s, np.float32)) for i, (n, s) in layers.items()}, identity)
+
+
+def test_a_scale_beyond_float16_is_refused_untouched(model):
+    steering = steer(model, {"a": steep(model, torch.float16)})
+    before = weights(model)
+    message = (
+        r"layers\.1.*: neuron 7 with scale 100 goes beyond float16 \(65504 at most\); lower the scale, use task\(\)"
+    )
+    with pytest.raises(StateError, match=message):
+        steering.fold("a")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(StateError, match="nothing is folded"):
+        steering.unfold()
+    steering.fold("a@0.5")
+    assert model.model.layers[1].mlp.down_proj.weight[3, 7] == 50500 // 32 * 32  # float16's steps there
+
+
+def test_bfloat16_takes_the_same_scale(model):
+    steering = steer(model, {"a": steep(model, torch.bfloat16)})
+    steering.fold("a")
+    assert model.model.layers[1].mlp.down_proj.weight[3, 7] == torch.tensor(1e5, dtype=torch.bfloat16)
+
+
+def test_weights_that_are_not_finite_already_are_not_blamed_on_the_scale(model):
+    profile = steep(model, torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 5] = torch.nan
+    with pytest.raises(StateError, match=r"the weights of neuron 5 are infinite or NaN before they are scaled"):
+        steer(model, {"a": profile}).fold("a")
+
+
+def test_eight_bit_floats_are_refused(model):
+    profile = steep(model, torch.float32)
+    projection = model.model.layers[1].mlp.down_proj
+    projection.weight = nn.Parameter(projection.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(StateError, match=r"layers\.1.*is stored in float8_e4m3fn; use task\(\) instead of fold\(\)"):
+        steer(model, {"a": profile}).fold("a")
 
 
 def test_an_adapter_on_the_projection_is_refused(model):

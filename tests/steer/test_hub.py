@@ -1,7 +1,9 @@
 """Profiles on the Hub: huggingface_hub's own client against a server that speaks the routes it uses."""
 
+import ctypes
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -277,6 +279,46 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
     assert pull_profile(REPO, revision=commit) == vqa()
 
 
+@pytest.mark.usefixtures("hub")
+def test_a_commit_in_the_cache_can_be_written_short_and_in_capitals(monkeypatch):
+    commit = push_profile(vqa(), REPO)
+    pull_profile(REPO)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for revision in (commit.upper(), commit[:7], commit[:12].upper()):
+        assert pull_profiles(REPO, revision=revision).commit == commit
+    with pytest.raises(DataError, match=f"org/profiles@{commit[:6]}: cannot be pulled: HF_HUB_OFFLINE is set"):
+        pull_profile(REPO, revision=commit[:6])
+    (Path(constants.HF_HUB_CACHE, "models--org--profiles", "snapshots") / (commit[:7] + "0" * 33)).mkdir()
+    with pytest.raises(DataError, match=f"{commit[:7]} may be any of .*{commit}.*; write the whole commit"):
+        pull_profile(REPO, revision=commit[:7])
+
+
+def test_a_branch_that_looks_like_a_commit_is_a_branch(hub):
+    commit = push_profile(vqa(), REPO)
+    pull_profile(REPO)
+    name = commit[:7]
+    other = hub.repos[REPO].commit({**hub.repos[REPO].files(), "note": b""}, name)
+    hub.repos[REPO].refs["main"] = other
+    folder = Path(constants.HF_HUB_CACHE, "models--org--profiles", "refs")
+    (folder / name).write_text(other)  # it was pulled once
+    assert pull_profiles(REPO, revision=name).commit == other
+    assert pull_profiles(REPO, revision=commit).commit == commit
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_file_that_was_deleted_in_the_cache(monkeypatch):
+    commit = push_profile([vqa(), ocr()], REPO)
+    pull_profiles(REPO)
+    snapshot = Path(constants.HF_HUB_CACHE, "models--org--profiles", "snapshots", commit)
+    for name in ("vqa.safetensors", "hones_profiles.json"):
+        (snapshot / name).unlink()
+        with monkeypatch.context() as patch:
+            patch.setattr(constants, "HF_HUB_OFFLINE", True)
+            with pytest.raises(DataError, match=f"its {name} is not in the cache; pull it once with a network"):
+                pull_profiles(REPO, revision=commit)
+        assert pull_profile(REPO, "vqa", revision=commit) == vqa()
+
+
 # A folder to serve from ---------------------------------------------------------------------------
 
 
@@ -290,12 +332,99 @@ def test_a_folder_to_serve_from():
     assert latest != folder
     assert ProfileStore(folder).get("vqa") == vqa()
     assert local_folder(f"hub:{REPO}@main") == latest
-    save_profile(make("vqa", {1: {0: 9.0}}), latest / "vqa.safetensors")
-    with pytest.raises(ProfileError, match="was changed after the download; delete"):
-        local_folder(f"hub:{REPO}")
     for wrong in ("hub:", "hub:org/name@", "hub:org/name@a b"):
         with pytest.raises(DataError, match="write hub:ORG/NAME or hub:ORG/NAME@REVISION"):
             local_folder(wrong)
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda folder: save_profile(make("vqa", {1: {0: 9.0}}), folder / "vqa.safetensors"), r"vqa\..* was changed"),
+        (lambda folder: (folder / "vqa.safetensors").write_bytes(b""), r"vqa\..* was changed"),
+        (lambda folder: (folder / "ocr.safetensors").unlink(), r"ocr\..* was deleted"),
+        (lambda folder: save_profile(make("cap"), folder / "cap.safetensors"), r"cap\..* was added"),
+    ],
+    ids=["changed", "emptied", "deleted", "added"],
+)
+def test_a_copy_that_is_no_longer_the_repositorys_says_what_to_do(change, what):
+    spec = f"hub:{REPO}@{push_profile([vqa(), ocr()], REPO)}"
+    folder = local_folder(spec)
+    change(folder)
+    message = f"{what} after the download; delete {re.escape(str(folder))}, and it is made anew"
+    with pytest.raises(ProfileError, match=message):
+        local_folder(spec)
+
+
+READ_ONLY = """
+import json, os, sys, tempfile
+from hones_steer.errors import DataError
+from hones_steer.hub import constants, local_folder, pull_profile
+from hones_steer.store import ProfileStore
+try:
+    open(os.path.join(os.environ["HF_HOME"], "probe"), "x").close()
+except OSError:
+    repo, commit = sys.argv[1:]
+    folders = [local_folder(f"hub:{repo}@{revision}") for revision in (commit, "main")]
+    constants.HF_HUB_OFFLINE = True
+    folders += [local_folder(f"hub:{repo}@{revision}") for revision in (commit[:7], "main")]
+    constants.HF_HOME = os.path.join(constants.HF_HOME, "locked", "home")
+    folders.append(local_folder(f"hub:{repo}@{commit}"))
+    tempfile.tempdir = os.environ["HF_HOME"]
+    try:
+        local_folder(f"hub:{repo}@{commit}")
+        reason = ""
+    except DataError as error:
+        reason = str(error)
+    constants.HF_HUB_OFFLINE = False
+    try:
+        pull_profile(repo, revision="next")
+        missing = ""
+    except DataError as error:
+        missing = str(error)
+    names = [ProfileStore(folder).names() for folder in folders]
+    print(json.dumps({"folders": list(map(str, folders)), "names": names, "reason": reason, "missing": missing}))
+"""
+
+
+def heed_permissions():
+    """Before an exec: give up CAP_DAC_OVERRIDE, where that may be done, for which root is above permissions."""
+    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
+
+
+def test_what_is_cached_is_served_from_a_home_that_cannot_be_written(hub, tmp_path):
+    """Pulled when an image is built, run read-only."""
+    commit = push_profile([vqa(), ocr()], REPO)
+    pull_profiles(REPO)
+    hub.repos[REPO].commit({**hub.repos[REPO].files(), "vqa.safetensors": b"new"}, "next")
+    home = tmp_path / "home"
+    for folder in (tmp_path / "tmp", home / "locked"):
+        folder.mkdir()
+    for folder in (home, *(path for path in home.rglob("*") if path.is_dir())):
+        folder.chmod(0o000 if folder.name == "locked" else 0o555)
+    env = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_HUB_OFFLINE": "0",
+        "TMPDIR": str(tmp_path / "tmp"),
+    }
+    command = [sys.executable, "-c", READ_ONLY, REPO, commit]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, preexec_fn=heed_permissions)
+    for folder in (home, *(path for path in home.rglob("*") if path.is_dir())):
+        folder.chmod(0o755)
+    assert (done.returncode, done.stderr) == (0, "")
+    if not done.stdout:
+        pytest.skip("this user may write to read-only folders (root that cannot give up CAP_DAC_OVERRIDE)")
+    found = json.loads(done.stdout)
+    assert found["names"] == [["ocr", "vqa"]] * 5
+    assert all(Path(folder).is_relative_to(tmp_path / "tmp") for folder in found["folders"])
+    assert ProfileStore(found["folders"][0]).get("vqa") == vqa()
+    assert re.search(r"no temporary folder .* set HF_HOME or TMPDIR .* `hones pull org/profiles --out", found["reason"])
+    assert "Permission denied; the cache must be readable, and writable for what is not in it yet" in found["missing"]
+    assert not (home / "hones-steer").exists()
 
 
 @pytest.mark.usefixtures("hub")
@@ -328,7 +457,8 @@ def test_the_commands(tmp_path, capsys):
 def test_hf_endpoint_decides_which_hub(hub, tmp_path):
     """The environment variables that huggingface_hub reads are all it takes, and no torch."""
     push_profile(vqa(), REPO)
-    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "elsewhere"), "HF_HUB_OFFLINE": "0"}
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+    env |= {"HF_HOME": str(tmp_path / "elsewhere"), "HF_HUB_CACHE": str(tmp_path / "elsewhere" / "hub")}
     code = "import sys; from hones_steer.shipping import pull; pull(sys.argv[1:]); assert 'torch' not in sys.modules"
     command = [sys.executable, "-c", code, REPO, "--out", str(tmp_path / "out")]
     done = subprocess.run(command, env=env, capture_output=True, text=True)

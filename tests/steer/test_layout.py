@@ -4,17 +4,20 @@ import pytest
 import tiny_models
 import torch
 import torch.distributed as dist
+import unusual_models
 from peft import LoraConfig, get_peft_model
 from reference_steering import down_projections
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import LlamaModel
+from transformers import LlamaConfig, LlamaModel
 
 from hones_steer import layout as layout_module
 from hones_steer.errors import LayoutError
+from hones_steer.huggingface import steer
 from hones_steer.layout import down_weight, find_layout, register_layout
+from hones_steer.profile import ModelIdentity
 
 
 @pytest.fixture(params=tiny_models.ALL)
@@ -105,6 +108,104 @@ def test_an_unknown_name_is_found_by_shape(model):
     rename(model, "feedforward")
     layout = find_layout(model)
     assert [layer.down_proj for layer in layout.layers] == [layer.feedforward.down_proj for layer in model.model.layers]
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    ["mamba", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("falcon_mamba", "zamba"))],
+)
+def test_a_state_space_mixer_is_no_ffn(architecture):
+    with pytest.raises(LayoutError, match=r"layers.0 \(.* has no recognised FFN, and its .*\(\w+Mixer\) is none"):
+        find_layout(getattr(unusual_models, architecture)())
+
+
+@pytest.fixture
+def wide_mixer():
+    """A model whose attention has another name, and more features than the hidden states."""
+    model = tiny_models.llama(head_dim=16, num_key_value_heads=4)
+    for layer in model.model.layers:
+        layer.add_module("mixer", layer.self_attn)
+        del layer.self_attn
+    return model
+
+
+def test_attention_of_another_name_is_no_ffn(wide_mixer):
+    for layer in wide_mixer.model.layers:
+        del layer.mlp
+    with pytest.raises(LayoutError, match=r"no recognised FFN, and its mixer \(LlamaAttention\) is none"):
+        find_layout(wide_mixer)
+
+
+def test_an_ffn_is_told_from_a_mixer_beside_it(wide_mixer):
+    rename(wide_mixer, "feedforward")
+    layers = wide_mixer.model.layers
+    assert [layer.down_proj for layer in find_layout(wide_mixer).layers] == [x.feedforward.down_proj for x in layers]
+
+
+@pytest.mark.matrix
+def test_an_ffn_that_mixes_tokens_first_is_found_by_name():
+    model = unusual_models.rwkv()
+    assert [layer.down_proj for layer in find_layout(model).layers] == [
+        block.feed_forward.value for block in model.rwkv.blocks
+    ]
+
+
+def test_an_ffn_of_half_the_configured_width_is_not_taken_for_a_shard():
+    assert find_layout(unusual_models.recurrent_gemma()).intermediate_size == 96
+
+
+def test_a_decoder_beside_an_encoder_is_found():
+    model = unusual_models.blip2()
+    assert find_layout(model).decoder is model.language_model.model.decoder
+
+
+@pytest.mark.parametrize(
+    "part", ["mlp.down_proj", *(pytest.param(part, marks=pytest.mark.matrix) for part in ("mlp", ""))]
+)
+def test_a_compiled_part_is_steered_like_any_other(model, part):
+    profile, inputs = tiny_models.random_profile(model, 1), tiny_models.text_inputs()
+    with torch.no_grad():
+        with steer(model, {"a": profile}) as steering, steering.task("a"):
+            expected = model(**inputs).logits
+        for layer in model.model.layers:
+            name = f"{layer.self_attn.layer_idx}.{part}".rstrip(".")
+            compiled = torch.compile(model.model.layers.get_submodule(name), backend="eager")
+            model.model.layers.set_submodule(name, compiled)
+        assert [layer.name for layer in find_layout(model).layers] == [f"model.layers.{i}" for i in range(3)]
+        assert down_weight(find_layout(model).layers[0]).shape == (32, 96)
+        with steer(model, {"a": profile}) as steering:
+            steering.verify()
+            with steering.task("a"):
+                torch.testing.assert_close(model(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    ["falcon_h1", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("gemma4_text", "glm_moe_dsa"))],
+)
+def test_a_decoder_that_takes_or_keeps_more_is_steered_but_not_attributed(architecture):
+    model = getattr(unusual_models, architecture)()
+    with steer(model, {"a": tiny_models.random_profile(model, 1)}) as steering:
+        assert steering.verify().layers_not_run == ()
+        with pytest.raises(LayoutError, match="steering this model works, attributing on it does not"):
+            find_layout(model).require_attribution()
+
+
+def test_a_configuration_that_names_two_text_decoders_is_refused(model):
+    model.config.text_config, model.config.decoder = LlamaConfig(), LlamaConfig()
+    with pytest.raises(LayoutError, match="configuration of model type 'llama' names no single text decoder"):
+        find_layout(model)
+
+
+def test_a_model_with_a_configuration_of_its_own_kind_or_none_is_identified(model):
+    identity = ModelIdentity.from_model(model)
+    stack = model.model
+    stack.get_decoder = lambda: stack
+    for config in ({"hidden_size": 32}, None):
+        stack.config = config
+        found = ModelIdentity.from_model(stack)
+        assert (found.model_type, found.name) == ("LlamaModel", "")
+        assert found.sketch == identity.sketch
 
 
 def test_an_unknown_structure_is_refused_until_registered(model):

@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny_models
@@ -513,6 +514,53 @@ class TestGradients:
             loss.backward()
         for one, other in zip(plain, [p.grad for p in model.parameters() if p.grad is not None], strict=True):
             torch.testing.assert_close(one, other)
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_losses_steered_differently_go_back_together(self, model, reentrant):
+        """What a checkpointed forward was steered with travels with it."""
+        steering, _ = steered(model)
+        inputs = text_inputs()
+
+        def gradients():
+            model.zero_grad()
+            losses = []
+            with steering.task("b"):
+                losses.append(model(**inputs, labels=inputs["input_ids"]).loss)
+                with steering.tasks(ROWS):
+                    losses.append(model(**inputs, labels=inputs["input_ids"]).loss)
+                    with steering.task("none"):
+                        losses.append(model(**inputs, labels=inputs["input_ids"]).loss)
+                    losses.append(0.5 * model(**inputs, labels=inputs["input_ids"]).loss)
+                    with steering.task("a"):
+                        losses.append(model(**inputs, labels=inputs["input_ids"]).loss)
+                        sum(losses).backward()
+            return [parameter.grad.clone() for parameter in model.parameters()]
+
+        plain = gradients()
+        model.train()
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        for one, other in zip(plain, gradients(), strict=True):
+            torch.testing.assert_close(one, other)
+
+    def test_forwards_of_two_threads_that_cannot_be_told_apart_are_refused(self, model):
+        """Autograd numbers its nodes thread by thread."""
+        steering, _ = steered(model)
+        inputs = text_inputs()
+        model.train()
+        model.gradient_checkpointing_enable()
+
+        def forward(task):
+            with steering.task(task):
+                yield model(**inputs, labels=inputs["input_ids"]).loss
+
+        streams = [forward("a"), forward("b")]
+        losses = []
+        for stream in streams:
+            with ThreadPoolExecutor(1) as pool:
+                losses.append(pool.submit(next, stream).result())
+        with pytest.raises(StateError, match="cannot be told for which forward"):
+            sum(losses).backward()
 
     def test_backward_outside_the_block_is_refused_when_it_recomputes(self, model):
         steering, _ = steered(model)

@@ -1,5 +1,10 @@
 """Tasks and threads: who gets steered, who does not, and nobody waits for ever."""
 
+import asyncio
+import contextlib
+import contextvars
+import functools
+import gc
 import queue
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -120,20 +125,293 @@ def test_streaming_with_wrap(model):
     assert [tokens[inputs["input_ids"].shape[1] :]] == expected
 
 
-def test_streaming_without_wrap_raises_instead_of_running_unsteered(model):
+def test_threads_started_inside_a_block_belong_to_it(model):
+    """Whenever they start, and whatever starts them."""
     steering = attach(model)
-    streamer = QueueStreamer()
-    kwargs = {**text_inputs(1), "streamer": streamer, "max_new_tokens": 2, "do_sample": False}
+    expected = generate_under(steering, model, "a")
+    with steering.task("a"):
+        first = run(generate, model)
+        assert generate(model) == expected
+        after_the_first_forward = run(generate, model)
+        grandchild = run(run, generate, model)
+        with ThreadPoolExecutor(1) as pool:
+            job = pool.submit(generate, model).result(timeout=WAIT)
+            with steering.task("b"):
+                other = pool.submit(generate, model).result(timeout=WAIT)
+    assert [first, after_the_first_forward, grandchild, job] == [expected] * 4
+    assert other == generate_under(steering, model, "b")
+
+
+def test_a_thread_that_outlives_the_block_it_was_started_in_is_stopped(llama):
+    steering = attach(llama)
+    left = threading.Event()
+    future = Future()
+
+    def work():
+        left.wait(WAIT)
+        try:
+            future.set_result(generate(llama))
+        except StateError as error:
+            future.set_exception(error)
+
+    with steering.task("a"):
+        generate(llama)
+        threading.Thread(target=work, daemon=True).start()
+    left.set()
+    with pytest.raises(StateError, match=r"block of task\('a'\) was left"):
+        future.result(timeout=WAIT)
+
+
+def test_a_pool_whose_worker_started_inside_a_block_runs_the_jobs_of_others_plain(llama):
+    """Only the jobs submitted inside the block belong to it; the worker does not."""
+    unsteered = generate(llama)
+    steering = attach(llama)
+    expected = generate_under(steering, llama, "a")
+    with ThreadPoolExecutor(1) as pool:
+        with steering.task("a"):
+            assert pool.submit(generate, llama).result(timeout=WAIT) == expected
+            elsewhere = contextvars.Context().run(pool.submit, generate, llama)
+            assert elsewhere.result(timeout=WAIT) == unsteered
+        assert pool.submit(generate, llama).result(timeout=WAIT) == unsteered
+
+
+def test_contexts_that_have_nothing_to_do_with_an_open_block_stay_plain(llama):
+    unsteered = generate(llama)
+    steering = attach(llama)
+    clean = contextvars.copy_context()
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold(stream):
+        block = stream()
+        next(block)
+        entered.set()
+        leave.wait(WAIT)
+        list(block)
 
     def stream():
         with steering.task("a"):
-            thread = threading.Thread(target=model.generate, kwargs=kwargs)
-            thread.start()
-            list(streamer)
-            thread.join()
+            yield generate(llama)
 
-    with pytest.raises(RoutingError, match=r"task\('a'\); if another thread runs it, .* steering.wrap"):
-        stream()
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(hold, stream)
+        entered.wait(WAIT)
+        assert generate(llama) == unsteered
+        assert clean.run(generate, llama) == unsteered
+        assert run(generate, llama) == unsteered
+        leave.set()
+        held.result(timeout=WAIT)
+
+
+class TestGeneratorsThatGoOnInAnotherContext:
+    """As those that a StreamingResponse is given: every step runs in a fresh copy of the server's context."""
+
+    def steps(self, generator, threads=None):
+        for _ in range(20):
+            step = functools.partial(contextvars.copy_context().run, next, generator, None)
+            found = threads.submit(step).result(timeout=WAIT) if threads else step()
+            if found is None:
+                return
+            yield found
+
+    @pytest.fixture
+    def steering(self, llama):
+        return attach(llama)
+
+    @pytest.mark.parametrize("in_threads", [False, True])
+    def test_every_step_is_steered_and_the_block_is_left_in_order(self, llama, steering, in_threads):
+        expected = generate_under(steering, llama, "a")
+        unsteered = generate(llama)
+
+        def stream():
+            with steering.task("a"):
+                for _ in range(3):
+                    yield generate(llama)
+            yield generate(llama)
+
+        with ThreadPoolExecutor(2) as pool:
+            found = list(self.steps(stream(), pool if in_threads else None))
+        assert found == [expected, expected, expected, unsteered]
+        assert generate(llama) == unsteered
+        steering.fold("a")
+        steering.unfold()
+        steering.unload("a")
+        steering.detach()
+
+    def test_a_starlette_response_streams_steered(self, llama, steering):
+        from starlette.applications import Starlette
+        from starlette.responses import StreamingResponse
+        from starlette.routing import Route
+        from starlette.testclient import TestClient
+
+        def stream():
+            with steering.task("a"):
+                for _ in range(3):
+                    yield f"{generate(llama)}\n"
+
+        expected = generate_under(steering, llama, "a")
+        app = Starlette(routes=[Route("/", lambda _request: StreamingResponse(stream()))])
+        with TestClient(app) as client:
+            assert client.get("/").text == f"{expected}\n" * 3
+        steering.detach()
+
+    @pytest.mark.parametrize("wrapped", [True, False])
+    def test_the_documented_streaming_pattern_inside_it(self, llama, steering, wrapped):
+        expected = generate_under(steering, llama, "a")
+        inputs = text_inputs(1)
+
+        def stream():
+            streamer = QueueStreamer()
+            with steering.task("a"):
+                yield generate(llama)
+                thread = threading.Thread(
+                    target=steering.wrap(llama.generate) if wrapped else llama.generate,
+                    kwargs={**inputs, "streamer": streamer, "max_new_tokens": 8, "do_sample": False},
+                )
+                thread.start()
+                yield from streamer
+                thread.join()
+
+        first, prompt, *tokens = self.steps(stream())
+        assert first == expected
+        assert [[token for piece in tokens for token in piece]] == expected
+        assert prompt == inputs["input_ids"].flatten().tolist()
+        steering.detach()
+
+    def test_blocks_in_helpers_and_nested_ones(self, llama, steering):
+        expected = {task: generate_under(steering, llama, task) for task in ("a", "b", "none")}
+
+        @contextlib.contextmanager
+        def helper(task):
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(steering.task(task))
+                yield
+
+        def inner():
+            with steering.task("none"):
+                return generate(llama)
+
+        def stream():
+            with helper("a"):
+                yield generate(llama)
+                yield generate(llama)
+                with helper("b"):
+                    yield generate(llama)
+                    yield generate(llama)
+                yield inner()
+                yield generate(llama)
+
+        found = list(self.steps(stream()))
+        assert found == [expected[task] for task in ("a", "a", "b", "b", "none", "a")]
+
+    def test_two_that_take_turns_in_one_context_do_not_mix(self, llama, steering):
+        expected = {task: generate_under(steering, llama, task) for task in ("a", "b")}
+
+        def stream(task, steps):
+            with steering.task(task):
+                for _ in range(steps):
+                    yield generate(llama)
+
+        one, other = stream("a", 2), stream("b", 3)
+        found = [next(generator) for generator in (one, other, one, other)]
+        assert found == [expected[task] for task in ("a", "b", "a", "b")]
+        assert list(one) == []
+        assert list(other) == [expected["b"]]
+        unsteered = generate(llama)
+        steering.detach()
+        assert generate(llama) == unsteered
+
+    def test_one_that_is_dropped_leaves_its_block(self, llama, steering):
+        def stream():
+            with steering.task("a"):
+                yield generate(llama)
+                yield generate(llama)
+
+        def collected_inside_a_forward(_module, _args):
+            streams.clear()
+            gc.collect()
+
+        expected = generate_under(steering, llama, "b")
+        streams = [stream()]
+        contextvars.copy_context().run(next, streams[0])
+        handle = llama.model.layers[1].register_forward_pre_hook(collected_inside_a_forward)
+        with steering.task("b"):
+            assert generate(llama) == expected
+        handle.remove()
+        assert not streams
+        steering.detach()
+
+    def test_what_wrap_carries_goes_before_the_generator_that_calls_it(self, llama, steering):
+        expected = {task: generate_under(steering, llama, task) for task in ("a", "b")}
+        with steering.task("b"):
+            wrapped = steering.wrap(generate)
+
+            def stream():
+                with steering.task("a"):
+                    yield wrapped(llama)
+                    yield generate(llama)
+
+            found = list(self.steps(stream()))
+        assert found == [expected["b"], expected["a"]]
+
+
+def test_asyncio_tasks_started_inside_a_block_belong_to_it(llama):
+    steering = attach(llama)
+    expected = generate_under(steering, llama, "a")
+    unsteered = run(generate, llama)
+
+    async def asyncronous(start):
+        await start.wait()
+        return generate(llama)
+
+    async def serve():
+        start = asyncio.Event()
+        before = asyncio.create_task(asyncronous(start))
+        with steering.task("a"):
+            inside = asyncio.create_task(asyncronous(start))
+            start.set()
+            loop = asyncio.get_running_loop()
+            found = [
+                await before,
+                await inside,
+                await asyncio.to_thread(generate, llama),
+                await loop.run_in_executor(None, generate, llama),
+            ]
+        return [*found, await loop.run_in_executor(None, generate, llama)]
+
+    assert asyncio.run(serve()) == [unsteered, expected, expected, expected, unsteered]
+
+
+def test_an_async_generator_closed_from_another_context_leaves_its_block(llama):
+    steering = attach(llama)
+
+    async def stream():
+        with steering.task("a"):
+            yield generate(llama)
+            yield generate(llama)
+
+    async def serve():
+        chunks = stream()
+        found = [await asyncio.create_task(anext(chunks)), await asyncio.create_task(anext(chunks))]
+        await asyncio.create_task(chunks.aclose())
+        return found
+
+    expected = generate_under(steering, llama, "a")
+    assert asyncio.run(serve()) == [expected, expected]
+    steering.detach()
+
+
+def test_functions_that_go_on_after_their_call_cannot_be_wrapped(llama):
+    steering = attach(llama)
+
+    def generator():
+        yield generate(llama)
+
+    async def coroutine():
+        return generate(llama)
+
+    for function in (generator, coroutine):
+        with pytest.raises(RoutingError, match=rf"{function.__name__} goes on after its call"):
+            steering.wrap(function)
 
 
 def test_a_wrapped_function_may_run_in_several_threads_at_once(llama):

@@ -31,6 +31,8 @@ from hones_serving.routing_file import load_plan
 from hones_serving.settings import Settings
 from hones_serving.transformers_server.generation import OneGeneration
 from hones_serving.transformers_server.handlers import TICKET, Chat, Completion, Responses
+from hones_serving.transformers_server.stopping import StoppingMiddleware, unavailable
+from hones_serving.transformers_server.turns import TURN, StoppingError, Turn, Turns
 from hones_steer.errors import DataError, HonesError
 from hones_steer.huggingface import steer
 from hones_steer.loading import load_model, loading
@@ -51,6 +53,8 @@ def build_app(
     collector: CollectorRegistry = REGISTRY,
 ) -> FastAPI:
     """Steer the model that `manager` holds (see `pinned`) and build the application that serves it.
+
+    Its `state.turns` are the requests that wait or generate; `stopping.serve` drains them.
 
     Raises:
         HonesError: the model cannot be steered, a profile does not fit it, or the routing file is wrong.
@@ -89,8 +93,10 @@ def build_app(
         playground=settings.playground,
         stamp=_stamp,
     )
-    app.add_middleware(LeavingMiddleware)
+    app.state.turns = turns = Turns()
+    app.add_middleware(LeavingMiddleware, turns=turns)
     app.add_middleware(HonesMiddleware, service=lambda: service)
+    app.add_middleware(StoppingMiddleware, turns=turns)
     if api_key:
         app.add_middleware(KeyMiddleware, key=api_key)
     if allowed_origins:  # browsers ask without a key whether they may; what is added last comes first
@@ -167,6 +173,10 @@ def _add_error_handlers(app: FastAPI) -> None:
     def unreadable(_request: Request, _: RequestValidationError) -> Response:
         return _error(400, "the body is no JSON object, or its Content-Type is not application/json")
 
+    @app.exception_handler(StoppingError)
+    def stopping(_request: Request, error: StoppingError) -> Response:
+        return unavailable(str(error))
+
     @app.exception_handler(HonesError)
     def failed(_request: Request, error: HonesError) -> Response:
         return _error(500, str(error))
@@ -200,14 +210,17 @@ class KeyMiddleware:
 class LeavingMiddleware:
     """Cancels what a client that has left was waiting for; transformers' server would go on generating for nobody."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, turns: Turns) -> None:
         self._app = app
+        self._turns = turns
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection; all but HTTP passes through."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        turn = Turn(self._turns)
+        TURN.set(turn)  # for the handler, whose task is made below
         received: asyncio.Queue[Message] = asyncio.Queue()
         answered = False
 
@@ -227,6 +240,7 @@ class LeavingMiddleware:
         try:
             await asyncio.wait((leaving, handling), return_when=asyncio.FIRST_COMPLETED)
             if not answered:  # the end of an answer is also told as if the client had left
+                turn.leave()
                 handling.cancel()
             await asyncio.wait((handling,))
             if not handling.cancelled():

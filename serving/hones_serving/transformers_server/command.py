@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import NoReturn
 
+from hones_serving import listening
 from hones_serving.settings import Settings
 from hones_steer.errors import DataError, HonesError
 
 KEY = "HONES_API_KEY"
+SHUTDOWN_SECONDS = 20  # Kubernetes kills after 30
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -24,8 +29,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--model", required=True)
     parser.add_argument("--served-model-name", nargs="+")
-    parser.add_argument("--host", default="0.0.0.0")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--host", default=listening.HOST)
+    parser.add_argument("--port", type=int, default=listening.PORT)
+    parser.add_argument("--shutdown-timeout", type=int, default=SHUTDOWN_SECONDS)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--allowed-origins", metavar="JSON", type=_origins, default=[])
@@ -48,25 +54,33 @@ def _origins(text: str) -> list[str]:
     return origins
 
 
-def main(argv: Sequence[str], environ: Mapping[str, str]) -> None:
-    """Load the model, then serve it until the process is told to stop.
+def main(argv: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
+    """Load the model, then serve it until the process is told to stop, which ends it with 0.
+
+    SIGTERM or SIGINT while it loads ends the process at once, with 128 + the signal's number.
 
     Raises:
         HonesError: what is wrong, before anything listens.
     """
+    for number in (signal.SIGTERM, signal.SIGINT):  # the first process of a container is not ended by them by default
+        signal.signal(number, _stop_loading)
     options = parse(argv)
     settings = Settings.from_env(environ)
     if settings is None:
         raise DataError("HONES_PROFILES names no folder of profiles; start this server with `hones serve`")
-    import uvicorn
-
+    sockets = listening.bind(options.host, options.port)
+    from hones_serving.transformers_server import stopping
     from hones_serving.transformers_server.app import build_app, pinned
 
     manager = pinned(options.model, dtype=options.dtype, device=options.device)
     served = options.served_model_name or [options.model]
     app = build_app(settings, manager, served, environ.get(KEY), options.allowed_origins)
-    # Longer than clients and proxies keep theirs, who would otherwise send into a connection that is just closing.
-    uvicorn.run(app, host=options.host, port=options.port, timeout_keep_alive=75)
+    stopping.serve(app, sockets, options.shutdown_timeout)
+
+
+def _stop_loading(number: int, _frame: FrameType | None) -> None:
+    print(f"hones serve: stopped by {signal.Signals(number).name} before the model was loaded", file=sys.stderr)
+    os._exit(128 + number)  # threads that load or download would hold up an exit that waits for them
 
 
 if __name__ == "__main__":

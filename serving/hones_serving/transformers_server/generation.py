@@ -6,8 +6,6 @@ who submits to it, so the admission is taken from the submitting request's conte
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cli.serving.utils import GenerateManager, GenerationState
+from transformers.cli.serving.utils import GenerateManager, GenerationState, _StreamError
 
 from hones_serving.metrics import Metrics
 from hones_serving.registry import Admission
+from hones_serving.transformers_server.turns import TURN, StoppingError, Turn
 from hones_steer.errors import StateError
 from hones_steer.huggingface import Steering
 from hones_steer.profile import Profile
@@ -48,45 +47,69 @@ class SteeredGeneration(GenerateManager):
         self._metrics = metrics
 
     def generate_streaming(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'. Raises StateError if `model` is not the one that is steered."""
-        return super().generate_streaming(self._steered(model), *args, **kwargs)
-
-    async def generate_non_streaming(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', and generation ends when this is cancelled.
+        """As transformers', and the stream ends with an error where the server stops before it is complete.
 
         Raises:
             StateError: `model` is not the one that is steered.
+            StoppingError: the server is stopping.
         """
-        steered = self._steered(model)
-        answer = asyncio.ensure_future(super().generate_non_streaming(steered, *args, **kwargs))
-        try:
-            return await asyncio.shield(answer)  # the thread sets its result, which it could not in what is cancelled
-        except asyncio.CancelledError:
-            steered.abandoned.set()
-            raise
+        steered, turn = self._steered(model)
+        queue, streamer = super().generate_streaming(steered, *args, **kwargs)
 
-    def _steered(self, model: Any) -> Any:
+        def cut(error: StoppingError) -> None:
+            queue.put_nowait(_StreamError(str(error)))
+
+        turn.when_refused(cut)
+        return queue, streamer
+
+    async def generate_non_streaming(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; generation goes on when this is cancelled, until the turn is given up.
+
+        Raises:
+            StateError: `model` is not the one that is steered.
+            StoppingError: the server stops before the answer is complete.
+        """
+        steered, turn = self._steered(model)
+        return await turn.or_refused(super().generate_non_streaming(steered, *args, **kwargs))
+
+    def _steered(self, model: Any) -> tuple[Any, Turn]:
         if not self._steering.is_attached_to(model):
             raise StateError("the model was loaded anew, without its steering; restart the server")
-        return SteeredModel(model, self._steering, ADMISSION.get(), self._metrics)
+        turn = TURN.get()
+        turn.ask()
+        return SteeredModel(model, self._steering, ADMISSION.get(), turn, self._metrics), turn
 
 
 class SteeredModel:
-    """A model whose `generate` is steered by one request's admission; otherwise the model itself."""
+    """A model whose `generate` takes one request's turn and is steered by its admission; otherwise the model itself."""
 
-    def __init__(self, model: Any, steering: Steering, admission: Admission | None, metrics: Metrics) -> None:
+    def __init__(
+        self, model: Any, steering: Steering, admission: Admission | None, turn: Turn, metrics: Metrics
+    ) -> None:
         self._model = model
         self._steering = steering
         self._profile = admission.profile if admission else None
         self._label = admission.label if admission else "none"
+        self._turn = turn
         self._metrics = metrics
-        self.abandoned = threading.Event()  # nobody waits for the answer any more
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def generate(self, *, input_ids: Tensor, streamer: Any = None, **inputs: Any) -> Tensor:
-        """The model's `generate`, counting the tokens that it makes: `[1, prompt + new]`, of prompts `[1, prompt]`."""
+        """The model's `generate`, counting the tokens that it makes: `[1, prompt + new]`, of prompts `[1, prompt]`.
+
+        Raises:
+            StateError: nobody waits for the answer any more, so nothing was generated.
+        """
+        if not self._turn.begin():
+            raise StateError("nobody waits for this answer any more")
+        try:
+            return self._generate(input_ids, streamer, inputs)
+        finally:
+            self._turn.end()
+
+    def _generate(self, input_ids: Tensor, streamer: Any, inputs: dict[str, Any]) -> Tensor:
         with self._steering_by(self._profile):
             try:
                 sequences: Tensor = self._model.generate(
@@ -100,7 +123,7 @@ class SteeredModel:
         return sequences
 
     def _is_abandoned(self, ids: Tensor, _scores: object, **_: Any) -> Tensor:
-        return torch.full(ids.shape[:1], self.abandoned.is_set(), device=ids.device)
+        return torch.full(ids.shape[:1], self._turn.abandoned.is_set(), device=ids.device)
 
     @contextmanager
     def _steering_by(self, profile: Profile | None) -> Iterator[None]:

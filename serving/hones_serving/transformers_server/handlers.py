@@ -18,6 +18,7 @@ from transformers.cli.serving.utils import BaseHandler, GenerationState, Modalit
 
 from hones_serving.registry import Admission, ProfileRegistry
 from hones_serving.transformers_server.generation import ADMISSION
+from hones_serving.transformers_server.turns import TURN
 from hones_steer.errors import StateError
 
 TICKET = "hones_ticket"  # in the body of a steered request; clients cannot send names that begin with hones_
@@ -63,14 +64,17 @@ class _Served(BaseHandler):
         Raises:
             HTTPException: 404 for another model, 400 or 422 for what transformers cannot do or read.
             StateError: the ticket is no longer valid, or the model is not steered.
+            StoppingError: the server stops before it has answered.
         """
         ADMISSION.set(self._admitted(body.pop(TICKET, None)))
         if body.get("max_completion_tokens") is not None:  # the newer name; transformers reads the older one
             body["max_tokens"] = body.pop("max_completion_tokens")
         try:
-            return await super().handle_request(body, request_id)  # type: ignore[misc]
+            response = await super().handle_request(body, request_id)  # type: ignore[misc]
         except _MALFORMED as error:
             raise HTTPException(400, f"this request cannot be answered: {type(error).__name__}: {error}") from error
+        await TURN.get().begun()  # a stream's status is not sent before: it may still have to be 503
+        return response
 
     def _admitted(self, ticket: str | None) -> Admission | None:
         if ticket is None:

@@ -1,0 +1,108 @@
+"""Models that compute something else in the ways that attribution, learning and evaluation run them are refused."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hones_offline import attribute, evaluate, fit
+from hones_offline.prompts import prepare
+from problems import Problem, problem
+
+from hones_steer.errors import LayoutError
+
+NOT_CAUSAL = "paligemma: its text decoder run on a prompt with its answer gives other logits than the whole model"
+
+
+def asked(p: Problem) -> tuple[Any, ...]:
+    return p.model, p.processor, p.task, p.examples
+
+
+def test_attribution_learning_and_evaluation_refuse_a_bidirectional_prompt() -> None:
+    """Answers would leak into the prompt, and rows would attend to their padding."""
+    p = problem("paligemma", "text")
+    bank = {0: np.array([1, 7], dtype=np.int32)}
+    runs: list[Callable[[], object]] = [
+        lambda: attribute(*asked(p), head_metric="logprob"),
+        lambda: fit(*asked(p), bank),
+        lambda: evaluate(*asked(p)),
+    ]
+    for run in runs:
+        with pytest.raises(LayoutError, match=f"{NOT_CAUSAL}.*bidirectional prefix"):
+            run()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "takes"),
+    [
+        ("paligemma", "an attention mask of its own"),
+        ("gemma3", "an attention mask of its own"),
+        ("qwen3_vl", "deepstack_visual_embeds, visual_pos_masks"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # PaliGemma's processor, of its own
+def test_images_that_change_more_than_embeddings_are_refused(architecture: str, takes: str) -> None:
+    p = problem(architecture, "vqa", count=1)
+    with pytest.raises(LayoutError, match=f"{architecture}: its text decoder also takes {takes}"):
+        prepare(*asked(p))
+
+
+Change = Callable[[torch.Tensor, torch.Tensor], Any]
+"""How much of a hidden state turned round [rows, T, hidden] is added, from input embeddings and mask."""
+
+
+def all_of_it(_embeds: torch.Tensor, _mask: torch.Tensor) -> float:
+    return 0.1
+
+
+def where_others_follow(embeds: torch.Tensor, _mask: torch.Tensor) -> Any:
+    return 0.1 * torch.arange(embeds.shape[1] - 1, -1, -1)[:, None]
+
+
+def beside_other_rows(embeds: torch.Tensor, _mask: torch.Tensor) -> float:
+    return 0.1 * (len(embeds) - 1)
+
+
+def before_padding(embeds: torch.Tensor, _mask: torch.Tensor) -> Any:
+    return 0.1 * (embeds[:, -1] == 0).all(-1).any()
+
+
+def after_a_cache(embeds: torch.Tensor, mask: torch.Tensor) -> float:
+    return 0.1 * (mask.shape[1] > embeds.shape[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "how"),
+    [
+        (all_of_it, "run alone"),
+        (where_others_follow, "run on a prompt with its answer"),
+        (beside_other_rows, "run on rows padded on the left"),
+        (before_padding, "run on rows padded on the right"),
+        (after_a_cache, "run in two parts"),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 3])
+def test_each_way_of_running_the_decoder_is_checked(change: Change, how: str, count: int) -> None:
+    """Also with a single example, which then makes a batch with itself."""
+    p = problem("llama", "text", count=count)
+    prepare(*asked(p))
+
+    def hook(_module: object, _args: object, given: dict[str, Any], out: Any) -> Any:
+        if given["inputs_embeds"] is not None:  # not when the whole model calls
+            x = out.last_hidden_state
+            out.last_hidden_state = x + change(given["inputs_embeds"], given["attention_mask"]) * x.flip(-1)
+        return out
+
+    handle = p.model.model.register_forward_hook(hook, with_kwargs=True)
+    with pytest.raises(LayoutError, match=f"llama: its text decoder {how} gives other logits than the whole model"):
+        prepare(*asked(p))
+    handle.remove()
+    prepare(*asked(p))
+
+
+def test_settings_for_sampling_neither_matter_nor_warn(caplog: pytest.LogCaptureFixture) -> None:
+    p = problem("llama", "text", count=2)
+    p.model.generation_config.update(do_sample=True, temperature=0.7, top_k=3, num_beams=2, repetition_penalty=1.3)
+    prepare(*asked(p))
+    assert caplog.records == []
