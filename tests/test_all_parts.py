@@ -1,5 +1,6 @@
 """`make test-all`: its parts hold every test, and one that has passed is run again only when something has changed."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -39,7 +40,8 @@ def test_what_has_passed_is_run_again_only_if_something_changed(tmp_path: Path) 
         test = TEST.format(count=str(count), passes=passes)
         (repository / "tests" / "steer" / "test_counting.py").write_text(test)
         command = [sys.executable, "tests/all_parts.py", "steer"]
-        done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+        environment = {**os.environ, "WORKERS": "0"}
+        done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
         return done.returncode, len(count.read_text().splitlines()), done.stdout.splitlines()[-1]
 
     code, runs, said = run(passes=True)
