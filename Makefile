@@ -38,7 +38,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS)
 test: lint .venv/.vllm .venv/.chromium
 	$(PYTEST) -m 'not matrix'
 
-test-fast: .venv/.installed
+test-fast: .venv/.vllm
 	$(PYTEST) -m 'not matrix and not slow'
 
 # All parts, or some: make test-all PART='steer http'; tests/all_parts.py --list names them.
