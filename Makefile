@@ -1,5 +1,7 @@
 # make demo   the whole method on the embedded model: prints one table, writes runs/demo
-# make test   lint, then every test
+# make test   lint, then the tests: one or more for every behaviour
+# make test-fast   those that start no engine, server, browser or compiler: minutes
+# make test-all   every test, the matrices as well, in parts; one that has passed on these very files is not run again
 # make docs   the documentation as a site in site/
 # make test-newest   the tests that need no vLLM, with the newest releases that pyproject.toml allows
 # Each makes .venv from nothing but Python >= 3.11, and is quick once it exists.
@@ -8,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test docs picture lint format clean
+.PHONY: demo test test-fast test-all docs picture lint format clean
 .DEFAULT_GOAL := test
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -30,8 +32,20 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/hones demo --out runs/demo
 
+# Tests that share something expensive run in one of so many processes (tests/conftest.py); each takes up to 3 GB.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS)
+
 test: lint .venv/.vllm .venv/.chromium
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST) -m 'not matrix'
+
+test-fast: .venv/.vllm
+	$(PYTEST) -m 'not matrix and not slow'
+
+# All parts, or some: make test-all PART='steer http'; tests/all_parts.py --list names them.
+PART ?=
+test-all: lint .venv/.vllm .venv/.chromium
+	WORKERS=$(WORKERS) $(BIN)/python tests/all_parts.py $(PART)
 
 # A test builds it, too, with warnings as errors.
 docs: .venv/.installed
@@ -55,7 +69,7 @@ format: .venv/.installed
 	$(BIN)/ruff format --quiet .
 
 clean:
-	rm -rf .venv .venv-newest runs/demo dist site
+	rm -rf .venv .venv-newest .test-all runs/demo dist site
 
 # With the newest releases that pyproject.toml allows, which each call looks for again, instead of those in constraints.txt. Only torch is the one
 # from there: elsewhere it brings gigabytes of CUDA. vLLM allows older ones only, so it is not there, nor are the tests that need it.
@@ -68,5 +82,5 @@ test-newest:
 		"$$(grep ^torch== constraints.txt)" --editable '.[dev]'
 	@$(NEWEST)/python -m pip freeze --disable-pip-version-check --exclude-editable | paste -s -d ' ' | fold -s -w 120
 	$(NEWEST)/python tests/install_chromium.py
-	OMP_NUM_THREADS=1 $(NEWEST)/python -m pytest tests/steer tests/offline \
+	$(NEWEST)/python -m pytest --numprocesses $(WORKERS) tests/steer tests/offline \
 		tests/serving/test_transformers_server.py tests/serving/test_http.py -k 'not (test_http and vllm)'

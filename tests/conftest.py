@@ -1,17 +1,117 @@
-"""Settings for every test (no network, one thread), and the demo and the browser of several tests."""
+"""What every test stands on: the same environment whatever the shell's, an order for two workers, a demo, a browser.
 
+The first process of a run makes a folder for what is remembered between processes (compiled code, what vLLM knows of
+models), which xdist's workers and the processes that tests start share, and which goes when the run ends.
+"""
+
+import locale
 import os
+import re
+import shutil
+import signal
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-# Servers of the tests are on this machine; a proxy that it uses otherwise would not find them.
-os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+RUN = "TESTS_RUN_FOLDER"  # the environment variable that holds the folder
+STARTED_BY_OTHERS = RUN in os.environ
+
+# Variables that change what is tested: of the libraries in use, of torchrun, of terminals.
+FOREIGN_PREFIXES = (
+    *("HF_", "HONES_", "HUGGINGFACE_", "OPENAI_", "PROMETHEUS_", "TORCHDYNAMO_", "TORCHINDUCTOR_", "TORCH_LOGS"),
+    *("TRANSFORMERS_", "TRITON_", "VLLM_"),
+)
+FOREIGN = {
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    *("FORCE_COLOR", "NO_COLOR", "COLUMNS", "LINES", "LANG", "LANGUAGE"),
+}
+
+
+def _same_everywhere() -> None:
+    """Give this process, and so all it starts, the environment that tests are written for."""
+    if not STARTED_BY_OTHERS:
+        for name in list(os.environ):
+            if name.startswith((*FOREIGN_PREFIXES, "LC_")) or name in FOREIGN:
+                del os.environ[name]
+        folder = tempfile.mkdtemp(prefix="hones-tests-")
+        os.environ.update(
+            {
+                RUN: folder,
+                "HF_HOME": f"{folder}/huggingface",
+                "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+                "VLLM_CACHE_ROOT": f"{folder}/vllm",
+                "VLLM_CONFIG_ROOT": f"{folder}/vllm",
+            }
+        )
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", OMP_NUM_THREADS="1")
+    os.environ.update(TZ="UTC", LC_ALL="C.UTF-8", COLUMNS="80")
+    # Servers of the tests are on this machine; a proxy that it uses otherwise would not find them.
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+    time.tzset()
+    locale.setlocale(locale.LC_ALL, "C.UTF-8")
+    os.umask(0o022)
+    # Jobs that a script starts in the background ignore Ctrl-C, those of nohup SIGHUP, and so would their children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+_same_everywhere()
+
+
+def pytest_unconfigure() -> None:
+    """Remove the run's folder, at the end of the process that made it."""
+    if not STARTED_BY_OTHERS:
+        shutil.rmtree(os.environ[RUN], ignore_errors=True)
+
+
+# What starts engines, servers, browsers, compilers or several processes that load a model: not in `make test-fast`.
+SLOW_FILES = {
+    *("test_in_vllm", "test_vllm_benchmark", "test_http", "test_playground", "test_hf_benchmark", "test_compile"),
+    *("test_attribution_benchmark", "test_distributed", "test_resume", "test_site", "test_wheel"),
+}
+SLOW_FIXTURES = {"after_demo", "one_browser"}
+# What takes longest, in that order: workers that begin with it end together.
+LONGEST = ("test_in_vllm", "demo", "test_http[vllm", "test_http[transformers", "test_vllm_benchmark", "test_playground")
+
+
+def group_of(nodeid: str) -> str:
+    """What a test runs together with in one worker, as they share something expensive: its file, with exceptions."""
+    path, _, name = nodeid.partition("::")
+    file = Path(path).stem
+    if file in ("test_demo", "test_docs"):
+        return "demo"
+    if file in ("test_http", "test_in_vllm"):  # by the first parameter: an engine's servers, a process of vLLM's
+        return file + "[" + re.split(r"[-\]]", name.partition("[")[2])[0]
+    return file
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is slow; the longest first."""
+    for item in items:
+        if item.path.stem in SLOW_FILES or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+    places = {item: group_of(item.nodeid) for item in items}
+    items.sort(key=lambda item: next((i for i, name in enumerate(LONGEST) if places[item].startswith(name)), 99))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One group after the other to whichever worker is free, in the order of collection."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    config.option.loadscopereorder = False
+    return ByGroup(config, log)
 
 
 @pytest.fixture(scope="session")

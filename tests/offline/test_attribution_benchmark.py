@@ -3,9 +3,8 @@
 import argparse
 import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hones_offline.prompts import prepare
@@ -13,14 +12,16 @@ from hones_offline.prompts import prepare
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "attribution.py"
 
 
-def run(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, str(BENCHMARK), *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module."""
+    monkeypatch.syspath_prepend(BENCHMARK.parent)
+    return importlib.import_module("attribution")
 
 
-def test_rows() -> None:
-    rows = json.loads(run("--quick", "--race", "--json"))
+def test_rows(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["--quick", "--race", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
     assert [(row["model"], row["metric"], row["mode"]) for row in rows] == [
         (model, metric, mode)
         for model in ("llama text", "llava vqa")
@@ -37,17 +38,18 @@ def test_rows() -> None:
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("smollm2", 15), ("llava", 256)])
-def test_the_large_cases_can_be_made(name: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_large_cases_can_be_made(name: str, tokens: int, benchmark: Any) -> None:
     """Measuring them takes half an hour."""
-    monkeypatch.syspath_prepend(BENCHMARK.parent)
-    benchmark = importlib.import_module("attribution")
     case = benchmark.CASES[name](argparse.Namespace(examples=2, smollm2=None))
     assert len(case.examples) == 2
     (shortest, _) = sorted(len(encoded.prompt(0)) for encoded in prepare(*case.arguments()).encoded)
     assert shortest > tokens
 
 
-def test_help_teaches() -> None:
-    text = run("--help")
+def test_help_teaches(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        benchmark.main(["--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
     assert "plain twin" in text
     assert "--smollm2" in text

@@ -1,17 +1,10 @@
-"""Tiny checkpoints, made once, and one cache folder for vLLM."""
+"""Tiny checkpoints, made once."""
 
-import os
 from pathlib import Path
 
 import pytest
 
 from serving import checkpoints
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _vllm_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    # What is set is kept: processes started by tests share the folder, and do not look at each model anew.
-    os.environ.setdefault("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("vllm")))
 
 
 @pytest.fixture(scope="session")

@@ -107,7 +107,7 @@ async def _streamed(chunks: AsyncIterator[Any], started: asyncio.Event | None) -
 
 async def scrape(url: str) -> Samples:
     """What Prometheus reads from a server at this moment."""
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(verify=False) as client:  # or each loads all certificates there are, 50 times a second
         text = (await client.get(f"{url}/metrics", timeout=DEADLINE_SECONDS)).raise_for_status().text
     return {
         (sample.name, *sorted(sample.labels.items())): sample.value

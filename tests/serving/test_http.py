@@ -232,6 +232,11 @@ async def test_who_has_no_key_learns_nothing(site: Site) -> None:
         assert "vqa" not in response.text
 
 
+@only_vllm  # transformers': test_serve_command.py, as here it is started by a launcher of ours
+async def test_the_key_is_not_in_the_process_list(site: Site) -> None:
+    assert KEY.encode() not in Path(f"/proc/{site.server.process.pid}/cmdline").read_bytes()
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize(
     ("asked", "error", "words"),
@@ -671,6 +676,7 @@ async def test_routes_that_take_whole_sampling_parameters_cannot_be_steered(plai
             assert "hones_" in response.json()["error"]["message"]
 
 
+@pytest.mark.matrix  # as in this process: engine/test_vllm_refusals.py
 @only_vllm
 def test_without_its_http_side_the_server_does_not_start(llama: Path, plain: Site) -> None:
     assert "set VLLM_PLUGINS=hones, or use `hones serve`" in refusal(api_server(llama), plain_env(plain.folder))

@@ -361,7 +361,15 @@ def test_a_routing_file_that_is_not_sound(
 # For real -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [["--max-model-len", "128", "--enforce-eager"], ["--engine", "transformers"]])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(["--engine", "transformers"], id="transformers"),
+        # test_http.py has a server of vLLM's for many tests
+        pytest.param(["--max-model-len", "128", "--enforce-eager"], id="vllm", marks=pytest.mark.matrix),
+    ],
+)
 def test_a_server_starts(options: list[str], llama: Path, tmp_path: Path) -> None:
     profiles = tmp_path / "profiles"
     profiles.mkdir()

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "vllm_serving.py"
 
 
@@ -16,14 +18,21 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
-def test_rows() -> None:
-    rows = json.loads(run("--quick", "--json", "--threads", "1"))
-    variants = [("vllm", None), ("vllm", 0), ("vllm", 1), ("vllm", 8), ("vllm", 64), ("vllm-lora", 1), ("vllm-lora", 8)]
+STEERED = [("vllm", None), ("vllm", 0), ("vllm", 1), ("vllm", 8), ("vllm", 64)]
+LORA = [("vllm-lora", 1), ("vllm-lora", 8)]
+
+
+@pytest.mark.parametrize(
+    ("options", "modes", "variants"),
+    [
+        pytest.param(["--modes", "eager", "--no-lora"], ["eager"], STEERED, id="eager"),
+        pytest.param([], ["eager", "compiled"], [*STEERED, *LORA], id="all", marks=pytest.mark.matrix),
+    ],
+)
+def test_rows(options: list[str], modes: list[str], variants: list[tuple[str, int | None]]) -> None:
+    rows = json.loads(run("--quick", "--json", "--threads", "1", *options))
     assert [(row["mode"], row["phase"], row["engine"], row["profiles"]) for row in rows] == [
-        (mode, phase, *variant)
-        for mode in ("eager", "compiled")
-        for phase in ("decode", "prefill")
-        for variant in variants
+        (mode, phase, *variant) for mode in modes for phase in ("decode", "prefill") for variant in variants
     ]
     for row in rows:
         assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"]

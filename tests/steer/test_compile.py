@@ -41,7 +41,7 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
-@pytest.fixture(params=INPUTS)
+@pytest.fixture(params=["llama", *(pytest.param(name, marks=pytest.mark.matrix) for name in INPUTS if name != "llama")])
 def model_and_ids(request):
     """A full-matrix model with token ids only: vision towers break graphs by themselves."""
     inputs = text_inputs()

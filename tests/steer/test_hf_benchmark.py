@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "hf_runtime.py"
 
 
@@ -14,8 +16,15 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
-def test_rows() -> None:
-    rows = json.loads(run("--quick", "--json"))
+@pytest.mark.parametrize(
+    ("options", "modes", "batches"),
+    [
+        pytest.param(["--modes", "eager", "--batches", "8"], [False], [8], id="eager"),
+        pytest.param([], [False, True], [1, 8], id="all", marks=pytest.mark.matrix),
+    ],
+)
+def test_rows(options: list[str], modes: list[bool], batches: list[int]) -> None:
+    rows = json.loads(run("--quick", "--json", *options))
     everywhere = [
         ("transformers", "unsteered", None),
         ("transformers", "again", None),
@@ -32,10 +41,10 @@ def test_rows() -> None:
         (row["compiled"], row["batch"], row["phase"], row["engine"], row["mode"], row["profiles"]) for row in speeds
     ] == [
         (compiled, batch, phase, *variant)
-        for compiled in (False, True)
-        for batch, variants in ((1, everywhere), (8, mixed))
+        for compiled in modes
+        for batch in batches
         for phase in ("prefill", "decode")
-        for variant in variants
+        for variant in (mixed if batch > 1 else everywhere)
     ]
     for row in speeds:
         assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"]

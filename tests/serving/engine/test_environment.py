@@ -69,6 +69,7 @@ def test_the_embedded_llava(embedded: Path) -> None:
     check_with_images(embedded, [scene.image() for scene in some], [scene.prompt("caption") for scene in some])
 
 
+@pytest.mark.matrix
 def test_qwen2_5_vl(qwen2_5_vl: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 32, 3), dtype=np.uint8)
     images = [Image.fromarray(pixels[0]), Image.fromarray(pixels[1, :, :16])]

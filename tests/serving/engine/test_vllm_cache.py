@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from hones_offline.scenes import scenes
+from serving.engines import own_cache
 from serving.steered import (
     MIXED,
     Reference,
@@ -69,7 +70,7 @@ def test_compiled_code_is_not_shared_with_an_engine_without_hones(llama: Path, p
     steered = reference.answers(some, MIXED)
     assert changed(steered, unsteered, MIXED) >= 0.8
     reference.steering.detach()
-    env = {"VLLM_CPU_CI_ENV": "0", "VLLM_CACHE_ROOT": str(tmp_path)}
+    env = {"VLLM_CPU_CI_ENV": "0", "VLLM_CACHE_ROOT": own_cache(tmp_path)}
     stored = tmp_path / "torch_compile_cache" / "torch_aot_compile"  # one folder per key
     with engine(llama, None, env, enforce_eager=False) as llm:
         assert answers(llm, some, [None] * len(MIXED)) == unsteered
@@ -92,10 +93,8 @@ def one_engine(
     llama: Path,
     profiles: Path,
     reference: Reference,  # noqa: ARG001 -- attached before the engine starts
-    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Any]:
-    env = {"VLLM_CACHE_ROOT": str(tmp_path_factory.getbasetemp() / "vllm")}
-    with engine(llama, profiles, env, block_size=BLOCK) as llm:
+    with engine(llama, profiles, block_size=BLOCK) as llm:
         yield llm
 
 

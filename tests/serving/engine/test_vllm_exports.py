@@ -19,7 +19,10 @@ from hones_steer import Profile, export_lora, merge_into
 ROWS = 4
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2_5_vl", "embedded"])
+@pytest.fixture(
+    scope="module",
+    params=["embedded", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("llama", "qwen2_5_vl"))],
+)
 def case(
     request: pytest.FixtureRequest,
     llama: Path,

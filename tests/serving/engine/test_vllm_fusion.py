@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-import pytest
-from serving.engines import offline
+from serving.engines import own_cache
+from serving.steered import engine
 from tiny_models import random_profile
 from transformers import AutoModelForCausalLM
 
@@ -14,15 +14,13 @@ LAYERS = 4
 CALL = re.compile(r"^\s*(cpp_fused\w*)\(", re.MULTILINE)
 
 
-def test_the_scaling_is_fused_with_the_activation(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scaling_is_fused_with_the_activation(llama: Path, tmp_path: Path) -> None:
     """Reads the code that Inductor has generated: each layer's activation kernel looks the scales up itself."""
     (tmp_path / "profiles").mkdir()
     model = AutoModelForCausalLM.from_pretrained(llama)
     save_profile(random_profile(model, 0, "vqa"), tmp_path / "profiles" / "vqa.safetensors")
-    monkeypatch.setenv("HONES_PROFILES", str(tmp_path / "profiles"))
-    monkeypatch.setenv("VLLM_CPU_CI_ENV", "0")
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    with offline(llama, enforce_eager=False):
+    env = {"VLLM_CPU_CI_ENV": "0", "VLLM_CACHE_ROOT": own_cache(tmp_path)}
+    with engine(llama, tmp_path / "profiles", env, enforce_eager=False):
         pass
     codes = [file.read_text() for file in tmp_path.rglob("*.py")]
     kernels = [kernel for code in codes for kernel in CALL.findall(code)]

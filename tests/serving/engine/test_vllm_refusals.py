@@ -193,9 +193,8 @@ def test_settings_that_mean_nothing(llama: Path, profiles: Path) -> None:
 
 
 @pytest.fixture(scope="class")
-def llm(llama: Path, profiles: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    env = {"VLLM_CACHE_ROOT": str(tmp_path_factory.getbasetemp() / "vllm")}
-    with engine(llama, profiles, env) as llm:
+def llm(llama: Path, profiles: Path) -> Iterator[Any]:
+    with engine(llama, profiles) as llm:
         yield llm
 
 

@@ -168,10 +168,8 @@ def llm(
     llama: Path,
     profiles: Path,
     reference: Reference,  # noqa: ARG001 -- attached before the engine starts
-    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Any]:
-    env = {"VLLM_CACHE_ROOT": str(tmp_path_factory.getbasetemp() / "vllm")}
-    with engine(llama, profiles, env) as llm:
+    with engine(llama, profiles) as llm:
         yield llm
 
 

@@ -185,11 +185,9 @@ def llm(
     llama: Path,
     profiles: Path,
     reference: Reference,  # noqa: ARG001 -- attached before the engine starts
-    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Any]:
     """One engine for the tests of a class, with its OPTIONS and ENV."""
-    env = {"VLLM_CACHE_ROOT": str(tmp_path_factory.getbasetemp() / "vllm"), **request.cls.ENV}
-    with engine(llama, profiles, env, **request.cls.OPTIONS) as llm:
+    with engine(llama, profiles, request.cls.ENV, **request.cls.OPTIONS) as llm:
         yield llm
 
 

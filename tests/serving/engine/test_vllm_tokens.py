@@ -22,12 +22,11 @@ from serving.steered import (
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 PROMPTS = prompts(len(MIXED), longest=30)
-MODES = {
-    "eager": {},
-    "compiled": {"enforce_eager": False},
-    "chunked prefill": {"max_num_batched_tokens": 8},
-    "compiled chunked prefill": {"enforce_eager": False, "max_num_batched_tokens": 16},
-}
+MODES = [  # eager, whole prompts: the test before
+    pytest.param({"max_num_batched_tokens": 8}, id="chunked prefill"),
+    pytest.param({"enforce_eager": False, "max_num_batched_tokens": 16}, id="compiled chunked prefill"),
+    pytest.param({"enforce_eager": False}, id="compiled", marks=pytest.mark.matrix),
+]
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +65,16 @@ def test_unsteered_requests_are_bit_equal_to_an_engine_without_hones(
     with engine(llama, profiles) as llm:
         idle = generate(llm, PROMPTS, unsteered, logprobs=5)
         mixed = generate(llm, PROMPTS, MIXED, logprobs=5)
+        alone = answers_alone(llm, PROMPTS, MIXED)
     assert tokens_of(idle) == tokens_of(without)
     assert logprobs_of(idle) == logprobs_of(without)
-    assert tokens_of(mixed) == expected
+    assert tokens_of(mixed) == alone == expected
     for row, expression in enumerate(MIXED):
         same = logprobs_of(mixed)[row] == logprobs_of(without)[row]
         assert same == (expression in (None, "none")), expression
 
 
-@pytest.mark.parametrize("options", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("options", MODES)
 def test_each_request_of_a_mixed_batch_is_right(
     options: dict[str, Any], llama: Path, profiles: Path, expected: list[list[int]]
 ) -> None:
@@ -125,6 +125,7 @@ def test_the_embedded_llava(embedded: Path, tmp_path: Path) -> None:
     check_with_images(embedded, texts, images, tmp_path / "profiles", fraction=0.9)
 
 
+@pytest.mark.matrix
 def test_qwen2_5_vl(qwen2_5_vl: Path, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (len(MIXED), 16, 32, 3), dtype=np.uint8)
     images = [Image.fromarray(image[:, : 16 + 16 * (i % 2)]) for i, image in enumerate(pixels)]  # 4 or 8 tokens each
