@@ -30,12 +30,13 @@ def test_rows(options: list[str], modes: list[bool], batches: list[int]) -> None
         ("transformers", "again", None),
         ("transformers", "hooked", 0),
         ("transformers", "hooked", 1),
+        ("transformers", "unguarded", 1),
         ("transformers", "folded", 1),
         ("transformers", "merged", 1),
         ("peft", "ia3", 1),
         ("peft", "lora", 1),
     ]
-    mixed = [*everywhere[:4], ("transformers", "hooked", 8), *everywhere[4:]]
+    mixed = [*everywhere[:5], ("transformers", "hooked", 8), *everywhere[5:]]
     speeds = [row for row in rows if "ratio" in row]
     assert [
         (row["compiled"], row["batch"], row["phase"], row["engine"], row["mode"], row["profiles"]) for row in speeds
