@@ -1,6 +1,7 @@
 """`make test-all`: its parts hold every test, and one that has passed is run again only when something has changed."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -56,3 +57,19 @@ def test_a_part_that_is_none() -> None:
     done = subprocess.run([sys.executable, all_parts.__file__, "stear"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "no such part: stear; there are: whole, steer, offline, serving, http, engine\n"
+
+
+def test_what_shares_something_expensive_runs_in_one_worker(tmp_path: Path) -> None:
+    """Otherwise each worker would start the engine, the server or the demo that the file's tests share."""
+    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
+    for file in ("test_one", "test_two", "test_three"):
+        test = "import os\n\nimport pytest\n\n\n@pytest.mark.parametrize('case', range(8))\n"
+        test += f"def test_it(case):\n    print('ran', {file!r}, os.environ['PYTEST_XDIST_WORKER'])\n"
+        (tmp_path / f"{file}.py").write_text(test, encoding="utf-8")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-rP", "--numprocesses", "2", str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ran = re.findall(r"^ran (\w+) (gw\d)$", done.stdout, re.MULTILINE)
+    assert len(ran) == 24
+    assert len(set(ran)) == 3
