@@ -242,6 +242,13 @@ def _text_config(config: Any, model_type: str) -> Any:
         ) from error
 
 
+def _layer_config(text_config: Any, index: int) -> Any:
+    """What the text configuration says of one layer; from transformers 5.24 on a value may differ between layers."""
+    if getattr(text_config, "is_heterogeneous", False):
+        return text_config.per_layer_config[index]
+    return text_config
+
+
 def _find_decoder(model: nn.Module, model_type: str, names: _Names) -> nn.Module:
     if names.decoder is not None:
         return _required(model, names.decoder, model_type)
@@ -277,7 +284,7 @@ def _describe_layer(
         )
 
     attn_out = _required(module, names.attn_out, model_type) if names.attn_out else _first(module, _ATTENTION_OUTPUTS)
-    num_heads = names.num_heads or getattr(text_config, "num_attention_heads", None)
+    num_heads = names.num_heads or getattr(_layer_config(text_config, index), "num_attention_heads", None)
     shape = linear_shape(attn_out) if attn_out is not None else None
     if shape is None or not isinstance(num_heads, int) or shape[0] % num_heads:
         attn_out, num_heads = (None if shape is None else attn_out), None
@@ -365,7 +372,8 @@ def _refuse_shards(layers: Iterable[DecoderLayer], text_config: Any) -> None:
         width, full = _stored_width(module)
         ffn = next((part for part in layer.module.modules() if layer.down_proj in part.children()), None)
         # RecurrentGemma's FFN has half of the configured width, and says so itself.
-        configured = getattr(ffn, "intermediate_size", getattr(text_config, "intermediate_size", None))
+        layer_config = _layer_config(text_config, layer.index)
+        configured = getattr(ffn, "intermediate_size", getattr(layer_config, "intermediate_size", None))
         if isinstance(configured, int) and configured % width == 0:
             # Sharded by hand, the module knows its own part only (a model that derives another width from
             # the configured one, as LFM2 does, is no whole part of it).

@@ -547,7 +547,7 @@ class TestGradients:
         plain = gradients()
         model.train()
         model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        enable_checkpointing(model, use_reentrant=reentrant)
         for one, other in zip(plain, gradients(), strict=True):
             torch.testing.assert_close(one, other)
 
@@ -556,7 +556,7 @@ class TestGradients:
         steering, _ = steered(model)
         inputs = text_inputs()
         model.train()
-        model.gradient_checkpointing_enable()
+        enable_checkpointing(model)
 
         def forward(task):
             with steering.task(task):
