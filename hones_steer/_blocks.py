@@ -31,7 +31,7 @@ R = TypeVar("R")
 
 @dataclass(eq=False)
 class Routing:
-    """What one block asks for: one slot for every row, or one slot per prompt, of the model of `steering`."""
+    """A block's request to the model of `steering`: one slot for every row, or one slot per prompt."""
 
     steering: object
     expressions: tuple[str, ...]

@@ -15,7 +15,7 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 
 def cache_name(forward: Callable[..., object]) -> str:
-    """What a model's or decoder's `forward` calls its key-value cache."""
+    """The name that a model's or decoder's `forward` has for its key-value cache."""
     parameters = inspect.signature(forward).parameters
     return next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[0])
 

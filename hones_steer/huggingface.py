@@ -277,7 +277,7 @@ class Steering:
                 outer.forwards += routing.forwards
 
     def _routing(self) -> Routing | None:
-        """What the innermost block that the calling code is inside asks for."""
+        """The innermost block of this steering that the calling code is inside, or None."""
         return block_of(self._key)
 
     def _resolve(self, text: str) -> Profile | None:

@@ -268,7 +268,7 @@ class Injection:
 
 
 class _ForwardsWithGradients:
-    """What forwards with gradients were steered with, found again by the autograd nodes they made.
+    """Remembers what forwards with gradients were steered with, found again by the autograd nodes they made.
 
     A recomputation (gradient checkpointing) runs on behalf of a node. Nodes are numbered in the order in which their
     thread makes them, so a node's number lies between those at the beginning and at the end of its forward.

@@ -243,7 +243,7 @@ def _text_config(config: Any, model_type: str) -> Any:
 
 
 def _layer_config(text_config: Any, index: int) -> Any:
-    """What the text configuration says of one layer; from transformers 5.24 on a value may differ between layers."""
+    """The text configuration of one layer; from transformers 5.24 on a value may differ between layers."""
     if getattr(text_config, "is_heterogeneous", False):
         return text_config.per_layer_config[index]
     return text_config

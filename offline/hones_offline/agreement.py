@@ -54,7 +54,7 @@ def check_agreement(decoder: TextDecoder, samples: Sequence[Sample]) -> None:
 
 
 def _written(decoder: TextDecoder, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """What the model itself writes after a prompt: `_TOKENS` token ids, and the logits of each [tokens, vocabulary]."""
+    """The tokens that the model itself writes after a prompt, `_TOKENS` ids, and their logits [tokens, vocabulary]."""
     taken = inspect.signature(unwrap(decoder.model).forward).parameters  # a tokenizer may give more
     plain: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True}
     plain |= dict.fromkeys(("temperature", "top_p", "top_k"))  # transformers warns of any beside do_sample=False

@@ -23,7 +23,7 @@ from hones_steer.layout import down_weight
 
 MAX_TARGET_TOKENS = 128
 WRITE_IN = "of the first prompt towards target_texts"
-"""What write-in is measured of; runs that were begun with another definition are not gone on with."""
+"""The definition of write-in; runs that were begun with another one are not resumed."""
 
 Target = Literal["paper", "contrastive", "centred"]
 PositivePart = Literal["mean", "example"]
