@@ -162,6 +162,19 @@ def test_a_thread_that_outlives_the_block_it_was_started_in_is_stopped(llama):
         future.result(timeout=WAIT)
 
 
+def test_a_thread_that_cannot_start_inside_a_block_is_left_as_it_was(llama):
+    steering = attach(llama)
+    thread = threading.Thread(target=str)
+    thread.start()
+    thread.join()
+    run_before = thread.run
+    with steering.task("a"):
+        generate(llama)
+        with pytest.raises(RuntimeError, match="threads can only be started once"):
+            thread.start()
+    assert thread.run == run_before
+
+
 def test_a_pool_whose_worker_started_inside_a_block_runs_the_jobs_of_others_plain(llama):
     """Only the jobs submitted inside the block belong to it; the worker does not."""
     unsteered = generate(llama)
