@@ -53,18 +53,18 @@ import reference
 import tiny_models
 import tiny_processors
 from hones_offline import attribute
-from hones_offline.banks import select_bank
-from hones_offline.caching import ending_together, new_cache
-from hones_offline.decoding import Batch, Segment, TextDecoder
-from hones_offline.embedded import load_tiny_vlm
-from hones_offline.examples import Example, MemoryImage, load_jsonl, scene_examples
-from hones_offline.interventions import Generation, HeadRuns, LogProbabilities
-from hones_offline.models import keep_freed_memory
-from hones_offline.neurons import WriteIn
-from hones_offline.prompts import Prepared, prepare
-from hones_offline.recording import Head
-from hones_offline.scenes import scenes
-from hones_offline.tasks import JsonlTask, Task, get_task
+from hones_offline.attribution.ablation import Generation, HeadRuns, LogProbabilities
+from hones_offline.attribution.write_in import WriteIn
+from hones_offline.data.examples import Example, MemoryImage, load_jsonl, scene_examples
+from hones_offline.data.neurons import select_bank
+from hones_offline.data.scenes import scenes
+from hones_offline.data.tasks import JsonlTask, Task, get_task
+from hones_offline.running.cache import ending_together, new_cache
+from hones_offline.running.decoder import Batch, Segment, TextDecoder
+from hones_offline.running.embedded import load_tiny_vlm
+from hones_offline.running.hooks import Head
+from hones_offline.running.models import keep_freed_memory
+from hones_offline.running.prompts import Prepared, prepare
 from numpy.typing import NDArray
 from PIL import Image
 from problems import problem

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tiny_models
 import tiny_processors
-from hones_offline.examples import Example, MemoryImage
-from hones_offline.tasks import JsonlTask, Task, get_task
+from hones_offline.data.examples import Example, MemoryImage
+from hones_offline.data.tasks import JsonlTask, Task, get_task
 from PIL import Image
 
 SMALL_DEMO = ("--discovery", "24", "--dev", "8", "--test", "10")

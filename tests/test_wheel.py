@@ -72,7 +72,7 @@ def test_the_installed_package_finds_its_own_model(wheel: Path, tmp_path: Path) 
         archive.extractall(tmp_path / "site")
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
-        "from hones_offline.embedded import checkpoint, load_tiny_vlm\n"
+        "from hones_offline.running.embedded import checkpoint, load_tiny_vlm\n"
         "model, processor = load_tiny_vlm()\n"
         "print(checkpoint())"
     )

@@ -2,7 +2,8 @@
 
     python -m examples.scaling.estimate --examples 1000 --gpus 1 8 64
 
-Counted is what the program does, with the division of work that it really makes (`hones_offline.distributed`); assumed
+Counted is what the program does, with the division of work that it really makes
+(`hones_offline.running.distributed`); assumed
 are the options below. A layer-forward is one decoder layer run on one example's tokens.
 """
 
@@ -13,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hones_offline.distributed import Processes
+from hones_offline.running.distributed import Processes
 
 BF16 = 2  # bytes
 

@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 from hones_offline.comparison import compare
-from hones_offline.evaluate import score
-from hones_offline.examples import load_jsonl
-from hones_offline.finding import METHODS, STAGES, CompareSettings
-from hones_offline.fit import FitSettings
-from hones_offline.models import keep_freed_memory, load_model
-from hones_offline.prompts import Prepared, prepare
-from hones_offline.study import STEERED, Splits
-from hones_offline.tasks import JsonlTask
+from hones_offline.comparison.finding import METHODS, STAGES, CompareSettings
+from hones_offline.comparison.study import STEERED, Splits
+from hones_offline.data.examples import load_jsonl
+from hones_offline.data.tasks import JsonlTask
+from hones_offline.learning.factors import FitSettings
+from hones_offline.running.evaluation import score
+from hones_offline.running.models import keep_freed_memory, load_model
+from hones_offline.running.prompts import Prepared, prepare
 
 from examples.smollm2.make_data import SPLITS, TASKS
 

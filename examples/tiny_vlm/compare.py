@@ -15,15 +15,15 @@ from functools import partial
 from pathlib import Path
 
 from hones_offline.comparison import compare
+from hones_offline.comparison.finding import METHODS, STAGES, CompareSettings
+from hones_offline.comparison.study import Splits
+from hones_offline.data.examples import scene_examples
+from hones_offline.data.scenes import scenes
+from hones_offline.data.tasks import TASKS
 from hones_offline.demo import COMPARED, NEGATIVES
-from hones_offline.embedded import load_tiny_vlm
-from hones_offline.examples import scene_examples
-from hones_offline.finding import METHODS, STAGES, CompareSettings
-from hones_offline.models import keep_freed_memory
-from hones_offline.prompts import prepare
-from hones_offline.scenes import scenes
-from hones_offline.study import Splits
-from hones_offline.tasks import TASKS
+from hones_offline.running.embedded import load_tiny_vlm
+from hones_offline.running.models import keep_freed_memory
+from hones_offline.running.prompts import prepare
 
 VARIANTS = ("hones_task:specific", "dvp:specific", "grad_act:specific", "hones_task:leave_out")
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from hones_offline.metrics import METRICS, Aggregate, FloatArray, bootstrap_interval, mean_of_rows, ndcg_at_k
-from hones_offline.scenes import TASKS, Scene, scenes
+from hones_offline.data.metrics import METRICS, Aggregate, FloatArray, bootstrap_interval, mean_of_rows, ndcg_at_k
+from hones_offline.data.scenes import TASKS, Scene, scenes
 from PIL import Image
 
 METRIC_OF = {"vqa": "vqa", "ocr": "anls", "caption": "bleu4"}

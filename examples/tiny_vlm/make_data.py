@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from hones_offline.scenes import SPLITS, TASKS, Scene, scenes
+from hones_offline.data.scenes import SPLITS, TASKS, Scene, scenes
 
 
 def lines(scene: Scene, task: str, image: str, negatives: int) -> Iterator[dict[str, object]]:

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python -m examples.tiny_vlm.train --output examples/tiny_vlm/checkpoint
 
-Run it from the repository root. Two stages, both on the train split of `hones_offline.scenes`:
+Run it from the repository root. Two stages, both on the train split of `hones_offline.data.scenes`:
 
 1. the vision tower with dense labels: which shape and color stands in each cell, which text in the box;
 2. the whole model on the four tasks; the loss is the mean cross-entropy of the answer's tokens, averaged
@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from hones_offline import scenes as scene_data
-from hones_offline.scenes import CHARACTERS, COLORS, SHAPES, Scene, scenes
+from hones_offline.data import scenes as scene_data
+from hones_offline.data.scenes import CHARACTERS, COLORS, SHAPES, Scene, scenes
 from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn

@@ -8,11 +8,13 @@ profile = fit(model, processor, task, discovery, found.bank)
 scores = evaluate(model, processor, task, test, steering=profile)
 """
 
-# Imported eagerly: `fit` and `evaluate` are functions here and modules below, and the functions must win.
-from hones_offline.evaluate import Scores, evaluate
-from hones_offline.examples import Example
-from hones_offline.fit import fit
-from hones_offline.pipeline import Attribution, attribute
-from hones_offline.tasks import Task, get_task
+from hones_offline.attribution.pipeline import Attribution, attribute
+from hones_offline.data.examples import Example
+from hones_offline.data.tasks import Task, get_task
+from hones_offline.learning.factors import fit
+from hones_offline.moved import register
+from hones_offline.running.evaluation import Scores, evaluate
+
+register()
 
 __all__ = ["Attribution", "Example", "Scores", "Task", "attribute", "evaluate", "fit", "get_task"]

@@ -12,21 +12,21 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from hones_offline.banks import Bank, bank_size, check_bank, random_bank
-from hones_offline.datasets import load_dataset
-from hones_offline.distributed import launched, number_of_processes, own_device
-from hones_offline.evaluate import Scores, intervention, score
-from hones_offline.examples import Loaded, check_disjoint, load_jsonl
-from hones_offline.fit import FIXED_AMP, FitSettings, fit_run_settings, grid_search, learn, uniform_profile
-from hones_offline.metrics import METRICS
-from hones_offline.models import keep_freed_memory, load_model
-from hones_offline.neurons import HeadWeights, PositivePart, Target
-from hones_offline.pipeline import METHODS as ATTRIBUTION_METHODS
-from hones_offline.pipeline import Attribution, MethodOptions
-from hones_offline.pipeline import attribute as find_task_bank
-from hones_offline.prompts import Prepared, prepare
-from hones_offline.runs import RunFolder, json_bytes, read_json, resumable, write_atomically
-from hones_offline.tasks import TASKS, JsonlTask, Task
+from hones_offline.attribution.pipeline import METHODS as ATTRIBUTION_METHODS
+from hones_offline.attribution.pipeline import Attribution, MethodOptions
+from hones_offline.attribution.pipeline import attribute as find_task_bank
+from hones_offline.attribution.write_in import HeadWeights, PositivePart, Target
+from hones_offline.data.datasets import load_dataset
+from hones_offline.data.examples import Loaded, check_disjoint, load_jsonl
+from hones_offline.data.metrics import METRICS
+from hones_offline.data.neurons import Bank, bank_size, check_bank, random_bank
+from hones_offline.data.tasks import TASKS, JsonlTask, Task
+from hones_offline.learning.factors import FIXED_AMP, FitSettings, fit_run_settings, grid_search, learn, uniform_profile
+from hones_offline.running.distributed import launched, number_of_processes, own_device
+from hones_offline.running.evaluation import Scores, intervention, score
+from hones_offline.running.models import keep_freed_memory, load_model
+from hones_offline.running.prompts import Prepared, prepare
+from hones_offline.running.run_folder import RunFolder, json_bytes, read_json, resumable, write_atomically
 from hones_steer.errors import DataError, MismatchError, ProfileError, StateError
 from hones_steer.layout import find_layout
 from hones_steer.profile import ModelIdentity, Profile, load_profile, save_profile

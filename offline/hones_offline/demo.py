@@ -9,17 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hones_offline.comparison import Comparison, header, steering_row
-from hones_offline.embedded import load_tiny_vlm
-from hones_offline.examples import Example, check_disjoint, scene_examples
-from hones_offline.finding import CompareSettings
-from hones_offline.fit import FitSettings
-from hones_offline.models import keep_freed_memory
-from hones_offline.prompts import Prepared, prepare, render, tokenizer_of
-from hones_offline.runs import json_bytes, resumable, write_atomically
-from hones_offline.scenes import scenes
-from hones_offline.study import STEERED, Splits, Study, StudySettings, study, summarize
-from hones_offline.tasks import TASKS
+from hones_offline.comparison.comparison import Comparison, header, steering_row
+from hones_offline.comparison.finding import CompareSettings
+from hones_offline.comparison.study import STEERED, Splits, Study, StudySettings, study, summarize
+from hones_offline.data.examples import Example, check_disjoint, scene_examples
+from hones_offline.data.scenes import scenes
+from hones_offline.data.tasks import TASKS
+from hones_offline.learning.factors import FitSettings
+from hones_offline.running.embedded import load_tiny_vlm
+from hones_offline.running.models import keep_freed_memory
+from hones_offline.running.prompts import Prepared, prepare, render, tokenizer_of
+from hones_offline.running.run_folder import json_bytes, resumable, write_atomically
 from hones_steer.huggingface import steer
 from hones_steer.profile import save_profile
 

@@ -67,7 +67,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def main() -> None:
     """See the module."""
     folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    importlib.import_module("hones_offline.fit").CHUNK = CHUNK
+    importlib.import_module("hones_offline.learning.factors").CHUNK = CHUNK
     torch.set_num_threads(1)
     p = problem("llava", "vqa", count=6)
 

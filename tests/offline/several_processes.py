@@ -21,7 +21,7 @@ import numpy as np
 import reference
 import torch
 from hones_offline import attribute
-from hones_offline.distributed import Processes, launched
+from hones_offline.running.distributed import Processes, launched
 from offline.killed_run import contents
 from problems import Problem, problem
 
@@ -61,7 +61,7 @@ def run(p: Problem, folder: Path, processes: Processes, metric: str = "logprob")
 
 def kill_after(steps: int) -> None:
     """Make this process kill itself when it has written so many files."""
-    runs = importlib.import_module("hones_offline.runs")
+    runs = importlib.import_module("hones_offline.running.run_folder")
     write, written = runs.write_atomically, []
 
     def writing(file: Path, data: bytes) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from hones_offline import attribute, evaluate, fit
-from hones_offline.prompts import prepare
+from hones_offline.running.prompts import prepare
 from problems import Problem, problem
 
 from hones_steer.errors import LayoutError

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hones_offline.prompts import prepare
+from hones_offline.running.prompts import prepare
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "attribution.py"
 

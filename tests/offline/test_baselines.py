@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import reference
 from hones_offline import attribute
-from hones_offline.banks import bank_size
-from hones_offline.baselines import activation_entropy, activation_probability, baseline
-from hones_offline.heads import head_scores, head_statistics, top_heads
-from hones_offline.neurons import importance, target_directions, weigh
-from hones_offline.prompts import Prepared, prepare
+from hones_offline.attribution.baselines import activation_entropy, activation_probability, baseline
+from hones_offline.attribution.heads import head_scores, head_statistics, top_heads
+from hones_offline.attribution.write_in import importance, target_directions, weigh
+from hones_offline.data.neurons import bank_size
+from hones_offline.running.prompts import Prepared, prepare
 from problems import Problem, every_architecture, problem
 
 from hones_steer.errors import DataError

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
-from hones_offline.embedded import checkpoint
-from hones_offline.scenes import scenes
+from hones_offline.data.scenes import scenes
+from hones_offline.running.embedded import checkpoint
 from PIL import Image
 from problems import problem
 from tiny_processors import text_tokenizer

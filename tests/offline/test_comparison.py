@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 from hones_offline import evaluate
-from hones_offline.banks import bank_digest, bank_size, exact_groups, jaccard, select_bank
-from hones_offline.baselines import activation_entropy, activation_probability, baseline
-from hones_offline.comparison import Comparison, compare
-from hones_offline.examples import Example
-from hones_offline.finding import METHODS, CompareSettings, parse
-from hones_offline.fit import FitSettings
-from hones_offline.metrics import CrossedBootstrap, interval_of, mean_of_rows
-from hones_offline.pipeline import MethodOptions, find_bank
-from hones_offline.prompts import prepare
-from hones_offline.study import STEERED, Splits
-from hones_offline.tasks import JsonlTask
+from hones_offline.attribution.baselines import activation_entropy, activation_probability, baseline
+from hones_offline.attribution.pipeline import MethodOptions, find_bank
+from hones_offline.comparison.comparison import Comparison, compare
+from hones_offline.comparison.finding import METHODS, CompareSettings, parse
+from hones_offline.comparison.study import STEERED, Splits
+from hones_offline.data.examples import Example
+from hones_offline.data.metrics import CrossedBootstrap, interval_of, mean_of_rows
+from hones_offline.data.neurons import bank_digest, bank_size, exact_groups, jaccard, select_bank
+from hones_offline.data.tasks import JsonlTask
+from hones_offline.learning.factors import FitSettings
+from hones_offline.running.prompts import prepare
 from problems import Problem, problem
 
 from hones_steer.errors import DataError

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hones_offline.datasets import (
+from hones_offline.data.datasets import (
     load_coco,
     load_coco_captions,
     load_dataset,
@@ -19,7 +19,7 @@ from hones_offline.datasets import (
     load_textvqa,
     load_vqa,
 )
-from hones_offline.examples import Example, FileImage, Loaded, check_disjoint
+from hones_offline.data.examples import Example, FileImage, Loaded, check_disjoint
 from PIL import Image
 
 from hones_steer.errors import DataError

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hones_offline.comparison.study import STEERED
 from hones_offline.demo import NEGATIVES
-from hones_offline.embedded import load_tiny_vlm
-from hones_offline.study import STEERED
+from hones_offline.running.embedded import load_tiny_vlm
 from problems import SMALL_DEMO
 
 from hones_steer import load_profile, steer

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hones_offline.distributed import Processes
+from hones_offline.running.distributed import Processes
 from offline.killed_run import contents
 from PIL import Image
 from problems import problem

@@ -7,12 +7,12 @@ import numpy.typing as npt
 import pytest
 import reference
 import torch
-from hones_offline.evaluate import intervention, score
-from hones_offline.fit import FitSettings, learn
-from hones_offline.heads import HeadMetric, head_scores, head_statistics, top_heads
-from hones_offline.interventions import LogProbabilities
-from hones_offline.neurons import PositivePart, importance, mean_write_in, target_directions
-from hones_offline.prompts import Prepared, prepare
+from hones_offline.attribution.ablation import LogProbabilities
+from hones_offline.attribution.heads import HeadMetric, head_scores, head_statistics, top_heads
+from hones_offline.attribution.write_in import PositivePart, importance, mean_write_in, target_directions
+from hones_offline.learning.factors import FitSettings, learn
+from hones_offline.running.evaluation import intervention, score
+from hones_offline.running.prompts import Prepared, prepare
 from problems import Problem, every_architecture, problem
 
 from hones_steer.errors import LayoutError
@@ -91,7 +91,7 @@ def test_cut_into_parts_by_length_nothing_changes(monkeypatch: pytest.MonkeyPatc
         return scores + [importance(prepared, directions, heads, positive_part=part, batch_size=9) for part in parts]
 
     together = everything()
-    monkeypatch.setattr("hones_offline.interventions._FORWARD", 0)
+    monkeypatch.setattr("hones_offline.attribution.ablation._FORWARD", 0)
     parts = LogProbabilities(prepared, prepared.pairs(), batch_size=9, memory_gb=4).parts.items
     assert len(parts) > 1
     for found, expected in zip(everything(), together, strict=True):

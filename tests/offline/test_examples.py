@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hones_offline.examples import (
+from hones_offline.data.examples import (
     Example,
     FileImage,
     MemoryImage,
@@ -14,7 +14,7 @@ from hones_offline.examples import (
     load_jsonl,
     scene_examples,
 )
-from hones_offline.scenes import scenes
+from hones_offline.data.scenes import scenes
 from PIL import Image
 
 from hones_steer.errors import DataError

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hones_offline.heads import head_count, top_heads
+from hones_offline.attribution.heads import head_count, top_heads
 from tiny_models import llama
 
 from hones_steer.errors import DataError, LayoutError

@@ -4,7 +4,7 @@ from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
-from hones_offline.metrics import (
+from hones_offline.data.metrics import (
     METRICS,
     anls,
     bleu4,

@@ -7,7 +7,7 @@ import pytest
 
 LAYERS = """
 import resource, sys, torch
-from hones_offline.models import keep_freed_memory
+from hones_offline.running.models import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 for layer in range(60):

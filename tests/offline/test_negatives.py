@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hones_offline.datasets import load_coco
-from hones_offline.examples import Example, Loaded, MemoryImage
-from hones_offline.metrics import caption_tokens
-from hones_offline.negatives import with_hard_negatives
+from hones_offline.data.datasets import load_coco
+from hones_offline.data.examples import Example, Loaded, MemoryImage
+from hones_offline.data.metrics import caption_tokens
+from hones_offline.data.negatives import with_hard_negatives
 from PIL import Image
 
 from hones_steer.errors import DataError

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from hones_offline import attribute
-from hones_offline.evaluate import score
-from hones_offline.examples import Example
-from hones_offline.heads import head_scores, head_statistics, top_heads
-from hones_offline.prompts import prepare
-from hones_offline.racing import race, rounds, student_quantile, surviving
-from hones_offline.tasks import JsonlTask
+from hones_offline.attribution.heads import head_scores, head_statistics, top_heads
+from hones_offline.attribution.racing import race, rounds, student_quantile, surviving
+from hones_offline.data.examples import Example
+from hones_offline.data.tasks import JsonlTask
+from hones_offline.running.evaluation import score
+from hones_offline.running.prompts import prepare
 from offline.killed_run import contents
 from problems import Problem, problem
 

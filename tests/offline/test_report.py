@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from browser import CONTRASTS, Opened
-from hones_offline.report import report
-from hones_offline.sections import sections
-from hones_offline.summary import EACH, read_summary
+from hones_offline.report.page import report
+from hones_offline.report.sections import sections
+from hones_offline.report.summary import EACH, read_summary
 from summaries import FRACTIONS, TASKS, full_summary, minimal_summary
 
 from hones_steer.errors import DataError

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hones_offline import attribute, fit
-from hones_offline.prompts import prepare
-from hones_offline.tasks import JsonlTask
+from hones_offline.data.tasks import JsonlTask
+from hones_offline.running.prompts import prepare
 from offline.killed_run import contents
 from problems import Problem, problem
 from tiny_models import llava
@@ -149,7 +149,7 @@ class Interruption:
 
 
 def test_learning_goes_on_in_the_middle(p, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["hones_offline.fit"], "CHUNK", 3)
+    monkeypatch.setattr(sys.modules["hones_offline.learning.factors"], "CHUNK", 3)
     whole = Interruption(p)
     expected = learning(p, tmp_path / "whole")
     assert len(list((tmp_path / "whole").glob("hones-*.safetensors"))) == 4  # 3 epochs of 4 steps, 3 to a state
@@ -170,7 +170,7 @@ def test_states_on_disk_do_not_change_what_is_learned(p, tmp_path, monkeypatch):
     """Adam's moments and step count survive the way through a file: a chunk ends nowhere in the mathematics."""
     profiles = []
     for name, chunk in {"one": 1, "five": 5, "all": 64}.items():
-        monkeypatch.setattr(sys.modules["hones_offline.fit"], "CHUNK", chunk)
+        monkeypatch.setattr(sys.modules["hones_offline.learning.factors"], "CHUNK", chunk)
         profiles.append(learning(p, tmp_path / name))
         save_profile(profiles[-1], tmp_path / f"{name}.safetensors")
     profiles.append(learning(p, None))

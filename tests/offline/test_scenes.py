@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 import pytest
-from hones_offline.scenes import (
+from hones_offline.data.scenes import (
     CHARACTERS,
     COLORS,
     NICKNAMES,

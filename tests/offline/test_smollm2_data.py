@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import tiny_models
-from hones_offline.evaluate import score
-from hones_offline.examples import Example, load_jsonl
-from hones_offline.models import load_model
-from hones_offline.prompts import prepare
-from hones_offline.tasks import JsonlTask
+from hones_offline.data.examples import Example, load_jsonl
+from hones_offline.data.tasks import JsonlTask
+from hones_offline.running.evaluation import score
+from hones_offline.running.models import load_model
+from hones_offline.running.prompts import prepare
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

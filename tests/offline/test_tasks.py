@@ -8,9 +8,9 @@ import pytest
 import reference
 import torch
 from hones_offline import attribute
-from hones_offline.examples import Example, scene_examples
-from hones_offline.scenes import scenes
-from hones_offline.tasks import TASKS, JsonlTask, Task, get_task
+from hones_offline.data.examples import Example, scene_examples
+from hones_offline.data.scenes import scenes
+from hones_offline.data.tasks import TASKS, JsonlTask, Task, get_task
 from problems import problem
 
 from hones_steer import find_layout

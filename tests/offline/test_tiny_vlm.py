@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from hones_offline import embedded
-from hones_offline.embedded import checkpoint, load_tiny_vlm
-from hones_offline.metrics import anls, bleu4, vqa_accuracy
-from hones_offline.scenes import Scene, scenes
+from hones_offline.data.metrics import anls, bleu4, vqa_accuracy
+from hones_offline.data.scenes import Scene, scenes
+from hones_offline.running import embedded
+from hones_offline.running.embedded import checkpoint, load_tiny_vlm
 from safetensors.numpy import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -22,6 +22,6 @@ def qwen2_5_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def embedded() -> Path:
     """The folder of the LLaVA that ships with hones-steer."""
-    from hones_offline.embedded import checkpoint
+    from hones_offline.running.embedded import checkpoint
 
     return checkpoint()

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from browser import chromium
-from hones_offline.embedded import checkpoint
-from hones_offline.scenes import scenes
+from hones_offline.data.scenes import scenes
+from hones_offline.running.embedded import checkpoint
 from serving.engines import Server, server
 
 

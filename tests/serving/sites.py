@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from hones_offline.scenes import scenes
+from hones_offline.data.scenes import scenes
 from serving.engines import ENVIRONMENT, Server
 from serving.http_helpers import NEW_TOKENS, Answer, Client, Question, frozen, scrape
 from serving.steered import Reference

@@ -11,7 +11,7 @@ import httpx
 import pytest
 import torch
 from browser import CONTRASTS, Opened
-from hones_offline.scenes import scenes
+from hones_offline.data.scenes import scenes
 from PIL import Image
 from serving.playground_page import answers, fill, playground, shown
 from serving.steered import Reference, write_profiles

@@ -236,7 +236,7 @@ async def test_a_text_model_is_not_shown_images(text: httpx.AsyncClient) -> None
 
 
 def an_image() -> Any:
-    from hones_offline.scenes import scenes
+    from hones_offline.data.scenes import scenes
 
     return scenes("test", 1)[0].image()
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hones_offline.scenes import scenes
+from hones_offline.data.scenes import scenes
 from PIL import Image
 from serving.engines import offline
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hones_offline.scenes import scenes
+from hones_offline.data.scenes import scenes
 from serving.engines import own_cache
 from serving.steered import (
     MIXED,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hones_offline.scenes import scenes
+from hones_offline.data.scenes import scenes
 from PIL import Image
 from serving.steered import NEW_TOKENS, Prompt, Reference, engine, prompts, request, sampling, tokens_of, write_profiles
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hones_offline.scenes import scenes
+from hones_offline.data.scenes import scenes
 from PIL import Image
 from serving.steered import (
     MIXED,

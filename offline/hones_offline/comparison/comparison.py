@@ -1,0 +1,362 @@
+"""Attribution methods compared on one model: same tasks, same examples, same budget, over seeds of the data.
+
+Each method makes a bank of every seed's draw of discovery examples (`finding.py`); the bank is masked while every
+task's test split is measured. A method is judged by the drop on its own task, and by its selectivity: own drop less the
+mean drop of the other tasks (design 2.4, 2.5, 2.7, 11). `compare` runs it all and writes summary.json; every masked
+evaluation, head statistic, importance and learned profile is a step of a run folder, so that a killed comparison goes
+on where it stopped, and more seeds, methods or sizes only cost what is new.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hones_offline.comparison.finding import CompareSettings, Finder, Method, parse
+from hones_offline.comparison.study import STEERED, Splits, steered_profiles
+from hones_offline.data.metrics import CrossedBootstrap, FloatArray, interval_of
+from hones_offline.data.neurons import Bank, bank_digest, bank_size, exact_groups, jaccard, random_bank
+from hones_offline.running.evaluation import Scores
+from hones_offline.running.prompts import Prepared
+from hones_offline.running.run_folder import json_bytes, write_atomically
+from hones_steer import __version__
+from hones_steer.errors import DataError
+from hones_steer.profile import ModelIdentity, Profile
+
+KINDS = {1: "one", 2: "pair", 3: "triple"}
+
+
+def compare(
+    tasks: Mapping[str, Splits],
+    settings: CompareSettings,
+    out: str | Path,
+    *,
+    title: str,
+    report: Callable[[str], object] = lambda _: None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Compare the methods and write what was found into `out`/summary.json, after each stage again; the summary.
+
+    Args:
+        tasks: the splits of at least two tasks by name, all encoded for one model.
+        settings: what is compared.
+        out: folder for summary.json, the page's and the tables' source.
+        title: the page's.
+        report: told each stage as it begins.
+        progress: show progress bars on a terminal.
+
+    Raises:
+        DataError: fewer than two tasks, too few discovery examples for the seeds, or a task without a head or neuron
+            that matters.
+    """
+    comparison = Comparison(tasks, settings, progress=progress)
+    summary: dict[str, Any] = {"seconds": {}, **header(title)}
+    sections: dict[str, Callable[[], dict[str, Any]]] = {
+        "base": comparison.overview,
+        "attribution": comparison.found,
+        "masking": comparison.masking,
+        "groups": comparison.groups,
+        "steering": comparison.steering,
+        "strength": comparison.strength,
+    }
+    for stage, section in sections.items():
+        if stage not in ("base", "attribution", *settings.stages):
+            continue
+        report(stage)
+        begun = time.monotonic()
+        summary |= section()
+        summary["seconds"][stage] = round(time.monotonic() - begun, 1)
+        write_atomically(Path(out) / "summary.json", json_bytes(summary))
+    return summary
+
+
+def header(title: str) -> dict[str, Any]:
+    """What every summary begins with."""
+    return {"title": title, "created": datetime.now(UTC).isoformat(timespec="seconds"), "hones_steer": __version__}
+
+
+class Comparison:
+    """What the banks of every task, method, size and seed do to every task: the sections of a summary.
+
+    Raises:
+        DataError: fewer than two tasks, or so few discovery examples that all seeds would draw the same ones.
+    """
+
+    def __init__(self, tasks: Mapping[str, Splits], settings: CompareSettings, *, progress: bool = False) -> None:
+        if len(tasks) < 2:
+            raise DataError("selectivity compares tasks; give at least two")
+        self.tasks, self.settings, self.progress = tasks, settings, progress
+        self.finder = Finder(tasks, settings, progress=progress)
+        self.bootstrap = CrossedBootstrap()
+        self.seeds = range(settings.seeds)
+        self.learned_seeds = range(settings.learned_seeds or settings.seeds)
+        layout = next(iter(tasks.values())).discovery.decoder.layout
+        self.num_layers, self.width = len(layout.layers), layout.intermediate_size
+        self.profiles = cache(self._profiles)
+
+    def values(self, task: str, scores: Scores) -> FloatArray:
+        """A measurement on a task's test split as a quantity of the bootstrap."""
+        return self.bootstrap.values(task, scores.statistics, scores.task.aggregate)
+
+    def drop(self, task: str, bank: Bank) -> FloatArray:
+        """What a task's metric on test loses when a bank is masked."""
+        splits = self.tasks[task]
+        masked = splits.measure("test", mask=bank)
+        return self.values(task, splits.measure("test")) - self.values(task, masked)
+
+    def mask_all(self, banks: Iterable[Bank]) -> None:
+        """Measure every task with each of the banks masked, so that the tables find it done."""
+        from tqdm import tqdm
+
+        different = list({bank_digest(bank): bank for bank in banks}.values())
+        work = [(splits, bank) for splits in self.tasks.values() for bank in different]
+        for splits, bank in tqdm(work, "masking", delay=2, leave=False, disable=None if self.progress else True):
+            splits.measure("test", mask=bank)
+
+    # ------------------------------------------------------------------------------------- sections of the summary
+
+    def overview(self) -> dict[str, Any]:
+        """Sections "model", "tasks" and "settings"."""
+        splits = next(iter(self.tasks.values()))
+        model = splits.discovery.decoder.model
+        identity = ModelIdentity.from_model(model)
+        return {
+            "model": {
+                "name": identity.name,
+                "model_type": identity.model_type,
+                "num_layers": identity.num_layers,
+                "intermediate_size": identity.intermediate_size,
+                "num_heads": splits.discovery.decoder.layout.layers[0].num_heads,
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            },
+            "tasks": {task: self._task(task) for task in self.tasks},
+            "settings": {**_flat(self.settings), "batch_size": splits.batch_size},
+            "fraction": self.settings.fraction,
+        }
+
+    def _task(self, task: str) -> dict[str, Any]:
+        splits = self.tasks[task]
+        sizes = {name: len(part) for name, part in _parts(splits).items()}
+        base = self.values(task, splits.measure("test"))
+        return {
+            "metric": splits.task.metric,
+            "n": {**sizes, "attribution": len(self.finder.drawn(task, 0))},
+            "base": float(base[0]),
+            "base_ci95": interval_of(base),
+            "failures": {name: part.failures for name, part in _parts(splits).items() if part.failures},
+        }
+
+    def found(self) -> dict[str, Any]:
+        """Sections "heads", "neurons_per_layer", "overlap" and "stability": what the methods found."""
+        result: dict[str, Any] = {
+            "neurons_per_layer": {
+                task: {name: self._per_layer(task, name) for name in self.settings.methods} for task in self.tasks
+            },
+            "overlap": {name: self._overlap(name) for name in self.settings.methods},
+        }
+        if (main := parse(self.settings.main)).head_metric:
+            result["heads"] = {task: self._heads(task, main) for task in self.tasks}
+        if len(self.seeds) > 1:
+            result["stability"] = {
+                task: {name: self._stability(task, name) for name in self.settings.methods} for task in self.tasks
+            }
+        return result
+
+    def _banks(self, task: str, name: str) -> list[Bank]:
+        """One for each seed, of the main size."""
+        return [self.finder.bank(task, name, self.settings.fraction, seed) for seed in self.seeds]
+
+    def _heads(self, task: str, main: Method) -> dict[str, Any]:
+        assert main.head_metric is not None
+        scores = [self.finder.scores(task, main.head_metric, seed)[1] for seed in self.seeds]
+        return {
+            "metric": main.head_metric,
+            "scores": np.mean(scores, axis=0).tolist(),
+            "chosen": self.finder.heads(task, main, 0),
+            "seeds": len(self.seeds),
+            "n": len(self.finder.drawn(task, 0)),
+        }
+
+    def _per_layer(self, task: str, name: str) -> list[float]:
+        banks = self._banks(task, name)
+        return [float(np.mean([len(bank.get(layer, ())) for bank in banks])) for layer in range(self.num_layers)]
+
+    def _overlap(self, name: str) -> dict[str, Any]:
+        banks = {task: self._banks(task, name) for task in self.tasks}
+
+        def mean(one: str, other: str) -> float:
+            return float(np.mean([jaccard(*pair) for pair in zip(banks[one], banks[other], strict=True)]))
+
+        return {"tasks": list(banks), "jaccard": [[mean(one, other) for other in banks] for one in banks]}
+
+    def _stability(self, task: str, name: str) -> float:
+        return float(np.mean([jaccard(*pair) for pair in combinations(self._banks(task, name), 2)]))
+
+    def masking(self) -> dict[str, Any]:
+        """Sections "masking" and "cross"."""
+        settings = self.settings
+        swept = settings.methods if settings.sweep is None else settings.sweep
+        cells = [
+            (task, method, fraction)
+            for task in self.tasks
+            for method in settings.methods
+            for fraction in settings.fractions
+            if fraction == settings.fraction or method in swept
+        ]
+        self.mask_all(self.finder.bank(*cell, seed) for cell in cells for seed in self.seeds)
+        return {"masking": [self._masking_row(*cell) for cell in cells], "cross": self._cross()}
+
+    def _masking_row(self, task: str, name: str, fraction: float) -> dict[str, Any]:
+        banks = [self.finder.bank(task, name, fraction, seed) for seed in self.seeds]
+        drops = {measured: [self.drop(measured, bank) for bank in banks] for measured in self.tasks}
+        own, others = drops[task], {other: drops[other] for other in self.tasks if other != task}
+        selectivity = [mine - np.mean(rest, axis=0) for mine, *rest in zip(own, *others.values(), strict=True)]
+        return {
+            "task": task,
+            "method": name,
+            "fraction": fraction,
+            "neurons": float(np.mean([bank_size(bank) for bank in banks])),
+            "seeds": len(banks),
+            "n": len(self.tasks[task].test),
+            **self._estimate("own_drop", own),
+            "other_drops": {other: float(self.bootstrap.over_seeds(of)[0]) for other, of in others.items()},
+            **self._estimate("selectivity", selectivity),
+            "by_seed": {"own_drop": _points(own), "selectivity": _points(selectivity)},
+        }
+
+    def _estimate(self, name: str, per_seed: Sequence[FloatArray]) -> dict[str, Any]:
+        """{name: mean over seeds, name_ci95: its interval}."""
+        quantity = self.bootstrap.over_seeds(per_seed)
+        return {name: float(quantity[0]), f"{name}_ci95": interval_of(quantity)}
+
+    def _drop_cell(self, measured: str, banks: Sequence[Bank]) -> dict[str, Any]:
+        cell = self._estimate("drop", [self.drop(measured, bank) for bank in banks])
+        return {"drop": cell["drop"], "ci95": cell["drop_ci95"]}
+
+    def _cross(self) -> dict[str, Any]:
+        main = self.settings.main
+        drops = {
+            task: {measured: self._drop_cell(measured, self._banks(task, main)) for measured in self.tasks}
+            for task in self.tasks
+        }
+        return {"method": main, "fraction": self.settings.fraction, "drops": drops}
+
+    def groups(self) -> dict[str, Any]:
+        """Section "groups": the main method's banks divided by how many tasks share a neuron (design 2.4).
+
+        Neurons of exactly one, two, three or all tasks, masked while every task is measured; with the stage
+        "steer_groups" also with factors learned on each task.
+        """
+        fraction, main = self.settings.fraction, self.settings.main
+        groups: dict[tuple[str, ...], dict[int, Bank]] = {}  # tasks -> seed -> neurons
+        for seed in range(self.settings.group_seeds):
+            banks = {task: self.finder.bank(task, main, fraction, seed) for task in self.tasks}
+            for members, bank in exact_groups(banks).items():
+                if self._kind(members):
+                    groups.setdefault(members, {})[seed] = bank
+        self.mask_all(bank for of_seed in groups.values() for bank in of_seed.values())
+        order = sorted(groups, key=lambda members: (len(members), [list(self.tasks).index(task) for task in members]))
+        return {"groups": [self._group_row(members, groups[members]) for members in order]}
+
+    def _kind(self, members: Sequence[str]) -> str | None:
+        return "all" if len(members) == len(self.tasks) else KINDS.get(len(members))
+
+    def _group_row(self, members: Sequence[str], banks: Mapping[int, Bank]) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "group": "+".join(members),
+            "kind": self._kind(members),
+            "neurons": round(np.mean([bank_size(bank) for bank in banks.values()])),
+            "seeds": len(banks),
+            "drops": {task: self._drop_cell(task, list(banks.values())) for task in self.tasks},
+        }
+        if "steer_groups" in self.settings.stages:
+            row["gains"] = {task: self._gain_cell(task, banks) for task in self.tasks}
+        return row
+
+    def _gain_cell(self, task: str, banks: Mapping[int, Bank]) -> dict[str, Any]:
+        """What factors for these neurons, learned on the task, gain on its test split."""
+        splits, fit = self.tasks[task], self.settings.fit
+        base = self.values(task, splits.measure("test"))
+        gains = []
+        for seed, bank in banks.items():
+            profile = splits.learned("hones", bank, replace(fit, seed=seed), progress=self.progress)
+            gains.append(self.values(task, splits.measure("test", steering=profile)) - base)
+        cell = self._estimate("gain", gains)
+        return {"gain": cell["gain"], "ci95": cell["gain_ci95"]}
+
+    def _profiles(self, task: str, seed: int) -> dict[str, Profile]:
+        """Every way of steering the main method's bank."""
+        bank = self.finder.bank(task, self.settings.main, self.settings.fraction, seed)
+        fit = replace(self.settings.fit, seed=seed)
+        random = random_bank(bank, self.width, seed)
+        return steered_profiles(self.tasks[task], bank, random, fit, progress=self.progress)
+
+    def steering(self) -> dict[str, Any]:
+        """Section "steering": the table with its baselines."""
+        return {"steering": [self._steering_row(task, name) for task in self.tasks for name in STEERED]}
+
+    def _steering_row(self, task: str, name: str) -> dict[str, Any]:
+        splits = self.tasks[task]
+        base = splits.measure("test")
+        measured = [
+            base if name == "base" else splits.measure("test", steering=self.profiles(task, seed)[name])
+            for seed in self.learned_seeds
+        ]
+        return steering_row(self.bootstrap, name, base, measured)
+
+    def strength(self) -> dict[str, Any]:
+        """Section "strength": the learned profiles' offsets times each strength."""
+        return {"strength": [self._strength_row(task, x) for task in self.tasks for x in self.settings.strengths]}
+
+    def _strength_row(self, task: str, strength: float) -> dict[str, Any]:
+        splits = self.tasks[task]
+        profiles = [self.profiles(task, seed)["hones"] * strength for seed in self.learned_seeds]
+        values = [self.values(task, splits.measure("test", steering=profile)) for profile in profiles]
+        estimate = self._estimate("value", values)
+        return {
+            "task": task,
+            "strength": strength,
+            "value": estimate["value"],
+            "ci95": estimate["value_ci95"],
+            "n": len(splits.test),
+        }
+
+
+def steering_row(bootstrap: CrossedBootstrap, name: str, base: Scores, measured: Sequence[Scores]) -> dict[str, Any]:
+    """A row of the steering table from one measurement per seed, all on the same examples as `base`."""
+    task = base.task
+    before = bootstrap.values(task.name, base.statistics, task.aggregate)
+    values = [bootstrap.values(task.name, scores.statistics, task.aggregate) for scores in measured]
+    value, gain = bootstrap.over_seeds(values), bootstrap.over_seeds([of_seed - before for of_seed in values])
+    return {
+        "task": task.name,
+        "method": name,
+        "value": float(value[0]),
+        "ci95": interval_of(value),
+        "gain": float(gain[0]),
+        "gain_ci95": interval_of(gain),
+        "n": base.n,
+        "seeds": len(measured),
+        "by_seed": _points(values),
+    }
+
+
+def _flat(settings: CompareSettings) -> dict[str, Any]:
+    """Settings without a table inside a table."""
+    fit = {f"fit_{name}": value for name, value in asdict(settings.fit).items()}
+    return {**{name: value for name, value in asdict(settings).items() if name != "fit"}, **fit}
+
+
+def _points(per_seed: Sequence[FloatArray]) -> list[float]:
+    """What was measured, of each seed."""
+    return [float(quantity[0]) for quantity in per_seed]
+
+
+def _parts(splits: Splits) -> dict[str, Prepared]:
+    return {"discovery": splits.discovery, "dev": splits.dev, "test": splits.test}

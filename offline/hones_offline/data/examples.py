@@ -1,0 +1,232 @@
+"""Examples of a task: an image, a prompt and targets; a user's own from JSONL, generated ones; splits kept apart.
+
+Published datasets are read by `datasets.py`. Every loader gives `Loaded(examples, skipped)`: what was usable, and
+for the rest why not, by id. Images stay on disk until `load()`; a missing or broken one is a `DataError` then,
+naming the file.
+"""
+
+import hashlib
+import math
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from PIL import Image, ImageDraw, ImageOps
+
+from hones_offline.data.records import is_text, naming, parse_json, read_file
+from hones_offline.data.scenes import Scene
+from hones_steer.errors import DataError
+
+Box = tuple[float, float, float, float]
+"""A region of an image in pixels: left, top, width, height."""
+
+MAX_REFERENCES = 5
+
+# COCO's releases of 2014 and 2017 divide the same photographs anew; the number tells them.
+_COCO_FILE = re.compile(r"(?:.*/)?(?:COCO_\w+_|(?:train|val|test|unlabeled)20(?:14|15|17)/)(\d{12})\.jpg")
+
+# What Pillow raises on files that are missing, absurdly large, cut short or damaged. Its decoders trust what
+# they read, so damage shows as almost anything (these were found by flipping bytes).
+_UNREADABLE = (
+    *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error),
+    Image.DecompressionBombError,
+)
+
+
+class ImageSource(Protocol):
+    """Where an example's image comes from."""
+
+    @property
+    def key(self) -> str:
+        """The image's identity: two sources with equal keys show the same picture."""
+        ...
+
+    def load(self) -> Image.Image:
+        """The image, RGB. Raises DataError, naming the file, if it can't be read."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileImage:
+    """An image file, upright as its EXIF data says; with `box` that region is outlined in blue."""
+
+    path: Path
+    box: Box | None = None
+
+    @property
+    def key(self) -> str:
+        """The file's absolute path with links resolved; the box does not matter."""
+        return str(self.path.resolve())
+
+    def load(self) -> Image.Image:
+        """Read the file as RGB; raises DataError if it is missing or damaged, or the box lies outside."""
+        try:
+            with Image.open(self.path) as opened:
+                image = ImageOps.exif_transpose(opened).convert("RGB")
+        except _UNREADABLE as error:
+            raise DataError(f"Image '{self.path}' cannot be read: {error}") from error
+        if self.box is not None:
+            _draw_box(image, self.box, self.path)
+        return image
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryImage:
+    """An image already in memory, under a name that tells it from others."""
+
+    image: Image.Image
+    key: str
+
+    def load(self) -> Image.Image:
+        """The image as RGB."""
+        return self.image.convert("RGB")
+
+
+def _draw_box(image: Image.Image, box: Box, path: Path) -> None:
+    """Outline `box` in blue, just outside so that no letter is painted over, clipped to the image."""
+    left, top, width, height = box
+    line = max(2, round(min(image.size) / 200))
+    x0, x1 = (max(0, math.floor(left) - line), min(image.width, math.ceil(left + width) + line))
+    y0, y1 = (max(0, math.floor(top) - line), min(image.height, math.ceil(top + height) + line))
+    if x1 - x0 <= line or y1 - y0 <= line:
+        raise DataError(f"Box {box} lies outside image '{path}' of {image.width}x{image.height} pixels.")
+    ImageDraw.Draw(image).rectangle((x0, y0, x1 - 1, y1 - 1), outline=(0, 0, 255), width=line)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example of a task.
+
+    `prompt` is what the task makes its prompt of (the question for vqa, nothing for ocr and caption).
+    `targets` are the right answers: all people's answers for vqa, the text for ocr, the references for a
+    caption, ("Yes",) for retrieval. `candidates`: for retrieval the image's own caption, then the negatives.
+    Raises DataError if there are no targets or a target is blank.
+    """
+
+    id: str
+    prompt: str
+    targets: tuple[str, ...]
+    image: ImageSource | None
+    candidates: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.targets or not all(target.strip() for target in self.targets):
+            raise DataError(f"Example '{self.id}' has no targets or a blank one; every target needs text.")
+
+
+class Loaded(NamedTuple):
+    """What a file gave: its usable examples in file order, and the reason for each record left out, by id."""
+
+    examples: list[Example]
+    skipped: dict[str, str]
+
+
+def require_some(loaded: Loaded, path: Path) -> Loaded:
+    """What a file gave; raises DataError, with the first reason, if that is nothing."""
+    if not loaded.examples:
+        reason = next(iter(loaded.skipped.values()), "it is empty")
+        raise DataError(f"{path} has no usable example: {len(loaded.skipped)} skipped; first reason: {reason}.")
+    return loaded
+
+
+# -------------------------------------------------------------------------------------------------- JSONL
+
+
+def load_jsonl(path: str | Path) -> Loaded:
+    """Read a user's own task: one JSON object per line.
+
+        {"image": "cat.jpg", "prompt": "Which animal is this?", "targets": ["cat", "a cat"], "id": "17"}
+
+    `image` is relative to the file's folder and absent (or null) for text alone; `id` defaults to the line
+    number; other keys are ignored, blank lines too. Nothing is skipped: the first bad line raises DataError,
+    naming file and line.
+    """
+    path = Path(path)
+    examples: list[Example] = []
+    ids: set[str] = set()
+    for number, line in enumerate(read_file(path).split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        with naming(f"{path}, line {number}"):
+            example = _jsonl_example(line, path.parent, default_id=str(number))
+            if example.id in ids:
+                raise DataError(f"id '{example.id}' was used before; give each line its own.")
+        ids.add(example.id)
+        examples.append(example)
+    return require_some(Loaded(examples, {}), path)
+
+
+def _jsonl_example(line: bytes, folder: Path, default_id: str) -> Example:
+    record = parse_json(line)
+    if not isinstance(record, dict):
+        raise DataError("not a JSON object; write one {...} per line.")
+    prompt, targets, image = record.get("prompt"), record.get("targets"), record.get("image")
+    name = record.get("id", default_id)
+    if not is_text(prompt):
+        raise DataError('"prompt" must be a non-blank text.')
+    if not isinstance(targets, list) or not targets or not all(map(is_text, targets)):
+        raise DataError('"targets" must be a list of at least one non-blank text.')
+    if image is not None and not is_text(image):
+        raise DataError('"image" must be a file name; leave it out for an example without image.')
+    if isinstance(name, bool) or not (isinstance(name, int) or is_text(name)):
+        raise DataError('"id" must be a text or a whole number.')
+    return Example(str(name), prompt, tuple(targets), None if image is None else FileImage(folder / image))
+
+
+# ------------------------------------------------------------------------------------------------ scenes
+
+
+def scene_examples(task: str, scenes: Sequence[Scene], negatives: int = 9) -> list[Example]:
+    """Generated scenes as examples of one of the four tasks; retrieval with that many false captions.
+
+    Ids and image keys come from what a scene shows, so the same scene has the same ones in every list.
+    Raises DataError for an unknown task.
+    """
+    return [_scene_example(task, scene, negatives) for scene in scenes]
+
+
+def _scene_example(task: str, scene: Scene, negatives: int) -> Example:
+    name = f"scene-{_digest(scene)}"
+    image = MemoryImage(scene.image(), f"scene-{_digest((scene.cells, scene.text))}")
+    match task:
+        case "vqa":
+            return Example(name, scene.question, (scene.answer,), image)
+        case "ocr":
+            return Example(name, "", (scene.text,), image)
+        case "caption":
+            return Example(name, "", scene.captions[:MAX_REFERENCES], image)
+        case "retrieval":
+            return Example(name, "", ("Yes",), image, scene.candidates(negatives))
+        case _:
+            raise DataError(f"Scenes have no task '{task}'; choose vqa, ocr, caption or retrieval.")
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------------------- splits
+
+
+def check_disjoint(**splits: Sequence[Example]) -> None:
+    """Raise DataError, naming image and splits, if two share an image. Texts alone are not compared.
+
+    Images are told by their keys, those in files named as COCO does by COCO's number.
+    """
+    seen: dict[str, tuple[str, str]] = {}
+    for split, examples in splits.items():
+        for key in [example.image.key for example in examples if example.image is not None]:
+            other, other_key = seen.setdefault(_identity(key), (split, key))
+            if other != split:
+                also = "" if key == other_key else f", which is '{other_key}' in the other"
+                raise DataError(
+                    f"Splits '{other}' and '{split}' share image '{key}'{also}; each image may be in one split only."
+                )
+
+
+def _identity(key: str) -> str:
+    coco = _COCO_FILE.fullmatch(key)
+    return f"COCO {coco[1]}" if coco else key

@@ -1,0 +1,219 @@
+'''Tasks: what the model is asked, what counts as an answer, and how outputs are scored.
+
+Four come with the paper: `vqa`, `ocr`, `caption`, `retrieval` (see `TASKS`). A user's own task needs no code
+if a JSONL file holds its prompts and targets (`JsonlTask`). Otherwise it is one small class:
+
+    class Colour(Task):
+        """Name the colour of a thing; each example's prompt is the thing's name."""
+
+        name = "colour"
+        metric = "accuracy"
+        max_new_tokens = 4
+
+        def prompt(self, example: Example) -> str:
+            return f"What colour is the {example.prompt}? Answer with one word."
+
+        def score(self, example: Example, output: str) -> float:
+            return float(output.strip().lower().startswith(example.targets[0]))
+
+A task with several prompts per example, or with a metric that is no mean over examples, overrides `prompts`,
+`statistics` or `aggregate` instead: see `Retrieval` and `_TextTask`.
+'''
+
+import zlib
+from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal
+
+import numpy as np
+
+from hones_offline.data.examples import Example
+from hones_offline.data.metrics import METRICS, FloatArray, exact_match, mean_of_rows, ndcg_at_k
+from hones_steer.errors import DataError
+from hones_steer.profile import is_task_name
+
+Output = str | FloatArray
+"""What a model gave for one example: generated text, or the candidates' Yes-No margins [num_candidates]."""
+
+
+class Task:
+    """Base of every task; its defaults are a generated answer scored by exact match.
+
+    `name` names profiles and reports, `metric` is the metric's display name. `kind` says what the model
+    does: "generate" writes up to `max_new_tokens` tokens; "rank" gives each prompt the margin
+    logit(Yes) - logit(No) of its next token. `idf_weighted`: the target's tokens are weighted by IDF in the
+    write-in direction.
+    Tasks hold no state, so one instance serves any number of runs.
+    """
+
+    name: str
+    metric: str = "exact match"
+    kind: Literal["generate", "rank"] = "generate"
+    max_new_tokens: int = 32
+    idf_weighted: bool = False
+
+    def prompt(self, example: Example) -> str:
+        """The text that goes beside the example's image; by default its own prompt."""
+        return example.prompt
+
+    def answer(self, example: Example) -> str:
+        """The one answer that learning aims at; by default the first target."""
+        return example.targets[0]
+
+    def score(self, example: Example, output: str) -> float:
+        """The score of one generated text, in [0, 1]."""
+        return exact_match(output, example.targets)
+
+    def prompts(self, example: Example) -> tuple[str, ...]:
+        """Every text the model is asked with: one to generate from, or one per candidate to rank."""
+        return (self.prompt(example),)
+
+    def answers(self, example: Example) -> tuple[tuple[int, str], ...]:
+        """(prompt index, answer) pairs: what learning minimises the cross-entropy of."""
+        return ((0, self.answer(example)),)
+
+    def target_texts(self, example: Example) -> tuple[str, ...]:
+        """Texts whose tokens, all together, make up the direction u_y that write-in at the first prompt is towards."""
+        return (self.answer(example),)
+
+    def statistics(self, example: Example, output: Output) -> FloatArray:
+        """One example's row [k] of what `aggregate` needs; here the score alone, [1]."""
+        return np.array([self.score(example, _text(output))])
+
+    def aggregate(self, total: FloatArray, n: int) -> float:
+        """The metric in [0, 1] over n examples, from the sum [k] of their statistics."""
+        return mean_of_rows(total, n)
+
+
+def _text(output: Output) -> str:
+    if not isinstance(output, str):
+        raise TypeError(f"a generating task scores text, not {type(output).__name__}")
+    return output
+
+
+class _TextTask(Task):
+    """A generating task scored by one of `METRICS`."""
+
+    metric_name: str
+
+    def statistics(self, example: Example, output: Output) -> FloatArray:
+        return METRICS[self.metric_name].statistics(_text(output), example.targets)
+
+    def aggregate(self, total: FloatArray, n: int) -> float:
+        return METRICS[self.metric_name].aggregate(total, n)
+
+
+class VQA(_TextTask):
+    """Answer a question about an image: the prompt is the question, the targets are people's answers."""
+
+    name = "vqa"
+    metric_name = "vqa"
+    metric = METRICS["vqa"].title
+    max_new_tokens = 16
+
+    def prompt(self, example: Example) -> str:
+        return f"Question: {example.prompt}\nAnswer the question with a short phrase."
+
+    def answer(self, example: Example) -> str:
+        return most_frequent(example.targets)
+
+
+class OCR(_TextTask):
+    """Transcribe the text in the image's blue box, which the image brings along (`FileImage.box`)."""
+
+    name = "ocr"
+    metric_name = "anls"
+    metric = METRICS["anls"].title
+
+    def prompt(self, example: Example) -> str:  # noqa: ARG002 (the same words for every example)
+        return "Transcribe the text inside the blue box.\nOutput text only."
+
+
+class Caption(_TextTask):
+    """Describe an image in one sentence; the targets are up to five references."""
+
+    name = "caption"
+    metric_name = "bleu4"
+    metric = METRICS["bleu4"].title
+    idf_weighted = True
+
+    def prompt(self, example: Example) -> str:  # noqa: ARG002 (the same words for every example)
+        return "Describe the image in one sentence."
+
+    def target_texts(self, example: Example) -> tuple[str, ...]:
+        return example.targets
+
+
+class Retrieval(Task):
+    """Find the image's caption: `example.candidates[0]` is right, the others are hard negatives."""
+
+    name = "retrieval"
+    metric = "NDCG@5"
+    kind = "rank"
+    max_new_tokens = 1
+
+    def prompts(self, example: Example) -> tuple[str, ...]:
+        if len(example.candidates) < 2:
+            raise DataError(f"Example '{example.id}' has no candidates to rank; give the positive and a negative.")
+        question = "Does the candidate correctly describe the image?\nAnswer exactly Yes or No."
+        return tuple(f"Candidate: {candidate}\n{question}" for candidate in example.candidates)
+
+    def answers(self, example: Example) -> tuple[tuple[int, str], ...]:
+        """The positive, and one of the negatives: which one goes by the example's id, so that all kinds are learned."""
+        negative = 1 + zlib.crc32(example.id.encode()) % (len(example.candidates) - 1)
+        return ((0, "Yes"), (negative, "No"))
+
+    def target_texts(self, example: Example) -> tuple[str, ...]:  # noqa: ARG002
+        return ("Yes",)
+
+    def statistics(self, example: Example, output: Output) -> FloatArray:
+        if isinstance(output, str) or output.shape != (len(example.candidates),):
+            raise TypeError(f"retrieval scores {len(example.candidates)} margins, got {np.shape(output)}")
+        return np.array([ndcg_at_k(output, relevant=0, k=5)])
+
+
+class JsonlTask(_TextTask):
+    """A user's own task: prompts as they stand in a JSONL file (`load_jsonl`), scored by one of `METRICS`.
+
+    With "vqa" the most frequent target is learned, else the first; with "bleu4" the targets are references as
+    in `Caption`. Raises DataError for an unknown metric, naming the known ones, and for a name that no
+    profile may have.
+    """
+
+    def __init__(self, name: str, metric: str = "exact_match", max_new_tokens: int = 32) -> None:
+        if not is_task_name(name):
+            raise DataError(
+                f"'{name}' can't name a task; use up to 64 letters, digits, '_', '.' and '-', but not 'none'."
+            )
+        if metric not in METRICS:
+            raise DataError(f"Unknown metric '{metric}'; choose one of {', '.join(METRICS)}.")
+        if max_new_tokens < 1:
+            raise DataError(f"Task '{name}' can't answer in {max_new_tokens} tokens; give at least 1.")
+        self.name = name
+        self.metric_name = metric
+        self.metric = METRICS[metric].title
+        self.max_new_tokens = max_new_tokens
+        self.idf_weighted = metric == "bleu4"
+
+    def answer(self, example: Example) -> str:
+        return most_frequent(example.targets) if self.metric_name == "vqa" else example.targets[0]
+
+    def target_texts(self, example: Example) -> tuple[str, ...]:
+        return example.targets if self.metric_name == "bleu4" else (self.answer(example),)
+
+
+def most_frequent(texts: tuple[str, ...]) -> str:
+    """The text that occurs most often; of several, the one that comes first."""
+    return Counter(texts).most_common(1)[0][0]
+
+
+TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (VQA(), OCR(), Caption(), Retrieval())})
+"""The paper's tasks by name. To add one: write its class above and list it here."""
+
+
+def get_task(name: str) -> Task:
+    """One of the paper's tasks. Raises DataError for an unknown name, naming the known ones."""
+    if name not in TASKS:
+        raise DataError(f"Unknown task '{name}'; the known ones are {', '.join(TASKS)}.")
+    return TASKS[name]

@@ -1,0 +1,291 @@
+"""Learning a profile: factors for a bank's neurons, with the backbone frozen (paper section 3.4, design 2.6-2.7)."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hones_offline.data.examples import Example
+from hones_offline.data.neurons import Bank, bank_size, check_bank
+from hones_offline.data.tasks import Task
+from hones_offline.running.decoder import Segment, TextDecoder, pad_answers
+from hones_offline.running.hooks import scaled_ffn
+from hones_offline.running.prompts import Prepared, prepare
+from hones_offline.running.run_folder import Arrays, RunFolder, check_seed, run_settings
+from hones_steer._transformers import disable_checkpointing, enable_checkpointing
+from hones_steer.errors import DataError
+from hones_steer.profile import ModelIdentity, Profile
+
+GRID = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+FIXED_AMP = 2.0
+CHUNK = 64  # optimizer steps between two resumable states
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How factors are learned; the defaults are the paper's (design 2.6)."""
+
+    epochs: int = 2
+    lr: float = 5e-4
+    beta_kl: float = 0.05
+    l2: float = 1e-5
+    clamp: float = 1.5
+    batch_size: int = 1
+    accumulation_steps: int = 4
+    max_grad_norm: float = 1.0
+    seed: int = 3407
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "lr", "clamp", "batch_size", "accumulation_steps", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise DataError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("beta_kl", "l2"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise DataError(f"{name} must be zero or positive, not {getattr(self, name)}")
+        check_seed(self.seed)
+
+
+def fit(
+    model: torch.nn.Module,
+    processor: Any,
+    task: Task,
+    examples: Sequence[Example],
+    bank: Bank,
+    *,
+    run_dir: str | Path | None = None,
+    max_failures: float = 0.05,
+    progress: bool = False,
+    **settings: Any,
+) -> Profile:
+    """Learn z' = (1 + λ)·z for the neurons of a bank, from λ = 0, on a task's examples.
+
+    Minimises the mean answer-token cross-entropy + β·KL(original ‖ scaled) on the answer tokens + l2·Σλ², the answer
+    including its end token; the teacher of the KL is the same model unscaled. AdamW without decay, cosine to 10% of
+    `lr`, λ clamped to ±`clamp`.
+
+    Args:
+        model: a Hugging Face causal LM or VLM, in eval mode; its weights are not changed.
+        processor: its processor; the tokenizer for a text-only model.
+        task: what is learned.
+        examples: the discovery examples.
+        bank: the neurons whose factors are learned, {layer: int32 indices}.
+        run_dir: where the state is kept every 64 steps, so that a killed run can be resumed.
+        max_failures: share of examples whose image may be unusable before it is an error.
+        progress: show progress bars on a terminal.
+        **settings: fields of `FitSettings`: epochs=2, lr=5e-4, beta_kl=0.05, batch_size=1, accumulation_steps=4 …
+
+    Raises:
+        DataError: no usable example, an empty bank or one of another model, a setting out of range, or a run folder
+            with other settings.
+        LayoutError: the model's structure is not supported.
+    """
+    chosen = FitSettings(**settings)
+    prepared = prepare(model, processor, task, examples, max_failures=max_failures, progress=progress)
+    check_bank(bank, prepared.decoder.layout)
+    run = None
+    if run_dir is not None:
+        run = RunFolder(run_dir, fit_run_settings(prepared, bank, chosen))
+    return learn(prepared, bank, chosen, run=run, progress=progress)
+
+
+def fit_run_settings(prepared: Prepared, bank: Bank, settings: FitSettings) -> dict[str, Any]:
+    """What decides the bytes of a fitted profile."""
+    return {
+        "stage": "fit",
+        **run_settings(prepared),
+        "bank": {str(layer): neurons.tolist() for layer, neurons in bank.items()},
+        **asdict(settings),
+    }
+
+
+def learn(
+    prepared: Prepared,
+    bank: Bank,
+    settings: FitSettings,
+    *,
+    run: RunFolder | None = None,
+    name: str = "hones",
+    progress: bool = False,
+) -> Profile:
+    """`fit` on examples that are already encoded; `name` is the method's, for the profile's metadata."""
+    from tqdm import tqdm
+
+    check_bank(bank, prepared.decoder.layout)
+    learner = _Learner(prepared, bank, settings)
+    state: Arrays = learner.start()
+    bar = tqdm(
+        total=learner.total_steps,
+        desc=f"{prepared.task.name}: fit {name}",
+        delay=2,
+        leave=False,
+        disable=None if progress else True,
+    )
+    with bar:
+        for first in range(0, learner.total_steps, CHUNK):
+            steps = range(first, min(first + CHUNK, learner.total_steps))
+            before = state
+
+            def advance(before: Arrays = before, steps: range = steps) -> Arrays:
+                return learner.advance(before, steps)
+
+            state = run.arrays(f"{name}-{steps.stop:06d}", advance) if run else advance()
+            bar.update(len(steps))
+    method = {
+        "name": name,
+        "examples": len(prepared),
+        "optimizer_steps": learner.total_steps,
+        **asdict(settings),
+    }
+    return bank_profile(prepared, bank, 1 + state["offsets"], method)
+
+
+def uniform_profile(prepared: Prepared, bank: Bank, factor: float, name: str) -> Profile:
+    """One factor for every neuron of the bank: Fixed-Amp (2.0) and the points of Grid-Search."""
+    scales = np.full(bank_size(bank), factor, dtype=np.float32)
+    return bank_profile(prepared, bank, scales, {"name": name, "factor": factor})
+
+
+def grid_search(prepared: Prepared, bank: Bank, on_dev: Callable[[Profile], float]) -> Profile:
+    """The uniform factor of `GRID` with the best metric on dev, as `on_dev` measures it; of equals the nearest to 1."""
+    profiles = [uniform_profile(prepared, bank, factor, "grid_search") for factor in GRID]
+    return max(sorted(profiles, key=lambda profile: abs(profile.method["factor"] - 1)), key=on_dev)
+
+
+def bank_profile(prepared: Prepared, bank: Bank, scales: npt.NDArray[np.float32], method: Mapping[str, Any]) -> Profile:
+    """A profile from a bank and its scales, float32 [bank size], layer after layer."""
+    sizes = [len(neurons) for neurons in bank.values()]
+    parts = np.split(scales, np.cumsum(sizes)[:-1])
+    return Profile(
+        task=prepared.task.name,
+        layers={
+            layer: (neurons, part.astype(np.float32))
+            for (layer, neurons), part in zip(bank.items(), parts, strict=True)
+        },
+        base_model=ModelIdentity.from_model(prepared.decoder.model),
+        method=dict(method),
+    )
+
+
+class _Learner:
+    """The optimisation as a function from state to state, so that it can stop and go on at any chunk."""
+
+    def __init__(self, prepared: Prepared, bank: Bank, settings: FitSettings) -> None:
+        self.decoder: TextDecoder = prepared.decoder
+        self.pairs = prepared.pairs()
+        self.bank = bank
+        self.settings = settings
+        self.steps_per_epoch = math.ceil(len(self.pairs) / (settings.batch_size * settings.accumulation_steps))
+        self.total_steps = settings.epochs * self.steps_per_epoch
+
+    def start(self) -> Arrays:
+        zeros = np.zeros(bank_size(self.bank), dtype=np.float32)
+        return {"offsets": zeros, "exp_avg": zeros, "exp_avg_sq": zeros}
+
+    def advance(self, state: Arrays, steps: range) -> Arrays:
+        """Run the given optimizer steps from a state; the same state and steps give the same bytes."""
+        offsets = torch.nn.Parameter(torch.tensor(state["offsets"]))
+        optimizer = torch.optim.AdamW([offsets], lr=self.settings.lr, weight_decay=0.0)
+        optimizer.state[offsets] = {
+            "step": torch.tensor(float(steps.start)),
+            "exp_avg": torch.tensor(state["exp_avg"]),
+            "exp_avg_sq": torch.tensor(state["exp_avg_sq"]),
+        }
+        with _frozen(self.decoder, checkpointing=self.settings.gradient_checkpointing):
+            for step in steps:
+                self._step(step, offsets, optimizer)
+        moments = optimizer.state[offsets]
+        return {
+            "offsets": offsets.detach().numpy(),
+            "exp_avg": moments["exp_avg"].numpy(),
+            "exp_avg_sq": moments["exp_avg_sq"].numpy(),
+        }
+
+    def _step(self, step: int, offsets: torch.nn.Parameter, optimizer: torch.optim.AdamW) -> None:
+        settings = self.settings
+        optimizer.param_groups[0]["lr"] = settings.lr * _cosine(step / self.total_steps)
+        chosen = self._examples_of(step)
+        for start in range(0, len(chosen), settings.batch_size):
+            batch = [self.pairs[i] for i in chosen[start : start + settings.batch_size]]
+            self._accumulate(batch, offsets, share=len(batch) / len(chosen))
+        with torch.enable_grad():
+            (settings.l2 * offsets.square().sum()).backward()
+        torch.nn.utils.clip_grad_norm_([offsets], settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            offsets.clamp_(-settings.clamp, settings.clamp)
+
+    def _examples_of(self, step: int) -> list[int]:
+        epoch, within = divmod(step, self.steps_per_epoch)
+        generator = torch.Generator().manual_seed(self.settings.seed + epoch)
+        order = torch.randperm(len(self.pairs), generator=generator).tolist()
+        size = self.settings.batch_size * self.settings.accumulation_steps
+        return order[within * size : (within + 1) * size]
+
+    def _accumulate(self, batch: Sequence[tuple[Segment, Tensor]], offsets: Tensor, share: float) -> None:
+        """Add share · the gradient of the batch's loss, the mean over examples of (cross-entropy + β·KL)."""
+        prompts, answers = zip(*batch, strict=True)
+        original = None
+        if self.settings.beta_kl:
+            with torch.no_grad():
+                original = self.decoder.answer_logits(prompts, answers)[0].log_softmax(-1)
+        with torch.enable_grad(), scaled_ffn(self.decoder.layout, self._scales(offsets)):
+            logits, real = self.decoder.answer_logits(prompts, answers)
+            loss = self._loss(logits.log_softmax(-1), original, pad_answers(answers).to(logits.device), real)
+            # Inside the block: checkpointed layers are run again here, and must be scaled again.
+            (loss * share).backward()
+
+    def _loss(self, scaled: Tensor, original: Tensor | None, targets: Tensor, real: Tensor) -> Tensor:
+        """Mean over examples of the mean over their answer tokens, from log-probabilities [B, N, vocabulary]."""
+        per_token = -scaled.gather(-1, targets[..., None])[..., 0]
+        if original is not None:
+            per_token = per_token + self.settings.beta_kl * (original.exp() * (original - scaled)).sum(-1)
+        return ((per_token * real).sum(1) / real.sum(1)).mean()
+
+    def _scales(self, offsets: Tensor) -> dict[int, Tensor]:
+        width = self.decoder.layout.intermediate_size
+        parts = offsets.split([len(neurons) for neurons in self.bank.values()])
+        return {
+            layer: torch.ones(width).index_put((torch.as_tensor(neurons, dtype=torch.long),), 1 + part)
+            for (layer, neurons), part in zip(self.bank.items(), parts, strict=True)
+        }
+
+
+def _cosine(progress: float) -> float:
+    """Learning-rate factor: cosine from 1 to 0.1."""
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+
+@contextmanager
+def _frozen(decoder: TextDecoder, *, checkpointing: bool) -> Iterator[None]:
+    """No gradients for the model's own weights, and its layers recomputed in the backward pass if asked for.
+
+    transformers checkpoints a layer only in training mode; only the layers' own flag is raised, so that dropout inside
+    them stays off.
+    """
+    parameters = [(p, p.requires_grad) for p in decoder.model.parameters()]
+    layers = [layer.module for layer in decoder.layout.layers]
+    modes = [layer.training for layer in layers]
+    for parameter, _ in parameters:
+        parameter.requires_grad_(False)
+    if checkpointing:
+        enable_checkpointing(decoder.model)
+        for layer in layers:
+            layer.training = True
+    try:
+        yield
+    finally:
+        for parameter, required in parameters:
+            parameter.requires_grad_(required)
+        if checkpointing:
+            disable_checkpointing(decoder.model)
+            for layer, mode in zip(layers, modes, strict=True):
+                layer.training = mode

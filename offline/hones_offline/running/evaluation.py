@@ -1,0 +1,177 @@
+"""A task's metric on a model: as it is, with a bank masked, or steered by a profile (paper section 2.5-2.8)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hones_offline.data.examples import Example
+from hones_offline.data.metrics import FloatArray, bootstrap_interval, paired_bootstrap_interval
+from hones_offline.data.neurons import Bank, check_bank
+from hones_offline.data.tasks import Output, Task
+from hones_offline.running.decoder import TextDecoder, in_batches
+from hones_offline.running.hooks import dense_scales, scaled_ffn
+from hones_offline.running.prompts import Encoded, Prepared, prepare
+from hones_steer.errors import DataError
+from hones_steer.profile import ModelIdentity, Profile
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A metric over n examples: `value`, per-example statistics [n, k] it is made from, the outputs, and failures."""
+
+    task: Task
+    value: float
+    statistics: FloatArray
+    outputs: tuple[Output, ...]
+    failures: Mapping[str, str]
+
+    @property
+    def n(self) -> int:
+        """How many examples were scored."""
+        return len(self.statistics)
+
+    def interval(self) -> tuple[float, float]:
+        """95% percentile-bootstrap interval of `value` over examples."""
+        return bootstrap_interval(self.statistics, self.task.aggregate, seed=0)
+
+    def gain_interval(self, base: "Scores") -> tuple[float, float]:
+        """95% paired-bootstrap interval of the difference to `base`, measured on the same examples."""
+        return paired_bootstrap_interval(self.statistics, base.statistics, self.task.aggregate, seed=0)
+
+    def evidence(self, base: "Scores", split: str) -> dict[str, Any]:
+        """What a profile says of itself: the metric without and with it on a split, and the gain's interval."""
+        return {
+            "split": split,
+            "metric": self.task.metric,
+            "n": self.n,
+            "base": base.value,
+            "steered": self.value,
+            "gain_ci95": list(self.gain_interval(base)),
+        }
+
+
+def evaluate(
+    model: torch.nn.Module,
+    processor: Any,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    steering: Profile | None = None,
+    mask: Bank | None = None,
+    batch_size: int = 16,
+    max_failures: float = 0.05,
+    progress: bool = False,
+) -> Scores:
+    """Score a model on a task by greedy generation (or Yes−No margins, for a ranking task).
+
+    Args:
+        model: a Hugging Face causal LM or VLM, in eval mode.
+        processor: its processor; the tokenizer for a text-only model.
+        task: what is asked and how it is scored.
+        examples: the held-out examples.
+        steering: a profile whose scales apply to every position.
+        mask: a bank {layer: neurons} whose activations are set to 0.
+        batch_size: sequences run at a time.
+        max_failures: share of examples whose image may be unusable before it is an error.
+        progress: show progress bars on a terminal.
+
+    Raises:
+        DataError: no usable example, or too many failures.
+        MismatchError: the profile belongs to another model.
+        LayoutError: the model's structure is not supported.
+    """
+    if batch_size < 1:
+        raise DataError(f"batch_size must be at least 1, not {batch_size}")
+    prepared = prepare(model, processor, task, examples, max_failures=max_failures, progress=progress)
+    if steering is not None:
+        steering.base_model.check(ModelIdentity.from_model(model))
+    with intervention(prepared, steering=steering, mask=mask):
+        return score(prepared, batch_size=batch_size)
+
+
+@contextmanager
+def intervention(prepared: Prepared, *, steering: Profile | None = None, mask: Bank | None = None) -> Iterator[None]:
+    """Steer by a profile and/or set a bank's activations to 0 while the block runs."""
+    layout = prepared.decoder.layout
+    with ExitStack() as stack:
+        if steering is not None:
+            stack.enter_context(scaled_ffn(layout, dense_scales(layout.intermediate_size, steering.layers)))
+        if mask is not None:
+            check_bank(mask, layout)
+            zeros = {layer: (neurons, np.zeros(len(neurons))) for layer, neurons in mask.items()}
+            stack.enter_context(scaled_ffn(layout, dense_scales(layout.intermediate_size, zeros)))
+        yield
+
+
+def score(prepared: Prepared, *, batch_size: int) -> Scores:
+    """Run the task on the model as it now is, and score the outputs."""
+    task = prepared.task
+    outputs: Sequence[Output] = (
+        _ranked(prepared, batch_size) if task.kind == "rank" else _generated(prepared, batch_size)
+    )
+    statistics = np.stack(
+        [task.statistics(example, out) for example, out in zip(prepared.examples, outputs, strict=True)]
+    )
+    value = task.aggregate(statistics.sum(axis=0), len(outputs))
+    return Scores(task, value, statistics, tuple(outputs), prepared.failures)
+
+
+def _generated(prepared: Prepared, batch_size: int) -> list[str]:
+    def run(batch: list[Encoded]) -> list[list[int]]:
+        return prepared.decoder.greedy([e.prompt(0) for e in batch], prepared.task.max_new_tokens)
+
+    return decoded_texts(prepared, in_batches(prepared.encoded, lambda e: len(e.shared), batch_size, run))
+
+
+def decoded_texts(prepared: Prepared, tokens: Sequence[Sequence[int]]) -> list[str]:
+    """Generated tokens as the texts that are scored."""
+    texts: list[str] = prepared.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def _ranked(prepared: Prepared, batch_size: int) -> list[FloatArray]:
+    def run(batch: list[Encoded]) -> list[FloatArray]:
+        logits = prepared.decoder.candidate_logits(
+            [e.shared for e in batch], [e.endings for e in batch], rows=batch_size
+        )
+        return yes_no_margins(prepared, logits)
+
+    at_once = max(1, batch_size // most_candidates(prepared))
+    return in_batches(prepared.encoded, lambda e: len(e.shared), at_once, run)
+
+
+def most_candidates(prepared: Prepared) -> int:
+    """The number of candidates of the example that has most."""
+    return max(len(e.endings) for e in prepared.encoded)
+
+
+def yes_no_margins(prepared: Prepared, logits: Sequence[Tensor]) -> list[FloatArray]:
+    """logit(Yes) − logit(No), [candidates] for each [candidates, vocabulary]."""
+    yes, no = (_first_token(prepared, word) for word in ("Yes", "No"))
+    if yes == no:
+        raise DataError("the tokenizer starts 'Yes' and 'No' with one token, so their margin is always 0")
+    return [(rows[:, yes] - rows[:, no]).double().cpu().numpy() for rows in logits]
+
+
+def _first_token(prepared: Prepared, word: str) -> int:
+    ids: list[int] = prepared.tokenizer(word, add_special_tokens=False)["input_ids"]
+    return ids[0]
+
+
+def mean_log_probabilities(decoder: TextDecoder, hidden: Tensor, ends: Tensor, answers: Sequence[Tensor]) -> Tensor:
+    """The mean token log-probability of each answer [n_i]: a tensor [B] that gradients flow through.
+
+    Its tokens are predicted in row i of `hidden` [B, T, ...], in the n_i columns before `ends[i]`.
+    """
+    lengths = torch.tensor([len(answer) for answer in answers])
+    rows = torch.arange(len(answers)).repeat_interleave(lengths)
+    firsts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    columns = (ends - lengths)[rows] + torch.arange(len(rows)) - firsts
+    logits = decoder.logits(hidden[rows, columns])
+    tokens = logits.log_softmax(-1).gather(-1, torch.cat(list(answers)).to(logits.device)[:, None])[:, 0]
+    return torch.stack([own.mean() for own in tokens.split(lengths.tolist())])

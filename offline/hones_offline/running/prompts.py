@@ -1,0 +1,274 @@
+"""From examples to encoded prompts: chat template, processor, vision tower — each image once for a whole run."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hones_offline.data.examples import Example
+from hones_offline.data.tasks import Task
+from hones_offline.running.agreement import Sample, check_agreement
+from hones_offline.running.decoder import Segment, TextDecoder
+from hones_offline.running.hooks import capture_call
+from hones_steer._transformers import CACHE_NAMES
+from hones_steer.errors import DataError, LayoutError
+
+_CHECKED = 2  # examples on which the decoder is compared with the whole model
+# What a decoder may be given besides embeddings and positions without its being part of the prompt.
+_IGNORED = {"input_ids", "inputs_embeds", "position_ids", "use_cache", "cache_position", *CACHE_NAMES}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example's prompts: the tokens they share, and what follows for each (nothing, where there is one prompt)."""
+
+    shared: Segment
+    endings: tuple[Segment, ...]
+
+    def prompt(self, index: int) -> Segment:
+        """Prompt `index`, whole."""
+        return self.shared + self.endings[index] if self.endings else self.shared
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task's examples, encoded for one model; `failures` maps the id of each unusable example to the reason."""
+
+    task: Task
+    decoder: TextDecoder
+    tokenizer: Any
+    examples: tuple[Example, ...]
+    encoded: tuple[Encoded, ...]
+    failures: dict[str, str]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def only(self, numbers: Iterable[int]) -> "Prepared":
+        """The examples of these numbers only, in this order."""
+        kept = list(numbers)
+        return replace(
+            self, examples=tuple(self.examples[i] for i in kept), encoded=tuple(self.encoded[i] for i in kept)
+        )
+
+    def first(self, count: int | None) -> "Prepared":
+        """The first `count` examples only; all with None."""
+        return self.only(range(len(self))[:count])
+
+    def answer_ids(self, text: str) -> Tensor:
+        """Token ids [n] of an answer as the model would write it, with the end token."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        # Chat models list several end tokens; the tokenizer's own is the one that ends an answer.
+        ends, own = self.decoder.end_tokens, self.tokenizer.eos_token_id
+        return torch.tensor([*ids, own if own in ends else ends[0]])
+
+    def pairs(self) -> list[tuple[Segment, Tensor]]:
+        """Every (prompt, answer ids) the task learns from."""
+        return [
+            (encoded.prompt(index), self.answer_ids(answer))
+            for example, encoded in zip(self.examples, self.encoded, strict=True)
+            for index, answer in self.task.answers(example)
+        ]
+
+
+def prepare(
+    model: torch.nn.Module,
+    processor: Any,
+    task: Task,
+    examples: Iterable[Example],
+    *,
+    max_failures: float = 0.05,
+    progress: bool = False,
+) -> Prepared:
+    """Encode a task's examples for a model.
+
+    An example whose image is missing or unreadable is left out, counted and named in `failures`; more than the share
+    `max_failures` of them, or no usable example at all, raises DataError. A model whose text decoder cannot be run on
+    its own raises LayoutError.
+    """
+    from tqdm import tqdm
+
+    examples = list(examples)
+    if not examples:
+        raise DataError(f"task {task.name!r} has no examples; give at least one")
+    decoder = TextDecoder(model)
+    usable: list[Example] = []
+    encoded: list[Encoded] = []
+    failures: dict[str, str] = {}
+    samples: list[Sample] = []
+    bar = tqdm(examples, f"{task.name}: encode", delay=2, leave=False, disable=None if progress else True)
+    for example in bar:
+        try:
+            image = example.image.load() if example.image else None
+        except DataError as error:
+            failures[example.id] = str(error)
+            continue
+        encoded.append(encode(decoder, processor, image, task.prompts(example)))
+        usable.append(example)
+        if len(samples) < _CHECKED:
+            text = render(processor, task.prompts(example)[0], has_image=image is not None)
+            samples.append(Sample(_model_inputs(decoder, processor, image, text), encoded[-1].prompt(0)))
+            if len(samples) == _CHECKED:
+                check_agreement(decoder, samples)
+    if failures and (not usable or len(failures) > max_failures * len(examples)):
+        name, reason = next(iter(failures.items()))
+        raise DataError(
+            f"task {task.name!r}: {len(failures)} of {len(examples)} examples cannot be used, more than "
+            f"max_failures={max_failures:g} allows; the first is {name!r}: {reason}"
+        )
+    if len(samples) < _CHECKED:
+        check_agreement(decoder, samples)
+    return Prepared(task, decoder, tokenizer_of(processor), tuple(usable), tuple(encoded), failures)
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of a processor, or the tokenizer itself for a text-only model."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def render(processor: Any, prompt: str, *, has_image: bool) -> str:
+    """A user's turn through the chat template, generation prompt included; the bare prompt where there is none."""
+    if getattr(processor, "chat_template", None) is None:
+        return f"{processor.image_token}\n{prompt}" if has_image else prompt
+    content: Any = [{"type": "image"}, {"type": "text", "text": prompt}] if has_image else prompt
+    text: str = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    return text
+
+
+def _special_tokens(tokenizer: Any, text: str) -> dict[str, bool]:
+    """Templates that write the start token themselves must not get a second one (as in `ProcessorMixin`)."""
+    start = tokenizer.bos_token
+    return {"add_special_tokens": False} if start is not None and text.startswith(start) else {}
+
+
+def encode(decoder: TextDecoder, processor: Any, image: Image.Image | None, prompts: Sequence[str]) -> Encoded:
+    """Encode an example's prompts; its image goes through the vision tower once.
+
+    The prompts are split at their longest common prefix, so that the prefix's keys and values can be shared.
+    """
+    if image is not None and getattr(processor, "image_processor", None) is None:
+        raise DataError(
+            f"the examples have images, but {type(processor).__name__} takes none; "
+            "use a vision-language model with its processor, or leave the images out"
+        )
+    texts = [render(processor, prompt, has_image=image is not None) for prompt in prompts]
+    tokenizer = tokenizer_of(processor)
+    ids = [tokenizer(text, **_special_tokens(tokenizer, text))["input_ids"] for text in texts]
+    if image is None:
+        segments = [_text_segment(decoder, row) for row in ids]
+    else:
+        segments, ids = _image_segments(decoder, processor, image, texts, ids)
+    if len(segments) == 1:
+        return Encoded(segments[0], ())
+    common = _common_prefix(ids)
+    shared = segments[0].split(common)[0]
+    return Encoded(shared, tuple(segment.split(common)[1] for segment in segments))
+
+
+@torch.no_grad()
+def _text_segment(decoder: TextDecoder, ids: Sequence[int]) -> Segment:
+    return Segment(decoder.embed(torch.tensor(ids)).cpu(), torch.arange(len(ids))[None])
+
+
+def _image_segments(
+    decoder: TextDecoder,
+    processor: Any,
+    image: Image.Image,
+    texts: Sequence[str],
+    ids: Sequence[list[int]],
+) -> tuple[list[Segment], list[list[int]]]:
+    """Segments and token ids of prompts about one image.
+
+    `ids` hold a single image placeholder each; the processor widens it. What it puts there for the first prompt is put
+    there for the others. Where the placeholder cannot be followed like that, every prompt is encoded on its own.
+    """
+    first, first_ids = _processed(decoder, processor, image, texts[0])
+    span = _image_span(processor, ids[0], first_ids)
+    if span is None or len(texts) == 1:
+        rest = [_processed(decoder, processor, image, text) for text in texts[1:]]
+        return [first, *(segment for segment, _ in rest)], [first_ids, *(row for _, row in rest)]
+    start, stop = span
+    upto_image = first.split(stop)[0]
+    segments, widened = [first], [first_ids]
+    for row in ids[1:]:
+        if row[: start + 1] != ids[0][: start + 1]:
+            raise DataError("the prompts of one example differ before its image; put the image first")
+        ending = torch.tensor(row[start + 1 :])
+        following = decoder.continuation(upto_image, ending)
+        # Text goes on from where the image's positions end, which only the captured positions tell.
+        offset = first.positions[:, stop : stop + 1] - following.positions[:, :1]
+        segments.append(upto_image + Segment(following.embeds, following.positions + offset))
+        widened.append(first_ids[:stop] + row[start + 1 :])
+    return segments, widened
+
+
+@torch.no_grad()
+def _processed(decoder: TextDecoder, processor: Any, image: Image.Image, text: str) -> tuple[Segment, list[int]]:
+    """One prompt with its image through the processor, the vision tower and the projector, up to the decoder."""
+    inputs = _model_inputs(decoder, processor, image, text)
+    call = capture_call(decoder.layout.decoder, lambda: decoder.model(**inputs))
+    embeds = call["inputs_embeds"][0].cpu()
+    _refuse_unknown_arguments(decoder, call)
+    positions = call.get("position_ids")
+    positions = torch.arange(len(embeds))[None] if positions is None else positions.cpu()
+    return Segment(embeds, positions.reshape(-1, len(embeds))), inputs["input_ids"][0].tolist()
+
+
+def _model_inputs(decoder: TextDecoder, processor: Any, image: Image.Image | None, text: str) -> dict[str, Tensor]:
+    special = _special_tokens(tokenizer_of(processor), text)
+    if image is None:
+        inputs = tokenizer_of(processor)([text], return_tensors="pt", **special)
+    else:
+        inputs = processor(images=[image], text=[text], return_tensors="pt", **special)
+    dtype = next(decoder.model.parameters()).dtype
+    return {
+        name: value.to(decoder.device, dtype if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+    }
+
+
+def _refuse_unknown_arguments(decoder: TextDecoder, call: dict[str, Any]) -> None:
+    """A decoder that is handed more than embeddings, positions and a plain mask cannot be run from those alone.
+
+    A mask of its own says that tokens attend to later ones, of an image or of the whole prompt.
+    """
+    mask = call.pop("attention_mask", None)
+    more = [
+        name
+        for name, value in call.items()
+        if name not in _IGNORED and isinstance(value, Tensor | list | tuple | dict) and len(value) > 0
+    ]
+    if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.dim() != 2):
+        more.append("an attention mask of its own")
+    if more:
+        raise LayoutError(
+            f"{decoder.layout.model_type}: its text decoder also takes {', '.join(sorted(more))}, which attribution "
+            "does not carry yet; steering this model works, attributing on it does not"
+        )
+
+
+def _image_span(processor: Any, ids: list[int], widened: list[int]) -> tuple[int, int] | None:
+    """Where the placeholder of `ids` stands in `widened` [start, stop), or None if the rest of the two differs."""
+    placeholder = getattr(processor, "image_token_id", None)
+    if placeholder is None or ids.count(placeholder) != 1:
+        return None
+    start = ids.index(placeholder)
+    after = len(ids) - start - 1
+    stop = len(widened) - after
+    same = widened[:start] == ids[:start] and widened[stop:] == ids[start + 1 :]
+    return (start, stop) if same and after > 0 else None
+
+
+def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """Length of the longest common prefix that leaves every row at least one token of its own."""
+    common = 0
+    for column in zip(*(row[:-1] for row in rows), strict=False):
+        if len(set(column)) > 1:
+            break
+        common += 1
+    return common

@@ -1,0 +1,189 @@
+"""Run folders: each step's result is one file, written atomically, so that a killed run goes on where it stopped.
+
+A step is a function of the run's settings alone. Its file either exists whole or not at all; running again computes
+only what is missing, and the bytes are those of a run that was never interrupted.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from hones_offline.data.examples import Example
+from hones_offline.running.prompts import Prepared
+from hones_steer.errors import DataError
+from hones_steer.profile import ModelIdentity
+
+_MISSING = "{file} is missing; the run that should have written it is not finished"
+_TEMPORARY = ".tmp-"
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+class RunFolder:
+    """A folder of step results that belong to one set of settings (JSON), kept in `run.json`.
+
+    Raises:
+        DataError: the folder holds a run with other settings; the message names what differs.
+    """
+
+    def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        settings = json.loads(json.dumps(settings))
+        file = self.path / "run.json"
+        if file.exists():
+            _check_settings(file, settings)
+        elif self.path.is_dir() and any(not _is_leftover(entry) for entry in self.path.iterdir()):
+            raise DataError(f"{self.path} is not empty and holds no run; choose another folder")
+        else:
+            write_atomically(file, json_bytes(settings))
+        for entry in self.path.iterdir():
+            if _is_leftover(entry):
+                entry.unlink(missing_ok=True)
+
+    def holds(self, name: str) -> bool:
+        """Whether the arrays of step `name` are there."""
+        return (self.path / f"{name}.safetensors").exists()
+
+    def json(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The result of step `name`, a JSON value: read if it was done before, else computed and kept."""
+        file = self.path / f"{name}.json"
+        if not file.exists():
+            write_atomically(file, json_bytes(compute()))
+        return read_json(file)
+
+    def arrays(self, name: str, compute: Callable[[], Arrays]) -> dict[str, npt.NDArray[Any]]:
+        """The result of step `name`, named arrays: read if it was done before, else computed and kept."""
+        file = self.path / f"{name}.safetensors"
+        if not self.holds(name):
+            write_atomically(file, save({k: np.ascontiguousarray(v) for k, v in compute().items()}))
+        return read_arrays(file)
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """A block whose steps a run folder keeps: an interrupt takes along what to do, for the command line to say."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note("run the same command again to resume")
+        raise
+
+
+def read_arrays(file: Path) -> dict[str, npt.NDArray[Any]]:
+    """Named arrays from a safetensors file.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    try:
+        return load(file.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(_MISSING.format(file=file)) from error
+    except SafetensorError as error:
+        raise DataError(f"{file} is damaged ({error}); delete it and run again") from error
+
+
+def read_json(file: Path) -> Any:
+    """A JSON value from a file; raises DataError if it is missing or damaged."""
+    try:
+        return json.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(_MISSING.format(file=file)) from error
+    except ValueError as error:
+        raise DataError(f"{file} is damaged ({error}); delete it and run again") from error
+
+
+def _check_settings(file: Path, settings: Mapping[str, Any]) -> None:
+    before = read_json(file)
+    if not isinstance(before, dict):
+        raise DataError(f"{file} is damaged (no JSON object); delete its folder and run again")
+    if before != settings:
+        names = [
+            f"{name} was {before.get(name)!r} and now is {settings.get(name)!r}"
+            for name in sorted(before.keys() | settings.keys())
+            if before.get(name) != settings.get(name)
+        ]
+        raise DataError(
+            f"{file.parent} holds a run with other settings: {'; '.join(names)}; "
+            "use the same settings to resume it, or another folder"
+        )
+
+
+def _is_leftover(entry: Path) -> bool:
+    """Whether it is what `write_atomically` leaves behind when it is killed."""
+    return entry.name.startswith(_TEMPORARY)
+
+
+def json_bytes(value: Any) -> bytes:
+    """Indented JSON with sorted keys; NaN is refused."""
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def write_atomically(file: Path, data: bytes) -> None:
+    """Write a sibling file, fsync, rename: readers see the old file or the new one, never a part.
+
+    Raises:
+        DataError: the disk is full or the folder cannot be written.
+    """
+    temporary = file.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
+    created = [folder for folder in file.parents if not folder.exists()]
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except BaseException as error:  # Ctrl-C leaves nothing behind either
+        _remove(temporary, created)
+        if isinstance(error, OSError):
+            raise DataError(f"cannot write {file}: {error.strerror}; nothing was changed") from error
+        raise
+
+
+def _remove(temporary: Path, folders: Sequence[Path]) -> None:
+    for remove in (temporary.unlink, *(folder.rmdir for folder in folders)):
+        with suppress(OSError):  # not there, or not empty
+            remove()
+
+
+def run_settings(prepared: Prepared) -> dict[str, Any]:
+    """What of a model, its task and its examples decides a result's bytes, for `RunFolder`."""
+    task = prepared.task
+    asked = [[task.prompts(e), task.answers(e), task.target_texts(e)] for e in prepared.examples]
+    return {
+        "task": task.name,
+        "metric": task.metric,
+        "max_new_tokens": task.max_new_tokens,
+        "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12],
+        "examples": examples_digest(prepared.examples),
+        "model": asdict(ModelIdentity.from_model(prepared.decoder.model)),
+        "dtype": str(next(prepared.decoder.model.parameters()).dtype).removeprefix("torch."),
+        "device": prepared.decoder.device.type,
+    }
+
+
+def check_seed(seed: int) -> None:
+    """Raise DataError for a seed that NumPy or PyTorch refuses."""
+    if not 0 <= seed < 2**32:
+        raise DataError(f"seed must lie in [0, 2**32), not {seed}")
+
+
+def examples_digest(examples: Sequence[Example]) -> str:
+    """12 hex digits that stand for the examples' content (images by their keys and boxes)."""
+    digest = hashlib.sha256()
+    for e in examples:
+        image = [e.image.key, getattr(e.image, "box", None)] if e.image else None
+        digest.update(json.dumps([e.id, e.prompt, e.targets, e.candidates, image]).encode() + b"\n")
+    return digest.hexdigest()[:12]
