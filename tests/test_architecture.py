@@ -169,6 +169,41 @@ def test_nobody_imports_upwards_between_packages() -> None:
     assert wrong == []
 
 
+# The rooms of hones_offline, in the order of the path through them: each may import those before it.
+ROOMS = ("data", "running", "attribution", "learning", "comparison", "report", "commands", "demo", "moved", "__init__")
+
+
+def room_of(target: str) -> int | None:
+    """The number of the room that `target` lies in: `hones_offline.data.tasks.Task` -> 0; None outside the package."""
+    parts = target.split(".")
+    if parts[0] != "hones_offline":
+        return None
+    return ROOMS.index(parts[1] if len(parts) > 1 and parts[1] in ROOMS else "__init__")
+
+
+def test_no_arrow_runs_back_in_hones_offline() -> None:
+    folder = PACKAGES["hones_offline"]
+    assert {path.stem for path in folder.iterdir() if path.suffix == ".py" or path.is_dir()} - {"__pycache__"} <= {
+        *ROOMS
+    }
+    wrong = [
+        str(found)
+        for found in IMPORTS
+        if found.package == "hones_offline"
+        and (target := room_of(found.target)) is not None
+        and target > ROOMS.index(found.module.partition(".")[0])
+    ]
+    assert wrong == []
+
+
+def test_no_module_of_hones_offline_has_the_name_of_a_public_function() -> None:
+    import hones_offline
+
+    folder = PACKAGES["hones_offline"]
+    modules = {path.stem for path in folder.iterdir()}
+    assert modules & {*hones_offline.__all__} == set()
+
+
 def test_offline_takes_only_the_scaling_and_the_hooks_from_injection() -> None:
     taken = {
         found.target
@@ -184,7 +219,7 @@ def test_modules_are_imported_by_name_only_where_that_is_the_point() -> None:
         for path in folder.rglob("*.py"):
             names = re.findall(r"\b(?:import_module|__import__|entry_points)\b", path.read_text(encoding="utf-8"))
             callers |= {f"{package}.{path.stem}"} if names else set()
-    assert callers == {"hones_steer.__init__", "hones_steer.cli", "hones_serving.commands"}
+    assert callers == {"hones_steer.__init__", "hones_steer.cli", "hones_serving.commands", "hones_offline.moved"}
 
 
 def requirements(extra: str | None) -> set[str]:

@@ -1,11 +1,10 @@
-"""How a computation is run, apart from what it computes."""
+"""The way a computation is run, apart from what it computes."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from hones_offline.running.distributed import ALONE, Processes
@@ -42,6 +41,18 @@ class Execution:
 
     def arrays(self, step: str, compute: Callable[[], Arrays]) -> dict[str, npt.NDArray[Any]]:
         """The named arrays of a step: read if the run folder holds them, else computed, and kept if there is one."""
-        if self.run is None:
-            return {name: np.asarray(value) for name, value in compute().items()}
-        return self.run.arrays(step, compute)
+        return dict(compute()) if self.run is None else self.run.arrays(step, compute)
+
+    def step_of_first(self, step: str, compute: Callable[["Execution"], Arrays]) -> dict[str, npt.NDArray[Any]]:
+        """`arrays` of a step that the first process computes alone, for every process.
+
+        `compute` is given this execution without the other processes.
+        """
+        alone = replace(self, processes=ALONE)
+        return self.processes.from_first(lambda: alone.arrays(step, lambda: compute(alone)))
+
+    def shared_step(self, step: str, compute: Callable[["Execution"], Arrays]) -> dict[str, npt.NDArray[Any]]:
+        """`arrays` of a step that all processes compute together, each getting the whole."""
+        kept = self.processes.from_first(lambda: self.run is not None and self.run.holds(step))
+        values = {} if kept else compute(self)
+        return self.processes.from_first(lambda: self.arrays(step, lambda: values))
