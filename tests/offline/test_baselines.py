@@ -10,6 +10,7 @@ from hones_offline.attribution.baselines import activation_entropy, activation_p
 from hones_offline.attribution.heads import head_scores, head_statistics, top_heads
 from hones_offline.attribution.write_in import importance, target_directions, weigh
 from hones_offline.data.neurons import bank_size
+from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
 from problems import Problem, every_architecture, problem
 
@@ -76,12 +77,12 @@ def test_gradients_need_no_trainable_weights(case: tuple[Problem, Prepared]) -> 
 def test_the_positive_part_of_each_example(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
     units = target_directions(prepared)
-    plain = importance(prepared, units, HEADS, batch_size=9)
-    found = importance(prepared, units, HEADS, positive_part="example", batch_size=9)
+    plain = importance(prepared, units, HEADS, Execution(batch_size=9))
+    found = importance(prepared, units, HEADS, Execution(batch_size=9), positive_part="example")
     close(found, reference.importance_by_example(*asked(p), HEADS, [u.detach() for u in units]))
     assert (found >= plain - 1e-6).all()  # the positive part is convex
     assert (found > plain + 1e-6).any()
-    small = importance(prepared, units, HEADS, positive_part="example", batch_size=2, memory_gb=1e-9)
+    small = importance(prepared, units, HEADS, Execution(batch_size=2, memory_gb=1e-9), positive_part="example")
     close(small, found)
 
 
@@ -151,11 +152,11 @@ def test_attribute_takes_every_method_and_option(tmp_path: Any) -> None:
     close(ap.importance, activation_probability(prepared, batch_size=9))
     assert ap.base == pytest.approx(paper.base)
     assert (ap.heads, ap.head_scores.shape, bank_size(ap.bank)) == ([], (0, 0), bank_size(paper.bank))
-    _, scores = head_scores(prepared, "logprob", *head_statistics(prepared, "logprob", batch_size=9))
+    _, scores = head_scores(prepared, "logprob", *head_statistics(prepared, "logprob", Execution(batch_size=9)))
     heads = weigh(top_heads(scores, 4), "rank")
     varied = attribute(*asked(p), **plain, target="centred", positive_part="example", head_weights="rank")
     expected = importance(
-        prepared, target_directions(prepared, "centred"), heads, positive_part="example", batch_size=9
+        prepared, target_directions(prepared, "centred"), heads, Execution(batch_size=9), positive_part="example"
     )
     close(varied.importance, expected)
     again = attribute(*asked(p), **plain, run_dir=tmp_path / "ap", method="ap")

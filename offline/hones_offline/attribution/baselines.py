@@ -18,6 +18,7 @@ from torch import Tensor
 from hones_offline.attribution.write_in import Target, mean_write_in, target_directions
 from hones_offline.running.decoder import Rows, batches
 from hones_offline.running.evaluation import mean_log_probabilities
+from hones_offline.running.execution import Execution
 from hones_offline.running.hooks import ffn_inputs, recorded_ffn
 from hones_offline.running.prompts import Prepared
 from hones_steer.errors import DataError
@@ -72,7 +73,7 @@ def _mean(prepared: Prepared, of: Callable[[Tensor], Tensor], batch_size: int) -
 
 def write_in(prepared: Prepared, *, batch_size: int, target: Target = "paper") -> Importance:
     """DVP, the direct write-in or logit lens: the mean of c_{l,i} over examples, no head replaced."""
-    (mean,) = mean_write_in(prepared, target_directions(prepared, target), batch_size=batch_size)
+    (mean,) = mean_write_in(prepared, target_directions(prepared, target), Execution(batch_size))
     importance: Importance = mean.astype(np.float32)
     return importance
 

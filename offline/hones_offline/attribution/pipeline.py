@@ -16,8 +16,8 @@ import torch
 from hones_offline.attribution.baselines import Baseline, baseline
 from hones_offline.attribution.heads import (
     HeadMetric,
+    base_statistics,
     head_count,
-    head_runs,
     head_scores,
     head_statistics,
     top_heads,
@@ -37,6 +37,7 @@ from hones_offline.data.examples import Example
 from hones_offline.data.neurons import Bank, check_bank, check_fraction, select_bank
 from hones_offline.data.tasks import Task
 from hones_offline.running.distributed import ALONE, Processes, open_run, usable_everywhere
+from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
 from hones_offline.running.run_folder import RunFolder, check_seed, run_settings
 from hones_steer.errors import DataError
@@ -230,23 +231,22 @@ def find_bank(
     """`attribute` on examples that are already encoded; some heads on some examples are one resumable step."""
     _check_settings(count, top_fraction, head_metric, batch_size, memory_gb)
     _check_race(heads, error, options.method)
-    limits: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb, "processes": processes}
-    limits_and_run: dict[str, Any] = {**limits, "run": run, "progress": progress}
+    execution = Execution(batch_size, memory_gb, processes, run, progress)
     if options.method != "hones":
-        return _without_heads(prepared, options, top_fraction, head_metric, seed=seed, **limits_and_run)
+        return _without_heads(prepared, options, top_fraction, head_metric, execution, seed=seed)
     # First, so that a target without tokens is found before hours of work.
     directions = target_directions(prepared, options.target)
     raced = None
     if heads == "race":
-        base, scores, finished, raced = race(prepared, head_metric, keep=count, error=error, **limits_and_run)
+        base, scores, finished, raced = race(prepared, head_metric, execution, keep=count, error=error)
         best = top_heads(np.where(finished, scores, -np.inf), count)
     else:
-        base, scores = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, **limits_and_run))
+        base, scores = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, execution))
         best = top_heads(scores, count)
     best = weigh(best, options.head_weights)
 
     def write_in() -> dict[str, npt.NDArray[Any]]:
-        values = importance(prepared, directions, best, positive_part=options.positive_part, **limits)
+        values = importance(prepared, directions, best, execution, positive_part=options.positive_part)
         return {"importance": values, "head_scores": scores}
 
     if run is None:
@@ -263,25 +263,20 @@ def _without_heads(
     options: MethodOptions,
     top_fraction: float,
     head_metric: HeadMetric,
+    execution: Execution,
     *,
     seed: int,
-    batch_size: int,
-    memory_gb: float,
-    processes: Processes,
-    run: RunFolder | None,
-    progress: bool,  # noqa: ARG001 - a forward or two of each example
 ) -> Attribution:
     """The bank by a baseline, found by the first process, which also measures the untouched model's utility."""
     method = options.method
     assert method != "hones"
 
     def compute() -> dict[str, npt.NDArray[Any]]:
-        values = baseline(prepared, method, batch_size=batch_size, target=options.target, seed=seed)
-        items = head_runs(prepared, head_metric, batch_size=batch_size, memory_gb=memory_gb)
-        base = utility(prepared, head_metric, np.concatenate([runs().base() for _, runs in items]))
+        values = baseline(prepared, method, batch_size=execution.batch_size, target=options.target, seed=seed)
+        base = utility(prepared, head_metric, base_statistics(prepared, head_metric, execution))
         return {"importance": values, "base": np.array([base])}
 
-    found = processes.from_first(lambda: run.arrays("attribution", compute) if run else compute())
+    found = execution.processes.from_first(lambda: execution.arrays("attribution", compute))
     nothing = np.zeros((0, 0), dtype=np.float32)
     bank, failures = select_bank(found["importance"], top_fraction), dict(prepared.failures)
     return Attribution(nothing, found["importance"], bank, [], float(found["base"][0]), len(prepared), failures)

@@ -30,6 +30,7 @@ from hones_offline.data.metrics import FloatArray
 from hones_offline.data.neurons import Bank, check_fraction, random_bank, select_bank
 from hones_offline.data.records import naming
 from hones_offline.learning.factors import FitSettings
+from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared
 from hones_offline.running.run_folder import RunFolder, json_bytes, run_settings
 from hones_steer.errors import DataError
@@ -178,8 +179,8 @@ class Finder:
         settings = {"stage": "heads", **run_settings(pool), "head_metric": metric, "batch_size": splits.batch_size}
         settings["memory_gb"] = self.settings.memory_gb
         run = RunFolder(splits.path / f"heads-{metric}-{len(pool)}", settings)
-        limits: dict[str, Any] = {"batch_size": splits.batch_size, "memory_gb": self.settings.memory_gb}
-        return head_statistics(pool, metric, run=run, progress=self.progress, **limits)
+        execution = Execution(splits.batch_size, self.settings.memory_gb, run=run, progress=self.progress)
+        return head_statistics(pool, metric, execution)
 
     def scores(self, task: str, metric: HeadMetric, seed: int) -> tuple[float, npt.NDArray[np.float32]]:
         """P(θ) and S(h), [L, H], on the examples that a seed draws."""
@@ -221,8 +222,8 @@ class Finder:
                     kind: Any = name.partition(":")[0]
                     return {"importance": baseline(examples, kind, target=method.target, **limits)}
                 directions = target_directions(examples, method.target)
-                limits |= {"memory_gb": self.settings.memory_gb, "positive_part": method.positive_part}
-                return {"importance": importance(examples, directions, heads, **limits)}
+                execution, part = Execution(splits.batch_size, self.settings.memory_gb), method.positive_part
+                return {"importance": importance(examples, directions, heads, execution, positive_part=part)}
 
             decides = [WRITE_IN, name, heads, [example.id for example in examples.examples]]
             digest = hashlib.sha256(json_bytes(decides)).hexdigest()[:16]
