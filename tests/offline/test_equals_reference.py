@@ -12,6 +12,7 @@ from hones_offline.attribution.heads import HeadMetric, head_scores, head_statis
 from hones_offline.attribution.write_in import PositivePart, importance, mean_write_in, target_directions
 from hones_offline.learning.factors import FitSettings, learn
 from hones_offline.running.evaluation import intervention, score
+from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
 from problems import Problem, every_architecture, problem
 
@@ -54,7 +55,9 @@ def test_head_scores(case: tuple[Problem, Prepared], head_metric: HeadMetric) ->
     p, prepared = case
     utility = reference.metric if head_metric == "task" else reference.mean_log_probability
     base = utility(p.model, p.processor, p.task, p.examples)
-    found_base, found = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, batch_size=9))
+    found_base, found = head_scores(
+        prepared, head_metric, *head_statistics(prepared, head_metric, Execution(batch_size=9))
+    )
     assert found_base == pytest.approx(base, abs=1e-5)
     for head, value in enumerate(found[1]):
         with reference.head_replaced(p.model, 1, head):
@@ -68,11 +71,15 @@ def test_little_memory_and_small_batches_change_nothing(
 ) -> None:
     """Kept states of all layers or of one at a time, several heads in a batch or one, rows parted alone or together."""
     _, prepared = case
-    _, expected = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, batch_size=9))
-    _, found = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, batch_size=9, memory_gb=1e-9))
+    _, expected = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, Execution(batch_size=9)))
+    _, found = head_scores(
+        prepared, head_metric, *head_statistics(prepared, head_metric, Execution(batch_size=9, memory_gb=1e-9))
+    )
     np.testing.assert_array_equal(found, expected)
     for batch_size in (1, 3, 64):
-        _, found = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, batch_size=batch_size))
+        _, found = head_scores(
+            prepared, head_metric, *head_statistics(prepared, head_metric, Execution(batch_size=batch_size))
+        )
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -85,14 +92,16 @@ def test_cut_into_parts_by_length_nothing_changes(monkeypatch: pytest.MonkeyPatc
 
     def everything() -> list[npt.NDArray[np.float32]]:
         metrics: tuple[HeadMetric, ...] = ("task", "logprob")
-        scores = [head_scores(prepared, m, *head_statistics(prepared, m, batch_size=9))[1] for m in metrics]
+        scores = [head_scores(prepared, m, *head_statistics(prepared, m, Execution(batch_size=9)))[1] for m in metrics]
         parts: tuple[PositivePart, ...] = ("mean", "example")
         heads = top_heads(scores[1], 4)
-        return scores + [importance(prepared, directions, heads, positive_part=part, batch_size=9) for part in parts]
+        return scores + [
+            importance(prepared, directions, heads, Execution(batch_size=9), positive_part=part) for part in parts
+        ]
 
     together = everything()
     monkeypatch.setattr("hones_offline.attribution.ablation._FORWARD", 0)
-    parts = LogProbabilities(prepared, prepared.pairs(), batch_size=9, memory_gb=4).parts.items
+    parts = LogProbabilities(prepared, prepared.pairs(), Execution(batch_size=9, memory_gb=4)).parts.items
     assert len(parts) > 1
     for found, expected in zip(everything(), together, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
@@ -101,17 +110,17 @@ def test_cut_into_parts_by_length_nothing_changes(monkeypatch: pytest.MonkeyPatc
 def test_importance_is_the_same_within_a_ten_thousandth(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
     scores = reference.head_scores(p.model, p.processor, p.task, p.examples, reference.mean_log_probability)
-    _, found_scores = head_scores(prepared, "logprob", *head_statistics(prepared, "logprob", batch_size=9))
+    _, found_scores = head_scores(prepared, "logprob", *head_statistics(prepared, "logprob", Execution(batch_size=9)))
     np.testing.assert_allclose(found_scores, scores, atol=1e-5)
     expected = reference.importance(p.model, p.processor, p.task, p.examples, scores, top_heads=4).numpy()
-    found = importance(prepared, target_directions(prepared), top_heads(found_scores, 4), batch_size=9)
+    found = importance(prepared, target_directions(prepared), top_heads(found_scores, 4), Execution(batch_size=9))
     assert (expected > 0).any()
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * expected.max())
 
 
 def test_write_in_reads_the_last_prompt_token(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
-    (found,) = mean_write_in(prepared, target_directions(prepared), batch_size=9)
+    (found,) = mean_write_in(prepared, target_directions(prepared), Execution(batch_size=9))
     expected = reference.mean_write_in(p.model, p.processor, p.task, p.examples)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
