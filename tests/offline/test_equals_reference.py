@@ -10,6 +10,7 @@ import torch
 from hones_offline.attribution.ablation import LogProbabilities
 from hones_offline.attribution.heads import HeadMetric, head_scores, head_statistics, top_heads
 from hones_offline.attribution.write_in import PositivePart, importance, mean_write_in, target_directions
+from hones_offline.data.neurons import Bank
 from hones_offline.learning.factors import FitSettings, learn
 from hones_offline.running.evaluation import intervention, score
 from hones_offline.running.execution import Execution
@@ -127,7 +128,7 @@ def test_write_in_reads_the_last_prompt_token(case: tuple[Problem, Prepared]) ->
 
 def test_masking_and_steering_equal_plain_multiplication(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
-    bank = {1: np.arange(0, 40, 2, dtype=np.int32), 2: np.arange(5, 30, dtype=np.int32)}
+    bank = Bank({1: np.arange(0, 40, 2), 2: np.arange(5, 30)})
     plain = score(prepared, batch_size=9).outputs
     with intervention(prepared, mask=bank):
         found = score(prepared, batch_size=9).outputs
@@ -146,9 +147,9 @@ def test_masking_and_steering_equal_plain_multiplication(case: tuple[Problem, Pr
 def test_learning_follows_the_gradient_of_the_plain_loss(case: tuple[Problem, Prepared]) -> None:
     """One SGD-like step: the first AdamW step moves every factor against the sign of the reference's gradient."""
     p, prepared = case
-    bank = {0: np.array([1, 7, 20], dtype=np.int32), 2: np.array([3, 11], dtype=np.int32)}
+    bank = Bank({0: [1, 7, 20], 2: [3, 11]})
     settings = FitSettings(epochs=1, lr=1e-2, batch_size=100, accumulation_steps=1, l2=0.0)
-    profile = learn(prepared, bank, settings)
+    profile = learn(prepared, bank, settings, Execution())
     flat = np.concatenate([scales for _, scales in profile.layers.values()])
 
     def loss(values: np.ndarray) -> float:
@@ -170,9 +171,9 @@ def test_learning_follows_the_gradient_of_the_plain_loss(case: tuple[Problem, Pr
 def test_gradient_checkpointing_learns_the_same() -> None:
     p = problem("llava", "vqa")
     prepared = prepare(p.model, p.processor, p.task, p.examples)
-    bank = {0: np.array([1, 7], dtype=np.int32), 2: np.array([3], dtype=np.int32)}
+    bank = Bank({0: [1, 7], 2: [3]})
     plain, checkpointed = (
-        learn(prepared, bank, FitSettings(lr=1e-2, gradient_checkpointing=flag)) for flag in (False, True)
+        learn(prepared, bank, FitSettings(lr=1e-2, gradient_checkpointing=flag), Execution()) for flag in (False, True)
     )
     for layer in bank:
         np.testing.assert_allclose(plain.layers[layer][1], checkpointed.layers[layer][1], atol=1e-5)
