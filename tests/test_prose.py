@@ -1,4 +1,4 @@
-"""Prose that a newcomer understands: how docstrings begin, one spelling, and no reference to what is not in the repository."""
+"""Prose that a newcomer understands: how docstrings begin, one spelling, no reference to what is not here."""
 
 import ast
 import re
