@@ -19,7 +19,8 @@ from torch import Tensor
 from hones_offline.data.examples import Example
 from hones_offline.data.neurons import Bank, NeuronIndex
 from hones_offline.data.tasks import Task
-from hones_offline.running.decoder import Segment, TextDecoder, pad_answers
+from hones_offline.running.batching import Segment
+from hones_offline.running.decoder import TextDecoder, pad_answers
 from hones_offline.running.execution import Execution
 from hones_offline.running.hooks import scaled_ffn
 from hones_offline.running.progress import progress_bar
