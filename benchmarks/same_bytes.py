@@ -84,8 +84,7 @@ def steps() -> list[Step]:
 
 def _data(task: str, split: str) -> tuple[str, ...]:
     if task == "retrieval":
-        folder = f"../inputs/{split}"
-        return ("--task", task, "--data", f"{folder}/coco.json", "--images", folder, "--negatives", "4")
+        return ("--task", task, "--data", f"../inputs/{split}/coco.json", "--images", "../inputs", "--negatives", "4")
     own = ("--metric", "anls", "--max-new-tokens", "8") if task == "questions" else ()
     return ("--task", task, "--data", f"../inputs/{split}/{task}.jsonl", *own)
 
@@ -240,7 +239,7 @@ def write_inputs(folder: Path, tree: Path) -> None:
                 lines[task].append({"image": name, "prompt": prompt, "targets": targets})
             lines["questions"].append({"image": name, "prompt": scene.prompt("vqa"), "targets": [scene.answer]})
             captions = [{"caption": caption} for caption in scene.captions]
-            records.append({"image_id": i, "image_info": {"file_name": name}, "retrieval": captions})
+            records.append({"image_id": i, "image_info": {"file_name": f"{split}/{name}"}, "retrieval": captions})
         for task, of_file in lines.items():
             text = "".join(json.dumps(line) + "\n" for line in of_file)
             (folder / split / f"{task}.jsonl").write_text(text, encoding="utf-8")
