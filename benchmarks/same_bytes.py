@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -264,9 +265,9 @@ def run_comparison(out: Path) -> None:
     from hones_offline.study import Splits
     from hones_offline.tasks import TASKS as TASKS_BY_NAME
 
-    variants = ("hones_logprob:rank+damage", "hones_task:leave_out+contrastive+example", "hones_task:specific")
+    variants = ("hones_logprob:rank+damage", "hones_task:leave_out+centred+example", "hones_task:specific")
     settings = CompareSettings(
-        methods=(*METHODS, *variants, "dvp:contrastive", "ap:specific"),
+        methods=(*METHODS, *variants, "dvp:centred", "ap:specific"),
         main="hones_task",
         fractions=(0.05, 0.1),
         fraction=0.1,
@@ -345,13 +346,16 @@ class Tree:
     def run(self, step: Step, again: bool) -> bool:
         """Run a step unless it is done, and say whether it ran; started before and killed, it is resumed."""
         folder = self.results / step.name
-        told = json.dumps({"arguments": step.arguments, "threads": self.threads})
+        source = inspect.getsource(run_comparison) if step.command == "compare" else ""
+        told = json.dumps(
+            {"arguments": step.arguments, "threads": self.threads} | ({"source": source} if source else {})
+        )
         command, done = folder / "command.json", folder / "done.json"
         if again or not command.exists() or command.read_text() != told:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             command.write_text(told)
-        if done.exists():
+        if done.exists() and not self.failure(step):
             return False
         if step.summary_of:
             summary = self.results / step.summary_of / "run/summary.json"
@@ -386,19 +390,13 @@ def run_all(trees: Iterable[Tree], wanted: Sequence[Step], again: bool) -> None:
                 raise SystemExit(f"the inputs cannot be made in {tree.root}: {errors.decode(errors='replace')}")
             draft.rename(inputs)
         for number, step in enumerate(wanted, start=1):
-            failed = [name for name in sorted(step.needs) if _failed(tree, name)]
+            failed = [needed for needed in wanted if needed.name in step.needs and tree.failure(needed)]
             if failed:
-                raise SystemExit(
-                    f"{tree.root}: {step.name} needs {', '.join(failed)}, which failed; see {tree.results}"
-                )
+                raise SystemExit(f"{tree.root}: {step.name} needs {failed[0].name}, which failed; see {tree.results}")
             ran = tree.run(step, again)
             done = json.loads((tree.results / step.name / "done.json").read_bytes())
             how = f"{done['seconds']} s" if ran else "kept"
             print(f"{tree.root} {number}/{len(wanted)} {step.name}: {how}", file=sys.stderr, flush=True)
-
-
-def _failed(tree: Tree, name: str) -> bool:
-    return bool(json.loads((tree.results / name / "done.json").read_bytes())["code"])
 
 
 # ------------------------------------------------------------------------------------------ times, differences
