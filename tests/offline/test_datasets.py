@@ -1,4 +1,4 @@
-"""Published datasets: what their files say is what comes out; what is wrong is named, with file and record."""
+"""Published datasets give the content of their files; an error names the file and the record."""
 
 import copy
 import csv
@@ -42,7 +42,7 @@ def write_json(path: Path, content: object) -> Path:
 
 @pytest.fixture(scope="module")
 def coco_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Grey images of the size and name that the excerpt gives."""
+    """Gray images of the sizes and under the names that the excerpt gives."""
     root = tmp_path_factory.mktemp("coco")
     for record in RECORDS:
         info = record["image_info"]
@@ -236,9 +236,9 @@ def test_coco_captions_for_retrieval_take_their_negatives_from_the_file(tmp_path
     path = write_json(tmp_path / "captions_val2014.json", coco_captions())
     man, woman = load_coco_captions(path, "retrieval", tmp_path, seed=0, negatives=1).examples
     assert man.targets == woman.targets == ("Yes",)
-    own, other = {"A woman cutting a cake.", "A woman with a knife"}, set(man.candidates)
-    assert set(woman.candidates) & own
-    assert other & own
+    of_woman = {"A woman cutting a cake.", "A woman with a knife"}
+    assert set(woman.candidates) & of_woman
+    assert set(man.candidates) & of_woman
     assert len(woman.candidates) == len(man.candidates) == 2
 
 
@@ -275,7 +275,7 @@ def vqa_questions() -> dict[str, Any]:
 
 
 def vqa_annotations() -> dict[str, Any]:
-    """In another order than the questions."""
+    """Annotations in another order than the questions."""
     said = {393225000: "tomato", 262148000: "down", 262148001: "skating"}
     return {
         "info": {"version": "2.0"},
@@ -584,7 +584,7 @@ ODD_VALUES = [None, True, -1, 10**30, 0.5, "", " ", "\0", "\ud800", "x" * 5000, 
 
 
 def places(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Every place in JSON content where there is a value."""
+    """Yield the path of every value in JSON content."""
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in items:
         yield (*path, key)

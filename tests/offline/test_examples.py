@@ -1,4 +1,4 @@
-"""Loading examples: what the files say is what comes out, bad input is named, splits stay apart."""
+"""Examples have the content of their files, bad input is named in the error, and splits stay apart."""
 
 import json
 from dataclasses import replace

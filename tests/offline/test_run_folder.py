@@ -50,7 +50,7 @@ def test_a_step_is_computed_once_and_then_read(tmp_path):
 
 
 def test_a_fresh_result_is_what_a_later_run_reads(tmp_path):
-    """Tuples become lists at once, not only after a kill."""
+    """A tuple becomes a list at once, not only after a resumed run has read it."""
     assert RunFolder(tmp_path, SETTINGS).json("one", lambda: (1, 2)) == [1, 2]
 
 
