@@ -39,7 +39,6 @@ MOVED = {
     "study": "comparison.study",
     "summary": "report.summary",
     "tasks": "data.tasks",
-    "wording": "report.wording",
 }
 """The old name of each module below `hones_offline`, and the new one."""
 
