@@ -39,7 +39,6 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "study": ("comparison.study", "comparison.splits"),
     "summary": "report.summary",
     "tasks": "data.tasks",
-    "wording": "report.wording",
 }
 """The old name of each module below `hones_offline`, and the new one, or several where it was divided."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from browser import CONTRASTS, Opened
 from hones_offline.report.page import report
-from hones_offline.report.sections import sections
+from hones_offline.report.sections import build_sections
 from hones_offline.report.summary import EACH, read_summary
 from summaries import FRACTIONS, TASKS, full_summary, minimal_summary
 
@@ -245,7 +245,7 @@ def test_each_part_can_be_left_out(tmp_path: Path, left_out: str) -> None:
     del summary[left_out]
     absent = read_summary(write(tmp_path / "absent", summary))
     assert read_summary(write(tmp_path / "null", {**summary, left_out: None})) == absent
-    assert len(sections(absent)) == len(OPTIONAL_PARTS) + 2
+    assert len(build_sections(absent)) == len(OPTIONAL_PARTS) + 2
 
 
 def test_a_lone_task_has_no_selectivity(tmp_path: Path) -> None:

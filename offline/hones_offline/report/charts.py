@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from hones_offline.report.wording import change, number
+from hones_offline.report.numbers import change, number
 
 WIDTH = 340.0
 SIDE = 128.0  # for the names of rows and series

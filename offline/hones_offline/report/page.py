@@ -14,9 +14,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from hones_offline.report.sections import Cell, Column, Section, sections
+from hones_offline.report.numbers import change, fixed, number, percent
+from hones_offline.report.sections import Section, build_sections
 from hones_offline.report.summary import SUMMARY, read_summary
-from hones_offline.report.wording import change, fixed, number, percent
+from hones_offline.report.tables import Cell, Column
 from hones_offline.running.run_folder import json_bytes, write_atomically
 from hones_steer import __version__
 from hones_steer.errors import DataError
@@ -48,7 +49,7 @@ def report(argv: Sequence[str]) -> int:
     tables = page.with_suffix(".json")
     _check_names(page, tables, args.run)
     found = read_summary(args.run)
-    shown = sections(found)
+    shown = build_sections(found)
     digest = hashlib.sha256((args.run / SUMMARY).read_bytes()).hexdigest()
     html, data = render(found, shown, digest).encode(), as_json(found, shown, digest)
     write_atomically(tables, json_bytes(data))
