@@ -23,9 +23,9 @@ import huggingface_hub
 from huggingface_hub import CommitOperationAdd, HfApi, constants, errors
 from huggingface_hub.file_download import repo_folder_name
 
-from hones_steer._cards import card, describe_model, evidence_table, profiles_table
 from hones_steer._folders import new_folder
 from hones_steer.errors import DataError, MismatchError, ProfileError
+from hones_steer.export.cards import card, describe_model, evidence_table, profiles_table
 from hones_steer.profile import Profile, file_sha256, is_task_name, load_profile, parse_json, serialize_profile
 from hones_steer.store import SUFFIX, ProfileStore, known_tasks
 

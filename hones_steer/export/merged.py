@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hones_steer._cards import card, describe_model, evidence_table, profiles_table
 from hones_steer._folders import new_folder, sync
 from hones_steer._folding import not_finite
-from hones_steer.checkpoint import DTYPES, INDEX, Checkpoint, Stored, open_checkpoint, read_tensor
-from hones_steer.convert import SIDECAR, module_names, sidecar
 from hones_steer.errors import DataError
+from hones_steer.export.cards import card, describe_model, evidence_table, profiles_table
+from hones_steer.export.checkpoint import DTYPES, INDEX, Checkpoint, Stored, open_checkpoint, read_tensor
+from hones_steer.export.sidecar import SIDECAR, module_names, sidecar_text
 from hones_steer.injection import scale
 from hones_steer.layout import is_transposed
 from hones_steer.profile import ModelIdentity, Profile, StrPath
@@ -62,7 +62,7 @@ def merge_into(
     with new_folder(folder) as temporary:
         _refuse_not_finite(profile, modules, targets, _transposed(base))  # before copying what may be much
         _copy_others(base.folder, temporary)
-        (temporary / SIDECAR).write_text(sidecar(profile, modules), encoding="utf-8")
+        (temporary / SIDECAR).write_text(sidecar_text(profile, modules), encoding="utf-8")
         (temporary / "README.md").write_text(_merged_card(profile, checkpoint), encoding="utf-8")
         scaled = 0
         for name in progress(files):
