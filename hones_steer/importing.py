@@ -18,7 +18,8 @@ from hones_steer.export.adapters import CONFIG, PREFIX, WEIGHTS
 from hones_steer.export.peft import IA3_SUFFIX
 from hones_steer.export.sidecar import SIDECAR, Sidecar, module_names, parse_sidecar
 from hones_steer.layout import find_layout, unwrap
-from hones_steer.profile import ModelIdentity, Profile, StrPath, parse_json
+from hones_steer.profile import ModelIdentity, Profile, StrPath
+from hones_steer.strict_json import parse_object
 
 
 def import_peft(folder: StrPath, *, model: nn.Module | None = None, task: str | None = None) -> Profile:
@@ -41,12 +42,12 @@ def import_peft(folder: StrPath, *, model: nn.Module | None = None, task: str | 
 
 
 def _import_peft(folder: Path, model: nn.Module | None, task: str | None) -> Profile:
-    config = parse_json(_read_text(folder / CONFIG), CONFIG)
+    config = parse_object(_read(folder / CONFIG), CONFIG, ProfileError)
     if config.get("peft_type") != "IA3":
         raise ProfileError(
             f"is a {config.get('peft_type')} adapter; only IA3 adapters scale activations as profiles do"
         )
-    known = parse_sidecar(_read_text(folder / SIDECAR)) if (folder / SIDECAR).exists() else None
+    known = parse_sidecar(_read(folder / SIDECAR)) if (folder / SIDECAR).exists() else None
     if known is None and (model is None or task is None):
         base = config.get("base_model_name_or_path") or "the model it was trained on"
         raise ProfileError(
@@ -67,12 +68,12 @@ def _import_peft(folder: Path, model: nn.Module | None, task: str | None) -> Pro
     return profile
 
 
-def _read_text(file: Path) -> str:
+def _read(file: Path) -> bytes:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_bytes()
     except FileNotFoundError as error:
         raise ProfileError(f"holds no {file.name}, so it is no adapter of PEFT; name the adapter's folder") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ProfileError(f"{file.name} cannot be read: {error}") from error
 
 

@@ -1,8 +1,8 @@
 """Who may import whom, and what `import hones_steer` and `hones --help` load.
 
-Inside hones_steer, an arrow says what is imported by what: errors → profile → store; errors → layout; profile → slots;
-{layout, slots} → injection → huggingface; all of these → the rooms `export` and `cli`. Between the packages:
-hones_offline ← hones_steer → hones_serving. Imports inside functions count like all others.
+An arrow runs from who is imported to who imports. Inside hones_steer: errors → {files, strict_json} → profile → store;
+errors → layout; profile → slots; {layout, slots} → injection → huggingface; all these → the rooms export and cli.
+Between the packages: hones_offline ← hones_steer → hones_serving. Imports inside functions count like all others.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ ALLOWED = {
     "_version": set(),
     "errors": set(),
     "_transformers": set(),
-    "profile": {"_version", "errors"},
+    "files": {"errors"},
+    "strict_json": {"errors"},
+    "profile": {"_version", "errors", "files", "strict_json"},
     "store": {"errors", "profile"},
     "layout": {"errors"},
     "slots": {"errors", "profile"},
@@ -45,28 +47,28 @@ ALLOWED = {
     "_folding": {"errors", "injection", "layout", "profile", "slots"},
     "_selftest": {"errors", "injection", "layout", "profile", "slots"},
     "huggingface": _BELOW_HUGGINGFACE,
-    "_folders": {"errors", "profile"},
     "loading": {"errors"},
     "export": set(),
     "export.cards": {"profile"},
-    "export.sidecar": {"errors", "layout", "profile"},
-    "export.checkpoint": {"errors", "layout", "loading", "profile"},
-    "export.adapters": {"errors", "layout", "profile", "_folders", "export.cards", "export.sidecar"},
+    "export.sidecar": {"errors", "layout", "profile", "strict_json"},
+    "export.checkpoint": {"errors", "layout", "loading", "strict_json"},
+    "export.adapters": {"errors", "layout", "files", "profile", "export.cards", "export.sidecar"},
     "export.peft": _ADAPTER,
     "export.lora": _ADAPTER,
     "export.merged": {
         "errors",
         "injection",
         "layout",
+        "files",
         "profile",
-        "_folders",
+        "slots",
         "_folding",
         "export.cards",
         "export.checkpoint",
         "export.sidecar",
     },
-    "importing": {"errors", "layout", "profile", "export"},
-    "hub": {"errors", "profile", "store", "_folders", "export.cards"},
+    "importing": {"errors", "layout", "profile", "strict_json", "export"},
+    "hub": {"errors", "profile", "store", "files", "strict_json", "export.cards"},
     "cli": {"cli.program"},
     "cli.streams": set(),
     "cli.program": {"_version", "errors", "cli.streams"},
@@ -83,7 +85,7 @@ ALLOWED = {
 EXCEPTIONS = {("profile", "ModelIdentity.from_model", "layout")}
 
 # These run with the base dependencies; the commands import the rest inside their functions.
-BASE_MODULES = {"__init__", "__main__", "_version", "errors", "profile", "store"}
+BASE_MODULES = {"__init__", "__main__", "_version", "errors", "files", "profile", "store", "strict_json"}
 EXTRAS = {"hones_steer": "hf", "hones_offline": "offline", "hones_serving": "serve"}
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "google_re2": "re2"}
 

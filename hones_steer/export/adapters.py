@@ -9,10 +9,10 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from hones_steer._folders import new_folder
 from hones_steer.errors import DataError
 from hones_steer.export.cards import card, describe_model, evidence_table, profiles_table
 from hones_steer.export.sidecar import SIDECAR
+from hones_steer.files import new_folder
 from hones_steer.layout import Layout, base_layer, find_layout, is_transposed, unwrap
 from hones_steer.profile import ModelIdentity, Profile, StrPath
 

@@ -28,6 +28,7 @@ from hones_steer.export.adapters import (
 from hones_steer.export.sidecar import module_names, sidecar_text
 from hones_steer.layout import DecoderLayer, down_weight
 from hones_steer.profile import Profile, StrPath
+from hones_steer.slots import layer_tensors
 
 MAX_RANK = 512  # the most vLLM takes
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -117,8 +118,8 @@ def _check_ranks(needed: Mapping[int, int], max_rank: int, truncate: str | None)
 def _lora_pair(profile: Profile, layer: DecoderLayer, max_rank: int) -> tuple[Tensor, Tensor, float]:
     """(A `[r, I]`, B `[hidden, r]`, relative error) of one layer."""
     weight = _plain_weight(layer)
-    neurons, scales = (torch.from_numpy(array.copy()) for array in profile.layers[layer.index])
-    neurons, scales = neurons[scales != 1].long(), scales[scales != 1]
+    neurons, scales = layer_tensors(profile, layer.index)
+    neurons, scales = neurons[scales != 1], scales[scales != 1]
     columns = weight[:, neurons]
     delta = columns * (scales - 1)  # [hidden, k], in float32 at least
     if why := not_finite(columns, delta.to(weight.dtype), neurons, scales):

@@ -14,7 +14,8 @@ from torch import nn
 
 from hones_steer.errors import ProfileError
 from hones_steer.layout import Layout, unwrap
-from hones_steer.profile import ModelIdentity, Profile, metadata_json, parse_json, parse_metadata
+from hones_steer.profile import ModelIdentity, Profile, metadata_json, parse_metadata
+from hones_steer.strict_json import parse_object
 
 SIDECAR = "hones_profile.json"
 
@@ -45,9 +46,9 @@ class Sidecar:
         return base_model
 
 
-def parse_sidecar(text: str) -> Sidecar:
+def parse_sidecar(text: bytes) -> Sidecar:
     """Read the file's text; raises ProfileError, naming the file, if it is damaged."""
-    content = parse_json(text, SIDECAR)
+    content = parse_object(text, SIDECAR, ProfileError)
     try:
         modules = {int(layer): str(name) for layer, name in content["modules"].items()}
         neurons = {int(layer): {int(neuron) for neuron in listed} for layer, listed in content["neurons"].items()}

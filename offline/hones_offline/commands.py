@@ -26,8 +26,9 @@ from hones_offline.running.distributed import launched, number_of_processes, own
 from hones_offline.running.evaluation import Scores, intervention, score
 from hones_offline.running.models import keep_freed_memory, load_model
 from hones_offline.running.prompts import Prepared, prepare
-from hones_offline.running.run_folder import RunFolder, json_bytes, read_json, resumable, write_atomically
+from hones_offline.running.run_folder import RunFolder, json_bytes, read_json, resumable
 from hones_steer.errors import DataError, MismatchError, ProfileError, StateError
+from hones_steer.files import write_atomically
 from hones_steer.layout import find_layout
 from hones_steer.profile import ModelIdentity, Profile, load_profile, save_profile
 

@@ -17,9 +17,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from hones_offline.report.sections import Cell, Column, Section, sections
 from hones_offline.report.summary import SUMMARY, read_summary
 from hones_offline.report.wording import change, fixed, number, percent
-from hones_offline.running.run_folder import json_bytes, write_atomically
+from hones_offline.running.run_folder import json_bytes
 from hones_steer import __version__
 from hones_steer.errors import DataError
+from hones_steer.files import write_atomically
 
 TEMPLATE = "report.html.jinja"
 SHADE = 55  # per cent of full colour behind a number, so that it stays readable
