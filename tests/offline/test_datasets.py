@@ -438,7 +438,7 @@ ROW = '"[""A man.""]",[0],train,1.jpg,0\n'
         (HEADER + ROW + "[],[0],train,2.jpg,1,\n", "row 2: it has more or fewer fields"),
         (HEADER + ROW + '"[""A man.""],[0],train,2.jpg,1\n', "line 3: not valid CSV"),
         (HEADER + '"[""A man.""] ,"[0],train,1.jpg,0\n', "line 2: not valid CSV"),
-        (HEADER + ROW + "A man.,[0],train,2.jpg,1\n", r"img_id 1: not valid JSON \(.*\)\.$"),
+        (HEADER + ROW + "A man.,[0],train,2.jpg,1\n", r"img_id 1: is not valid JSON: .*\.$"),
         (HEADER + ROW + "3,[0],train,2.jpg,1\n", "img_id 1: no list of texts in raw"),
         (HEADER + ROW + '"[""A man."", 3]",[0],train,2.jpg,1\n', "img_id 1: no text in raw"),
         (HEADER + ROW + ROW, "row 2: img_id 0 or image '1.jpg' was used before"),
@@ -559,7 +559,7 @@ def test_a_bad_gqa_file_is_an_error_that_names_the_question(
 def test_a_question_that_stands_twice_in_a_gqa_file_is_an_error(tmp_path: Path) -> None:
     one = json.dumps(gqa_questions()["02930152"])
     (tmp_path / "gqa.json").write_text(f'{{"1": {one}, "2": {one}, "1": {one}}}')
-    with pytest.raises(DataError, match=r"gqa\.json: key '1' stands twice in one object"):
+    with pytest.raises(DataError, match=r"gqa\.json: is not valid JSON: duplicate key '1'"):
         load_gqa(tmp_path / "gqa.json", tmp_path)
 
 

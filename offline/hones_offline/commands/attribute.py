@@ -13,7 +13,8 @@ from hones_offline.commands.arguments import add_data_arguments, failure_lines, 
 from hones_offline.commands.result import RESULT, attribution_result, read_bank
 from hones_offline.running.distributed import launched, own_device
 from hones_offline.running.models import keep_freed_memory, load_model
-from hones_offline.running.run_folder import json_bytes, resumable, write_atomically
+from hones_offline.running.run_folder import json_bytes, resumable
+from hones_steer.files import write_atomically
 from hones_steer.profile import ModelIdentity
 
 

@@ -6,14 +6,13 @@ puts the file and the record before it.
 
 import csv
 import io
-import json
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from hones_steer import strict_json
 from hones_steer.errors import DataError
 
 Record = dict[str, Any]
@@ -62,19 +61,11 @@ def decode(content: bytes) -> str:
 
 
 def parse_json(content: bytes) -> Any:
-    """Parse JSON text; raises DataError if it is not valid, or if a key occurs twice in one object."""
+    """The value of strict JSON text; raises DataError, saying what is wrong with it."""
     try:
-        return json.loads(decode(content), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"not valid JSON ({error}).") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise DataError(f"key '{twice}' stands twice in one object.")
-    return result
+        return strict_json.parse_json(decode(content), allow_nan=True)
+    except ValueError as error:
+        raise DataError(f"{error}.") from error
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:

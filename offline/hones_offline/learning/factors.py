@@ -28,6 +28,7 @@ from hones_offline.running.run_folder import Arrays, RunFolder, check_seed, run_
 from hones_steer._transformers import disable_checkpointing, enable_checkpointing
 from hones_steer.errors import DataError
 from hones_steer.profile import ModelIdentity, Profile
+from hones_steer.slots import dense_row
 
 GRID = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 CHUNK = 64  # optimizer steps between two resumable states
@@ -240,7 +241,7 @@ class _Learner:
         widths = NeuronIndex.of(self.decoder.layout).widths
         parts = offsets.split([len(neurons) for neurons in self.bank.values()])
         return {
-            layer: torch.ones(widths[layer]).index_put((torch.as_tensor(neurons, dtype=torch.long),), 1 + part)
+            layer: dense_row(neurons, 1 + part, widths[layer])
             for (layer, neurons), part in zip(self.bank.items(), parts, strict=True)
         }
 

@@ -18,9 +18,10 @@ from hones_offline.report.numbers import change, fixed, number, percent
 from hones_offline.report.sections import Section, build_sections
 from hones_offline.report.summary import SUMMARY, read_summary
 from hones_offline.report.tables import Cell, Column
-from hones_offline.running.run_folder import json_bytes, write_atomically
+from hones_offline.running.run_folder import json_bytes
 from hones_steer import __version__
 from hones_steer.errors import DataError
+from hones_steer.files import write_atomically
 
 TEMPLATE = "report.html.jinja"
 SHADE = 55  # per cent of full colour behind a number, so that it stays readable

@@ -6,10 +6,8 @@ missing steps, and the files have the bytes of a run that was never interrupted.
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,10 +20,11 @@ from safetensors.numpy import load, save
 from hones_offline.data.examples import Example
 from hones_offline.running.prompts import Prepared
 from hones_steer.errors import DataError
+from hones_steer.files import is_leftover, write_atomically
 from hones_steer.profile import ModelIdentity
+from hones_steer.strict_json import parse_json
 
 _MISSING = "{file} is missing; the run that should have written it is not finished"
-_TEMPORARY = ".tmp-"
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -43,12 +42,12 @@ class RunFolder:
         file = self.path / "run.json"
         if file.exists():
             _check_settings(file, settings)
-        elif self.path.is_dir() and any(not _is_leftover(entry) for entry in self.path.iterdir()):
+        elif self.path.is_dir() and any(not is_leftover(entry) for entry in self.path.iterdir()):
             raise DataError(f"{self.path} is not empty and holds no run; choose another folder")
         else:
             write_atomically(file, json_bytes(settings))
         for entry in self.path.iterdir():
-            if _is_leftover(entry):
+            if is_leftover(entry):
                 entry.unlink(missing_ok=True)
 
     def holds(self, name: str) -> bool:
@@ -97,11 +96,11 @@ def read_arrays(file: Path) -> dict[str, npt.NDArray[Any]]:
 def read_json(file: Path) -> Any:
     """Read a JSON value from a file; raises DataError if the file is missing or damaged."""
     try:
-        return json.loads(file.read_bytes())
+        return parse_json(file.read_bytes(), allow_nan=True)
     except FileNotFoundError as error:
         raise DataError(_MISSING.format(file=file)) from error
     except ValueError as error:
-        raise DataError(f"{file} is damaged ({error}); delete it and run again") from error
+        raise DataError(f"{file} is damaged (it {error}); delete it and run again") from error
 
 
 def _check_settings(file: Path, settings: Mapping[str, Any]) -> None:
@@ -121,42 +120,9 @@ def _check_settings(file: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _is_leftover(entry: Path) -> bool:
-    """Whether the entry is a temporary file, which `write_atomically` leaves behind when it is killed."""
-    return entry.name.startswith(_TEMPORARY)
-
-
 def json_bytes(value: Any) -> bytes:
     """Encode a value as indented JSON with sorted keys; raises ValueError if it holds NaN or an infinity."""
     return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-def write_atomically(file: Path, data: bytes) -> None:
-    """Write a sibling file, fsync it and rename it: readers see the old file or the new one, never a part of one.
-
-    Raises:
-        DataError: the disk is full or the folder cannot be written.
-    """
-    temporary = file.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
-    created = [folder for folder in file.parents if not folder.exists()]
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    except BaseException as error:  # Ctrl-C leaves nothing behind either
-        _remove(temporary, created)
-        if isinstance(error, OSError):
-            raise DataError(f"cannot write {file}: {error.strerror}; nothing was changed") from error
-        raise
-
-
-def _remove(temporary: Path, folders: Sequence[Path]) -> None:
-    for remove in (temporary.unlink, *(folder.rmdir for folder in folders)):
-        with suppress(OSError):  # not there, or not empty
-            remove()
 
 
 def run_settings(prepared: Prepared) -> dict[str, Any]:
