@@ -1,11 +1,11 @@
 """Figures of the report: which numbers of a summary go into which chart, one figure or a few for each task."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hones_offline.report.charts import Measured, Panel, bars, heat_map, lines, span, strips
-from hones_offline.report.numbers import percent
+from hones_offline.report.numbers import compact, percent
 from hones_offline.report.rows import Row, Summary, by_task, highest_head, main_size_rows, rows_of
 from hones_offline.report.titles import is_ours, method_title, place
 
@@ -100,7 +100,7 @@ def strength_curves(summary: Summary) -> list[Figure]:
     figures = []
     for task, rows in by_task(rows_of(summary, "strength")).items():
         points = [(row["strength"], Measured(row["value"], row["ci95"])) for row in rows]
-        labels = {row["strength"]: f"{row['strength']:g}".replace("-", "−") for row in rows}
+        labels = {row["strength"]: compact(row["strength"]) for row in rows}
         base = ("base", summary["tasks"][task]["base"])
         alt = f"{task} against the strength of its profile. Numbers in the table."
         chart = lines({"steered": points}, labels, summary["tasks"][task]["metric"], alt, level=base)
@@ -116,5 +116,5 @@ def _measured(row: Row, measure: str) -> Measured | None:
 def _domain(rows: Iterable[Row], measure: str) -> tuple[float, float]:
     """A range that holds zero and every row's value and interval of a measure."""
     measured = [_measured(row, measure) for row in rows]
-    values: Sequence[float] = [value for one in measured if one for value in one.reach]
+    values = [value for bar in measured if bar for value in bar.reach]
     return span(values or [0.0])

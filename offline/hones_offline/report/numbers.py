@@ -18,6 +18,11 @@ def change(value: float, digits: int = 3) -> str:
     return number(value) if abs(value) >= 1e6 else _unsigned_zero(f"{value:+.{digits}f}")
 
 
+def compact(value: float) -> str:
+    """A number without superfluous digits, to label an axis: −0.5."""
+    return f"{value:g}".replace("-", "−")
+
+
 def percent(value: float) -> str:
     """A share: 0.0025 becomes 0.25%."""
     return f"{100 * value:.3g}%".replace("-", "−")

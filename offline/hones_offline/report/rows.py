@@ -7,7 +7,7 @@ from typing import Any
 from hones_offline.report.titles import place
 
 Summary = Mapping[str, Any]
-"""What `read_summary` returns."""
+"""A run's summary, as `read_summary` returns it."""
 Row = Mapping[str, Any]
 
 

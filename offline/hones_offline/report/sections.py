@@ -18,11 +18,11 @@ from hones_offline.report.titles import meanings
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report. `examples` says on how many of which `split` it rests, task by task."""
+    """A part of the report; it rests on so many `examples` of the `split`, task by task."""
 
     name: str
     title: str
-    what: str
+    explanation: str
     not_run: str | None = None
     split: str = "test"
     examples: Mapping[str, int] = field(default_factory=dict)
@@ -54,11 +54,11 @@ class Section:
     def as_json(self) -> dict[str, Any]:
         """The section as `hones report --json` writes it."""
         if self.not_run:
-            return {"name": self.name, "title": self.title, "what": self.what, "not_run": self.not_run}
+            return {"name": self.name, "title": self.title, "what": self.explanation, "not_run": self.not_run}
         return {
             "name": self.name,
             "title": self.title,
-            "what": self.what,
+            "what": self.explanation,
             "n": {"split": self.split, "examples": dict(self.examples)},
             "seeds": None if self.seeds is None else list(self.seeds),
             "intervals": "95%" if self.intervals else None,
@@ -72,27 +72,27 @@ class Section:
 
 @dataclass(frozen=True)
 class Specification:
-    """What a section says, which key of the summary it needs, on how much it rests, and what draws it."""
+    """One section's definition: its text, the key of the summary it needs, its basis, the functions that draw it."""
 
     name: str
     title: str
-    what: str
+    explanation: str
     tables: Callable[[Summary], Sequence[Table]]
     figures: Callable[[Summary], Sequence[Figure]] = lambda _: ()
     notes: Callable[[Summary], Sequence[str]] = lambda _: ()
     key: str = ""
-    """A section is not run if the summary has nothing under this key; without a key it is always there."""
+    """The section counts as not run if the summary has nothing under this key; without a key it is always there."""
     missing: str = ""
-    """What the summary lacks when the section is not run, if it is not simply the key."""
+    """Words for the thing that the summary lacks when the section was not run; by default the key."""
     present: Callable[[Summary], bool] | None = None
-    """Whether the section was run, where the key's presence does not decide."""
+    """Whether the section was run; by default the key's presence decides."""
     split: str = "test"
     examples: Literal["rows", "tasks", "not recorded"] = "not recorded"
-    """Who says how many examples of the split there are: the rows under the key, or the summary's tasks."""
+    """Where the number of examples of the split stands: in the rows under the key, or in the summary's tasks."""
     seeds: Literal["rows", "run", "not recorded", "nothing drawn"] = "not recorded"
-    """Who says how many seeds there are: the rows under the key or, of means over all seeds, the run's other rows."""
-    bank_size: bool = False
-    """Whether the section is about banks of the summary's `fraction`, and says so."""
+    """Where the number of seeds stands: in the rows under the key or, for means over the run, in its other rows."""
+    says_bank_size: bool = False
+    """Whether the explanation ends in the size of the banks, the summary's `fraction`."""
 
 
 def build_sections(summary: Summary) -> list[Section]:
@@ -104,12 +104,12 @@ def _build(spec: Specification, summary: Summary) -> Section:
     present = spec.present(summary) if spec.present else not spec.key or bool(summary.get(spec.key))
     if not present:
         lacking = spec.missing or spec.key
-        return Section(spec.name, spec.title, spec.what, not_run=f"Not run: summary.json has no {lacking}.")
+        return Section(spec.name, spec.title, spec.explanation, not_run=f"Not run: summary.json has no {lacking}.")
     size = f"Banks of {percent(summary['fraction'])} of all FFN neurons." if "fraction" in summary else ""
     return Section(
         spec.name,
         spec.title,
-        f"{spec.what} {size}" if spec.bank_size else spec.what,
+        f"{spec.explanation} {size}" if spec.says_bank_size else spec.explanation,
         split=spec.split,
         examples=_examples(spec, summary),
         seeds=_seeds(spec, summary),
@@ -120,7 +120,7 @@ def _build(spec: Specification, summary: Summary) -> Section:
 
 
 def _examples(spec: Specification, summary: Summary) -> dict[str, int]:
-    """How many examples of each task the section rests on."""
+    """Number of examples of each task that the section rests on."""
     if spec.examples == "rows":
         return {row["task"]: row["n"] for row in rows_of(summary, spec.key)}
     if spec.examples == "tasks":
@@ -191,7 +191,7 @@ SECTIONS = (
         "Neurons per layer",
         "Where in the model each method puts its bank of neurons: a strip per method, one cell per layer.",
         key="neurons_per_layer",
-        bank_size=True,
+        says_bank_size=True,
         split="attribution",
         examples="tasks",
         seeds="run",
@@ -203,7 +203,7 @@ SECTIONS = (
         "Overlap of the tasks' banks",
         "How much two tasks' banks share: neurons in both, of those in either (Jaccard). 1 is the same bank.",
         key="overlap",
-        bank_size=True,
+        says_bank_size=True,
         split="attribution",
         examples="tasks",
         seeds="run",
@@ -250,7 +250,7 @@ SECTIONS = (
         "Neurons that are in exactly one task's bank, in exactly two, exactly three, or in all of them: what masking "
         "each group costs every task, and what steering with it gains.",
         key="groups",
-        bank_size=True,
+        says_bank_size=True,
         examples="tasks",
         seeds="rows",
         tables=tables.group_tables,
@@ -262,7 +262,7 @@ SECTIONS = (
         "Each task with its bank's activations multiplied by learned factors (HONES), and the baselines: one fixed "
         "factor, the best of a few factors, learned factors on random neurons, learning without the KL leash.",
         key="steering",
-        bank_size=True,
+        says_bank_size=True,
         examples="rows",
         seeds="rows",
         figures=figures.steering_bars,
@@ -284,7 +284,7 @@ SECTIONS = (
         "How alike the banks are that different seeds of data lead to: the mean overlap (Jaccard) of two of them. A "
         "method that finds something real finds it again.",
         key="stability",
-        bank_size=True,
+        says_bank_size=True,
         split="attribution",
         examples="tasks",
         seeds="run",

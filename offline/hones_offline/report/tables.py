@@ -15,7 +15,7 @@ from hones_offline.report.titles import method_title, place
 Cell = str | int | float | None | Mapping[str, Any]
 """Text, a number, nothing (not measured), or {"value": number, "ci95": [low, high] or None}."""
 Kind = Literal["text", "number", "value", "change", "percent"]
-"""How a column's numbers are written: a change has its sign, a value is a metric's."""
+"""A way of writing a column's numbers: a change has its sign, a value is a metric's."""
 
 SCORED_BY = {"task": "the task's metric", "logprob": "the answers' log-probability"}
 SPREAD = {"one": "one task's alone", "pair": "shared by two", "triple": "shared by three", "all": "shared by all"}
@@ -49,7 +49,7 @@ class Table:
     rows: Sequence[Sequence[Cell]]
     shade: float | None = None
     folded: bool = False
-    """Shown when the reader unfolds it."""
+    """Shown only once the reader unfolds it."""
 
     @property
     def groups(self) -> list[tuple[Cell, list[Sequence[Cell]]]]:
@@ -75,7 +75,7 @@ def table(
 
 
 def change_table(caption: str, columns: Sequence[Column], rows: Sequence[Row], *, folded: bool = False) -> Table:
-    """A table whose changes are shaded, the largest at full strength."""
+    """A table whose changes (drops, gains) are shaded, the largest at full strength."""
     cells = [column.cell(row) for row in rows for column in columns if column.kind == "change"]
     values = [cell["value"] if isinstance(cell, Mapping) else cell for cell in cells]
     largest = max((abs(value) for value in values if isinstance(value, int | float)), default=0.0)
@@ -92,13 +92,13 @@ def with_interval(name: str, interval: str = "") -> Callable[[Row], Cell]:
     return cell
 
 
-def at(name: str, key: Any) -> Callable[[Row], Cell]:
-    """A column's source: what the list or object `name` of a row holds at an index or key; nothing if it does not."""
+def entry(name: str, key: Any) -> Callable[[Row], Cell]:
+    """A column's source: one entry, by index or key, of a row's list or object `name`; nothing if it is not there."""
 
     def cell(row: Row) -> Cell:
         values = row[name]
-        measured = key in values if isinstance(values, Mapping) else key < len(values)
-        content: Cell = values[key] if measured else None
+        present = key in values if isinstance(values, Mapping) else key < len(values)
+        content: Cell = values[key] if present else None
         return content
 
     return cell
@@ -154,7 +154,7 @@ def task_tables(summary: Summary) -> list[Table]:
     splits = list(dict.fromkeys(split for row in rows for split in row["n"]))
     splits.sort(key=lambda split: SPLITS.index(split) if split in SPLITS else len(SPLITS))
     columns = [TASK, Column("metric"), Column("untouched model", "value", with_interval("base"))]
-    columns += [Column(f"{split} examples", "number", at("n", split)) for split in splits]
+    columns += [Column(f"{split} examples", "number", entry("n", split)) for split in splits]
     return [table("Tasks and examples", columns, rows)]
 
 
@@ -171,7 +171,7 @@ def head_tables(summary: Summary) -> list[Table]:
         for row in rows
         for layer, scores in enumerate(row["scores"])
     ]
-    heads = [Column(f"head {head}", "change", at("scores", head)) for head in range(summary["model"]["num_heads"])]
+    heads = [Column(f"head {head}", "change", entry("scores", head)) for head in range(summary["model"]["num_heads"])]
     return [
         table("Head scores, mean over seeds", HEAD_SCORES, rows),
         table("The chosen heads of the first seed", CHOSEN_HEADS, chosen, folded=True),
@@ -180,14 +180,14 @@ def head_tables(summary: Summary) -> list[Table]:
 
 
 def neuron_tables(summary: Summary) -> list[Table]:
-    """How many neurons of each method's bank lie in each layer."""
+    """Number of neurons of each method's bank in each layer."""
     rows = [
         {"task": task, "method": method, "counts": methods[method]}
         for task, methods in summary["neurons_per_layer"].items()
         for method in sorted(methods, key=place)
     ]
     layers = range(summary["model"]["num_layers"])
-    columns = [TASK, METHOD, *(Column(f"layer {layer}", "number", at("counts", layer)) for layer in layers)]
+    columns = [TASK, METHOD, *(Column(f"layer {layer}", "number", entry("counts", layer)) for layer in layers)]
     return [table("Mean number of neurons in each layer", columns, rows, folded=True)]
 
 
@@ -197,7 +197,7 @@ def overlap_tables(summary: Summary) -> list[Table]:
     for method in sorted(summary["overlap"], key=place):
         tasks, matrix = summary["overlap"][method]["tasks"], summary["overlap"][method]["jaccard"]
         rows = [{"task": task, "jaccard": row} for task, row in zip(tasks, matrix, strict=True)]
-        columns = [BANK_OF, *(Column(task, "value", at("jaccard", i)) for i, task in enumerate(tasks))]
+        columns = [BANK_OF, *(Column(task, "value", entry("jaccard", i)) for i, task in enumerate(tasks))]
         tables.append(table(method_title(method), columns, rows, shade=1.0))
     return tables
 
@@ -228,11 +228,11 @@ def _with_base(summary: Summary, rows: Iterable[Row]) -> list[Row]:
 
 
 def _other_drops(summary: Summary, rows: Sequence[Row]) -> list[Table]:
-    """What each bank costs every task, its own included; no table if no other task was measured."""
+    """Drop of every task when each bank is masked, its own task included; no table if no other task was measured."""
     if not any(row["other_drops"] for row in rows):
         return []
     rows = [{**row, "drops": {**row["other_drops"], row["task"]: row["own_drop"]}} for row in rows]
-    columns = [BANK_OF, METHOD, BANK, *(Column(task, "change", at("drops", task)) for task in summary["tasks"])]
+    columns = [BANK_OF, METHOD, BANK, *(Column(task, "change", entry("drops", task)) for task in summary["tasks"])]
     return [change_table("What each bank costs every task", columns, rows, folded=True)]
 
 
@@ -252,12 +252,12 @@ def _by_seed(caption: str, rows: Sequence[Row]) -> list[Table]:
         return []
     seeds = range(max(len(row["values"]) for row in measured))
     columns = [TASK, METHOD, *([BANK] if sized else []), Column("measure")]
-    columns += [Column(f"seed {seed + 1}", "value", at("values", seed)) for seed in seeds]
+    columns += [Column(f"seed {seed + 1}", "value", entry("values", seed)) for seed in seeds]
     return [table(caption, columns, measured, folded=True)]
 
 
 def cross_tables(summary: Summary) -> list[Table]:
-    """The drop of every task (column) when a task's bank (row) is masked."""
+    """Drop of every task (column) when a task's bank (row) is masked."""
     cross = summary["cross"]
     rows = [{"task": bank, "drops": drops} for bank, drops in cross["drops"].items()]
     caption = f"Drop when masking banks of {method_title(cross['method'])}, {percent(cross['fraction'])} of neurons"
@@ -265,7 +265,7 @@ def cross_tables(summary: Summary) -> list[Table]:
 
 
 def group_tables(summary: Summary) -> list[Table]:
-    """What masking each group of neurons costs every task and, where it was run, what steering with it gains."""
+    """Drops when each group of neurons is masked and, where it was run, gains when it is steered: group x task."""
     group = (
         Column("kind", source=lambda row: SPREAD[row["kind"]]),
         Column("group", source=lambda row: row["group"].replace("+", " + ")),
@@ -303,7 +303,7 @@ def stability_tables(summary: Summary) -> list[Table]:
     rows = [
         {"method": method, "overlap": {t: tasks[t][method] for t in tasks if method in tasks[t]}} for method in methods
     ]
-    columns = [METHOD, *(Column(task, "value", at("overlap", task)) for task in tasks)]
+    columns = [METHOD, *(Column(task, "value", entry("overlap", task)) for task in tasks)]
     return [table("Mean overlap of banks between seeds", columns, rows, shade=1.0)]
 
 
