@@ -77,7 +77,7 @@ def fit(
 ) -> Profile:
     """Learn z' = (1 + λ)·z for the neurons of a bank, from λ = 0, on a task's examples.
 
-    Minimises the mean answer-token cross-entropy + β·KL(original ‖ scaled) on the answer tokens + l2·Σλ², the answer
+    Minimizes the mean answer-token cross-entropy + β·KL(original ‖ scaled) on the answer tokens + l2·Σλ², the answer
     including its end token; the teacher of the KL is the same model unscaled. AdamW without decay, cosine to 10% of
     `lr`, λ clamped to ±`clamp`.
 
@@ -162,7 +162,7 @@ def bank_profile(prepared: Prepared, bank: Bank, scales: npt.NDArray[np.float32]
 
 
 class _Learner:
-    """The optimisation as a function from state to state, so that it can stop and go on at any chunk."""
+    """The optimization as a function from state to state, so that it can stop and go on at any chunk."""
 
     def __init__(self, prepared: Prepared, bank: Bank, settings: FitSettings) -> None:
         self.decoder: TextDecoder = prepared.decoder
