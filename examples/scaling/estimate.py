@@ -86,7 +86,7 @@ class Run:
         return self.prompt + int(self.args.answer_tokens)
 
     def layer_forwards(self) -> tuple[float, float]:
-        """Layer-forwards of all examples: for head scores, for importance (heads taken to be spread evenly over the layers)."""
+        """Layer-forwards of all examples: for head scores, for importance (heads spread evenly over the layers)."""
         depth, per_head = self.shape.layers, self.layers_of_a_head()
         scoring = depth + self.args.evaluated * self.shape.heads * depth * per_head
         importance = depth + self.shape.top_heads * per_head
