@@ -21,7 +21,7 @@ class Folded:
     """A profile folded into a model's down-projections; only the touched columns are changed and kept.
 
     Raises StateError, before anything is changed, for weights that cannot be multiplied and restored in place:
-    quantised, not in memory (meta, offloaded), shared with another module, sharded, under a PEFT adapter, or beyond
+    quantized, not in memory (meta, offloaded), shared with another module, sharded, under a PEFT adapter, or beyond
     their dtype once they are multiplied.
     """
 

@@ -3,7 +3,7 @@
 HonesError
 ├── ProfileError    a profile (file or value) is malformed
 ├── MismatchError   a sound profile that belongs to another model
-├── LayoutError     a model whose FFN, heads or norms are not recognised
+├── LayoutError     a model whose FFN, heads or norms are not recognized
 ├── RoutingError    a request names steering that cannot be given: unknown task, bad expression, wrong row count
 ├── StateError      a call in a state that does not allow it: attached twice, fold while a task is active
 └── DataError       examples, images, a model's files or a run folder that cannot be used
@@ -26,7 +26,7 @@ class MismatchError(HonesError):
 
 
 class LayoutError(HonesError):
-    """The model's structure is not recognised or not supported."""
+    """The model's structure is not recognized or not supported."""
 
 
 class RoutingError(HonesError):

@@ -51,7 +51,7 @@ def steer(
     on without the steering.
 
     Raises:
-        LayoutError: the model's FFNs are not recognised or not supported.
+        LayoutError: the model's FFNs are not recognized or not supported.
         ProfileError: a profile cannot be read.
         MismatchError: a profile was made for another model (see `ModelIdentity.check` on `allow_mismatch`).
         StateError: the model is steered already.
@@ -63,7 +63,7 @@ class Steering:
     """A model's steering, made by `steer`. As a context manager it detaches when the block is left.
 
     The model is called as usual, by its own forward or `generate`, compiled or not, from any thread; forwards are
-    serialised. It cannot be copied or pickled while steered (`save_pretrained` and `state_dict` are as ever).
+    serialized. It cannot be copied or pickled while steered (`save_pretrained` and `state_dict` are as ever).
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class Steering:
         Raises:
             RoutingError: an unknown task or a malformed expression.
             StateError: a task is active, something is folded already, a weight cannot be changed in place
-                (quantised, offloaded, sharded, shared, or under a PEFT adapter), or would be beyond its dtype.
+                (quantized, offloaded, sharded, shared, or under a PEFT adapter), or would be beyond its dtype.
         """
         attached = self._require_attached()
         with attached.injection.lock:

@@ -2,9 +2,9 @@
 
 Steering needs one thing per decoder layer: the FFN's down-projection, whose *input* is scaled. Attribution
 also needs the attention output projection, the head count, the final norm and the unembedding; where they are
-not recognised `steer` still works and `Layout.require_attribution()` says what is missing.
+not recognized `steer` still works and `Layout.require_attribution()` says what is missing.
 
-A model is recognised by structure. To add an architecture, add its names to the tuples below (and a tiny
+A model is recognized by structure. To add an architecture, add its names to the tuples below (and a tiny
 config to `tests/tiny_models.py`), or call `register_layout` for one that is not part of this package. Only
 the text decoder is ever looked at, so a vision tower's MLPs are never touched.
 """
@@ -55,7 +55,7 @@ class DecoderLayer:
 
     `name` is its dotted path in the model (without PEFT or `torch.compile` wrappers). `attn_out`, the
     attention's output projection, takes the concatenated heads, `[..., num_heads * head_dim]`, as its input;
-    it and `num_heads` are None where they were not recognised.
+    it and `num_heads` are None where they were not recognized.
     """
 
     index: int
@@ -138,7 +138,7 @@ def register_layout(
     final_norm: str | None = None,
     unembedding: str | None = None,
 ) -> None:
-    """Say where a model type (`config.model_type`) keeps its parts, for one that is not recognised.
+    """Say where a model type (`config.model_type`) keeps its parts, for one that is not recognized.
 
     Dotted paths: `decoder` and `unembedding` inside the model, `layers` (a ModuleList) and `final_norm`
     inside the decoder, `down_proj` and `attn_out` inside one layer. Parts left None are looked for under
@@ -150,7 +150,7 @@ def register_layout(
 def find_layout(model: nn.Module) -> Layout:
     """Find the parts of a Hugging Face model, also of one inside a PEFT or `torch.compile` wrapper.
 
-    Raises LayoutError for a model without a recognised FFN in every layer (a state-space mixer is none), with
+    Raises LayoutError for a model without a recognized FFN in every layer (a state-space mixer is none), with
     mixture-of-experts FFNs, with an FFN that is sharded over devices (tensor parallelism) or shared between
     layers, or with FFN widths that differ between layers.
     """
@@ -192,7 +192,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(inputs, outputs) of a linear-like module (nn.Linear, quantised, transformers' Conv1D), else None."""
+    """(inputs, outputs) of a linear-like module (nn.Linear, quantized, transformers' Conv1D), else None."""
     for inputs, outputs in (("in_features", "out_features"), ("nx", "nf")):
         shape = getattr(module, inputs, None), getattr(module, outputs, None)
         if isinstance(shape[0], int) and isinstance(shape[1], int):
@@ -203,7 +203,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 def down_weight(layer: DecoderLayer) -> Tensor:
     """W_down as a view `[hidden, I]`, whichever way the module stores it, without a PEFT adapter's delta.
 
-    Raises LayoutError if the weight is not a plain floating-point matrix (quantised or otherwise packed).
+    Raises LayoutError if the weight is not a plain floating-point matrix (quantized or otherwise packed).
     """
     module = base_layer(layer.down_proj)
     shape, weight = linear_shape(module), getattr(module, "weight", None)
@@ -213,7 +213,7 @@ def down_weight(layer: DecoderLayer) -> Tensor:
             return matrix
     raise LayoutError(
         f"{layer.name}: its down-projection ({type(module).__name__}) keeps no plain floating-point weight; "
-        "load the model without quantisation"
+        "load the model without quantization"
     )
 
 
@@ -259,14 +259,14 @@ def _find_decoder(model: nn.Module, model_type: str, names: _Names) -> nn.Module
         while _first(decoder, _LAYER_LISTS) is None and (inner := _first(decoder, ("model", "decoder"))) is not None:
             decoder = inner
         return decoder
-    raise _unrecognised(model_type, "no text decoder was found")
+    raise _unrecognized(model_type, "no text decoder was found")
 
 
 def _find_layer_list(decoder: nn.Module, model_type: str, names: _Names) -> nn.ModuleList:
     found = _required(decoder, names.layers, model_type) if names.layers else _first(decoder, _LAYER_LISTS)
     if isinstance(found, nn.ModuleList) and len(found) > 0:
         return found
-    raise _unrecognised(model_type, f"{type(decoder).__name__} has no list of decoder layers")
+    raise _unrecognized(model_type, f"{type(decoder).__name__} has no list of decoder layers")
 
 
 def _describe_layer(
@@ -279,7 +279,7 @@ def _describe_layer(
         found = _first(module, _DOWN_PROJECTIONS)
         down_proj = found if found is not None else _down_projection_by_shape(name, module, model_type)
     if linear_shape(down_proj) is None:
-        raise _unrecognised(
+        raise _unrecognized(
             model_type, f"the down-projection of {name} is a {type(down_proj).__name__}, not a linear layer"
         )
 
@@ -314,10 +314,10 @@ def _down_projection_by_shape(name: str, layer: nn.Module, model_type: str) -> n
                     others.append(f"{path} ({type(parent).__name__})".lstrip())
     if len(found) == 1:
         return found[0]
-    what = f"{name} ({type(layer).__name__}) has no recognised FFN"
+    what = f"{name} ({type(layer).__name__}) has no recognized FFN"
     if others and not found:
         what += f", and its {others[0]} is none: it holds more weights than an FFN's (as state-space mixers do)"
-    raise _unrecognised(model_type, what)
+    raise _unrecognized(model_type, what)
 
 
 def _is_attention(path: str) -> bool:
@@ -432,8 +432,8 @@ def _required(root: nn.Module, path: str, model_type: str) -> nn.Module:
     return found
 
 
-def _unrecognised(model_type: str, what: str) -> LayoutError:
+def _unrecognized(model_type: str, what: str) -> LayoutError:
     return LayoutError(
-        f"model type {model_type!r} is not recognised: {what}; say where its parts are with "
+        f"model type {model_type!r} is not recognized: {what}; say where its parts are with "
         f"hones_steer.register_layout({model_type!r}, decoder=..., layers=..., down_proj=...)"
     )

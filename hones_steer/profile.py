@@ -88,7 +88,7 @@ class ModelIdentity:
     """What a profile knows about the model it was made for.
 
     `name` and `revision` tell a person where the model came from and are not compared by `check`.
-    `sketch` is 16 numbers of the final norm's weight: it survives a change of dtype, quantisation and tensor
+    `sketch` is 16 numbers of the final norm's weight: it survives a change of dtype, quantization and tensor
     parallelism, tells another base model from this one, and does not tell a light fine-tune.
 
     Raises:
@@ -121,7 +121,7 @@ class ModelIdentity:
         Weights that are not in memory (meta tensors) give no sketch.
 
         Raises:
-            LayoutError: the model's structure is not recognised.
+            LayoutError: the model's structure is not recognized.
         """
         from hones_steer.layout import find_layout
 
@@ -375,7 +375,7 @@ def file_sha256(path: StrPath) -> str:
 
 
 def _read(path: StrPath) -> bytes:
-    # Non-blocking, or opening a FIFO would wait for a writer for ever.
+    # Non-blocking, or opening a FIFO would wait for a writer forever.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)

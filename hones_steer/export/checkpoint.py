@@ -57,7 +57,7 @@ def open_checkpoint(name: str) -> Checkpoint:
 
     Raises:
         DataError: no such checkpoint, one without safetensors, or a damaged one.
-        LayoutError: the model's FFNs are not recognised.
+        LayoutError: the model's FFNs are not recognized.
     """
     folder = find_checkpoint(name)
     config = load_config(str(folder))

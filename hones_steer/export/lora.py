@@ -68,7 +68,7 @@ def export_lora(
         ProfileError: a layer needs more than `max_rank` (and `truncate` is None), every scale is 1, or a scale takes a
             column's change beyond the weights' dtype; nothing is written.
         DataError: peft is not installed, or the folder exists or cannot be written.
-        LayoutError: the FFNs are not recognised, or the weights are quantised or not in memory.
+        LayoutError: the FFNs are not recognized, or the weights are quantized or not in memory.
         MismatchError: the profile is another model's.
     """
     if max_rank < 1 or truncate not in (None, "svd"):
@@ -152,8 +152,8 @@ def _plain_weight(layer: DecoderLayer) -> Tensor:
         raise LayoutError(f"{layer.name}: its down-projection is offloaded (meta); load the whole model")
     if weight.dtype not in FLOATS:
         raise LayoutError(
-            f"{layer.name}: its down-projection is quantised ({weight.dtype}), which a LoRA's change of the weights "
-            "does not fit; load the model without quantisation, or export IA3"
+            f"{layer.name}: its down-projection is quantized ({weight.dtype}), which a LoRA's change of the weights "
+            "does not fit; load the model without quantization, or export IA3"
         )
     return weight.cpu()
 

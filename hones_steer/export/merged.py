@@ -48,10 +48,10 @@ def merge_into(
     wraps the names of the weight files, for a progress bar.
 
     Raises:
-        DataError: no such checkpoint, a quantised one or one without safetensors, one that is merged already, weights
+        DataError: no such checkpoint, a quantized one or one without safetensors, one that is merged already, weights
             that are not the configuration's or go beyond their dtype once they are scaled, or a folder that exists or
             cannot be written (nothing is left of it).
-        LayoutError, MismatchError: the model's FFNs are not recognised, or the profile is another model's.
+        LayoutError, MismatchError: the model's FFNs are not recognized, or the profile is another model's.
     """
     base = open_checkpoint(os.fspath(checkpoint))
     _refuse_unmergeable(base)
@@ -82,12 +82,12 @@ def merge_into(
 def _refuse_unmergeable(base: Checkpoint) -> None:
     if (base.folder / SIDECAR).exists():
         raise DataError(f"{base.folder}: is merged with a profile already; merge a sum of profiles into the original")
-    quantisation = getattr(base.config, "quantization_config", None)
-    if quantisation is not None:
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else type(quantisation).__name__
+    quantization = getattr(base.config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
         raise DataError(
-            f"{base.folder}: is quantised ({method}), so its columns cannot be scaled without quantising them anew; "
-            "merge into the original checkpoint and quantise the result, or serve the profile beside this one"
+            f"{base.folder}: is quantized ({method}), so its columns cannot be scaled without quantizing them anew; "
+            "merge into the original checkpoint and quantize the result, or serve the profile beside this one"
         )
 
 
@@ -99,8 +99,8 @@ def _target(parameter: str, base: Checkpoint) -> Stored:
     tensor = base.stored[key]
     if tensor.dtype not in DTYPES:
         raise DataError(
-            f"{tensor.file}: {key} is stored as {tensor.dtype}: a quantised checkpoint cannot be scaled "
-            "without quantising it anew; merge into the original and quantise the result"
+            f"{tensor.file}: {key} is stored as {tensor.dtype}: a quantized checkpoint cannot be scaled "
+            "without quantizing it anew; merge into the original and quantize the result"
         )
     shape = (base.layout.hidden_size, base.layout.intermediate_size)
     if tensor.shape != (shape[::-1] if _transposed(base) else shape):
@@ -129,7 +129,7 @@ def _transposed(base: Checkpoint) -> bool:
 
 
 def _copy_others(source: Path, target: Path) -> None:
-    """Configuration, tokenizer, processor, licence: every file but weights, and none that is hidden."""
+    """Configuration, tokenizer, processor, license: every file but weights, and none that is hidden."""
     for file in sorted(source.iterdir()):
         if file.is_file() and not file.name.startswith(".") and not file.name.endswith(_OTHER_WEIGHTS):
             shutil.copyfile(file, target / (BASE_CARD if file.name == "README.md" else file.name))

@@ -31,7 +31,7 @@ def export_peft(profile: Profile, model: nn.Module, folder: StrPath, *, allow_mi
 
     Raises:
         DataError: peft is not installed, or the folder exists or cannot be written.
-        LayoutError, MismatchError: the model's FFNs are not recognised, or the profile is another model's.
+        LayoutError, MismatchError: the model's FFNs are not recognized, or the profile is another model's.
     """
     layout = checked_layout(profile, model, allow_mismatch)
     modules = {layer: name for layer, name in module_names(model, layout).items() if layer in profile.layers}
