@@ -1,4 +1,4 @@
-"""Which forward a backward() recomputes.
+"""Forwards with gradients, remembered so that a backward() can tell which of them it recomputes.
 
 With gradient checkpointing, backward() runs the decoder layers again, perhaps in another thread and long after another
 task was chosen. A recomputation runs on behalf of an autograd node, and nodes are numbered in the order in which their
@@ -74,7 +74,7 @@ class ForwardsWithGradients:
 
 @dataclass
 class _Forward:
-    """One forward, or several alike in a row, that made the nodes numbered from `start` to below `end`.
+    """A forward, or several alike in a row, that made the nodes numbered from `start` to below `end`.
 
     `end` is None while it is running.
     """

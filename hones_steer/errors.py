@@ -1,4 +1,4 @@
-"""Every error this project raises on purpose.
+"""Errors that this project raises on purpose.
 
 HonesError
 ├── ProfileError    a profile (file or value) is malformed
@@ -8,8 +8,8 @@ HonesError
 ├── StateError      a call in a state that does not allow it: attached twice, fold while a task is active
 └── DataError       examples, images, a model's files or a run folder that cannot be used
 
-A message states what is wrong, names the culprit (file, task, layer) and says what to do.
-The command line prints it as one line and exits with code 2.
+A message is one sentence that names the culprit (file, task, layer) and the remedy: "X is …; do Y". The command line
+prints it as one line and exits with code 2.
 """
 
 
@@ -18,7 +18,7 @@ class HonesError(Exception):
 
 
 class ProfileError(HonesError):
-    """A profile file or value breaks the format (design: format 1)."""
+    """A profile file or value breaks the format (docs/profile-format.md)."""
 
 
 class MismatchError(HonesError):

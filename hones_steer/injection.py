@@ -167,7 +167,7 @@ class Injection:
         _forget_compiled_code()
 
     def is_attached_to(self, module: nn.Module) -> bool:
-        """Whether this injection's hook is on a down-projection."""
+        """Whether this injection's hook is on the down-projection `module`."""
         hooks = module._forward_pre_hooks.values()
         return any(isinstance(hook, LayerHook) and hook.injection is self for hook in hooks)
 

@@ -1,7 +1,7 @@
 """Profiles merged into a checkpoint: a complete copy whose W_down columns carry the scales.
 
-The files are copied as they are and the touched tensors rewritten in the copies, one tensor in memory at a time;
-everything else stays the same, byte for byte. The result needs nothing of ours to be loaded.
+The files are copied as they are, and the tensors to be scaled are rewritten in the copies, one tensor in memory at a
+time; everything else stays the same, byte for byte. Loading the result takes no hones-steer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hones_steer.slots import layer_tensors
 
 BASE_CARD = "README.base.md"
 
-# Other forms of the same weights: unscaled, they must not come along.
+# Other forms of the same weights are not copied, as they would be unscaled.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors", ".index.json")
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
@@ -67,8 +67,8 @@ def merge_into(
         (temporary / "README.md").write_text(_merged_card(profile, checkpoint), encoding="utf-8")
         scaled = 0
         for name in progress(files):
-            mine = {layer: tensor for layer, tensor in targets.items() if tensor.file.name == name}
-            scaled += _write_shard(base.folder / name, temporary / name, profile, mine, _transposed(base))
+            in_file = {layer: tensor for layer, tensor in targets.items() if tensor.file.name == name}
+            scaled += _write_shard(base.folder / name, temporary / name, profile, in_file, _transposed(base))
         if scaled != profile.num_neurons:
             raise DataError(f"{checkpoint}: {scaled} columns were scaled, not {profile.num_neurons}; report this bug")
         if (base.folder / INDEX).exists():
@@ -92,7 +92,7 @@ def _refuse_unmergeable(base: Checkpoint) -> None:
 
 
 def _target(parameter: str, base: Checkpoint) -> Stored:
-    """A down-projection's weight, which must be a plain matrix of the right shape."""
+    """The place of a down-projection's weight; raises DataError unless it is a plain matrix of the right shape."""
     key = base.keys.get(parameter)
     if key is None:
         raise DataError(f"{base.folder}: has no {parameter} of its own (missing, or stored in another form)")
@@ -129,7 +129,7 @@ def _transposed(base: Checkpoint) -> bool:
 
 
 def _copy_others(source: Path, target: Path) -> None:
-    """Configuration, tokenizer, processor, license: every file but weights, and none that is hidden."""
+    """Copy every file except weights and hidden ones: configuration, tokenizer, processor, license."""
     for file in sorted(source.iterdir()):
         if file.is_file() and not file.name.startswith(".") and not file.name.endswith(_OTHER_WEIGHTS):
             shutil.copyfile(file, target / (BASE_CARD if file.name == "README.md" else file.name))

@@ -1,6 +1,6 @@
-"""Profiles written as IA3 adapters of PEFT, which is exact.
+"""Profiles written as IA3 adapters of PEFT, exactly.
 
-IA3 multiplies the input of a feed-forward module by a vector, which is what a profile does at W_down.
+IA3 multiplies the input of a feed-forward module by a vector, as a profile does at W_down.
 """
 
 from __future__ import annotations
