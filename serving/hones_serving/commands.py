@@ -262,7 +262,7 @@ def read_config(model: str) -> dict[str, Any]:
     """
     folder = Path(model)
     if not folder.exists() and model.startswith((".", "/", "~")):
-        raise DataError(f"{model}: there is no such model folder")
+        raise DataError(f"{model}: there is no such model folder; name one that exists, or a Hub name")
     if not folder.is_dir():
         return {}
     file = folder / "config.json"

@@ -425,7 +425,7 @@ async def _administer(service: Service, method: str, path: str, receive: Receive
         return {"enabled": registry.enabled}
     if method == "DELETE" and path.startswith(_PROFILES + "/"):
         return _unload(service, path.removeprefix(_PROFILES + "/"))
-    raise _Refused(405, f"{method} means nothing at {path}")
+    raise _Refused(405, f"{method} is not supported at {path}; see the table of calls in the documentation")
 
 
 async def _load(service: Service, body: object) -> dict[str, Any]:

@@ -61,7 +61,8 @@ class _RoutingFile:
         planned = [plan.default or "none", *(rule.task for rule in plan.rules)]
         if plan.canary and not any(steer_alike(plan.canary.task, task) for task in planned):
             node = next(value for key, value in root.value if key.value == "canary")
-            self._fail(node, f"the canary never acts: neither a rule nor the default gives {plan.canary.task!r}")
+            message = f"the canary never acts: neither a rule nor the default gives {plan.canary.task!r}"
+            self._fail(node, f"{message}; change its task, or take it out")
         return plan
 
     def _rules(self, node: yaml.Node, what: str) -> tuple[Rule, ...]:
@@ -87,7 +88,7 @@ class _RoutingFile:
         keys = {"task": self._expression, "to": self._expression, "percent": self._percent}
         canary = Canary(**self._mapping(node, what, keys, required=keys))
         if steer_alike(canary.task, canary.to):
-            self._fail(node, f"the canary replaces {canary.task!r} by itself")
+            self._fail(node, f"the canary replaces {canary.task!r} by itself; change its to, or take it out")
         return canary
 
     def _headers(self, node: yaml.Node, what: str) -> Mapping[str, str]:
@@ -95,9 +96,9 @@ class _RoutingFile:
         for key, value in self._entries(node, what):
             name = key.value.lower()
             if not _HEADER_NAME.fullmatch(name):
-                self._fail(key, f"{short(key.value)} is not the name of a header")
+                self._fail(key, f"{short(key.value)} is not the name of a header; name one, such as X-Tenant")
             if name in headers:
-                self._fail(key, f"{what} names {short(key.value)} twice (case does not matter)")
+                self._fail(key, f"{what} names {short(key.value)} twice (case does not matter); keep one")
             headers[name] = self._string(value, f"the header {short(key.value)}")
         return headers
 
@@ -113,11 +114,11 @@ class _RoutingFile:
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(keys)}"
                 self._fail(key, f"{what} has the unknown key {short(name)}; {hint}")
             if name in values:
-                self._fail(key, f"{what} has the key {name!r} twice")
+                self._fail(key, f"{what} has the key {name!r} twice; keep one")
             values[name] = keys[name](value, name)
         for name in required:
             if name not in values:
-                self._fail(node, f"{what} has no {name!r}")
+                self._fail(node, f"{what} has no {name!r}; give it one")
         return values
 
     def _entries(self, node: yaml.Node, what: str) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
@@ -125,7 +126,7 @@ class _RoutingFile:
             self._fail(node, f"{what} must be a mapping with at least one key")
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                self._fail(key, f"{what} has a key that is no name")
+                self._fail(key, f"{what} has a key that is no name; write each as name: value")
             yield key, value
 
     def _string(self, node: yaml.Node, what: str) -> str:
@@ -173,7 +174,8 @@ class _RoutingFile:
         try:
             root = self._compose(text)
         except yaml.reader.ReaderError as error:
-            self._fail(text.count("\n", 0, error.position) + 1, f"the character #x{error.character:04x} is not allowed")
+            line = text.count("\n", 0, error.position) + 1
+            self._fail(line, f"the character #x{error.character:04x} is not allowed; take it out")
         except yaml.MarkedYAMLError as error:
             self._fail(error.problem_mark.line + 1 if error.problem_mark else 1, f"not sound YAML: {error.problem}")
         if root is None:
@@ -192,13 +194,13 @@ class _RoutingFile:
             with self.path.open("rb") as file:
                 data = file.read(MAX_FILE_BYTES + 1)
         except OSError as error:
-            raise RoutingError(f"{self.path}: cannot be read: {error.strerror}") from error
+            raise RoutingError(f"{self.path}: cannot be read: {error.strerror}; name a routing file") from error
         if len(data) > MAX_FILE_BYTES:
-            raise RoutingError(f"{self.path}: larger than 1 MiB, which no routing file needs")
+            raise RoutingError(f"{self.path}: larger than 1 MiB; name a routing file, which needs less")
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
-            self._fail(data.count(b"\n", 0, error.start) + 1, "not UTF-8 text")
+            self._fail(data.count(b"\n", 0, error.start) + 1, "not UTF-8 text; save the file as UTF-8")
 
     def _fail(self, where: yaml.Node | int, message: str) -> NoReturn:
         line = where if isinstance(where, int) else where.start_mark.line + 1
@@ -219,7 +221,9 @@ class _Loader(yaml.SafeLoader):
             )
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem=f"nested too deeply; write at most {MAX_DEPTH} levels", problem_mark=event.start_mark
+            )
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
