@@ -11,6 +11,7 @@ from hones_steer.errors import LayoutError, StateError
 from hones_steer.injection import scale
 from hones_steer.layout import DecoderLayer, Layout, down_weight
 from hones_steer.profile import Profile
+from hones_steer.slots import layer_tensors
 
 # What a column can be multiplied in; 8-bit floats mean nothing without their own factors.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -25,10 +26,7 @@ class Folded:
     """
 
     def __init__(self, model: nn.Module, layout: Layout, profile: Profile) -> None:
-        touched = [
-            (layout.layers[index], torch.tensor(neurons, dtype=torch.int64), torch.tensor(scales))
-            for index, (neurons, scales) in profile.layers.items()
-        ]
+        touched = [(layout.layers[index], *layer_tensors(profile, index)) for index in profile.layers]
         pointers = Counter(p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False))
         for layer, _, _ in touched:
             _require_own_weight(layer, pointers)

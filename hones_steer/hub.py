@@ -23,11 +23,12 @@ import huggingface_hub
 from huggingface_hub import CommitOperationAdd, HfApi, constants, errors
 from huggingface_hub.file_download import repo_folder_name
 
-from hones_steer._cards import card, describe_model, evidence_table, profiles_table
-from hones_steer._folders import new_folder
 from hones_steer.errors import DataError, MismatchError, ProfileError
-from hones_steer.profile import Profile, file_sha256, is_task_name, load_profile, parse_json, serialize_profile
+from hones_steer.export.cards import card, describe_model, evidence_table, profiles_table
+from hones_steer.files import new_folder
+from hones_steer.profile import Profile, file_sha256, is_task_name, load_profile, serialize_profile
 from hones_steer.store import SUFFIX, ProfileStore, known_tasks
+from hones_steer.strict_json import parse_object
 
 MANIFEST, CARD = "hones_profiles.json", "README.md"
 MANIFEST_FORMAT = 1
@@ -241,7 +242,7 @@ def _present_commit(repo: str, revision: str | None, token: str | None) -> str |
 
 def _read_manifest(repo: str, file: Path) -> dict[str, Entry]:
     try:
-        manifest = parse_json(file.read_text(encoding="utf-8"), MANIFEST)
+        manifest = parse_object(file.read_bytes(), MANIFEST, ProfileError)
         if manifest["format"] != MANIFEST_FORMAT:
             raise ProfileError(f"{MANIFEST} has the format {manifest['format']!r}; upgrade hones-steer")
         listed = {task: Entry(str(e["sha256"]), str(e["digest"])) for task, e in manifest["profiles"].items()}
@@ -251,7 +252,7 @@ def _read_manifest(repo: str, file: Path) -> dict[str, Entry]:
             raise ProfileError(f"{MANIFEST} lists no profiles")
     except ProfileError as error:
         raise ProfileError(f"{repo}: {error}") from error
-    except (KeyError, AttributeError, TypeError, UnicodeDecodeError) as error:
+    except (KeyError, AttributeError, TypeError) as error:
         raise ProfileError(
             f"{repo}: {MANIFEST} is damaged ({error!r}); delete it there and push the profiles again"
         ) from error

@@ -1,25 +1,25 @@
-"""IA3 adapters of PEFT read as profiles: those that `convert` has written, and those that PEFT has trained."""
+"""IA3 adapters of PEFT read as profiles: those that `export` has written, and those that PEFT has trained."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from hones_steer.convert import CONFIG, IA3_SUFFIX, PREFIX, SIDECAR, WEIGHTS, module_names
 from hones_steer.errors import ProfileError
+from hones_steer.export.adapters import CONFIG, PREFIX, WEIGHTS
+from hones_steer.export.peft import IA3_SUFFIX
+from hones_steer.export.sidecar import SIDECAR, Sidecar, module_names, parse_sidecar
 from hones_steer.layout import find_layout, unwrap
-from hones_steer.profile import ModelIdentity, Profile, StrPath, parse_json, parse_metadata
+from hones_steer.profile import ModelIdentity, Profile, StrPath
+from hones_steer.strict_json import parse_object
 
 
 def import_peft(folder: StrPath, *, model: nn.Module | None = None, task: str | None = None) -> Profile:
@@ -42,12 +42,12 @@ def import_peft(folder: StrPath, *, model: nn.Module | None = None, task: str | 
 
 
 def _import_peft(folder: Path, model: nn.Module | None, task: str | None) -> Profile:
-    config = parse_json(_read_text(folder / CONFIG), CONFIG)
+    config = parse_object(_read(folder / CONFIG), CONFIG, ProfileError)
     if config.get("peft_type") != "IA3":
         raise ProfileError(
             f"is a {config.get('peft_type')} adapter; only IA3 adapters scale activations as profiles do"
         )
-    known = _read_sidecar(folder / SIDECAR) if (folder / SIDECAR).exists() else None
+    known = parse_sidecar(_read(folder / SIDECAR)) if (folder / SIDECAR).exists() else None
     if known is None and (model is None or task is None):
         base = config.get("base_model_name_or_path") or "the model it was trained on"
         raise ProfileError(
@@ -68,40 +68,12 @@ def _import_peft(folder: Path, model: nn.Module | None, task: str | None) -> Pro
     return profile
 
 
-@dataclass(frozen=True)
-class _Sidecar:
-    """A validated `hones_profile.json`; `fields` are the profile's but for its layers."""
-
-    digest: str
-    fields: Mapping[str, Any]
-    modules: Mapping[int, str]
-    neurons: Mapping[int, set[int]]
-
-    @property
-    def base_model(self) -> ModelIdentity:
-        base_model: ModelIdentity = self.fields["base_model"]
-        return base_model
-
-
-def _read_sidecar(file: Path) -> _Sidecar:
-    content = parse_json(_read_text(file), SIDECAR)
+def _read(file: Path) -> bytes:
     try:
-        modules = {int(layer): str(name) for layer, name in content["modules"].items()}
-        neurons = {int(layer): {int(neuron) for neuron in listed} for layer, listed in content["neurons"].items()}
-        digest, metadata = str(content["digest"]), json.dumps(content["metadata"])
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise ProfileError(f"{SIDECAR} is damaged ({error!r}); export the profile again") from error
-    if modules.keys() != neurons.keys():
-        raise ProfileError(f"{SIDECAR} names modules and neurons of different layers; export the profile again")
-    return _Sidecar(digest, parse_metadata(metadata), modules, neurons)
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
+        return file.read_bytes()
     except FileNotFoundError as error:
         raise ProfileError(f"holds no {file.name}, so it is no adapter of PEFT; name the adapter's folder") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ProfileError(f"{file.name} cannot be read: {error}") from error
 
 
@@ -135,7 +107,7 @@ def _read_rows(file: Path, layers: Mapping[str, int], base_model: ModelIdentity)
 
 
 def _profile_of(
-    rows: Mapping[int, Tensor], known: _Sidecar | None, base_model: ModelIdentity, task: str | None
+    rows: Mapping[int, Tensor], known: Sidecar | None, base_model: ModelIdentity, task: str | None
 ) -> Profile:
     members = known.neurons if known is not None else {}
     if missing := sorted(members.keys() - rows.keys()):

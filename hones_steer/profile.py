@@ -28,7 +28,6 @@ nor identity.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -37,11 +36,9 @@ import operator
 import os
 import re
 import reprlib
-import secrets
 import stat
 import struct
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -54,6 +51,8 @@ import safetensors.numpy
 
 from hones_steer._version import __version__
 from hones_steer.errors import MismatchError, ProfileError
+from hones_steer.files import write_atomically
+from hones_steer.strict_json import parse_object
 
 if TYPE_CHECKING:
     from torch import nn
@@ -396,11 +395,7 @@ def _parse_header(data: bytes) -> dict[str, Any]:
         raise ProfileError(
             f"not a safetensors file, or a truncated one: the header claims {length} bytes of {len(data) - 8}"
         )
-    try:
-        text = data[8 : 8 + length].decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ProfileError(f"the safetensors header is not UTF-8: {error.reason}") from error
-    return parse_json(text, "the safetensors header")
+    return parse_object(data[8 : 8 + length], "the safetensors header", ProfileError)
 
 
 def _metadata_text(entry: object) -> str:
@@ -421,7 +416,7 @@ def parse_metadata(text: str) -> dict[str, Any]:
     Raises:
         ProfileError: another version, a key too few or too many, or a bad `base_model`.
     """
-    metadata = parse_json(text, "the metadata")
+    metadata = parse_object(text, "the metadata", ProfileError)
     version = metadata.get("format")
     if type(version) is not int or version != FORMAT:
         raise ProfileError(
@@ -458,31 +453,6 @@ def _check_tensor_names(header: Mapping[str, Any], num_layers: int) -> list[int]
         for kind in sorted(_TENSOR_DTYPES.keys() - kinds):
             raise ProfileError(f"tensor layers.{layer}.{kind} is missing")
     return sorted(layers)
-
-
-def parse_json(text: str, what: str) -> dict[str, Any]:
-    """A JSON object from an untrusted source: no duplicate keys, no NaN. Raises ProfileError, naming `what`."""
-    try:
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
-    except RecursionError as error:
-        raise ProfileError(f"{what} is nested too deep") from error
-    except ValueError as error:  # malformed, or an integer of thousands of digits
-        raise ProfileError(f"{what} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ProfileError(f"{what} is not a JSON object")
-    return value
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ProfileError(f"duplicate key {_shown(key)} in JSON")
-    return value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ProfileError(f"JSON contains {name}, which is not a number")
 
 
 # Checks of values, the same for a file read and for a profile built in code -----------------------
@@ -661,18 +631,7 @@ def save_profile(profile: Profile, path: StrPath) -> None:
     data = serialize_profile(profile)
     if len(data) > MAX_FILE_BYTES:
         raise ProfileError(f"{os.fspath(path)}: the profile has {len(data):,} bytes, more than the 64 MiB allowed")
-    target = Path(path)
-    temporary = target.with_name(f".hones-{secrets.token_hex(8)}.tmp")
-    try:
-        with _removed_afterwards(temporary):
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        _sync_folder(target.parent)
-    except OSError as error:
-        raise ProfileError(f"{os.fspath(path)}: cannot be written: {error.strerror}") from error
+    write_atomically(path, data, parents=False, error_type=ProfileError)
 
 
 def serialize_profile(profile: Profile) -> bytes:
@@ -693,22 +652,6 @@ def metadata_json(profile: Profile) -> str:
     }
     metadata |= {"format": FORMAT, "base_model": dataclasses.asdict(profile.base_model)}
     return json.dumps(metadata, sort_keys=True, allow_nan=False, separators=(",", ":"))
-
-
-@contextlib.contextmanager
-def _removed_afterwards(path: Path) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # The identity of a model --------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -102,13 +103,28 @@ class SlotPool:
         return self._slots.pop(oldest)
 
 
-def scale_row(profile: Profile, layer: int, intermediate_size: int) -> Tensor:
-    """The scales of one layer as a dense float32 row `[I]` on the CPU."""
-    row = torch.ones(intermediate_size)
-    if layer in profile.layers:
-        neurons, scales = profile.layers[layer]
-        row[torch.tensor(neurons, dtype=torch.int64)] = torch.tensor(scales)
-    return row
+def scale_row(profile: Profile, layer: int, width: int) -> Tensor:
+    """One layer's scales as a dense float32 row `[width]` on the CPU, of ones where the profile lists nothing."""
+    neurons, scales = profile.layers.get(layer, ((), ()))
+    return dense_row(neurons, scales, width)
+
+
+def layer_tensors(profile: Profile, layer: int) -> tuple[Tensor, Tensor]:
+    """One layer's (neurons int64 `[k]`, scales float32 `[k]`), which the profile must list."""
+    neurons, scales = profile.layers[layer]
+    return torch.tensor(neurons, dtype=torch.int64), torch.tensor(scales)
+
+
+def dense_row(neurons: Any, scales: Any, width: int) -> Tensor:
+    """A float32 row `[width]` with `scales` `[k]` at `neurons` `[k]` and 1 everywhere else.
+
+    Both may be arrays, sequences or tensors; gradients flow to scales that are a tensor.
+    """
+    index, values = (
+        part.to(dtype) if isinstance(part, Tensor) else torch.tensor(part, dtype=dtype)
+        for part, dtype in ((neurons, torch.int64), (scales, torch.float32))
+    )
+    return torch.ones(width).index_put((index,), values)
 
 
 def _static(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, fill: int) -> Tensor:

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 from hones_offline.comparison import compare
-from hones_offline.comparison.finding import METHODS, STAGES, CompareSettings
-from hones_offline.comparison.study import STEERED, Splits
+from hones_offline.comparison.settings import METHODS, STAGES, CompareSettings
+from hones_offline.comparison.splits import Splits
+from hones_offline.comparison.study import STEERED
 from hones_offline.data.examples import load_jsonl
 from hones_offline.data.tasks import JsonlTask
 from hones_offline.learning.factors import FitSettings

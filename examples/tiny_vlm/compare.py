@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 
 from hones_offline.comparison import compare
-from hones_offline.comparison.finding import METHODS, STAGES, CompareSettings
-from hones_offline.comparison.study import Splits
+from hones_offline.comparison.settings import METHODS, STAGES, CompareSettings
+from hones_offline.comparison.splits import Splits
 from hones_offline.data.examples import scene_examples
 from hones_offline.data.scenes import scenes
 from hones_offline.data.tasks import TASKS

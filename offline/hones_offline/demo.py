@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from hones_offline.comparison.comparison import Comparison, header, steering_row
-from hones_offline.comparison.finding import CompareSettings
-from hones_offline.comparison.study import STEERED, Splits, Study, StudySettings, study, summarize
+from hones_offline.comparison.settings import CompareSettings
+from hones_offline.comparison.splits import Splits
+from hones_offline.comparison.study import STEERED, Study, StudySettings, study, summarize
 from hones_offline.data.examples import Example, check_disjoint, scene_examples
 from hones_offline.data.scenes import scenes
 from hones_offline.data.tasks import TASKS
+from hones_offline.learning.baselines import STEERING_METHODS
 from hones_offline.learning.factors import FitSettings
 from hones_offline.running.embedded import load_tiny_vlm
 from hones_offline.running.models import keep_freed_memory
 from hones_offline.running.prompts import Prepared, prepare, render, tokenizer_of
-from hones_offline.running.run_folder import json_bytes, resumable, write_atomically
+from hones_offline.running.run_folder import json_bytes, resumable
+from hones_steer.files import write_atomically
 from hones_steer.huggingface import steer
 from hones_steer.profile import save_profile
 
@@ -28,11 +31,7 @@ COLUMNS = (
     ("base", "base"),
     ("masked", "masked"),
     ("masked_random", "masked random"),
-    ("fixed_amp", "fixed ×2"),
-    ("grid_search", "grid"),
-    ("random_neurons", "random neurons"),
-    ("hones_no_kl", "no KL"),
-    ("hones", "HONES"),
+    *((name, method.column) for name, method in STEERING_METHODS.items()),
 )
 BATCH = 64
 COMPARED = CompareSettings(
@@ -107,8 +106,8 @@ def run_demo(out: Path, counts: Mapping[str, int], say: Say) -> dict[str, Any]:
         begun = time.monotonic()
         announce = partial(_announce, say, name)
         announce("head scores and neuron importance")
-        found = comparison.finder.attribution(name, COMPARED.main, seed=0)
-        studied[name] = study(_splits(out / "work" / name, parts), found, SETTINGS, announce, progress=True)
+        attribution = comparison.finder.attribution(name, COMPARED.main, seed=0)
+        studied[name] = study(_splits(out / "work" / name, parts), attribution, SETTINGS, announce, progress=True)
         save_profile(studied[name].profiles["hones"], profiles / f"{name}.safetensors")
         seconds[name] = round(time.monotonic() - begun, 1)
     say("  every method's banks masked on every task")
@@ -146,7 +145,7 @@ def _summary(comparison: Comparison, studied: Mapping[str, Study], counts: Mappi
     summary = {
         **header("Four tasks in the embedded vision-language model"),
         **comparison.overview(),
-        **comparison.found(),
+        **comparison.attributions(),
         **comparison.masking(),
         "steering": [
             steering_row(comparison.bootstrap, method, result.test["base"], [result.test[method]])
@@ -206,7 +205,7 @@ def results_table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def masking_table(summary: Mapping[str, Any]) -> list[str]:
-    """What each method's bank costs its own task, and the others."""
+    """The table of metrics lost by the own task and by the others when each method's bank is masked."""
     drops = {(row["task"], row["method"], row["fraction"]): row for row in summary["masking"]}
     n = "/".join(str(task["n"]["test"]) for task in summary["tasks"].values())
     lines = [

@@ -8,7 +8,7 @@ import importlib
 import sys
 from types import ModuleType
 
-MOVED = {
+MOVED: dict[str, str | tuple[str, ...]] = {
     "agreement": "running.agreement",
     "banks": "data.neurons",
     "baselines": "attribution.baselines",
@@ -20,7 +20,7 @@ MOVED = {
     "embedded": "running.embedded",
     "evaluate": "running.evaluation",
     "examples": "data.examples",
-    "finding": "comparison.finding",
+    "finding": "comparison.settings",
     "fit": "learning.factors",
     "heads": "attribution.heads",
     "interventions": "attribution.ablation",
@@ -36,31 +36,32 @@ MOVED = {
     "runs": "running.run_folder",
     "scenes": "data.scenes",
     "sections": "report.sections",
-    "study": "comparison.study",
+    "study": ("comparison.study", "comparison.splits"),
     "summary": "report.summary",
     "tasks": "data.tasks",
-    "wording": "report.wording",
 }
-"""The old name of each module below `hones_offline`, and the new one."""
+"""The old name of each module below `hones_offline`, and the new one, or several where it was divided."""
 
 
 class _Alias(ModuleType):
-    """A module that looks its names up in the one that took its place, imported when one is first asked for."""
+    """A module that looks its names up in those that took its place, imported when one is first asked for."""
 
-    def __init__(self, old: str, new: str) -> None:
-        super().__init__(f"hones_offline.{old}", f"Moved to hones_offline.{new}.")
-        self._new = f"hones_offline.{new}"
+    def __init__(self, old: str, new: tuple[str, ...]) -> None:
+        super().__init__(f"hones_offline.{old}", f"Moved to {', '.join(f'hones_offline.{name}' for name in new)}.")
+        self._new = new
 
     def __getattr__(self, name: str) -> object:
-        if name.startswith("__"):  # asked for by the import system and by inspection
-            raise AttributeError(name)
-        return getattr(importlib.import_module(self._new), name)
+        if not name.startswith("__"):  # these are asked for by the import system and by inspection
+            for module in self._new:
+                if hasattr(found := importlib.import_module(f"hones_offline.{module}"), name):
+                    return getattr(found, name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
 
 def register() -> None:
     """Make the old names importable, and attributes of the package but where a function has the name."""
     package = sys.modules["hones_offline"]
     for old, new in MOVED.items():
-        alias = sys.modules[f"hones_offline.{old}"] = _Alias(old, new)
+        alias = sys.modules[f"hones_offline.{old}"] = _Alias(old, new if isinstance(new, tuple) else (new,))
         if not hasattr(package, old):
             setattr(package, old, alias)

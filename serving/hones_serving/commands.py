@@ -262,7 +262,7 @@ def read_config(model: str) -> dict[str, Any]:
         return {}
     file = folder / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))  # not strictly: transformers takes Infinity, too
     except FileNotFoundError as error:
         raise DataError(f"{file}: does not exist, so {model} is no model folder") from error
     except ValueError as error:

@@ -11,7 +11,7 @@ from typing import Any
 from hones_serving.middleware import shown
 from hones_serving.routing import Decision, RequestFacts, RoutingPlan, decide, facts_of_chat, joined
 from hones_serving.routing_file import load_plan
-from hones_steer.commands import command_parser, print_json, printable
+from hones_steer.cli.output import command_parser, print_json, printable
 from hones_steer.store import ProfileStore
 
 _DESCRIPTION = """\

@@ -12,6 +12,7 @@ from hones_offline.attribution.ablation import LogProbabilities, in_parts
 from hones_offline.attribution.heads import head_scores, head_statistics
 from hones_offline.running.decoder import Batch, Rows, Segment, TextDecoder
 from hones_offline.running.evaluation import score
+from hones_offline.running.execution import Execution
 from hones_offline.running.hooks import Entering, recorded_states, replaced_heads
 from hones_offline.running.prompts import prepare
 from problems import problem
@@ -166,7 +167,7 @@ def test_answers_that_end_and_part_at_different_places(batch_size: int) -> None:
         p.model, p.processor, p.task, p.examples
     )
     expected = reference.head_scores(p.model, p.processor, p.task, p.examples, reference.metric)
-    _, found = head_scores(prepared, "task", *head_statistics(prepared, "task", batch_size=batch_size))
+    _, found = head_scores(prepared, "task", *head_statistics(prepared, "task", Execution(batch_size=batch_size)))
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
@@ -175,7 +176,7 @@ def test_the_last_token_of_an_answer_is_not_run() -> None:
     p = problem("llama", "text")
     prepared = prepare(p.model, p.processor, p.task, p.examples)
     pairs = prepared.pairs()
-    runs = LogProbabilities(prepared, pairs, batch_size=len(pairs), memory_gb=1)
+    runs = LogProbabilities(prepared, pairs, Execution(batch_size=len(pairs), memory_gb=1))
     run = sum(int(rows.shared + ends) for rows in runs.parts.rows for ends in rows.ends)
     assert run == sum(len(prompt) + len(answer) - 1 for prompt, answer in pairs)
 

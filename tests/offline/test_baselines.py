@@ -6,10 +6,17 @@ import numpy as np
 import pytest
 import reference
 from hones_offline import attribute
-from hones_offline.attribution.baselines import activation_entropy, activation_probability, baseline
+from hones_offline.attribution.baselines import (
+    activation_entropy,
+    activation_probability,
+    direct_write_in,
+    gradient_activation,
+    mean_activation,
+)
 from hones_offline.attribution.heads import head_scores, head_statistics, top_heads
 from hones_offline.attribution.write_in import importance, target_directions, weigh
-from hones_offline.data.neurons import bank_size
+from hones_offline.data.neurons import Importance, NeuronIndex
+from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
 from problems import Problem, every_architecture, problem
 
@@ -39,8 +46,8 @@ def asked(p: Problem) -> tuple[Any, ...]:
 def test_activation_baselines_read_z_at_the_last_prompt_token(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
     every = [z.numpy() for z in reference.activations(*asked(p))]
-    close(baseline(prepared, "ap", batch_size=3), np.mean([z > 0 for z in every], axis=0))
-    close(baseline(prepared, "ma", batch_size=3), np.mean([abs(z) for z in every], axis=0))
+    close(activation_probability(prepared, Execution(batch_size=3)), np.mean([z > 0 for z in every], axis=0))
+    close(mean_activation(prepared, Execution(batch_size=3)), np.mean([abs(z) for z in every], axis=0))
 
 
 def test_the_write_in_alone_in_all_directions(case: tuple[Problem, Prepared]) -> None:
@@ -50,7 +57,7 @@ def test_the_write_in_alone_in_all_directions(case: tuple[Problem, Prepared]) ->
         "centred": reference.centred_directions,
     }
     for target, of in directions.items():
-        found = baseline(prepared, "dvp", batch_size=3, target=target)  # type: ignore[arg-type]
+        found = direct_write_in(prepared, target_directions(prepared, target), Execution(batch_size=3))  # type: ignore[arg-type]
         close(found, reference.mean_write_in(*asked(p), units=[u.detach() for u in of(*asked(p))]))
 
 
@@ -58,16 +65,16 @@ def test_gradient_times_activation(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
     expected = reference.gradient_activation(*asked(p))
     assert all(parameter.grad is None for parameter in p.model.parameters())
-    close(baseline(prepared, "grad_act", batch_size=3), expected)
+    close(gradient_activation(prepared, Execution(batch_size=3)), expected)
     assert all(parameter.grad is None for parameter in p.model.parameters())
 
 
 def test_gradients_need_no_trainable_weights(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
-    expected = baseline(prepared, "grad_act", batch_size=3)
+    expected = gradient_activation(prepared, Execution(batch_size=3))
     p.model.requires_grad_(False)
     try:
-        found = baseline(prepared, "grad_act", batch_size=64)
+        found = gradient_activation(prepared, Execution(batch_size=64))
     finally:
         p.model.requires_grad_(True)
     close(found, expected)
@@ -76,12 +83,13 @@ def test_gradients_need_no_trainable_weights(case: tuple[Problem, Prepared]) -> 
 def test_the_positive_part_of_each_example(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
     units = target_directions(prepared)
-    plain = importance(prepared, units, HEADS, batch_size=9)
-    found = importance(prepared, units, HEADS, positive_part="example", batch_size=9)
+    plain = importance(prepared, units, HEADS, Execution(batch_size=9))
+    found = importance(prepared, units, HEADS, Execution(batch_size=9), positive_part="example")
     close(found, reference.importance_by_example(*asked(p), HEADS, [u.detach() for u in units]))
     assert (found >= plain - 1e-6).all()  # the positive part is convex
     assert (found > plain + 1e-6).any()
-    small = importance(prepared, units, HEADS, positive_part="example", batch_size=2, memory_gb=1e-9)
+    tight = Execution(batch_size=2, memory_gb=1e-9)
+    small = importance(prepared, units, HEADS, tight, positive_part="example")
     close(small, found)
 
 
@@ -96,7 +104,7 @@ def test_targets_that_differ_have_contrastive_directions() -> None:
     for got, want in zip(found, reference.contrastive_directions(*asked(p)), strict=True):
         close(got.numpy(), want.detach().numpy())
     towards = [unit.detach() for unit in reference.contrastive_directions(*asked(p))]
-    close(baseline(prepared, "dvp", batch_size=3, target="contrastive"), reference.mean_write_in(*asked(p), towards))
+    close(direct_write_in(prepared, found, Execution(batch_size=3)), reference.mean_write_in(*asked(p), towards))
 
 
 @pytest.mark.parametrize("asks", [("llama", "text"), ("llava", "retrieval")], ids="-".join)
@@ -115,11 +123,18 @@ def test_ranks_as_weights_fall_evenly_to_one_share() -> None:
 # ------------------------------------------------------------------------------------------------ entropy
 
 
+def importances(tables: dict[str, Any]) -> dict[str, Importance]:
+    return {
+        task: Importance(NeuronIndex((table.shape[1],) * len(table)), table.reshape(-1))
+        for task, table in tables.items()
+    }
+
+
 def test_entropy_over_tasks_equals_the_plain_sum() -> None:
     rng = np.random.default_rng(0)
     tables = {task: (rng.integers(0, 9, (3, 40)) / 8).astype(np.float32) for task in ("a", "b", "c")}
     expected = reference.activation_entropy(tables)
-    for task, found in activation_entropy(tables).items():
+    for task, found in activation_entropy(importances(tables)).items():
         np.testing.assert_allclose(found, expected[task], atol=1e-6)
 
 
@@ -128,15 +143,15 @@ def test_a_neuron_active_in_one_task_alone_leads_that_tasks_list_and_no_others()
     own = everywhere.copy()
     own[0, 7] = 1.0
     everywhere[0, 7] = 0.0
-    found = activation_entropy({"own": own, "other": everywhere})
-    assert found["own"][0].argmax() == 7
-    assert found["own"][0, 7] == pytest.approx(2 * np.log(2))
-    assert found["other"][0, 7] < found["own"][0, 7]
+    found = {task: i.values for task, i in activation_entropy(importances({"own": own, "other": everywhere})).items()}
+    assert found["own"].argmax() == 7
+    assert found["own"][7] == pytest.approx(2 * np.log(2))
+    assert found["other"][7] < found["own"][7]
 
 
 def test_entropy_needs_two_tasks() -> None:
     with pytest.raises(DataError, match="'ape' compares tasks; give at least two"):
-        activation_entropy({"one": np.ones((1, 2), dtype=np.float32)})
+        activation_entropy(importances({"one": np.ones((1, 2), dtype=np.float32)}))
 
 
 # --------------------------------------------------------------------------------------------- attribute
@@ -148,14 +163,14 @@ def test_attribute_takes_every_method_and_option(tmp_path: Any) -> None:
     plain = {"top_heads": 4, "top_fraction": 0.1, "head_metric": "logprob", "batch_size": 9}
     paper = attribute(*asked(p), **plain, run_dir=tmp_path / "paper")
     ap = attribute(*asked(p), **plain, method="ap", run_dir=tmp_path / "ap")
-    close(ap.importance, activation_probability(prepared, batch_size=9))
+    close(ap.importance, activation_probability(prepared, Execution(batch_size=9)))
     assert ap.base == pytest.approx(paper.base)
-    assert (ap.heads, ap.head_scores.shape, bank_size(ap.bank)) == ([], (0, 0), bank_size(paper.bank))
-    _, scores = head_scores(prepared, "logprob", *head_statistics(prepared, "logprob", batch_size=9))
+    assert (ap.heads, ap.head_scores.shape, ap.bank.size) == ([], (0, 0), paper.bank.size)
+    _, scores = head_scores(prepared, "logprob", *head_statistics(prepared, "logprob", Execution(batch_size=9)))
     heads = weigh(top_heads(scores, 4), "rank")
     varied = attribute(*asked(p), **plain, target="centred", positive_part="example", head_weights="rank")
     expected = importance(
-        prepared, target_directions(prepared, "centred"), heads, positive_part="example", batch_size=9
+        prepared, target_directions(prepared, "centred"), heads, Execution(batch_size=9), positive_part="example"
     )
     close(varied.importance, expected)
     again = attribute(*asked(p), **plain, run_dir=tmp_path / "ap", method="ap")
@@ -169,7 +184,7 @@ def test_attribute_takes_every_method_and_option(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "lape"}, "method must be one of hones, dvp, ap, ma, grad_act, random, not 'lape'"),
+        ({"method": "lape"}, "method must be one of hones, dvp, grad_act, ma, ap, random, not 'lape'"),
         ({"target": "mean"}, "target must be one of paper, contrastive, centred, not 'mean'"),
         ({"positive_part": "no"}, "positive_part must be one of mean, example, not 'no'"),
         ({"head_weights": "one"}, "head_weights must be one of score, rank, not 'one'"),

@@ -8,17 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 from hones_offline import evaluate
-from hones_offline.attribution.baselines import activation_entropy, activation_probability, baseline
-from hones_offline.attribution.pipeline import MethodOptions, find_bank
+from hones_offline.attribution.baselines import activation_entropy, activation_probability, direct_write_in
+from hones_offline.attribution.methods import AttributionOptions
+from hones_offline.attribution.pipeline import Attribution, find_bank
+from hones_offline.attribution.write_in import target_directions
 from hones_offline.comparison.comparison import Comparison, compare
-from hones_offline.comparison.finding import METHODS, CompareSettings, parse
-from hones_offline.comparison.study import STEERED, Splits
+from hones_offline.comparison.settings import METHODS, CompareSettings, parse
+from hones_offline.comparison.splits import Splits
+from hones_offline.comparison.study import STEERED
 from hones_offline.data.examples import Example
 from hones_offline.data.metrics import CrossedBootstrap, interval_of, mean_of_rows
-from hones_offline.data.neurons import bank_digest, bank_size, exact_groups, jaccard, select_bank
+from hones_offline.data.neurons import Bank, Importance, exact_groups, jaccard
 from hones_offline.data.tasks import JsonlTask
 from hones_offline.learning.factors import FitSettings
-from hones_offline.running.prompts import prepare
+from hones_offline.running.execution import Execution
+from hones_offline.running.prompts import Prepared, prepare
 from problems import Problem, problem
 
 from hones_steer.errors import DataError
@@ -100,6 +104,18 @@ def with_stages(*more: str, **changes: Any) -> CompareSettings:
     return CompareSettings(**{**vars(SETTINGS), "stages": stages, "group_seeds": 2, **changes})
 
 
+RUN = Execution(batch_size=8)
+
+
+def dvp(prepared: Prepared) -> Importance:
+    return direct_write_in(prepared, target_directions(prepared), RUN)
+
+
+def attributed(prepared: Prepared, **options: Any) -> Attribution:
+    """The attribution of a run of its own."""
+    return find_bank(prepared, AttributionOptions(**{"head_metric": "logprob", "top_heads": 4, **options}), RUN)
+
+
 # ------------------------------------------------------------------------------------------------- finding
 
 
@@ -110,17 +126,16 @@ def test_seeds_draw_different_examples_and_every_method_the_same(comparison: Com
     pool = comparison.tasks["pets"].discovery
     drawn = comparison.finder.examples("pets", 1)
     assert [example.id for example in drawn.examples] == [pool.examples[i].id for i in second]
-    found = baseline(drawn, "dvp", batch_size=8)
-    np.testing.assert_array_equal(comparison.finder.importance("pets", "dvp", 1), found)
+    np.testing.assert_array_equal(comparison.finder.importance("pets", "dvp", 1), dvp(drawn))
 
 
 @pytest.mark.parametrize("metric", ["logprob", "task"])
 def test_heads_scored_once_for_all_seeds_find_what_a_run_on_the_draw_finds(comparison: Comparison, metric: Any) -> None:
     drawn = comparison.finder.examples("sizes", 1)
-    base, scores = comparison.finder.scores("sizes", metric, 1)
-    alone = find_bank(drawn, count=4, top_fraction=0.2, head_metric=metric, batch_size=8)
-    assert base == pytest.approx(alone.base, abs=1e-5)
-    np.testing.assert_allclose(scores, alone.head_scores, atol=1e-5)
+    scores = comparison.finder.scores("sizes", metric, 1)
+    alone = attributed(drawn, head_metric=metric)
+    assert scores.base == pytest.approx(alone.base, abs=1e-5)
+    np.testing.assert_allclose(scores.scores, alone.head_scores, atol=1e-5)
     if metric == "logprob":
         found = comparison.finder.attribution("sizes", "hones_logprob", 1)
         np.testing.assert_allclose(found.importance, alone.importance, rtol=1e-3, atol=1e-5)
@@ -134,27 +149,26 @@ def test_items_of_a_task_with_several_answers_are_those_of_the_examples_drawn(tm
     parts = {name: Splits(prepared, prepared, prepared, tmp_path / name, batch_size=8) for name in ("one", "two")}
     settings = CompareSettings(methods=("hones_logprob",), main="hones_logprob", seeds=2, attribution_examples=2)
     finder = Comparison(parts, settings).finder
-    _, found = finder.scores("one", "logprob", 1)
-    alone = find_bank(finder.examples("one", 1), count=4, top_fraction=0.2, head_metric="logprob", batch_size=8)
-    np.testing.assert_allclose(found, alone.head_scores, atol=1e-5)
+    alone = attributed(finder.examples("one", 1))
+    np.testing.assert_allclose(finder.scores("one", "logprob", 1).scores, alone.head_scores, atol=1e-5)
 
 
 def test_variants_are_the_options_of_attribution(comparison: Comparison) -> None:
     drawn = comparison.finder.examples("pets", 0)
     for name, options in {
-        "hones_logprob:centred+rank": MethodOptions(target="centred", head_weights="rank"),
-        "hones_logprob:contrastive": MethodOptions(target="contrastive"),
-        "hones_logprob:example": MethodOptions(positive_part="example"),
+        "hones_logprob:centred+rank": {"target": "centred", "head_weights": "rank"},
+        "hones_logprob:contrastive": {"target": "contrastive"},
+        "hones_logprob:example": {"positive_part": "example"},
     }.items():
-        alone = find_bank(drawn, count=4, top_fraction=0.2, head_metric="logprob", batch_size=8, options=options)
+        alone = attributed(drawn, **options)
         found = comparison.finder.importance("pets", name, 0)
         np.testing.assert_allclose(found, alone.importance, rtol=1e-3, atol=1e-5)
 
 
 def test_damage_divides_a_heads_score_by_its_share_of_harm_to_all_tasks(comparison: Comparison) -> None:
-    scores = {name: comparison.finder.scores(name, "logprob", 0)[1] for name in TASKS}
-    plain = comparison.finder.heads("pets", parse("hones_logprob"), 0)
-    found = comparison.finder.heads("pets", parse("hones_logprob:damage"), 0)
+    scores = {name: comparison.finder.scores(name, "logprob", 0).scores for name in TASKS}
+    plain = comparison.finder.attribution("pets", "hones_logprob", 0).heads
+    found = comparison.finder.attribution("pets", "hones_logprob:damage", 0).heads
     for (layer, head, weight), (*place, divided) in zip(plain, found, strict=True):
         assert place == [layer, head]
         harm = np.mean([max(float(s[layer, head]), 0) / float(s.max()) for s in scores.values()])
@@ -162,10 +176,10 @@ def test_damage_divides_a_heads_score_by_its_share_of_harm_to_all_tasks(comparis
 
 
 def test_heads_that_are_among_the_strongest_of_every_task_are_left_out(comparison: Comparison) -> None:
-    strongest = [{h[:2] for h in comparison.finder.heads(name, parse("hones_logprob"), 0)} for name in TASKS]
+    strongest = [{h[:2] for h in comparison.finder.attribution(name, "hones_logprob", 0).heads} for name in TASKS]
     everywhere = set.intersection(*strongest)
     assert everywhere  # or the test says nothing
-    found = comparison.finder.heads("pets", parse("hones_logprob:leave_out"), 0)
+    found = comparison.finder.attribution("pets", "hones_logprob:leave_out", 0).heads
     assert everywhere.isdisjoint({head[:2] for head in found})
     assert {h[:2] for h in found} >= strongest[0] - everywhere
 
@@ -180,11 +194,11 @@ def test_a_specific_bank_has_no_neuron_of_the_other_tasks_banks(comparison: Comp
     kept = {(layer, neuron) for layer, neurons in shared["pets"].items() for neuron in neurons.tolist()}
     kept -= {(layer, n) for name in TASKS if name != "pets" for layer, ns in shared[name].items() for n in ns.tolist()}
     assert kept <= {(layer, neuron) for layer, neurons in found.items() for neuron in neurons.tolist()}
-    assert bank_size(found) == bank_size(shared["pets"])  # the next ones fill it up
+    assert found.size == shared["pets"].size  # the next ones fill it up
 
 
 def test_entropy_takes_all_tasks_probabilities_of_the_same_seed(comparison: Comparison) -> None:
-    tables = {name: activation_probability(comparison.finder.examples(name, 1), batch_size=8) for name in TASKS}
+    tables = {name: activation_probability(comparison.finder.examples(name, 1), RUN) for name in TASKS}
     found = comparison.finder.importance("places", "ape", 1)
     np.testing.assert_array_equal(found, activation_entropy(tables)["places"])
 
@@ -192,7 +206,7 @@ def test_entropy_takes_all_tasks_probabilities_of_the_same_seed(comparison: Comp
 def test_a_random_bank_has_the_main_methods_sizes_per_layer(comparison: Comparison) -> None:
     main, drawn = (comparison.finder.bank("pets", name, 0.2, 1) for name in ("hones_logprob", "random"))
     assert {layer: len(neurons) for layer, neurons in drawn.items()} == {layer: len(n) for layer, n in main.items()}
-    assert bank_digest(drawn) != bank_digest(main)
+    assert drawn.digest != main.digest
 
 
 @pytest.mark.parametrize(
@@ -250,7 +264,7 @@ def test_a_masking_row_is_what_evaluate_measures(
     row = rows["pets", "dvp", 0.2]
     drops: dict[str, list[float]] = {name: [] for name in TASKS}
     for seed in (0, 1):
-        bank = select_bank(baseline(comparison.finder.examples("pets", seed), "dvp", batch_size=8), 0.2)
+        bank = dvp(comparison.finder.examples("pets", seed)).bank(0.2)
         for name, of in drops.items():
             test = examples[name]["test"]
             plain, masked = (evaluate(p.model, p.processor, task(name), test, mask=m).value for m in (None, bank))
@@ -289,9 +303,9 @@ def test_heads_layers_overlap_and_stability(comparison: Comparison, summary: Any
     assert summary["stability"]["pets"]["dvp"] == pytest.approx(jaccard(*banks["pets"]))
     heads = summary["heads"]["pets"]
     assert (heads["metric"], heads["seeds"], heads["n"]) == ("logprob", 2, 4)
-    mean = np.mean([comparison.finder.scores("pets", "logprob", seed)[1] for seed in (0, 1)], axis=0)
+    mean = np.mean([comparison.finder.scores("pets", "logprob", seed).scores for seed in (0, 1)], axis=0)
     np.testing.assert_allclose(heads["scores"], mean, rtol=1e-5)
-    assert [tuple(head) for head in heads["chosen"]] == comparison.finder.heads("pets", parse("hones_logprob"), 0)
+    assert [tuple(head) for head in heads["chosen"]] == comparison.finder.attribution("pets", "hones_logprob", 0).heads
 
 
 def test_groups_are_disjoint_and_masked_and_steered(comparison: Comparison, summary: Any) -> None:
@@ -305,7 +319,7 @@ def test_groups_are_disjoint_and_masked_and_steered(comparison: Comparison, summ
     ]
     for group, row in rows.items():
         banks = [groups[key] for groups in per_seed if (key := tuple(group.split("+"))) in groups]
-        assert (row["seeds"], row["neurons"]) == (len(banks), round(np.mean([bank_size(bank) for bank in banks])))
+        assert (row["seeds"], row["neurons"]) == (len(banks), round(np.mean([bank.size for bank in banks])))
         for name in TASKS:
             drop = np.mean([comparison.drop(name, bank)[0] for bank in banks])
             assert row["drops"][name]["drop"] == pytest.approx(drop)
@@ -351,8 +365,8 @@ def test_stages_can_be_switched_off(p: Problem, examples: Any, out: Path, tmp_pa
 
 
 def test_groups_and_overlap_of_banks() -> None:
-    def bank(**layers: list[int]) -> Any:
-        return {int(layer[1:]): np.array(neurons, dtype=np.int32) for layer, neurons in layers.items()}
+    def bank(**layers: list[int]) -> Bank:
+        return Bank({int(layer[1:]): neurons for layer, neurons in layers.items()})
 
     banks = {"a": bank(l0=[1, 2, 3], l2=[5]), "b": bank(l0=[2, 3], l1=[7]), "c": bank(l0=[3, 9])}
     found = {tasks: {layer: n.tolist() for layer, n in group.items()} for tasks, group in exact_groups(banks).items()}
@@ -368,10 +382,10 @@ def test_groups_and_overlap_of_banks() -> None:
     for one, other in combinations(banks.values(), 2):
         assert jaccard(one, other) == jaccard(other, one) < jaccard(one, one) == 1
     with pytest.raises(DataError, match="two empty banks"):
-        jaccard({}, {})
-    digests = [bank_digest(b) for b in (*banks.values(), {})]
+        jaccard(Bank({}), Bank({}))
+    digests = [b.digest for b in (*banks.values(), Bank({}))]
     assert len(set(digests)) == 4
-    assert bank_digest({2: banks["a"][2], 1: np.array([], dtype=np.int32), 0: banks["a"][0]}) == digests[0]
+    assert Bank({2: banks["a"][2], 1: np.array([], dtype=np.int32), 0: banks["a"][0]}).digest == digests[0]
 
 
 def test_a_crossed_interval_is_as_wide_as_examples_and_seeds_make_it() -> None:

@@ -10,8 +10,10 @@ import torch
 from hones_offline.attribution.ablation import LogProbabilities
 from hones_offline.attribution.heads import HeadMetric, head_scores, head_statistics, top_heads
 from hones_offline.attribution.write_in import PositivePart, importance, mean_write_in, target_directions
+from hones_offline.data.neurons import Bank
 from hones_offline.learning.factors import FitSettings, learn
 from hones_offline.running.evaluation import intervention, score
+from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
 from problems import Problem, every_architecture, problem
 
@@ -54,7 +56,9 @@ def test_head_scores(case: tuple[Problem, Prepared], head_metric: HeadMetric) ->
     p, prepared = case
     utility = reference.metric if head_metric == "task" else reference.mean_log_probability
     base = utility(p.model, p.processor, p.task, p.examples)
-    found_base, found = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, batch_size=9))
+    found_base, found = head_scores(
+        prepared, head_metric, *head_statistics(prepared, head_metric, Execution(batch_size=9))
+    )
     assert found_base == pytest.approx(base, abs=1e-5)
     for head, value in enumerate(found[1]):
         with reference.head_replaced(p.model, 1, head):
@@ -68,11 +72,15 @@ def test_little_memory_and_small_batches_change_nothing(
 ) -> None:
     """Kept states of all layers or of one at a time, several heads in a batch or one, rows parted alone or together."""
     _, prepared = case
-    _, expected = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, batch_size=9))
-    _, found = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, batch_size=9, memory_gb=1e-9))
+    _, expected = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, Execution(batch_size=9)))
+    _, found = head_scores(
+        prepared, head_metric, *head_statistics(prepared, head_metric, Execution(batch_size=9, memory_gb=1e-9))
+    )
     np.testing.assert_array_equal(found, expected)
     for batch_size in (1, 3, 64):
-        _, found = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, batch_size=batch_size))
+        _, found = head_scores(
+            prepared, head_metric, *head_statistics(prepared, head_metric, Execution(batch_size=batch_size))
+        )
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -85,14 +93,16 @@ def test_cut_into_parts_by_length_nothing_changes(monkeypatch: pytest.MonkeyPatc
 
     def everything() -> list[npt.NDArray[np.float32]]:
         metrics: tuple[HeadMetric, ...] = ("task", "logprob")
-        scores = [head_scores(prepared, m, *head_statistics(prepared, m, batch_size=9))[1] for m in metrics]
+        scores = [head_scores(prepared, m, *head_statistics(prepared, m, Execution(batch_size=9)))[1] for m in metrics]
         parts: tuple[PositivePart, ...] = ("mean", "example")
         heads = top_heads(scores[1], 4)
-        return scores + [importance(prepared, directions, heads, positive_part=part, batch_size=9) for part in parts]
+        return scores + [
+            importance(prepared, directions, heads, Execution(batch_size=9), positive_part=part) for part in parts
+        ]
 
     together = everything()
     monkeypatch.setattr("hones_offline.attribution.ablation._FORWARD", 0)
-    parts = LogProbabilities(prepared, prepared.pairs(), batch_size=9, memory_gb=4).parts.items
+    parts = LogProbabilities(prepared, prepared.pairs(), Execution(batch_size=9, memory_gb=4)).parts.items
     assert len(parts) > 1
     for found, expected in zip(everything(), together, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
@@ -101,24 +111,24 @@ def test_cut_into_parts_by_length_nothing_changes(monkeypatch: pytest.MonkeyPatc
 def test_importance_is_the_same_within_a_ten_thousandth(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
     scores = reference.head_scores(p.model, p.processor, p.task, p.examples, reference.mean_log_probability)
-    _, found_scores = head_scores(prepared, "logprob", *head_statistics(prepared, "logprob", batch_size=9))
+    _, found_scores = head_scores(prepared, "logprob", *head_statistics(prepared, "logprob", Execution(batch_size=9)))
     np.testing.assert_allclose(found_scores, scores, atol=1e-5)
     expected = reference.importance(p.model, p.processor, p.task, p.examples, scores, top_heads=4).numpy()
-    found = importance(prepared, target_directions(prepared), top_heads(found_scores, 4), batch_size=9)
+    found = importance(prepared, target_directions(prepared), top_heads(found_scores, 4), Execution(batch_size=9))
     assert (expected > 0).any()
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * expected.max())
 
 
 def test_write_in_reads_the_last_prompt_token(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
-    (found,) = mean_write_in(prepared, target_directions(prepared), batch_size=9)
+    (found,) = mean_write_in(prepared, target_directions(prepared), Execution(batch_size=9))
     expected = reference.mean_write_in(p.model, p.processor, p.task, p.examples)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_masking_and_steering_equal_plain_multiplication(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
-    bank = {1: np.arange(0, 40, 2, dtype=np.int32), 2: np.arange(5, 30, dtype=np.int32)}
+    bank = Bank({1: np.arange(0, 40, 2), 2: np.arange(5, 30)})
     plain = score(prepared, batch_size=9).outputs
     with intervention(prepared, mask=bank):
         found = score(prepared, batch_size=9).outputs
@@ -137,9 +147,9 @@ def test_masking_and_steering_equal_plain_multiplication(case: tuple[Problem, Pr
 def test_learning_follows_the_gradient_of_the_plain_loss(case: tuple[Problem, Prepared]) -> None:
     """One SGD-like step: the first AdamW step moves every factor against the sign of the reference's gradient."""
     p, prepared = case
-    bank = {0: np.array([1, 7, 20], dtype=np.int32), 2: np.array([3, 11], dtype=np.int32)}
+    bank = Bank({0: [1, 7, 20], 2: [3, 11]})
     settings = FitSettings(epochs=1, lr=1e-2, batch_size=100, accumulation_steps=1, l2=0.0)
-    profile = learn(prepared, bank, settings)
+    profile = learn(prepared, bank, settings, Execution())
     flat = np.concatenate([scales for _, scales in profile.layers.values()])
 
     def loss(values: np.ndarray) -> float:
@@ -161,9 +171,9 @@ def test_learning_follows_the_gradient_of_the_plain_loss(case: tuple[Problem, Pr
 def test_gradient_checkpointing_learns_the_same() -> None:
     p = problem("llava", "vqa")
     prepared = prepare(p.model, p.processor, p.task, p.examples)
-    bank = {0: np.array([1, 7], dtype=np.int32), 2: np.array([3], dtype=np.int32)}
+    bank = Bank({0: [1, 7], 2: [3]})
     plain, checkpointed = (
-        learn(prepared, bank, FitSettings(lr=1e-2, gradient_checkpointing=flag)) for flag in (False, True)
+        learn(prepared, bank, FitSettings(lr=1e-2, gradient_checkpointing=flag), Execution()) for flag in (False, True)
     )
     for layer in bank:
         np.testing.assert_allclose(plain.layers[layer][1], checkpointed.layers[layer][1], atol=1e-5)

@@ -1,4 +1,4 @@
-"""Loading examples: what the files say is what comes out, bad input is named, splits stay apart."""
+"""Examples have the content of their files, bad input is named in the error, and splits stay apart."""
 
 import json
 from dataclasses import replace
@@ -156,7 +156,7 @@ GOOD = '{"prompt": "What?", "targets": ["cat"]}'
     ("line", "complaint"),
     [
         ("{", "JSON"),
-        ("[" * 200_000, "JSON"),
+        ("[" * 200_000, "nested too deep"),
         ("[1]", "object"),
         ('"text"', "object"),
         ('{"targets": ["cat"]}', "prompt"),
@@ -174,7 +174,7 @@ GOOD = '{"prompt": "What?", "targets": ["cat"]}'
         ('{"prompt": "What?", "targets": ["cat"], "image": "a\\u0000b"}', "image"),
         ('{"prompt": "What?", "targets": ["cat"], "id": ""}', "id"),
         ('{"prompt": "What?", "targets": ["cat"], "id": true}', "id"),
-        ('{"prompt": "What?", "targets": ["cat"], "prompt": "Who?"}', "key 'prompt' stands twice"),
+        ('{"prompt": "What?", "targets": ["cat"], "prompt": "Who?"}', "duplicate key 'prompt'"),
         ('{"prompt": "What?", "targets": ["cat"], "id": "1"}', "'1' was used before"),
     ],
 )

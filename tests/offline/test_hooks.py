@@ -12,6 +12,7 @@ from hones_offline import attribute, evaluate, fit
 from hones_offline.attribution.baselines import Baseline, baseline
 from hones_offline.attribution.heads import head_scores, head_statistics, top_heads
 from hones_offline.attribution.write_in import importance, target_directions
+from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
 from problems import Problem, problem
 from torch import Tensor, nn
@@ -55,9 +56,13 @@ def wrapped() -> Iterator[Problem]:
 
 def everything(prepared: Prepared) -> list[Any]:
     """Head scores by both metrics, importance, and baselines."""
-    scores = [head_scores(prepared, m, *head_statistics(prepared, m, batch_size=9))[1] for m in ("task", "logprob")]
+    scores = [
+        head_scores(prepared, m, *head_statistics(prepared, m, Execution(batch_size=9)))[1] for m in ("task", "logprob")
+    ]
     units, heads = target_directions(prepared), top_heads(scores[1], 4)
-    found = [importance(prepared, units, heads, positive_part=part, batch_size=9) for part in ("mean", "example")]
+    found = [
+        importance(prepared, units, heads, Execution(batch_size=9), positive_part=part) for part in ("mean", "example")
+    ]
     methods: tuple[Baseline, ...] = ("ap", "ma", "grad_act")
     return scores + found + [baseline(prepared, method, batch_size=3) for method in methods]
 
@@ -95,7 +100,7 @@ def test_an_input_whose_rows_cannot_be_told_is_refused(wrapped: Problem, part: s
     prepared = prepare(*asked(wrapped))
     runs: dict[str, list[Callable[[], object]]] = {
         "down_proj": [lambda method=method: baseline(prepared, method, batch_size=3) for method in ("ma", "grad_act")],
-        "o_proj": [lambda: head_statistics(prepared, "logprob", batch_size=9)],
+        "o_proj": [lambda: head_statistics(prepared, "logprob", Execution(batch_size=9))],
     }
     for run in runs[part]:
         with pytest.raises(LayoutError, match=r"model\.layers\.1: a module of it got an input of shape \[\d+, \d, "):
@@ -108,7 +113,7 @@ def test_a_part_that_is_replaced_after_the_examples_were_encoded_is_named() -> N
     attention = p.model.model.layers[1].self_attn
     attention.o_proj = nn.Linear(32, 32)
     with pytest.raises(LayoutError, match=r"model\.layers\.1: its Linear was taken out of the model after"):
-        head_statistics(prepared, "logprob", batch_size=9)
+        head_statistics(prepared, "logprob", Execution(batch_size=9))
 
 
 class Fused(nn.Module):
@@ -150,4 +155,4 @@ def test_an_output_projection_that_is_passed_by_is_refused() -> None:
     attention = p.model.model.layers[1].self_attn
     attention.__dict__["o_proj"] = partial(F.linear, weight=attention.o_proj.weight)  # what the attention calls
     with pytest.raises(LayoutError, match=r"model\.layers\.1: its Linear was not called in a forward"):
-        head_statistics(prepared, "logprob", batch_size=9)
+        head_statistics(prepared, "logprob", Execution(batch_size=9))

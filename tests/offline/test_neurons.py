@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hones_offline.data.neurons import bank_size, check_bank, random_bank, select_bank
+from hones_offline.data.neurons import Bank, Importance, NeuronIndex
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -17,6 +17,12 @@ IMPORTANCE = hnp.arrays(
     elements=st.sampled_from([-1.0, 0.0, 0.25, 0.5, 0.75, 1.0]),  # few values, so that ties are common
 )
 FRACTIONS = st.floats(0, 1, exclude_min=True)
+
+
+def select_bank(importance, fraction, without=()):
+    """The bank of an importance given as [L, I]."""
+    index = NeuronIndex((importance.shape[1],) * importance.shape[0])
+    return Importance(index, importance.reshape(-1)).bank(fraction, without)
 
 
 def as_lists(bank):
@@ -69,9 +75,9 @@ def test_a_bank_holds_the_best_neurons_and_as_many_as_asked_for(importance, frac
         inside[layer, neurons] = True
     assert list(bank) == sorted(bank)
     wanted = max(1, round(fraction * importance.size))
-    assert bank_size(bank) == inside.sum() == min(wanted, (importance > 0).sum())
+    assert bank.size == inside.sum() == min(wanted, (importance > 0).sum())
     assert importance[inside].min() > 0
-    assert importance[inside].min() >= importance[~inside].max(initial=-np.inf) or bank_size(bank) < wanted
+    assert importance[inside].min() >= importance[~inside].max(initial=-np.inf) or bank.size < wanted
 
 
 @given(IMPORTANCE, FRACTIONS, FRACTIONS)
@@ -89,20 +95,21 @@ def test_a_smaller_bank_lies_inside_a_larger_one(importance, one, other):
     st.integers(0, 2**32 - 1),
 )
 def test_a_random_bank_has_the_same_shape_and_is_the_same_for_a_seed(sizes, width, seed):
-    bank = {layer: np.arange(size, dtype=np.int32) for layer, size in sizes.items()}
-    drawn = random_bank(bank, width, seed)
+    bank = Bank({layer: np.arange(size, dtype=np.int32) for layer, size in sizes.items()})
+    index = NeuronIndex((width,) * 6)
+    drawn = bank.random(index, seed)
     assert {layer: len(neurons) for layer, neurons in drawn.items()} == sizes
     for neurons in drawn.values():
         assert neurons.dtype == np.int32
         assert neurons[0] >= 0
         assert neurons[-1] < width
         assert (np.diff(neurons) > 0).all()
-    assert as_lists(random_bank(bank, width, seed)) == as_lists(drawn)
+    assert as_lists(bank.random(index, seed)) == as_lists(drawn)
 
 
 def test_a_random_bank_is_drawn_from_all_neurons_and_differs_by_seed():
-    bank = {0: np.arange(5, dtype=np.int32), 3: np.arange(5, dtype=np.int32)}
-    draws = [random_bank(bank, 20, seed) for seed in range(40)]
+    bank = Bank({0: np.arange(5, dtype=np.int32), 3: np.arange(5, dtype=np.int32)})
+    draws = [bank.random(NeuronIndex((20,) * 4), seed) for seed in range(40)]
     for layer in bank:
         counts = np.bincount(np.concatenate([draw[layer] for draw in draws]), minlength=20)
         assert counts.min() > 0  # those of the bank itself too
@@ -122,9 +129,35 @@ def test_a_random_bank_is_drawn_from_all_neurons_and_differs_by_seed():
         ({1: [-1, 5]}, r"layer 1 names neurons outside \[0, 96\)"),
         ({1: [5, 5]}, "layer 1 does not name its neurons in increasing order, each once"),
         ({1: [6, 5]}, "layer 1 does not name its neurons in increasing order, each once"),
+        ({1: [0.5]}, "layer 1 does not hold neuron indices but float64 0.5"),
+        ({1: [2**31]}, "layer 1 does not hold neuron indices but int64 2147483648"),
     ],
 )
 def test_a_bank_that_is_not_the_models_is_refused(bank, message):
-    arrays = {layer: np.array(neurons, dtype=np.int32) for layer, neurons in bank.items()}
     with pytest.raises(DataError, match=message):
-        check_bank(arrays, find_layout(llama()))
+        Bank(bank).check(NeuronIndex.of(find_layout(llama())))
+
+
+def test_an_importance_is_a_matrix_of_layers_for_numpy():
+    matrix = np.arange(6, dtype=np.float32).reshape(2, 3)
+    importance = Importance(NeuronIndex((3, 3)), matrix.reshape(-1))
+    np.testing.assert_array_equal(importance, matrix)
+    assert importance.shape == (2, 3)
+    assert np.asarray(importance).dtype == np.float32
+
+
+def test_layers_of_different_widths_are_numbered_one_after_another():
+    index = NeuronIndex((2, 0, 3))
+    assert index.size == 5
+    assert [index.layer(layer) for layer in range(3)] == [slice(0, 2), slice(2, 2), slice(2, 5)]
+    assert as_lists(index.bank(np.array([1, 2, 4]))) == {0: [1], 2: [0, 2]}
+    assert as_lists(Importance(index, np.array([1, 5, 4, 0, 3], dtype=np.float32)).bank(0.6)) == {0: [1], 2: [0, 2]}
+
+
+def test_values_of_a_bank_are_split_in_its_own_order():
+    bank = Bank({2: [0, 5], 0: [1]})
+    assert {layer: part.tolist() for layer, part in bank.split(np.array([1.0, 2.0, 3.0])).items()} == {
+        2: [1, 2],
+        0: [3],
+    }
+    assert (bank.size, bank.pairs(), bank.to_json()) == (3, [(2, 0), (2, 5), (0, 1)], {"2": [0, 5], "0": [1]})

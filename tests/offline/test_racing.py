@@ -15,6 +15,7 @@ from hones_offline.attribution.racing import race, rounds, student_quantile, sur
 from hones_offline.data.examples import Example
 from hones_offline.data.tasks import JsonlTask
 from hones_offline.running.evaluation import score
+from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import prepare
 from offline.killed_run import contents
 from problems import Problem, problem
@@ -137,14 +138,14 @@ def test_on_a_model_the_heads_their_weights_and_the_bank_are_the_exact_ones(p: P
     assert [head[:2] for head in found.heads] == [head[:2] for head in exact.heads]
     np.testing.assert_allclose([w for *_, w in found.heads], [w for *_, w in exact.heads], rtol=1e-4)
     assert found.base == pytest.approx(exact.base, rel=1e-6)
-    np.testing.assert_allclose(found.importance, exact.importance, rtol=1e-3, atol=1e-4 * exact.importance.max())
+    np.testing.assert_allclose(found.importance, exact.importance, rtol=1e-3, atol=1e-4 * np.max(exact.importance))
 
 
 def test_scores_of_finished_heads_are_exact_and_the_others_are_of_items_seen(p: Problem) -> None:
     prepared = prepare(p.model, p.processor, p.task, p.examples)
-    base, replaced = head_statistics(prepared, "logprob", batch_size=8)
+    base, replaced = head_statistics(prepared, "logprob", Execution(batch_size=8))
     _, expected = head_scores(prepared, "logprob", base, replaced)
-    _, scores, finished, _ = race(prepared, "logprob", keep=2, error=0.05, seed=1, batch_size=8)
+    _, scores, finished, _ = race(prepared, "logprob", Execution(batch_size=8), keep=2, error=0.05, seed=1)
     np.testing.assert_allclose(scores[finished], expected[finished], atol=1e-5)
     assert not np.allclose(scores[~finished], expected[~finished], atol=1e-5)
     drawn = np.sort(np.random.default_rng(1).permutation(48)[:32])
@@ -189,7 +190,7 @@ def test_a_metric_that_is_no_mean_is_refused_by_name(tmp_path: Path) -> None:
 def test_means_of_ranking_are_taken() -> None:
     p = problem("llava", "retrieval", count=3)
     prepared = prepare(p.model, p.processor, p.task, p.examples)
-    _, _, finished, costs = race(prepared, "task", keep=2, error=0.05, batch_size=8)
+    _, _, finished, costs = race(prepared, "task", Execution(batch_size=8), keep=2, error=0.05)
     assert finished.all()  # three examples are one round
     assert costs.evaluations == costs.of
 

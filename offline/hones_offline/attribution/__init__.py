@@ -1,1 +1,1 @@
-"""From examples to a bank: head scores, importance of neurons, and the methods these are compared with."""
+"""Attribution: from examples to a bank, by head scores and importance of neurons, or by another method."""

@@ -18,6 +18,7 @@ from hones_offline.data.metrics import FloatArray
 from hones_offline.running.cache import ending_together
 from hones_offline.running.decoder import Batch, Rows, Run, Segment, Started, TextDecoder, gib, shared_length
 from hones_offline.running.evaluation import decoded_texts, mean_log_probabilities, yes_no_margins
+from hones_offline.running.execution import Execution
 from hones_offline.running.hooks import Entering, Head, recorded_states
 from hones_offline.running.prompts import Prepared
 from hones_steer.layout import linear_shape
@@ -31,9 +32,9 @@ class HeadRuns(ABC):
     forward is run again for every so many layers. A forward has the rows of `copies` heads.
     """
 
-    def __init__(self, prepared: Prepared, *, copies: int, tokens: int, batch_size: int, memory_gb: float) -> None:
-        self.prepared, self.decoder, self.batch_size = prepared, prepared.decoder, batch_size
-        self._heads_at_once, self._memory = max(1, copies), gib(memory_gb)
+    def __init__(self, prepared: Prepared, execution: Execution, *, copies: int, tokens: int) -> None:
+        self.prepared, self.decoder, self.batch_size = prepared, prepared.decoder, execution.batch_size
+        self._heads_at_once, self._memory = max(1, copies), gib(execution.memory_gb)
         layout = self.decoder.layout
         assert layout.layers[0].attn_out is not None  # Layout.require_attribution has been called
         heads_size, _ = linear_shape(layout.layers[0].attn_out) or (layout.hidden_size, 0)
@@ -100,23 +101,19 @@ class Parts:
     """
 
     def __init__(
-        self,
-        decoder: TextDecoder,
-        segments: Sequence[Segment],
-        own: Sequence[int],
-        *,
-        batch_size: int,
-        memory_gb: float,
+        self, decoder: TextDecoder, segments: Sequence[Segment], own: Sequence[int], execution: Execution
     ) -> None:
         """Of segment i the last `own[i]` tokens' hidden states are wanted; at most `batch_size` are in a part."""
         shared = shared_length(segments, own)
         heads = decoder.layout.layers[0].num_heads or 1
-        self.items = in_parts([len(segment) - shared for segment in segments], heads, batch_size)
+        self.items = in_parts([len(segment) - shared for segment in segments], heads, execution.batch_size)
         self.rows = [
             Rows(decoder, [segments[i] for i in few], [own[i] for i in few], shared=shared) for few in self.items
         ]
         self.tokens = shared + sum(rows.tokens - shared for rows in self.rows)
-        self.copies = min(rows.copies_at_once(batch_size=batch_size, memory_gb=memory_gb) for rows in self.rows)
+        self.copies = min(
+            rows.copies_at_once(batch_size=execution.batch_size, memory_gb=execution.memory_gb) for rows in self.rows
+        )
 
     def __iter__(self) -> Iterator[tuple[list[int], Rows]]:
         return zip(self.items, self.rows, strict=True)
@@ -156,11 +153,11 @@ _FORWARD = 100  # tokens; SmolLM2-135M on a CPU: about 60
 class LogProbabilities(HeadRuns):
     """Items are (prompt, answer) pairs; the statistic is the answer's mean token log-probability."""
 
-    def __init__(self, prepared: Prepared, pairs: Sequence[tuple[Segment, Tensor]], **options: Any) -> None:
+    def __init__(self, prepared: Prepared, pairs: Sequence[tuple[Segment, Tensor]], execution: Execution) -> None:
         self.answers = [answer for _, answer in pairs]
         segments = [prepared.decoder.answered(prompt, answer) for prompt, answer in pairs]
-        self.parts = Parts(prepared.decoder, segments, [len(answer) for answer in self.answers], **options)
-        super().__init__(prepared, copies=self.parts.copies, tokens=self.parts.tokens, **options)
+        self.parts = Parts(prepared.decoder, segments, [len(answer) for answer in self.answers], execution)
+        super().__init__(prepared, execution, copies=self.parts.copies, tokens=self.parts.tokens)
 
     def undisturbed(self) -> FloatArray:
         means: FloatArray = self._means(self.decoder.run, 1)[0]
@@ -184,14 +181,14 @@ class LogProbabilities(HeadRuns):
 class Ranking(HeadRuns):
     """Items are examples with candidates."""
 
-    def __init__(self, prepared: Prepared, items: Sequence[int], **options: Any) -> None:
+    def __init__(self, prepared: Prepared, items: Sequence[int], execution: Execution) -> None:
         self.items = items
         chosen = [prepared.encoded[i] for i in items]
         self.prefixes, self.suffixes = [e.shared for e in chosen], [e.endings for e in chosen]
         flat = [len(ending) for endings in self.suffixes for ending in endings]
         tokens = len(items) * max(map(len, self.prefixes)) + len(flat) * max(flat)
-        rows = max(len(items), min(len(flat), options["batch_size"]))
-        super().__init__(prepared, copies=options["batch_size"] // rows, tokens=tokens, **options)
+        rows = max(len(items), min(len(flat), execution.batch_size))
+        super().__init__(prepared, execution, copies=execution.batch_size // rows, tokens=tokens)
 
     def undisturbed(self) -> FloatArray:
         return self._statistics(None)[0]
@@ -215,29 +212,29 @@ class Generation(HeadRuns):
     decoded because they parted from the undisturbed answer; decoding many rows costs little more than decoding one.
     """
 
-    def __init__(self, prepared: Prepared, items: Sequence[int], **options: Any) -> None:
+    def __init__(self, prepared: Prepared, items: Sequence[int], execution: Execution) -> None:
         decoder, self.items = prepared.decoder, items
         self.budget = prepared.task.max_new_tokens
         prompts = [prepared.encoded[i].prompt(0) for i in items]
         self.drafts = decoder.greedy(prompts, self.budget)
         fed = [torch.tensor(draft[: self.budget - 1], dtype=torch.long) for draft in self.drafts]
         segments = [prompt + decoder.continuation(prompt, ids) for prompt, ids in zip(prompts, fed, strict=True)]
-        self.parts = Parts(decoder, segments, [1 + len(ids) for ids in fed], **options)
+        self.parts = Parts(decoder, segments, [1 + len(ids) for ids in fed], execution)
         self.drafted = [
             _Drafted(rows, few, [prompts[i] for i in few], [self.drafts[i] for i in few]) for few, rows in self.parts
         ]
         self._waiting: list[tuple[Started, list[list[int]]]] = []
         self._scored: dict[tuple[int, tuple[int, ...]], FloatArray] = {}
-        super().__init__(prepared, copies=self.parts.copies, tokens=self.parts.tokens, **options)
+        super().__init__(prepared, execution, copies=self.parts.copies, tokens=self.parts.tokens)
 
     @staticmethod
-    def batches_at_once(prepared: Prepared, batch_size: int, memory_gb: float) -> int:
+    def batches_at_once(prepared: Prepared, execution: Execution) -> int:
         """How many batches of items are worth taking together: as many as fill a batch of rows to decode, or memory."""
         prompts = [encoded.prompt(0) for encoded in prepared.encoded]
         row_bytes = prepared.decoder.cache_token_bytes(prompts[0]) * (
             max(map(len, prompts)) + prepared.task.max_new_tokens
         )
-        fitting = gib(memory_gb) // (batch_size * row_bytes)
+        fitting = gib(execution.memory_gb) // (execution.batch_size * row_bytes)
         return min(max(fitting, 1), _BATCHES_AT_ONCE)
 
     def undisturbed(self) -> FloatArray:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -10,11 +10,11 @@ import numpy.typing as npt
 from hones_offline.attribution.ablation import Generation, HeadRuns, LogProbabilities, Ranking
 from hones_offline.data.metrics import FloatArray, mean_of_rows
 from hones_offline.running.decoder import batches
-from hones_offline.running.distributed import ALONE, Processes
 from hones_offline.running.evaluation import most_candidates
+from hones_offline.running.execution import Execution
 from hones_offline.running.hooks import Head
+from hones_offline.running.progress import progress_bar
 from hones_offline.running.prompts import Prepared
-from hones_offline.running.run_folder import RunFolder
 from hones_steer.errors import DataError, LayoutError
 from hones_steer.layout import DecoderLayer
 
@@ -32,31 +32,26 @@ def head_count(layer: DecoderLayer) -> int:
 
 
 def head_runs(
-    prepared: Prepared,
-    head_metric: HeadMetric,
-    *,
-    batch_size: int,
-    memory_gb: float,
-    among: Sequence[int] | None = None,
+    prepared: Prepared, head_metric: HeadMetric, execution: Execution, among: Sequence[int] | None = None
 ) -> Iterator[tuple[list[int], Callable[[], HeadRuns]]]:
     """The task's items, a few at a time, each in exactly one result; nothing runs before these are called.
 
     Items are the examples, or for log-probabilities the (prompt, answer) pairs; with them come their numbers. Only the
     items `among` are run where that is given.
     """
-    options = {"batch_size": batch_size, "memory_gb": memory_gb}
+    batch_size = execution.batch_size
     if head_metric == "logprob":
         pairs = prepared.pairs()
         for items in _batches_among([len(prompt) + len(answer) for prompt, answer in pairs], batch_size, among):
-            yield items, cache(partial(LogProbabilities, prepared, [pairs[i] for i in items], **options))
+            yield items, cache(partial(LogProbabilities, prepared, [pairs[i] for i in items], execution))
         return
     kind: type[Ranking | Generation]
     if prepared.task.kind == "rank":
         kind, rows = Ranking, max(1, batch_size // most_candidates(prepared))
     else:
-        kind, rows = Generation, batch_size * Generation.batches_at_once(prepared, batch_size, memory_gb)
+        kind, rows = Generation, batch_size * Generation.batches_at_once(prepared, execution)
     for items in _batches_among([len(encoded.shared) for encoded in prepared.encoded], rows, among):
-        yield items, cache(partial(kind, prepared, items, **options))
+        yield items, cache(partial(kind, prepared, items, execution))
 
 
 def _batches_among(lengths: Sequence[int], rows: int, among: Sequence[int] | None) -> Iterator[list[int]]:
@@ -70,65 +65,58 @@ def all_heads(prepared: Prepared) -> list[list[Head]]:
     return [[(layer.index, head) for head in range(head_count(layer))] for layer in prepared.decoder.layout.layers]
 
 
-def head_statistics(prepared: Prepared, head_metric: HeadMetric, **options: Any) -> tuple[FloatArray, FloatArray]:
-    """Every item's statistics: with all heads in place [items, k], and with each replaced [L, H, items, k].
-
-    `options` are those of `statistics_of`.
-    """
-    base, replaced = statistics_of(prepared, head_metric, heads=all_heads(prepared), **options)
+def head_statistics(prepared: Prepared, head_metric: HeadMetric, execution: Execution) -> tuple[FloatArray, FloatArray]:
+    """Every item's statistics: with all heads in place [items, k], and with each replaced [L, H, items, k]."""
+    base, replaced = statistics_of(prepared, head_metric, all_heads(prepared), execution)
     return base, np.stack(replaced)
+
+
+def base_statistics(prepared: Prepared, head_metric: HeadMetric, execution: Execution) -> FloatArray:
+    """Every item's statistics with all heads in place, [items, k], in the order in which batches take the items.
+
+    The process that calls this computes all of them, and keeps them in no run folder.
+    """
+    return np.concatenate([runs().base() for _, runs in head_runs(prepared, head_metric, execution)])
 
 
 def statistics_of(
     prepared: Prepared,
     head_metric: HeadMetric,
-    *,
     heads: Sequence[Sequence[Head]],
+    execution: Execution,
+    *,
     among: Sequence[int] | None = None,
     step: str = "heads",
-    batch_size: int,
-    memory_gb: float = 4.0,
-    run: RunFolder | None = None,
-    progress: bool = False,
-    processes: Processes = ALONE,
 ) -> tuple[FloatArray, list[FloatArray]]:
     """The items' statistics: with all heads in place [items, k], and with each of a layer's `heads` replaced.
 
     These are [heads, items, k] for each layer. The items are those `among`, in ascending order, or all. A few layers'
-    heads on some items are one resumable step of `run`; its name begins with `step`. Each of `processes` does some of
-    the steps, which are the same for any number of them, and all have all results.
+    heads on some items are one resumable step, whose name begins with `step`. Each process does some of the steps,
+    which are the same for any number of them, and all have all results.
     """
-    from tqdm import tqdm
-
-    options: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb, "among": among}
-    chosen = [items for items, _ in head_runs(prepared, head_metric, **options)]
+    processes = execution.processes
+    chosen = [items for items, _ in head_runs(prepared, head_metric, execution, among)]
     blocks = _blocks(heads, max(map(len, chosen)))
     parts = processes.parts(len(chosen), len(blocks))
 
     def mine(number: int, block: int) -> bool:  # costs fall with the layer, so parts take turns at blocks
         return processes.owns(number * parts + block % parts)
 
-    bar = tqdm(
-        total=sum(
-            len(of_block) * len(items)
-            for number, items in enumerate(chosen)
-            for block, of_block in enumerate(blocks)
-            if mine(number, block)
-        ),
-        desc=f"{prepared.task.name}: {step}",
-        delay=2,
-        leave=False,
-        disable=None if progress and processes.rank == 0 else True,
+    total = sum(
+        len(of_block) * len(items)
+        for number, items in enumerate(chosen)
+        for block, of_block in enumerate(blocks)
+        if mine(number, block)
     )
     own: dict[tuple[str, int, int], FloatArray] = {}
-    with bar:
-        for number, (_, runs) in enumerate(head_runs(prepared, head_metric, **options)):
+    with progress_bar(f"{prepared.task.name}: {step}", total, show=execution.progress and processes.rank == 0) as bar:
+        for number, (_, runs) in enumerate(head_runs(prepared, head_metric, execution, among)):
             if mine(number, 0):
-                own["base", number, 0] = _statistics(run, f"{step}-{number:05d}-base", runs)
+                own["base", number, 0] = _statistics(execution, f"{step}-{number:05d}-base", runs)
             for block, of_block in enumerate(blocks):
                 if mine(number, block):
                     name = f"{step}-{number:05d}-{block:03d}-of-{len(blocks):03d}"
-                    some = _statistics(run, name, runs, of_block)
+                    some = _statistics(execution, name, runs, of_block)
                     own["replaced", number, block] = some
                     bar.update(some.shape[0] * some.shape[1])
     found = {key: value for of_process in processes.share(own) for key, value in of_process.items()}
@@ -152,14 +140,14 @@ def _blocks(heads: Sequence[Sequence[Head]], items: int) -> list[list[Head]]:
 
 
 def _statistics(
-    run: RunFolder | None, step: str, runs: Callable[[], HeadRuns], heads: Sequence[Head] | None = None
+    execution: Execution, step: str, runs: Callable[[], HeadRuns], heads: Sequence[Head] | None = None
 ) -> FloatArray:
     """[items, k] with every head in place, or [heads, items, k] with each replaced: a step of the run."""
 
     def compute() -> dict[str, FloatArray]:
         return {"statistics": runs().base() if heads is None else np.stack(runs().results(heads))}
 
-    return (run.arrays(step, compute) if run else compute())["statistics"]
+    return execution.arrays(step, compute)["statistics"]
 
 
 def head_scores(

@@ -1,84 +1,73 @@
-"""Attribution from examples to a neuron bank: examples → head scores → importance → bank (paper section 3).
+"""Attribution: from a task's examples to its bank of neurons (paper section 3).
 
-`fit` takes the bank on to scales and a profile, `evaluate` measures what they do.
+`find_bank` is the method. `attribute` is it on a model, a processor and examples, with a run folder; a comparison of
+methods (`hones_offline.comparison`) draws examples and calls it for each.
 """
 
-import math
+import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
+from torch import Tensor, nn
 
-from hones_offline.attribution.baselines import Baseline, baseline
 from hones_offline.attribution.heads import (
     HeadMetric,
+    base_statistics,
     head_count,
-    head_runs,
     head_scores,
     head_statistics,
     top_heads,
     utility,
 )
+from hones_offline.attribution.methods import AttributionOptions, HeadSearch, WeightedHead
 from hones_offline.attribution.racing import Race, race
 from hones_offline.attribution.write_in import (
     WRITE_IN,
     HeadWeights,
     PositivePart,
     Target,
-    importance,
     target_directions,
     weigh,
 )
 from hones_offline.data.examples import Example
-from hones_offline.data.neurons import Bank, check_bank, check_fraction, select_bank
+from hones_offline.data.metrics import FloatArray
+from hones_offline.data.neurons import Bank, Importance, NeuronIndex
 from hones_offline.data.tasks import Task
 from hones_offline.running.distributed import ALONE, Processes, open_run, usable_everywhere
+from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
-from hones_offline.running.run_folder import RunFolder, check_seed, run_settings
-from hones_steer.errors import DataError
-
-Heads = Literal["exact", "race"]
-Method = Literal["hones"] | Baseline
-METHODS: tuple[Method, ...] = ("hones", *get_args(Baseline))
+from hones_offline.running.run_folder import json_bytes, run_settings
 
 
 @dataclass(frozen=True)
-class MethodOptions:
-    """Which method, and what in it differs from the paper's (docs/methods.md has the definitions)."""
+class HeadScores:
+    """The score of every attention head: how much replacing it costs a task."""
 
-    method: Method = "hones"
-    target: Target = "paper"
-    positive_part: PositivePart = "mean"
-    head_weights: HeadWeights = "score"
-
-    def __post_init__(self) -> None:
-        known = {"method": METHODS, "target": get_args(Target)}
-        known |= {"positive_part": get_args(PositivePart), "head_weights": get_args(HeadWeights)}
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                raise DataError(f"{name} must be one of {', '.join(values)}, not {getattr(self, name)!r}")
-        needed = {"target": ("hones", "dvp"), "positive_part": ("hones",), "head_weights": ("hones",)}
-        for name, users in needed.items():
-            if getattr(self, name) != getattr(type(self), name) and self.method not in users:
-                raise DataError(f"method {self.method!r} takes no {name}; leave it out")
+    base: float
+    """P(θ), the utility of the untouched model: the task's metric, or the mean log-probability of the answers."""
+    scores: npt.NDArray[np.float32]
+    """S(h), float32 [L, H]; [0, 0] for a method without heads."""
+    finished: npt.NDArray[np.bool_] | None = None
+    """With a race, which heads were run on all examples, [L, H]; the scores of the others are estimates."""
+    race: Race | None = None
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """What was found for one task."""
+    """A task's bank, and everything on the way to it."""
 
     head_scores: npt.NDArray[np.float32]
     """S(h), float32 [L, H]; [0, 0] for a method without heads."""
-    importance: npt.NDArray[np.float32]
-    """I_{l,i}, float32 [L, I]."""
+    importance: Importance
+    """I_{l,i}; `numpy.asarray` gives float32 [L, I]."""
     bank: Bank
     """The neurons of the top fraction, {layer: int32 indices}."""
-    heads: list[tuple[int, int, float]]
-    """The task's heads as (layer, head, weight), strongest first; none for a method without heads."""
+    heads: list[WeightedHead]
+    """The heads that guided the importance as (layer, head, weight), strongest first; none for a method without."""
     base: float
     """The utility of the untouched model on the discovery examples."""
     n: int
@@ -86,11 +75,11 @@ class Attribution:
     failures: dict[str, str]
     """Ids of the examples that could not be used, with the reason."""
     race: Race | None = None
-    """What racing saved, if heads raced; scores of the heads it dropped are estimates from some of the examples."""
+    """The evaluations saved, if heads raced; scores of the heads it dropped are estimates from some of the examples."""
 
 
 def attribute(
-    model: torch.nn.Module,
+    model: nn.Module,
     processor: Any,
     task: Task,
     examples: Sequence[Example],
@@ -98,11 +87,11 @@ def attribute(
     top_heads: int = 30,
     top_fraction: float = 0.01,
     head_metric: HeadMetric = "task",
-    method: Method = "hones",
+    method: str = "hones",
     target: Target = "paper",
     positive_part: PositivePart = "mean",
     head_weights: HeadWeights = "score",
-    heads: Heads = "exact",
+    heads: HeadSearch = "exact",
     error: float = 0.05,
     without: Sequence[Bank] = (),
     seed: int = 3407,
@@ -133,8 +122,8 @@ def attribute(
         heads: "exact" runs every head on every example; "race" stops running a head once it has surely lost (see
             `racing`, which also says when it should not be trusted).
         error: with "race", the probability that it finds other heads than "exact" does.
-        without: banks of other tasks on this model, whose neurons are passed over: the bank then holds this task's own
-            (design 2.4), as many as without.
+        without: banks of other tasks on this model, whose neurons are passed over: the bank then holds neurons that
+            are this task's alone, as many as without.
         seed: shuffles the examples before they are batched.
         batch_size: sequences run at a time.
         memory_gb: GiB for the hidden states that enter the layers and what their heads put out, of the sequences taken
@@ -154,155 +143,157 @@ def attribute(
         LayoutError: the model's structure is not supported.
         StateError: another of `processes` has ended.
     """
-    _check_settings(top_heads, top_fraction, head_metric, batch_size, memory_gb)
-    options = MethodOptions(method, target, positive_part, head_weights)
-    _check_race(heads, error, options.method)
-    check_seed(seed)
-    order = np.random.default_rng(seed).permutation(len(examples))
-    prepared = prepare(
-        model,
-        processor,
-        task,
-        [examples[i] for i in order],
-        max_failures=max_failures,
-        progress=progress and processes.rank == 0,
-    )
-    if processes.size > 1:
-        prepared = usable_everywhere(prepared, max_failures, processes)
-    settings: dict[str, Any] = {
-        "top_heads": top_heads,
-        "head_metric": head_metric,
-        "seed": seed,
-        "batch_size": batch_size,
-        "memory_gb": memory_gb,
-        **asdict(options),
-        **({"heads": heads, "error": error} if heads == "race" else {}),
-    }
-    for layer in prepared.decoder.layout.layers:
-        head_count(layer)
-    for bank in without:
-        check_bank(bank, prepared.decoder.layout)
-    run = open_run(run_dir, attribution_run_settings(prepared, settings), processes)
-    found = find_bank(
-        prepared,
-        count=top_heads,
-        top_fraction=top_fraction,
+    options = AttributionOptions(
+        method=method,
         head_metric=head_metric,
-        options=options,
-        seed=seed,
+        top_heads=top_heads,
+        top_fraction=top_fraction,
+        target=target,
+        positive_part=positive_part,
+        head_weights=head_weights,
         heads=heads,
         error=error,
-        batch_size=batch_size,
-        memory_gb=memory_gb,
-        run=run,
-        progress=progress,
-        processes=processes,
+        seed=seed,
     )
-    return replace(found, bank=select_bank(found.importance, top_fraction, without)) if without else found
+    shown = progress and processes.rank == 0
+    execution = Execution(batch_size, memory_gb, processes, progress=shown)
+    order = np.random.default_rng(seed).permutation(len(examples))
+    shuffled = [examples[i] for i in order]
+    prepared = prepare(model, processor, task, shuffled, max_failures=max_failures, progress=shown)
+    if processes.size > 1:
+        prepared = usable_everywhere(prepared, max_failures, processes)
+    for layer in prepared.decoder.layout.layers:
+        head_count(layer)
+    others = [Bank(bank) for bank in without]
+    for bank in others:
+        bank.check(NeuronIndex.of(prepared.decoder.layout))
+    run = open_run(run_dir, attribution_settings(prepared, options, execution), processes)
+    return find_bank(prepared, options, Execution(batch_size, memory_gb, processes, run, shown), without=others)
 
 
-def attribution_run_settings(prepared: Prepared, settings: dict[str, Any]) -> dict[str, Any]:
-    """What decides the bytes of an attribution (the bank's size does not: it is cut from the importance)."""
+def attribution_settings(prepared: Prepared, options: AttributionOptions, execution: Execution) -> dict[str, Any]:
+    """Everything that decides the bytes of an attribution (the bank's size does not: it is cut from the importance)."""
+    racing = {"heads": options.heads, "error": options.error} if options.heads == "race" else {}
     return {
         "stage": "attribute",
         "write_in": WRITE_IN,
         **run_settings(prepared),
-        **settings,
+        "top_heads": options.top_heads,
+        "head_metric": options.head_metric,
+        "seed": options.seed,
+        "batch_size": execution.batch_size,
+        "memory_gb": execution.memory_gb,
+        "method": options.method,
+        "target": options.target,
+        "positive_part": options.positive_part,
+        "head_weights": options.head_weights,
+        **racing,
     }
 
 
 def find_bank(
     prepared: Prepared,
+    options: AttributionOptions,
+    execution: Execution,
     *,
-    count: int,
-    top_fraction: float,
-    head_metric: HeadMetric,
-    options: MethodOptions = MethodOptions(),
-    seed: int = 0,
-    heads: Heads = "exact",
-    error: float = 0.05,
-    batch_size: int,
-    memory_gb: float = 4.0,
-    run: RunFolder | None = None,
-    progress: bool = False,
-    processes: Processes = ALONE,
+    scores: HeadScores | None = None,
+    all_tasks: Sequence[HeadScores] = (),
+    without: Sequence[Bank] = (),
 ) -> Attribution:
-    """`attribute` on examples that are already encoded; some heads on some examples are one resumable step."""
-    _check_settings(count, top_fraction, head_metric, batch_size, memory_gb)
-    _check_race(heads, error, options.method)
-    limits: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb, "processes": processes}
-    limits_and_run: dict[str, Any] = {**limits, "run": run, "progress": progress}
-    if options.method != "hones":
-        return _without_heads(prepared, options, top_fraction, head_metric, seed=seed, **limits_and_run)
-    # First, so that a target without tokens is found before hours of work.
-    directions = target_directions(prepared, options.target)
-    raced = None
-    if heads == "race":
-        base, scores, finished, raced = race(prepared, head_metric, keep=count, error=error, **limits_and_run)
-        best = top_heads(np.where(finished, scores, -np.inf), count)
-    else:
-        base, scores = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, **limits_and_run))
-        best = top_heads(scores, count)
-    best = weigh(best, options.head_weights)
+    """Find the neurons a task depends on, from its encoded examples (paper section 3; formulas in docs/methods.md).
 
-    def write_in() -> dict[str, npt.NDArray[Any]]:
-        values = importance(prepared, directions, best, positive_part=options.positive_part, **limits)
-        return {"importance": values, "head_scores": scores}
+    1. Directions: the unit vector u_y that each example's answer is read from, in the model's hidden space.
+    2. Scores: S(h), what replacing each head by the mean of its layer's others costs the task.
+    3. Heads: the K heads with the highest scores, each with its weight w_h.
+    4. Importance: I of every neuron, Σ_h w_h · [what replacing h takes from the neuron's write-in along u_y]_+.
+    5. Bank: the neurons with the highest importance.
 
-    if run is None:
-        found = write_in()
-    else:
-        values = {} if processes.from_first(lambda: run.holds("attribution")) else write_in()
-        found = processes.from_first(lambda: run.arrays("attribution", lambda: values))
-    bank = select_bank(found["importance"], top_fraction)
-    return Attribution(scores, found["importance"], bank, best, base, len(prepared), dict(prepared.failures), raced)
+    A method without heads skips 2 and 3 (it takes the untouched model's utility only), and may need no directions; 4 is
+    then its own. What is computed is kept in the execution's run folder, in resumable steps.
+
+    Args:
+        prepared: the examples, encoded for the model.
+        options: the method, and what decides its result.
+        execution: how it is run.
+        scores: the result of 2 where it is known already.
+        all_tasks: the scores of all tasks, this one included, for the options `leave_out` and `by_damage`.
+        without: banks whose neurons are passed over.
+
+    Raises:
+        DataError: no head or neuron matters, or a target has no token.
+    """
+    directions = target_directions(prepared, options.target) if options.entry.directed else None
+    scores = scores or score_heads(prepared, options, execution)
+    heads = guiding_heads(scores, options, all_tasks) if options.entry.guided else []
+    importance = neuron_importance(prepared, directions, heads, options, execution)
+    bank = importance.bank(options.top_fraction, without)
+    n, failures = len(prepared), dict(prepared.failures)
+    return Attribution(scores.scores, importance, bank, heads, scores.base, n, failures, scores.race)
 
 
-def _without_heads(
+def score_heads(prepared: Prepared, options: AttributionOptions, execution: Execution) -> HeadScores:
+    """Step 2: the score of every head, exactly or by a race; for a method without heads the base utility alone."""
+    metric = options.head_metric
+    if not options.entry.guided:
+
+        def compute(alone: Execution) -> dict[str, FloatArray]:
+            return {"base": np.array([utility(prepared, metric, base_statistics(prepared, metric, alone))])}
+
+        base = execution.step_of_first("base", compute)["base"]
+        return HeadScores(float(base[0]), np.zeros((0, 0), dtype=np.float32))
+    if options.heads == "race":
+        return HeadScores(*race(prepared, metric, execution, keep=options.top_heads, error=options.error))
+    return HeadScores(*head_scores(prepared, metric, *head_statistics(prepared, metric, execution)))
+
+
+def guiding_heads(
+    scores: HeadScores, options: AttributionOptions, all_tasks: Sequence[HeadScores] = ()
+) -> list[WeightedHead]:
+    """Step 3: the heads that guide the importance as (layer, head, weight), strongest first.
+
+    Heads that a race dropped are not among them, nor, with `leave_out`, those that are among the strongest of every
+    task. With `by_damage` a weight is divided by the mean harm that replacing the head does to all tasks.
+
+    Raises:
+        DataError: no head has a positive score.
+    """
+    eligible = scores.scores.copy()
+    if scores.finished is not None:
+        eligible[~scores.finished] = -np.inf
+    if options.leave_out:
+        strongest = [top_heads(task.scores, options.top_heads) for task in all_tasks]
+        for layer, head in set.intersection(*({head[:2] for head in heads} for heads in strongest)):
+            eligible[layer, head] = 0
+    heads = weigh(top_heads(eligible, options.top_heads), options.head_weights)
+    if options.by_damage:
+        harm = np.mean([_relative(task.scores) for task in all_tasks], axis=0)
+        heads = [(layer, head, float(weight / harm[layer, head])) for layer, head, weight in heads]
+    return heads
+
+
+def _relative(scores: npt.NDArray[np.float32]) -> FloatArray:
+    """Scores as shares of the highest, those below zero as zero."""
+    positive = scores.astype(np.float64).clip(min=0)
+    shares: FloatArray = positive / (positive.max() or 1.0)
+    return shares
+
+
+def neuron_importance(
     prepared: Prepared,
-    options: MethodOptions,
-    top_fraction: float,
-    head_metric: HeadMetric,
-    *,
-    seed: int,
-    batch_size: int,
-    memory_gb: float,
-    processes: Processes,
-    run: RunFolder | None,
-    progress: bool,  # noqa: ARG001 - a forward or two of each example
-) -> Attribution:
-    """The bank by a baseline, found by the first process, which also measures the untouched model's utility."""
-    method = options.method
-    assert method != "hones"
+    directions: Tensor | None,
+    heads: Sequence[WeightedHead],
+    options: AttributionOptions,
+    execution: Execution,
+) -> Importance:
+    """Step 4: the importance of every neuron, one resumable step, named by everything that decides it."""
+    entry = options.entry
 
-    def compute() -> dict[str, npt.NDArray[Any]]:
-        values = baseline(prepared, method, batch_size=batch_size, target=options.target, seed=seed)
-        items = head_runs(prepared, head_metric, batch_size=batch_size, memory_gb=memory_gb)
-        base = utility(prepared, head_metric, np.concatenate([runs().base() for _, runs in items]))
-        return {"importance": values, "base": np.array([base])}
+    def compute(running: Execution) -> dict[str, npt.NDArray[np.float32]]:
+        return {"importance": entry.importance(prepared, directions, heads, options, running).values}
 
-    found = processes.from_first(lambda: run.arrays("attribution", compute) if run else compute())
-    nothing = np.zeros((0, 0), dtype=np.float32)
-    bank, failures = select_bank(found["importance"], top_fraction), dict(prepared.failures)
-    return Attribution(nothing, found["importance"], bank, [], float(found["base"][0]), len(prepared), failures)
-
-
-def _check_settings(top_heads: int, top_fraction: float, head_metric: str, batch_size: int, memory_gb: float) -> None:
-    """Before hours of work, not after them."""
-    for name, value in {"top_heads": top_heads, "batch_size": batch_size}.items():
-        if value < 1:
-            raise DataError(f"{name} must be at least 1, not {value}")
-    if not 0 < memory_gb < math.inf:
-        raise DataError(f"memory_gb must be positive, not {memory_gb}")
-    check_fraction(top_fraction)
-    if head_metric not in get_args(HeadMetric):
-        raise DataError(f"head_metric must be 'task' or 'logprob', not {head_metric!r}")
-
-
-def _check_race(heads: str, error: float, method: str) -> None:
-    if heads not in get_args(Heads):
-        raise DataError(f"heads must be 'exact' or 'race', not {heads!r}")
-    if not 0 < error < 1:
-        raise DataError(f"error is a probability between 0 and 1, not {error}")
-    if heads == "race" and method != "hones":
-        raise DataError(f"method {method!r} scores no heads; leave heads='race' out")
+    decisive = [WRITE_IN, options.name, options.target, options.positive_part, options.seed, list(heads)]
+    decisive.append([example.id for example in prepared.examples])
+    name = f"importance-{hashlib.sha256(json_bytes(decisive)).hexdigest()[:16]}"
+    # Only what heads guide takes long enough to be shared among processes.
+    step = execution.shared_step if entry.guided else execution.step_of_first
+    return Importance(NeuronIndex.of(prepared.decoder.layout), step(name, compute)["importance"])

@@ -16,13 +16,13 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hones_offline.attribution.heads import HeadMetric, all_heads, statistics_of, utility
 from hones_offline.data.metrics import FloatArray
+from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared
 from hones_steer.errors import DataError
 
@@ -45,11 +45,9 @@ class Race:
 
 
 def race(
-    prepared: Prepared, head_metric: HeadMetric, *, keep: int, error: float, seed: int = 3407, **options: Any
+    prepared: Prepared, head_metric: HeadMetric, execution: Execution, *, keep: int, error: float, seed: int = 3407
 ) -> tuple[float, npt.NDArray[np.float32], npt.NDArray[np.bool_], Race]:
     """P(θ), scores [L, H], which heads were run on all items [L, H] (the others' scores are estimates), and the costs.
-
-    `options` are those of `heads.statistics_of`.
 
     Raises:
         DataError: the metric is not a mean over examples.
@@ -64,9 +62,7 @@ def race(
     evaluations = 0
     for number, (begin, end) in enumerate(pairwise([0, *stages])):
         drawn, seen = np.sort(order[begin:end]), np.sort(order[:end])
-        found = statistics_of(
-            prepared, head_metric, heads=alive, among=drawn.tolist(), step=f"race-{number}", **options
-        )
+        found = statistics_of(prepared, head_metric, alive, execution, among=drawn.tolist(), step=f"race-{number}")
         base[drawn] = found[0][:, 0]
         for of_layer, values in zip(alive, found[1], strict=True):
             for (layer, head), value in zip(of_layer, values, strict=True):

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from torch import Tensor
 from hones_offline.attribution.ablation import HeadRuns, Parts
 from hones_offline.data.metrics import FloatArray
 from hones_offline.running.decoder import Run, Segment, batches
-from hones_offline.running.distributed import ALONE, Processes
+from hones_offline.running.execution import Execution
 from hones_offline.running.hooks import Entering, Head, recorded_ffn
 from hones_offline.running.prompts import Prepared
 from hones_steer.errors import DataError
@@ -88,11 +88,9 @@ def importance(
     prepared: Prepared,
     directions: Tensor,
     heads: Sequence[tuple[int, int, float]],
+    execution: Execution,
     *,
     positive_part: PositivePart = "mean",
-    batch_size: int,
-    memory_gb: float = 4.0,
-    processes: Processes = ALONE,
 ) -> npt.NDArray[np.float32]:
     """I_{l,i} = Σ_h w_h·[mean c(θ) − mean c(θ_Ih)]_+ / Σ_h w_h, float32 [L, I]; `heads` are (layer, head, w).
 
@@ -101,8 +99,7 @@ def importance(
     """
     replaced = [(layer, head) for layer, head, _ in heads]
     kind = WriteInDrops if positive_part == "example" else WriteIn
-    options: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb, "processes": processes}
-    base, *changed = _means(kind, prepared, directions, replaced, **options)
+    base, *changed = _means(kind, prepared, directions, replaced, execution)
     drops = changed if positive_part == "example" else [(base - mean).clip(min=0) for mean in changed]
     weights = [weight for _, _, weight in heads]
     weighed = [weight * drop for weight, drop in zip(weights, drops, strict=True)]
@@ -120,19 +117,15 @@ def weigh(heads: Sequence[tuple[int, int, float]], weights: HeadWeights) -> list
 def mean_write_in(
     prepared: Prepared,
     directions: Tensor,
+    execution: Execution,
     heads: Sequence[Head] = (),
-    *,
-    batch_size: int,
-    memory_gb: float = 4.0,
-    processes: Processes = ALONE,
 ) -> FloatArray:
     """Mean over examples of c_{l,i} = z_i·⟨W_down[:,i], u_y⟩ at the first prompt's last token.
 
-    That is float64 [1 + heads, L, I], first with every head in place, then with each of `heads` replaced. Each of
-    `processes` runs some of the batches.
+    That is float64 [1 + heads, L, I], first with every head in place, then with each of `heads` replaced. Each
+    process of `execution` runs some of the batches.
     """
-    options: dict[str, Any] = {"batch_size": batch_size, "memory_gb": memory_gb, "processes": processes}
-    return _means(WriteIn, prepared, directions, heads, **options)
+    return _means(WriteIn, prepared, directions, heads, execution)
 
 
 def _means(
@@ -140,10 +133,7 @@ def _means(
     prepared: Prepared,
     directions: Tensor,
     heads: Sequence[Head],
-    *,
-    batch_size: int,
-    memory_gb: float,
-    processes: Processes,
+    execution: Execution,
 ) -> FloatArray:
     """The mean over examples of what `kind` sums, [1 + heads, L, I]."""
     layout = prepared.decoder.layout
@@ -151,23 +141,25 @@ def _means(
 
     def of_batch(chosen: list[int]) -> FloatArray:
         some = [prompts[i] for i in chosen]
-        runs = kind(prepared, some, directions[chosen], batch_size=batch_size, memory_gb=memory_gb)
+        runs = kind(prepared, some, directions[chosen], execution)
         return np.stack([runs.base(), *runs.results(heads)])
 
-    units = [partial(of_batch, chosen) for chosen in batches([len(prompt) for prompt in prompts], batch_size)]
+    units = [partial(of_batch, chosen) for chosen in batches([len(prompt) for prompt in prompts], execution.batch_size)]
     shape = (1 + len(heads), len(layout.layers), layout.intermediate_size)
-    return processes.sum(units, shape) / len(prompts)
+    return execution.processes.sum(units, shape) / len(prompts)
 
 
 class WriteIn(HeadRuns):
     """Items are prompts with their target directions [items, hidden]; the result is Σ c_{l,i}, float64 [L, I]."""
 
-    def __init__(self, prepared: Prepared, prompts: Sequence[Segment], directions: Tensor, **options: Any) -> None:
+    def __init__(
+        self, prepared: Prepared, prompts: Sequence[Segment], directions: Tensor, execution: Execution
+    ) -> None:
         self.layout = prepared.decoder.layout
-        self.parts = Parts(prepared.decoder, prompts, [1] * len(prompts), **options)
+        self.parts = Parts(prepared.decoder, prompts, [1] * len(prompts), execution)
         weights = [down_weight(layer) for layer in self.layout.layers]
         self.alignments = [directions.to(weight.device) @ weight.float() for weight in weights]  # [items, I]
-        super().__init__(prepared, copies=self.parts.copies, tokens=self.parts.tokens, **options)
+        super().__init__(prepared, execution, copies=self.parts.copies, tokens=self.parts.tokens)
 
     def undisturbed(self) -> FloatArray:
         nothing = np.zeros((1, len(self.alignments), self.layout.intermediate_size))

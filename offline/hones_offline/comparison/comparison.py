@@ -1,10 +1,10 @@
 """Attribution methods compared on one model: same tasks, same examples, same budget, over seeds of the data.
 
-Each method makes a bank of every seed's draw of discovery examples (`finding.py`); the bank is masked while every
+Each method makes a bank from every seed's draw of discovery examples (`finder.py`); the bank is masked while every
 task's test split is measured. A method is judged by the drop on its own task, and by its selectivity: own drop less the
-mean drop of the other tasks (design 2.4, 2.5, 2.7, 11). `compare` runs it all and writes summary.json; every masked
-evaluation, head statistic, importance and learned profile is a step of a run folder, so that a killed comparison goes
-on where it stopped, and more seeds, methods or sizes only cost what is new.
+mean drop of the other tasks (docs/methods.md). `compare` runs it all and writes summary.json; every masked evaluation,
+head statistic, importance and learned profile is a step of a run folder, so that a killed comparison goes on where it
+stopped, and more seeds, methods or sizes only cost what is new.
 """
 
 import time
@@ -18,15 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from hones_offline.comparison.finding import CompareSettings, Finder, Method, parse
-from hones_offline.comparison.study import STEERED, Splits, steered_profiles
+from hones_offline.comparison.finder import Finder
+from hones_offline.comparison.settings import CompareSettings, parse
+from hones_offline.comparison.splits import Splits
+from hones_offline.comparison.study import STEERED, steered_profiles
 from hones_offline.data.metrics import CrossedBootstrap, FloatArray, interval_of
-from hones_offline.data.neurons import Bank, bank_digest, bank_size, exact_groups, jaccard, random_bank
+from hones_offline.data.neurons import Bank, NeuronIndex, exact_groups, jaccard
 from hones_offline.running.evaluation import Scores
-from hones_offline.running.prompts import Prepared
-from hones_offline.running.run_folder import json_bytes, write_atomically
+from hones_offline.running.progress import with_progress
+from hones_offline.running.run_folder import json_bytes
 from hones_steer import __version__
 from hones_steer.errors import DataError
+from hones_steer.files import write_atomically
 from hones_steer.profile import ModelIdentity, Profile
 
 KINDS = {1: "one", 2: "pair", 3: "triple"}
@@ -59,7 +62,7 @@ def compare(
     summary: dict[str, Any] = {"seconds": {}, **header(title)}
     sections: dict[str, Callable[[], dict[str, Any]]] = {
         "base": comparison.overview,
-        "attribution": comparison.found,
+        "attribution": comparison.attributions,
         "masking": comparison.masking,
         "groups": comparison.groups,
         "steering": comparison.steering,
@@ -77,12 +80,12 @@ def compare(
 
 
 def header(title: str) -> dict[str, Any]:
-    """What every summary begins with."""
+    """The beginning of every summary."""
     return {"title": title, "created": datetime.now(UTC).isoformat(timespec="seconds"), "hones_steer": __version__}
 
 
 class Comparison:
-    """What the banks of every task, method, size and seed do to every task: the sections of a summary.
+    """The sections of a summary: how the banks of every task, method, size and seed change every task's metric.
 
     Raises:
         DataError: fewer than two tasks, or so few discovery examples that all seeds would draw the same ones.
@@ -97,7 +100,7 @@ class Comparison:
         self.seeds = range(settings.seeds)
         self.learned_seeds = range(settings.learned_seeds or settings.seeds)
         layout = next(iter(tasks.values())).discovery.decoder.layout
-        self.num_layers, self.width = len(layout.layers), layout.intermediate_size
+        self.num_layers, self.index = len(layout.layers), NeuronIndex.of(layout)
         self.profiles = cache(self._profiles)
 
     def values(self, task: str, scores: Scores) -> FloatArray:
@@ -105,18 +108,16 @@ class Comparison:
         return self.bootstrap.values(task, scores.statistics, scores.task.aggregate)
 
     def drop(self, task: str, bank: Bank) -> FloatArray:
-        """What a task's metric on test loses when a bank is masked."""
+        """The loss of a task's metric on test when a bank is masked, [1 + resamples]."""
         splits = self.tasks[task]
         masked = splits.measure("test", mask=bank)
         return self.values(task, splits.measure("test")) - self.values(task, masked)
 
     def mask_all(self, banks: Iterable[Bank]) -> None:
         """Measure every task with each of the banks masked, so that the tables find it done."""
-        from tqdm import tqdm
-
-        different = list({bank_digest(bank): bank for bank in banks}.values())
+        different = list({bank.digest: bank for bank in banks}.values())
         work = [(splits, bank) for splits in self.tasks.values() for bank in different]
-        for splits, bank in tqdm(work, "masking", delay=2, leave=False, disable=None if self.progress else True):
+        for splits, bank in with_progress(work, "masking", show=self.progress):
             splits.measure("test", mask=bank)
 
     # ------------------------------------------------------------------------------------- sections of the summary
@@ -142,26 +143,26 @@ class Comparison:
 
     def _task(self, task: str) -> dict[str, Any]:
         splits = self.tasks[task]
-        sizes = {name: len(part) for name, part in _parts(splits).items()}
+        sizes = {name: len(part) for name, part in splits.parts.items()}
         base = self.values(task, splits.measure("test"))
         return {
             "metric": splits.task.metric,
             "n": {**sizes, "attribution": len(self.finder.drawn(task, 0))},
             "base": float(base[0]),
             "base_ci95": interval_of(base),
-            "failures": {name: part.failures for name, part in _parts(splits).items() if part.failures},
+            "failures": {name: part.failures for name, part in splits.parts.items() if part.failures},
         }
 
-    def found(self) -> dict[str, Any]:
-        """Sections "heads", "neurons_per_layer", "overlap" and "stability": what the methods found."""
+    def attributions(self) -> dict[str, Any]:
+        """Sections "heads", "neurons_per_layer", "overlap" and "stability": the heads and neurons of each method."""
         result: dict[str, Any] = {
             "neurons_per_layer": {
                 task: {name: self._per_layer(task, name) for name in self.settings.methods} for task in self.tasks
             },
             "overlap": {name: self._overlap(name) for name in self.settings.methods},
         }
-        if (main := parse(self.settings.main)).head_metric:
-            result["heads"] = {task: self._heads(task, main) for task in self.tasks}
+        if parse(self.settings.main).options.entry.guided:
+            result["heads"] = {task: self._heads(task) for task in self.tasks}
         if len(self.seeds) > 1:
             result["stability"] = {
                 task: {name: self._stability(task, name) for name in self.settings.methods} for task in self.tasks
@@ -172,15 +173,15 @@ class Comparison:
         """One for each seed, of the main size."""
         return [self.finder.bank(task, name, self.settings.fraction, seed) for seed in self.seeds]
 
-    def _heads(self, task: str, main: Method) -> dict[str, Any]:
-        assert main.head_metric is not None
-        scores = [self.finder.scores(task, main.head_metric, seed)[1] for seed in self.seeds]
+    def _heads(self, task: str) -> dict[str, Any]:
+        main = self.settings.main
+        attributions = [self.finder.attribution(task, main, seed) for seed in self.seeds]
         return {
-            "metric": main.head_metric,
-            "scores": np.mean(scores, axis=0).tolist(),
-            "chosen": self.finder.heads(task, main, 0),
+            "metric": parse(main).options.head_metric,
+            "scores": np.mean([attribution.head_scores for attribution in attributions], axis=0).tolist(),
+            "chosen": attributions[0].heads,
             "seeds": len(self.seeds),
-            "n": len(self.finder.drawn(task, 0)),
+            "n": attributions[0].n,
         }
 
     def _per_layer(self, task: str, name: str) -> list[float]:
@@ -190,10 +191,10 @@ class Comparison:
     def _overlap(self, name: str) -> dict[str, Any]:
         banks = {task: self._banks(task, name) for task in self.tasks}
 
-        def mean(one: str, other: str) -> float:
-            return float(np.mean([jaccard(*pair) for pair in zip(banks[one], banks[other], strict=True)]))
+        def mean(row: str, column: str) -> float:
+            return float(np.mean([jaccard(*pair) for pair in zip(banks[row], banks[column], strict=True)]))
 
-        return {"tasks": list(banks), "jaccard": [[mean(one, other) for other in banks] for one in banks]}
+        return {"tasks": list(banks), "jaccard": [[mean(row, column) for column in banks] for row in banks]}
 
     def _stability(self, task: str, name: str) -> float:
         return float(np.mean([jaccard(*pair) for pair in combinations(self._banks(task, name), 2)]))
@@ -221,7 +222,7 @@ class Comparison:
             "task": task,
             "method": name,
             "fraction": fraction,
-            "neurons": float(np.mean([bank_size(bank) for bank in banks])),
+            "neurons": float(np.mean([bank.size for bank in banks])),
             "seeds": len(banks),
             "n": len(self.tasks[task].test),
             **self._estimate("own_drop", own),
@@ -231,7 +232,7 @@ class Comparison:
         }
 
     def _estimate(self, name: str, per_seed: Sequence[FloatArray]) -> dict[str, Any]:
-        """{name: mean over seeds, name_ci95: its interval}."""
+        """A quantity as {name: mean over seeds, name_ci95: its interval}."""
         quantity = self.bootstrap.over_seeds(per_seed)
         return {name: float(quantity[0]), f"{name}_ci95": interval_of(quantity)}
 
@@ -248,7 +249,7 @@ class Comparison:
         return {"method": main, "fraction": self.settings.fraction, "drops": drops}
 
     def groups(self) -> dict[str, Any]:
-        """Section "groups": the main method's banks divided by how many tasks share a neuron (design 2.4).
+        """Section "groups": the main method's banks divided by how many tasks share a neuron.
 
         Neurons of exactly one, two, three or all tasks, masked while every task is measured; with the stage
         "steer_groups" also with factors learned on each task.
@@ -271,7 +272,7 @@ class Comparison:
         row: dict[str, Any] = {
             "group": "+".join(members),
             "kind": self._kind(members),
-            "neurons": round(np.mean([bank_size(bank) for bank in banks.values()])),
+            "neurons": round(np.mean([bank.size for bank in banks.values()])),
             "seeds": len(banks),
             "drops": {task: self._drop_cell(task, list(banks.values())) for task in self.tasks},
         }
@@ -280,7 +281,7 @@ class Comparison:
         return row
 
     def _gain_cell(self, task: str, banks: Mapping[int, Bank]) -> dict[str, Any]:
-        """What factors for these neurons, learned on the task, gain on its test split."""
+        """The gain on a task's test split from factors for these neurons that were learned on the task."""
         splits, fit = self.tasks[task], self.settings.fit
         base = self.values(task, splits.measure("test"))
         gains = []
@@ -294,8 +295,7 @@ class Comparison:
         """Every way of steering the main method's bank."""
         bank = self.finder.bank(task, self.settings.main, self.settings.fraction, seed)
         fit = replace(self.settings.fit, seed=seed)
-        random = random_bank(bank, self.width, seed)
-        return steered_profiles(self.tasks[task], bank, random, fit, progress=self.progress)
+        return steered_profiles(self.tasks[task], bank, bank.random(self.index, seed), fit, progress=self.progress)
 
     def steering(self) -> dict[str, Any]:
         """Section "steering": the table with its baselines."""
@@ -354,9 +354,5 @@ def _flat(settings: CompareSettings) -> dict[str, Any]:
 
 
 def _points(per_seed: Sequence[FloatArray]) -> list[float]:
-    """What was measured, of each seed."""
+    """The measured value of each seed, without the resamples."""
     return [float(quantity[0]) for quantity in per_seed]
-
-
-def _parts(splits: Splits) -> dict[str, Prepared]:
-    return {"discovery": splits.discovery, "dev": splits.dev, "test": splits.test}

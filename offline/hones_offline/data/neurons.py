@@ -1,7 +1,15 @@
-"""Neuron banks: which FFN neurons belong to a task (paper equation for the top 1%; design 2.3, 2.7)."""
+"""The neurons of a decoder's FFNs: how they are numbered, how important they are for a task, and banks of them.
+
+No other module knows how layers and their widths make up the set of all neurons, so that FFNs of another kind are a
+change in this one. docs/methods.md has the definitions.
+"""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -9,32 +17,167 @@ import numpy.typing as npt
 from hones_steer.errors import DataError
 from hones_steer.layout import Layout
 
-Bank = Mapping[int, npt.NDArray[np.int32]]
-"""{decoder layer: strictly increasing neuron indices, int32}; layers without neurons are absent."""
+
+@dataclass(frozen=True)
+class NeuronIndex:
+    """All N FFN neurons of a decoder, numbered layer after layer from 0.
+
+    A vector over all neurons is [N]; `vector[..., index.layer(l)]` is layer l's part of it, [..., I].
+    """
+
+    widths: tuple[int, ...]
+    """I of each layer, the number of its FFN's neurons."""
+
+    @classmethod
+    def of(cls, layout: Layout) -> "NeuronIndex":
+        """The neurons of a model."""
+        return cls((layout.intermediate_size,) * len(layout.layers))
+
+    @cached_property
+    def _starts(self) -> tuple[int, ...]:
+        """The number of each layer's first neuron, and N."""
+        return (0, *np.cumsum(self.widths).tolist())
+
+    @property
+    def size(self) -> int:
+        """N, the number of neurons."""
+        return self._starts[-1]
+
+    def layer(self, layer: int) -> slice:
+        """The numbers of a layer's neurons."""
+        return slice(self._starts[layer], self._starts[layer + 1])
+
+    def bank(self, numbers: npt.NDArray[np.intp]) -> "Bank":
+        """The bank of the neurons with these numbers, ascending."""
+        cuts = np.searchsorted(numbers, self._starts)
+        return Bank({layer: numbers[i:j] - self._starts[layer] for layer, (i, j) in enumerate(pairwise(cuts))})
 
 
-def select_bank(importance: npt.NDArray[np.float32], top_fraction: float, without: Sequence[Bank] = ()) -> Bank:
-    """The most important share of all L·I neurons, globally; ties go to the lower layer, then the lower index.
-
-    Only neurons with positive importance are taken, so a bank can be smaller than asked for. Neurons of the banks
-    `without` are passed over; the next ones take their place.
+class Bank(Mapping[int, npt.NDArray[np.int32]]):
+    """A set of neurons: {decoder layer: strictly increasing neuron indices, int32}; layers without neurons are absent.
 
     Raises:
-        DataError: the fraction is outside (0, 1], or no neuron has a positive importance.
+        DataError: a layer's neurons are no integers, or not in increasing order, each once.
     """
-    check_fraction(top_fraction)
-    importance = importance.copy()
-    for bank in without:
-        for layer, neurons in bank.items():
-            importance[layer, neurons] = 0
-    flat = importance.reshape(-1)
-    count = max(1, round(top_fraction * flat.size))
-    top = np.argsort(-flat, kind="stable")[:count]
-    top = np.sort(top[flat[top] > 0])
-    if not len(top):
-        raise DataError("no neuron has a positive importance; use more examples or more heads")
-    layers, neurons = np.divmod(top, importance.shape[1])
-    return {int(layer): neurons[layers == layer].astype(np.int32) for layer in np.unique(layers)}
+
+    def __init__(self, layers: Mapping[int, npt.NDArray[Any] | Sequence[int]]) -> None:
+        self._layers = {
+            layer: _indices(layer, np.asarray(neurons)) for layer, neurons in layers.items() if len(neurons)
+        }
+
+    def __getitem__(self, layer: int) -> npt.NDArray[np.int32]:
+        return self._layers[layer]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        return f"Bank({self.to_json()})"
+
+    @property
+    def size(self) -> int:
+        """Number of neurons in the bank."""
+        return sum(len(neurons) for neurons in self.values())
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits that stand for the bank's neurons."""
+        digest = hashlib.sha256()
+        for layer in sorted(self):
+            digest.update(f"{layer}:{self[layer].tolist()};".encode())
+        return digest.hexdigest()[:16]
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """(layer, neuron) of every neuron."""
+        return [(layer, neuron) for layer, neurons in self.items() for neuron in neurons.tolist()]
+
+    def split(self, values: npt.NDArray[Any]) -> dict[int, npt.NDArray[Any]]:
+        """A vector [size], one value for each neuron in the bank's order, as {layer: [neurons]}."""
+        cuts = np.cumsum([len(neurons) for neurons in self.values()])[:-1]
+        return dict(zip(self, np.split(values, cuts), strict=True))
+
+    def to_json(self) -> dict[str, list[int]]:
+        """The bank as JSON files hold it."""
+        return {str(layer): neurons.tolist() for layer, neurons in self.items()}
+
+    def random(self, index: NeuronIndex, seed: int) -> "Bank":
+        """A random bank with as many neurons in each layer, drawn from all of the layer's neurons."""
+        rng = np.random.default_rng(seed)
+        return Bank(
+            {
+                layer: np.sort(rng.choice(index.widths[layer], len(neurons), replace=False))
+                for layer, neurons in self.items()
+            }
+        )
+
+    def check(self, index: NeuronIndex) -> None:
+        """Raise DataError if the bank is empty, or names layers or neurons that the model does not have."""
+        if not self:
+            raise DataError("the bank is empty; there is nothing to learn or mask")
+        for layer, neurons in self.items():
+            if not 0 <= layer < len(index.widths):
+                raise DataError(
+                    f"the bank names layer {layer}, but the model has {len(index.widths)}; "
+                    "use a bank made for this model"
+                )
+            if neurons[0] < 0 or neurons[-1] >= index.widths[layer]:
+                raise DataError(
+                    f"the bank's layer {layer} names neurons outside [0, {index.widths[layer]}), the model's width; "
+                    "use a bank made for this model"
+                )
+
+
+def _indices(layer: int, neurons: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+    if neurons.dtype.kind not in "iu" or int(neurons.max()) > np.iinfo(np.int32).max:
+        raise DataError(f"the bank's layer {layer} does not hold neuron indices but {neurons.dtype} {neurons.max()}")
+    if (np.diff(neurons.astype(np.int64)) <= 0).any():
+        raise DataError(f"the bank's layer {layer} does not name its neurons in increasing order, each once")
+    return neurons.astype(np.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class Importance:
+    """The importance I_{l,i} of every neuron for a task; higher is more important.
+
+    `numpy.asarray` gives it as float32 [L, I].
+    """
+
+    index: NeuronIndex
+    values: npt.NDArray[np.float32]
+    """float32 [N], in the index's order."""
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        layers = [self.values[self.index.layer(layer)] for layer in range(len(self.index.widths))]
+        return np.array(np.stack(layers), dtype=dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[L, I]."""
+        return np.asarray(self).shape
+
+    def bank(self, top_fraction: float, without: Sequence[Bank] = ()) -> Bank:
+        """The most important share of all N neurons; ties go to the lower layer, then the lower neuron.
+
+        Only neurons with positive importance are taken, so a bank can be smaller than asked for. Neurons of the banks
+        `without` are passed over; the next ones take their place.
+
+        Raises:
+            DataError: the fraction is outside (0, 1], or no neuron has a positive importance.
+        """
+        check_fraction(top_fraction)
+        values = self.values.copy()
+        for bank in without:
+            for layer, neurons in bank.items():
+                values[self.index.layer(layer)][neurons] = 0
+        count = max(1, round(top_fraction * values.size))
+        top = np.argsort(-values, kind="stable")[:count]
+        top = np.sort(top[values[top] > 0])
+        if not len(top):
+            raise DataError("no neuron has a positive importance; use more examples or more heads")
+        return self.index.bank(top)
 
 
 def check_fraction(top_fraction: float) -> None:
@@ -43,79 +186,26 @@ def check_fraction(top_fraction: float) -> None:
         raise DataError(f"top_fraction must lie in (0, 1], not {top_fraction}")
 
 
-def check_bank(bank: Bank, layout: Layout) -> None:
-    """Raise DataError for a bank that is empty or that names layers or neurons the model does not have."""
-    if not bank_size(bank):
-        raise DataError("the bank is empty; there is nothing to learn or mask")
-    for layer, neurons in bank.items():
-        if not 0 <= layer < len(layout.layers):
-            raise DataError(
-                f"the bank names layer {layer}, but the model has {len(layout.layers)}; use a bank made for this model"
-            )
-        if len(neurons) and not (neurons[0] >= 0 and neurons[-1] < layout.intermediate_size):
-            raise DataError(
-                f"the bank's layer {layer} names neurons outside [0, {layout.intermediate_size}), the model's width; "
-                "use a bank made for this model"
-            )
-        if (np.diff(neurons) <= 0).any():
-            raise DataError(f"the bank's layer {layer} does not name its neurons in increasing order, each once")
-
-
-def random_bank(bank: Bank, intermediate_size: int, seed: int) -> Bank:
-    """A random bank with as many neurons in each layer as `bank`, drawn from all of the layer's neurons."""
-    rng = np.random.default_rng(seed)
-    return {
-        layer: np.sort(rng.choice(intermediate_size, len(neurons), replace=False)).astype(np.int32)
-        for layer, neurons in bank.items()
-    }
-
-
-def bank_size(bank: Bank) -> int:
-    """How many neurons a bank holds."""
-    return sum(len(neurons) for neurons in bank.values())
-
-
-def bank_digest(bank: Bank) -> str:
-    """16 hex digits that stand for a bank's neurons."""
-    digest = hashlib.sha256()
-    for layer in sorted(bank):
-        if len(bank[layer]):
-            digest.update(f"{layer}:{bank[layer].tolist()};".encode())
-    return digest.hexdigest()[:16]
-
-
-def jaccard(a: Bank, b: Bank) -> float:
+def jaccard(one: Bank, another: Bank) -> float:
     """Neurons in both banks over neurons in either; raises DataError if both are empty."""
-    one, other = set(_neurons(a)), set(_neurons(b))
-    if not one | other:
+    a, b = set(one.pairs()), set(another.pairs())
+    if not a | b:
         raise DataError("two empty banks have no overlap")
-    return len(one & other) / len(one | other)
+    return len(a & b) / len(a | b)
 
 
 def exact_groups(banks: Mapping[str, Bank]) -> dict[tuple[str, ...], Bank]:
-    """The neurons that are in the banks of exactly these tasks and in no other's, by the tasks (design 2.4).
+    """The neurons that are in the banks of exactly these tasks and in no other's, by the tasks (docs/methods.md).
 
     Groups without neurons are left out; smaller sets of tasks come first, tasks in the order given.
     """
     owners: dict[tuple[int, int], tuple[str, ...]] = {}
     for task, bank in banks.items():
-        for neuron in _neurons(bank):
-            owners[neuron] = (*owners.get(neuron, ()), task)
-    members: dict[tuple[str, ...], list[tuple[int, int]]] = {}
-    for neuron, tasks in sorted(owners.items()):
-        members.setdefault(tasks, []).append(neuron)
+        for pair in bank.pairs():
+            owners[pair] = (*owners.get(pair, ()), task)
+    members: dict[tuple[str, ...], dict[int, list[int]]] = {}
+    for (layer, neuron), sharing in sorted(owners.items()):
+        members.setdefault(sharing, {}).setdefault(layer, []).append(neuron)
     position = {task: number for number, task in enumerate(banks)}
     order = sorted(members, key=lambda tasks: (len(tasks), [position[task] for task in tasks]))
-    return {tasks: _bank(members[tasks]) for tasks in order}
-
-
-def _neurons(bank: Bank) -> Iterable[tuple[int, int]]:
-    return ((layer, neuron) for layer, neurons in bank.items() for neuron in neurons.tolist())
-
-
-def _bank(neurons: Iterable[tuple[int, int]]) -> Bank:
-    """A bank from (layer, neuron) in increasing order."""
-    layers: dict[int, list[int]] = {}
-    for layer, neuron in neurons:
-        layers.setdefault(layer, []).append(neuron)
-    return {layer: np.array(of_layer, dtype=np.int32) for layer, of_layer in layers.items()}
+    return {tasks: Bank(members[tasks]) for tasks in order}

@@ -1,1 +1,1 @@
-"""From a bank to a profile: learned factors, and the baselines of learning."""
+"""Learning: from a bank to a profile, by learned factors or by one of their baselines."""

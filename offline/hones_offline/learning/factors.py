@@ -1,9 +1,13 @@
-"""Learning a profile: factors for a bank's neurons, with the backbone frozen (paper section 3.4, design 2.6-2.7)."""
+"""Learning a profile: factors for a bank's neurons, with the model's weights frozen (paper section 3.4).
+
+docs/methods.md states the loss and its defaults.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +17,30 @@ import torch
 from torch import Tensor
 
 from hones_offline.data.examples import Example
-from hones_offline.data.neurons import Bank, bank_size, check_bank
+from hones_offline.data.neurons import Bank, NeuronIndex
 from hones_offline.data.tasks import Task
 from hones_offline.running.decoder import Segment, TextDecoder, pad_answers
+from hones_offline.running.execution import Execution
 from hones_offline.running.hooks import scaled_ffn
+from hones_offline.running.progress import progress_bar
 from hones_offline.running.prompts import Prepared, prepare
 from hones_offline.running.run_folder import Arrays, RunFolder, check_seed, run_settings
 from hones_steer._transformers import disable_checkpointing, enable_checkpointing
 from hones_steer.errors import DataError
 from hones_steer.profile import ModelIdentity, Profile
+from hones_steer.slots import dense_row
 
 GRID = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
-FIXED_AMP = 2.0
 CHUNK = 64  # optimizer steps between two resumable states
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How factors are learned; the defaults are the paper's (design 2.6)."""
+    """Settings of the learning of factors; the defaults are the paper's.
+
+    Raises:
+        DataError: a value is out of range.
+    """
 
     epochs: int = 2
     lr: float = 5e-4
@@ -58,7 +68,7 @@ def fit(
     processor: Any,
     task: Task,
     examples: Sequence[Example],
-    bank: Bank,
+    bank: Mapping[int, npt.NDArray[np.int32]],
     *,
     run_dir: str | Path | None = None,
     max_failures: float = 0.05,
@@ -89,54 +99,35 @@ def fit(
     """
     chosen = FitSettings(**settings)
     prepared = prepare(model, processor, task, examples, max_failures=max_failures, progress=progress)
-    check_bank(bank, prepared.decoder.layout)
-    run = None
-    if run_dir is not None:
-        run = RunFolder(run_dir, fit_run_settings(prepared, bank, chosen))
-    return learn(prepared, bank, chosen, run=run, progress=progress)
+    checked = Bank(bank)
+    checked.check(NeuronIndex.of(prepared.decoder.layout))
+    run = None if run_dir is None else RunFolder(run_dir, fit_run_settings(prepared, checked, chosen))
+    return learn(prepared, checked, chosen, Execution(run=run, progress=progress))
 
 
 def fit_run_settings(prepared: Prepared, bank: Bank, settings: FitSettings) -> dict[str, Any]:
-    """What decides the bytes of a fitted profile."""
+    """Everything that decides the bytes of a fitted profile."""
     return {
         "stage": "fit",
         **run_settings(prepared),
-        "bank": {str(layer): neurons.tolist() for layer, neurons in bank.items()},
+        "bank": bank.to_json(),
         **asdict(settings),
     }
 
 
 def learn(
-    prepared: Prepared,
-    bank: Bank,
-    settings: FitSettings,
-    *,
-    run: RunFolder | None = None,
-    name: str = "hones",
-    progress: bool = False,
+    prepared: Prepared, bank: Bank, settings: FitSettings, execution: Execution, *, name: str = "hones"
 ) -> Profile:
-    """`fit` on examples that are already encoded; `name` is the method's, for the profile's metadata."""
-    from tqdm import tqdm
+    """`fit` on examples that are already encoded and a bank that is the model's.
 
-    check_bank(bank, prepared.decoder.layout)
+    Of the execution the run folder and progress count; `name` is the method's, for the profile's metadata.
+    """
     learner = _Learner(prepared, bank, settings)
     state: Arrays = learner.start()
-    bar = tqdm(
-        total=learner.total_steps,
-        desc=f"{prepared.task.name}: fit {name}",
-        delay=2,
-        leave=False,
-        disable=None if progress else True,
-    )
-    with bar:
+    with progress_bar(f"{prepared.task.name}: fit {name}", learner.total_steps, show=execution.progress) as bar:
         for first in range(0, learner.total_steps, CHUNK):
             steps = range(first, min(first + CHUNK, learner.total_steps))
-            before = state
-
-            def advance(before: Arrays = before, steps: range = steps) -> Arrays:
-                return learner.advance(before, steps)
-
-            state = run.arrays(f"{name}-{steps.stop:06d}", advance) if run else advance()
+            state = execution.arrays(f"{name}-{steps.stop:06d}", partial(learner.advance, state, steps))
             bar.update(len(steps))
     method = {
         "name": name,
@@ -149,26 +140,22 @@ def learn(
 
 def uniform_profile(prepared: Prepared, bank: Bank, factor: float, name: str) -> Profile:
     """One factor for every neuron of the bank: Fixed-Amp (2.0) and the points of Grid-Search."""
-    scales = np.full(bank_size(bank), factor, dtype=np.float32)
+    scales = np.full(bank.size, factor, dtype=np.float32)
     return bank_profile(prepared, bank, scales, {"name": name, "factor": factor})
 
 
 def grid_search(prepared: Prepared, bank: Bank, on_dev: Callable[[Profile], float]) -> Profile:
-    """The uniform factor of `GRID` with the best metric on dev, as `on_dev` measures it; of equals the nearest to 1."""
+    """The factor of `GRID` with the best metric on dev, as `on_dev` measures it; among equals the nearest to 1."""
     profiles = [uniform_profile(prepared, bank, factor, "grid_search") for factor in GRID]
     return max(sorted(profiles, key=lambda profile: abs(profile.method["factor"] - 1)), key=on_dev)
 
 
 def bank_profile(prepared: Prepared, bank: Bank, scales: npt.NDArray[np.float32], method: Mapping[str, Any]) -> Profile:
-    """A profile from a bank and its scales, float32 [bank size], layer after layer."""
-    sizes = [len(neurons) for neurons in bank.values()]
-    parts = np.split(scales, np.cumsum(sizes)[:-1])
+    """A profile from a bank and its scales, float32 [bank size], in the bank's order."""
+    parts = bank.split(scales)
     return Profile(
         task=prepared.task.name,
-        layers={
-            layer: (neurons, part.astype(np.float32))
-            for (layer, neurons), part in zip(bank.items(), parts, strict=True)
-        },
+        layers={layer: (neurons, parts[layer].astype(np.float32)) for layer, neurons in bank.items()},
         base_model=ModelIdentity.from_model(prepared.decoder.model),
         method=dict(method),
     )
@@ -186,7 +173,7 @@ class _Learner:
         self.total_steps = settings.epochs * self.steps_per_epoch
 
     def start(self) -> Arrays:
-        zeros = np.zeros(bank_size(self.bank), dtype=np.float32)
+        zeros = np.zeros(self.bank.size, dtype=np.float32)
         return {"offsets": zeros, "exp_avg": zeros, "exp_avg_sq": zeros}
 
     def advance(self, state: Arrays, steps: range) -> Arrays:
@@ -251,10 +238,10 @@ class _Learner:
         return ((per_token * real).sum(1) / real.sum(1)).mean()
 
     def _scales(self, offsets: Tensor) -> dict[int, Tensor]:
-        width = self.decoder.layout.intermediate_size
+        widths = NeuronIndex.of(self.decoder.layout).widths
         parts = offsets.split([len(neurons) for neurons in self.bank.values()])
         return {
-            layer: torch.ones(width).index_put((torch.as_tensor(neurons, dtype=torch.long),), 1 + part)
+            layer: dense_row(neurons, 1 + part, widths[layer])
             for (layer, neurons), part in zip(self.bank.items(), parts, strict=True)
         }
 

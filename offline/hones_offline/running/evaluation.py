@@ -1,4 +1,4 @@
-"""A task's metric on a model: as it is, with a bank masked, or steered by a profile (paper section 2.5-2.8)."""
+"""A task's metric on a model: as it is, with a bank masked, or steered by a profile."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from hones_offline.data.examples import Example
 from hones_offline.data.metrics import FloatArray, bootstrap_interval, paired_bootstrap_interval
-from hones_offline.data.neurons import Bank, check_bank
+from hones_offline.data.neurons import Bank, NeuronIndex
 from hones_offline.data.tasks import Output, Task
 from hones_offline.running.decoder import TextDecoder, in_batches
 from hones_offline.running.hooks import dense_scales, scaled_ffn
@@ -32,7 +33,7 @@ class Scores:
 
     @property
     def n(self) -> int:
-        """How many examples were scored."""
+        """Number of examples scored."""
         return len(self.statistics)
 
     def interval(self) -> tuple[float, float]:
@@ -44,7 +45,7 @@ class Scores:
         return paired_bootstrap_interval(self.statistics, base.statistics, self.task.aggregate, seed=0)
 
     def evidence(self, base: "Scores", split: str) -> dict[str, Any]:
-        """What a profile says of itself: the metric without and with it on a split, and the gain's interval."""
+        """The evidence that a profile carries: the metric without and with it on a split, and the gain's interval."""
         return {
             "split": split,
             "metric": self.task.metric,
@@ -62,7 +63,7 @@ def evaluate(
     examples: Sequence[Example],
     *,
     steering: Profile | None = None,
-    mask: Bank | None = None,
+    mask: Mapping[int, npt.NDArray[np.int32]] | None = None,
     batch_size: int = 16,
     max_failures: float = 0.05,
     progress: bool = False,
@@ -90,7 +91,7 @@ def evaluate(
     prepared = prepare(model, processor, task, examples, max_failures=max_failures, progress=progress)
     if steering is not None:
         steering.base_model.check(ModelIdentity.from_model(model))
-    with intervention(prepared, steering=steering, mask=mask):
+    with intervention(prepared, steering=steering, mask=None if mask is None else Bank(mask)):
         return score(prepared, batch_size=batch_size)
 
 
@@ -102,7 +103,7 @@ def intervention(prepared: Prepared, *, steering: Profile | None = None, mask: B
         if steering is not None:
             stack.enter_context(scaled_ffn(layout, dense_scales(layout.intermediate_size, steering.layers)))
         if mask is not None:
-            check_bank(mask, layout)
+            mask.check(NeuronIndex.of(layout))
             zeros = {layer: (neurons, np.zeros(len(neurons))) for layer, neurons in mask.items()}
             stack.enter_context(scaled_ffn(layout, dense_scales(layout.intermediate_size, zeros)))
         yield

@@ -1,60 +1,38 @@
-"""Profiles written as PEFT adapters: IA3, which is exact, and LoRA, exact up to a rank.
+"""Profiles written as LoRA adapters: exact up to a rank.
 
-IA3 multiplies the input of a feed-forward module by a vector, which is what a profile does at W_down. LoRA adds
-B·A·z to W_down·z: with one-hot rows in A and B = W_down[:, i]·(s_i − 1), the sum is W_down·(s⊙z) in real arithmetic.
-`importing` reads IA3 adapters back; `merging` puts the scales into the weights themselves.
+LoRA adds B·A·z to W_down·z: with one-hot rows in A and B = W_down[:, i]·(s_i − 1), the sum is W_down·(s⊙z) in real
+arithmetic.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from hones_steer._cards import card, describe_model, evidence_table, profiles_table
-from hones_steer._folders import new_folder
 from hones_steer._folding import FLOATS, not_finite
-from hones_steer.errors import DataError, LayoutError, ProfileError
-from hones_steer.layout import DecoderLayer, Layout, down_weight, find_layout, is_transposed, unwrap
-from hones_steer.layout import base_layer as inside_adapters
-from hones_steer.profile import ModelIdentity, Profile, StrPath, metadata_json
-from hones_steer.slots import scale_row
+from hones_steer.errors import LayoutError, ProfileError
+from hones_steer.export.adapters import (
+    PREFIX,
+    adapter_card,
+    checked_layout,
+    common_settings,
+    is_conv1d,
+    module_pattern,
+    peft_package,
+    write_adapter,
+)
+from hones_steer.export.sidecar import module_names, sidecar_text
+from hones_steer.layout import DecoderLayer, down_weight
+from hones_steer.profile import Profile, StrPath
+from hones_steer.slots import layer_tensors
 
-CONFIG, WEIGHTS, SIDECAR = "adapter_config.json", "adapter_model.safetensors", "hones_profile.json"
 MAX_RANK = 512  # the most vLLM takes
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-PREFIX, IA3_SUFFIX = "base_model.model.", ".ia3_l"
 _NOT_FINITE = "lower the scale, load the model in bfloat16 or float32, or export IA3"
-
-
-def export_peft(profile: Profile, model: nn.Module, folder: StrPath, *, allow_mismatch: bool = False) -> None:
-    """Write a profile as an IA3 adapter: `PeftModel.from_pretrained(model, folder)` scales as `steer` does.
-
-    The folder also gets `hones_profile.json` (what `import_peft` needs besides the scales) and a model card.
-
-    Raises:
-        DataError: peft is not installed, or the folder exists or cannot be written.
-        LayoutError, MismatchError: the model's FFNs are not recognised, or the profile is another model's.
-    """
-    layout = _checked_layout(profile, model, allow_mismatch)
-    modules = {layer: name for layer, name in module_names(model, layout).items() if layer in profile.layers}
-    tensors = {
-        f"{PREFIX}{name}{IA3_SUFFIX}": scale_row(profile, layer, layout.intermediate_size)[None]
-        for layer, name in modules.items()
-    }
-    pattern = _module_pattern(modules)
-    config = _peft().IA3Config(
-        target_modules=pattern, feedforward_modules=pattern, fan_in_fan_out=_is_conv1d(layout), **_common(profile)
-    )
-    text = _adapter_card(profile, "IA3", "Exact: PEFT multiplies the same activations by the same float32 factors.")
-    _write_adapter(folder, config, tensors, sidecar(profile, modules), text)
 
 
 @dataclass(frozen=True)
@@ -95,7 +73,7 @@ def export_lora(
     """
     if max_rank < 1 or truncate not in (None, "svd"):
         raise ProfileError(f"max_rank={max_rank}, truncate={truncate!r}: give a rank of at least 1, and None or 'svd'")
-    layout = _checked_layout(profile, model, allow_mismatch)
+    layout = checked_layout(profile, model, allow_mismatch)
     names = module_names(model, layout)
     counts = {index: int(np.sum(scales != 1)) for index, (_, scales) in profile.layers.items()}
     needed = {index: min(count, layout.hidden_size) for index, count in counts.items() if count}
@@ -108,82 +86,22 @@ def export_lora(
     ranks = {index: min(rank, max_rank) for index, rank in needed.items()}
     patterns = {names[index]: rank for index, rank in ranks.items()}
     targets = {index: names[index] for index in ranks}
-    config = _peft().LoraConfig(
+    config = peft_package().LoraConfig(
         r=max(ranks.values()),
         lora_alpha=max(ranks.values()),  # so that a reader which knows no patterns scales by 1 as well
         rank_pattern=patterns,
         alpha_pattern=patterns,
         lora_dropout=0.0,
-        target_modules=_module_pattern(targets),
-        fan_in_fan_out=_is_conv1d(layout),
-        **_common(profile),
+        target_modules=module_pattern(targets),
+        fan_in_fan_out=is_conv1d(layout),
+        **common_settings(profile),
     )
     done = LoraExport(ranks, max(errors.values()), truncated=ranks != needed)
     modules = {index: names[index] for index in profile.layers}
-    _write_adapter(
-        folder, config, tensors, sidecar(profile, modules), _adapter_card(profile, "LoRA", _lora_notes(done))
+    write_adapter(
+        folder, config, tensors, sidecar_text(profile, modules), adapter_card(profile, "LoRA", _lora_notes(done))
     )
     return done
-
-
-def sidecar(profile: Profile, modules: Mapping[int, str]) -> str:
-    """`hones_profile.json`: membership, metadata and where each layer's factors went, but not the scales."""
-    content = {
-        "digest": profile.digest,
-        "metadata": json.loads(metadata_json(profile)),
-        "modules": {str(layer): name for layer, name in modules.items()},
-        "neurons": {str(layer): neurons.tolist() for layer, (neurons, _) in profile.layers.items()},
-    }
-    return json.dumps(content, sort_keys=True) + "\n"
-
-
-def module_names(model: nn.Module, layout: Layout) -> dict[int, str]:
-    """Layer -> dotted name of its down-projection in the Hugging Face model (without wrappers)."""
-    paths = {id(module): name for name, module in unwrap(model).named_modules()}
-    return {layer.index: paths[id(layer.down_proj)] for layer in layout.layers}
-
-
-def _checked_layout(profile: Profile, model: nn.Module, allow_mismatch: bool) -> Layout:
-    layout = find_layout(model)
-    profile.base_model.check(ModelIdentity.from_model(unwrap(model)), allow_mismatch=allow_mismatch)
-    return layout
-
-
-def _module_pattern(modules: Mapping[int, str]) -> str:
-    """One regex that matches these modules and no other: a vision tower may have modules of the same last name."""
-    layers: dict[tuple[str, str], list[str]] = {}
-    for layer, name in modules.items():
-        before, _, after = name.rpartition(f".{layer}.")
-        layers.setdefault((before, after), []).append(str(layer))
-    return "|".join(
-        rf"{re.escape(before)}\.({'|'.join(numbers)})\.{re.escape(after)}"
-        for (before, after), numbers in layers.items()
-    )
-
-
-def _is_conv1d(layout: Layout) -> bool:
-    return is_transposed(inside_adapters(layout.layers[0].down_proj))
-
-
-def _common(profile: Profile) -> dict[str, Any]:
-    return {"inference_mode": True, "base_model_name_or_path": profile.base_model.name or None}
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ModuleNotFoundError as error:
-        raise DataError("peft is not installed; run: pip install 'hones-steer[peft]'") from error
-    return peft
-
-
-def _write_adapter(folder: StrPath, config: Any, tensors: Mapping[str, Tensor], extra: str, text: str) -> None:
-    with new_folder(folder) as temporary:
-        config.save_pretrained(temporary)
-        (temporary / SIDECAR).write_text(extra, encoding="utf-8")
-        (temporary / "README.md").write_text(text, encoding="utf-8")
-        data = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, metadata={"format": "pt"})
-        (temporary / WEIGHTS).write_bytes(data)
 
 
 def _check_ranks(needed: Mapping[int, int], max_rank: int, truncate: str | None) -> None:
@@ -200,8 +118,8 @@ def _check_ranks(needed: Mapping[int, int], max_rank: int, truncate: str | None)
 def _lora_pair(profile: Profile, layer: DecoderLayer, max_rank: int) -> tuple[Tensor, Tensor, float]:
     """(A `[r, I]`, B `[hidden, r]`, relative error) of one layer."""
     weight = _plain_weight(layer)
-    neurons, scales = (torch.from_numpy(array.copy()) for array in profile.layers[layer.index])
-    neurons, scales = neurons[scales != 1].long(), scales[scales != 1]
+    neurons, scales = layer_tensors(profile, layer.index)
+    neurons, scales = neurons[scales != 1], scales[scales != 1]
     columns = weight[:, neurons]
     delta = columns * (scales - 1)  # [hidden, k], in float32 at least
     if why := not_finite(columns, delta.to(weight.dtype), neurons, scales):
@@ -238,25 +156,6 @@ def _plain_weight(layer: DecoderLayer) -> Tensor:
             "does not fit; load the model without quantisation, or export IA3"
         )
     return weight.cpu()
-
-
-# Model cards of adapters --------------------------------------------------------------------------
-
-
-def _adapter_card(profile: Profile, kind: str, notes: str) -> str:
-    return card(
-        [profile],
-        [
-            f"# Steering profile `{profile.task}` as a {kind} adapter",
-            f"Made by hones-steer from the profile with digest `{profile.digest}` for {describe_model(profile)}. "
-            f"{notes}",
-            profiles_table([profile]),
-            evidence_table([profile]),
-            "```python\nfrom peft import PeftModel\n\n"
-            'model = PeftModel.from_pretrained(model, "this folder")  # the base model, loaded by transformers\n```',
-        ],
-        library_name="peft",
-    )
 
 
 def _lora_notes(done: LoraExport) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from hones_steer.errors import DataError
 from hones_steer.layout import Layout, find_layout
 from hones_steer.loading import empty_model, find_checkpoint, load_config, loading
-from hones_steer.profile import parse_json
+from hones_steer.strict_json import parse_object
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -77,7 +76,7 @@ def _stored_tensors(source: Path) -> dict[str, Stored]:
     """Every tensor of the checkpoint by its key on the disk. Headers only; nothing is loaded."""
     if (source / INDEX).is_file():
         with loading(f"{source / INDEX}"):
-            weight_map = json.loads((source / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            weight_map = parse_object((source / INDEX).read_bytes(), f"{source / INDEX}", DataError)["weight_map"]
             names = sorted(set(weight_map.values()))
         if wrong := [name for name in names if Path(name).name != name or not (source / name).is_file()]:
             raise DataError(f"{source}: {wrong[0]!r}, which {INDEX} names, is not there; get the whole checkpoint")
@@ -102,7 +101,7 @@ def _read_header(file: Path) -> dict[str, Stored]:
         raise DataError(f"{file}: cannot be read: {error}") from error
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
-        header = parse_json(stream.read(length).decode("utf-8"), f"the header of {file}")
+        header = parse_object(stream.read(length), f"the header of {file}", DataError)
     header.pop("__metadata__", None)
     start = 8 + length
     return {

@@ -14,15 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hones_steer._cards import card, describe_model, evidence_table, profiles_table
-from hones_steer._folders import new_folder, sync
 from hones_steer._folding import not_finite
-from hones_steer.checkpoint import DTYPES, INDEX, Checkpoint, Stored, open_checkpoint, read_tensor
-from hones_steer.convert import SIDECAR, module_names, sidecar
 from hones_steer.errors import DataError
+from hones_steer.export.cards import card, describe_model, evidence_table, profiles_table
+from hones_steer.export.checkpoint import DTYPES, INDEX, Checkpoint, Stored, open_checkpoint, read_tensor
+from hones_steer.export.sidecar import SIDECAR, module_names, sidecar_text
+from hones_steer.files import new_file, new_folder
 from hones_steer.injection import scale
 from hones_steer.layout import is_transposed
 from hones_steer.profile import ModelIdentity, Profile, StrPath
+from hones_steer.slots import layer_tensors
 
 BASE_CARD = "README.base.md"
 
@@ -62,7 +63,7 @@ def merge_into(
     with new_folder(folder) as temporary:
         _refuse_not_finite(profile, modules, targets, _transposed(base))  # before copying what may be much
         _copy_others(base.folder, temporary)
-        (temporary / SIDECAR).write_text(sidecar(profile, modules), encoding="utf-8")
+        (temporary / SIDECAR).write_text(sidecar_text(profile, modules), encoding="utf-8")
         (temporary / "README.md").write_text(_merged_card(profile, checkpoint), encoding="utf-8")
         scaled = 0
         for name in progress(files):
@@ -111,7 +112,7 @@ def _refuse_not_finite(
     profile: Profile, modules: Mapping[int, str], targets: Mapping[int, Stored], transposed: bool
 ) -> None:
     for layer, tensor in targets.items():
-        neurons, scales = _torch(profile, layer)
+        neurons, scales = layer_tensors(profile, layer)
         before = _columns(tensor.read(), transposed)[:, neurons]
         if why := not_finite(before, scale(before, scales), neurons, scales):
             raise DataError(
@@ -135,27 +136,23 @@ def _copy_others(source: Path, target: Path) -> None:
 
 
 def _write_shard(source: Path, target: Path, profile: Profile, tensors: Mapping[int, Stored], transposed: bool) -> int:
-    """Copy a weight file, scale these layers' columns in the copy, and only then give it its name."""
-    part = target.with_name(target.name + ".part")
-    shutil.copyfile(source, part)
+    """Copy a weight file, scale these layers' columns in the copy, and only then give it its name.
+
+    Returns the number of columns that were scaled.
+    """
     scaled = 0
-    with part.open("r+b") as file:
-        for layer, tensor in tensors.items():
-            neurons, scales = _torch(profile, layer)
-            weight = read_tensor(file, tensor)
-            columns = _columns(weight, transposed)
-            columns[:, neurons] = scale(columns[:, neurons], scales)
-            file.seek(tensor.begin)
-            file.write(weight.view(torch.uint8).numpy().data)
-            scaled += len(neurons)
-    sync(part)
-    part.rename(target)
+    with new_file(target) as copy:
+        shutil.copyfile(source, copy)
+        with copy.open("r+b") as file:
+            for layer, tensor in tensors.items():
+                neurons, scales = layer_tensors(profile, layer)
+                weight = read_tensor(file, tensor)
+                columns = _columns(weight, transposed)
+                columns[:, neurons] = scale(columns[:, neurons], scales)
+                file.seek(tensor.begin)
+                file.write(weight.view(torch.uint8).numpy().data)
+                scaled += len(neurons)
     return scaled
-
-
-def _torch(profile: Profile, layer: int) -> tuple[Tensor, Tensor]:
-    neurons, scales = profile.layers[layer]
-    return torch.tensor(neurons, dtype=torch.int64), torch.tensor(scales)
 
 
 def _columns(weight: Tensor, transposed: bool) -> Tensor:

@@ -10,17 +10,13 @@ from __future__ import annotations
 
 import difflib
 import io
-import os
-import select
 import sys
 import traceback
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
-from typing import TextIO
 
 from hones_steer._version import __version__
+from hones_steer.cli.streams import discard, flush_output, one_line_warnings, open_closed_streams, reader_left, say
 from hones_steer.errors import HonesError
 
 GROUP = "hones.commands"
@@ -92,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = arguments[:1] == ["--debug"]
     if debug:
         arguments.pop(0)
-    _open_closed_streams()
+    open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is no error
     code = _outcome(arguments, debug)
@@ -100,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             stream.flush()
         except OSError:
-            _discard(stream)  # or Python would complain when it flushes at exit
+            discard(stream)  # or Python would complain when it flushes at exit
     return code
 
 
@@ -113,12 +109,12 @@ def _outcome(arguments: list[str], debug: bool) -> int:
         if point is None:
             code = _without_command(arguments, commands)
         else:
-            with _one_line_warnings(prog):
+            with one_line_warnings(prog):
                 code = _run(point, prog, arguments[1:])
-        _flush_output()
+        flush_output()
     except KeyboardInterrupt as interrupt:
         _show_traceback(debug)
-        _say("; ".join([f"{prog}: interrupted", *getattr(interrupt, "__notes__", [])]))
+        say("; ".join([f"{prog}: interrupted", *getattr(interrupt, "__notes__", [])]))
         return INTERRUPTED
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
@@ -131,7 +127,7 @@ def _outcome(arguments: list[str], debug: bool) -> int:
         _show_traceback(debug)
         return _fail(prog, str(error))
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and (_reader_left(sys.stdout) or _reader_left(sys.stderr)):
+        if isinstance(error, BrokenPipeError) and (reader_left(sys.stdout) or reader_left(sys.stderr)):
             return READER_LEFT
         _show_traceback(debug)
         where = f"{error.filename}: " if error.filename is not None else ""
@@ -141,7 +137,7 @@ def _outcome(arguments: list[str], debug: bool) -> int:
 
 def _without_command(arguments: list[str], commands: dict[str, EntryPoint]) -> int:
     if not arguments:
-        _say(_usage(commands))
+        say(_usage(commands))
         return BAD_INPUT
     name = arguments[0]
     if name in ("-h", "--help"):
@@ -171,76 +167,10 @@ def _usage(commands: dict[str, EntryPoint]) -> str:
 
 
 def _fail(prog: str, message: str) -> int:
-    _say(f"{prog}: error: {' '.join(message.split())}")
+    say(f"{prog}: error: {' '.join(message.split())}")
     return BAD_INPUT
-
-
-# Standard streams ---------------------------------------------------------------------------------
-
-
-def _open_closed_streams() -> None:
-    """Let what a caller has closed (``>&-``) lead nowhere.
-
-    Python has None there, and the next file that is opened would get the number, and what is printed with it.
-    """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:
-            descriptor = os.open(os.devnull, os.O_RDWR)
-            os.set_inheritable(descriptor, descriptor == number)
-            stream = open(descriptor, "w" if number else "r", errors="backslashreplace", closefd=False)  # noqa: SIM115
-            setattr(sys, name, stream)
-
-
-def _flush_output() -> None:
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        error.filename = "the output"
-        raise
-
-
-def _say(text: str) -> None:
-    """Write to standard error, where somebody may listen."""
-    try:
-        sys.stderr.write(text + "\n")
-    except OSError:
-        _discard(sys.stderr)
-
-
-def _reader_left(stream: TextIO) -> bool:
-    try:
-        poll = select.poll()
-        poll.register(stream.fileno(), 0)
-    except io.UnsupportedOperation:
-        return False
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
-
-
-def _discard(stream: TextIO) -> None:
-    """Let what is still in a stream's buffer, and what is written later, lead nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
 
 
 def _show_traceback(debug: bool) -> None:
     if debug:
         traceback.print_exc()
-
-
-@contextmanager
-def _one_line_warnings(prog: str) -> Iterator[None]:
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
-        del category, filename, lineno, file, line
-        _say(f"{prog}: warning: {' '.join(str(message).split())}")
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        yield

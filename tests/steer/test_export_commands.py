@@ -8,9 +8,10 @@ from peft import PeftConfig
 from steer.conversions import few_layers
 from transformers import AutoModelForCausalLM
 
-from hones_steer import cli, load_profile, save_profile
+from hones_steer import load_profile, save_profile
+from hones_steer.cli import export_command, hub_commands, program
+from hones_steer.cli.export_command import export, import_
 from hones_steer.errors import HonesError
-from hones_steer.shipping import export, import_
 
 
 @pytest.fixture
@@ -69,9 +70,8 @@ def test_a_quantised_checkpoint_takes_an_adapter_but_no_merge(files):
 
 @pytest.mark.parametrize("name", ["export", "import", "push", "pull"])
 def test_the_help_teaches_by_example(name, capsys):
-    import hones_steer.shipping as shipping
-
+    module = hub_commands if name.startswith("pu") else export_command
     with pytest.raises(SystemExit, match="0"):
-        getattr(shipping, "import_" if name == "import" else name)(["--help"])
+        getattr(module, "import_" if name == "import" else name)(["--help"])
     assert f"  hones {name} " in capsys.readouterr().out.partition("example:")[2]
-    assert name in cli._SUMMARIES
+    assert name in program._SUMMARIES

@@ -1,0 +1,65 @@
+"""Parsers, tables and JSON that the commands share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hones_steer.profile import Profile
+
+
+def command_parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
+    """The parser of one command, whose help ends with an example."""
+    return argparse.ArgumentParser(
+        prog=f"hones {name}",
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def print_json(value: object) -> None:
+    """What `--json` prints."""
+    print(json.dumps(value, indent=2, sort_keys=True))
+
+
+def report_written(files: Sequence[tuple[Profile, Path]], where: dict[str, str], as_json: bool) -> None:
+    if as_json:
+        print_json({**where, "profiles": {p.task: {"file": str(file), "digest": p.digest} for p, file in files}})
+        return
+    for profile, file in files:
+        print(f"{file}: {profile.task!r}, {profile.num_neurons:,} neurons, digest {profile.short_digest}")
+    if where:
+        print(f"from hub:{where['repo']}@{where['commit']}")
+
+
+def printable(text: str) -> str:
+    """`text` as a terminal may see it: what comes from a file may carry escape codes."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+    cells = [["", *map(printable, columns)]]
+    for name, row in rows.items():
+        cells.append([printable(name), *(shown(row[key]) if key in row else "" for key in columns)])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns) + 1)]
+    return [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in cells
+    ]
+
+
+def facts(facts: Mapping[str, object], indent: str) -> list[str]:
+    width = max((len(printable(key)) for key in facts), default=0)
+    return [f"{indent}{printable(key):<{width}}  {shown(value)}" for key, value in facts.items()]
+
+
+def shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))

@@ -1,0 +1,1 @@
+"""The commands of the offline tool: `hones attribute`, `hones fit` and `hones evaluate`."""

@@ -1,0 +1,182 @@
+"""`hones attribute`: find the neurons of a task on a user's own model and data."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from hones_offline.attribution.heads import HeadMetric
+from hones_offline.attribution.methods import METHODS, SINGLE_TASK_METHODS, HeadSearch
+from hones_offline.attribution.pipeline import attribute
+from hones_offline.attribution.write_in import HeadWeights, PositivePart, Target
+from hones_offline.commands.arguments import add_data_arguments, failure_lines, load_data, show
+from hones_offline.commands.result import RESULT, attribution_result, read_bank
+from hones_offline.running.distributed import launched, own_device
+from hones_offline.running.models import keep_freed_memory, load_model
+from hones_offline.running.run_folder import json_bytes, resumable
+from hones_steer.files import write_atomically
+from hones_steer.profile import ModelIdentity
+
+
+def run(argv: Sequence[str]) -> int:
+    """Entry point of `hones attribute`."""
+    args = _parser().parse_args(argv)
+    with resumable(), launched() as processes:
+        task, loaded = load_data(args)
+        banks = [read_bank(path) for path in args.without]
+        keep_freed_memory()
+        model, processor = load_model(args.model, dtype=args.dtype, device=own_device(args.device))
+        attribution = attribute(
+            model,
+            processor,
+            task,
+            loaded.examples,
+            top_heads=args.top_heads,
+            top_fraction=args.top_fraction,
+            head_metric=args.head_metric,
+            method=args.method,
+            target=args.target,
+            positive_part=args.positive_part,
+            head_weights=args.head_weights,
+            heads=args.heads,
+            error=args.error,
+            without=[bank.for_model(model) for bank in banks],
+            seed=args.seed,
+            batch_size=args.batch_size,
+            memory_gb=args.memory_gb,
+            run_dir=args.out,
+            max_failures=args.max_failures,
+            progress=True,
+            processes=processes,
+        )
+        if processes.rank == 0:
+            result = attribution_result(task, attribution, loaded.skipped, ModelIdentity.from_model(model))
+            result |= {
+                "top_fraction": args.top_fraction,
+                "method": args.method,
+                "target": args.target,
+                "positive_part": args.positive_part,
+                "head_weights": args.head_weights,
+                "without": [str(path) for path in args.without],
+            }
+            write_atomically(args.out / RESULT, json_bytes(result))
+            show(args.json, result, _result_lines(result, args.out))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hones attribute",
+        description="Find the FFN neurons a task depends on. Scores every attention head by what replacing it costs, "
+        "then the neurons by how much the best heads drive what they write towards the answers. A killed run goes on "
+        "where it stopped when the same command is given again. Several GPUs share the work when torchrun or "
+        "accelerate launch starts one process for each (docs/scaling.md).",
+        epilog="examples: hones attribute llava-hf/llava-1.5-7b-hf --task vqa --data vqa.jsonl --out runs/vqa   |   "
+        "hones attribute MODEL --task ocr --data coco.json --images coco/ --out runs/ocr --head-metric logprob   |   "
+        "torchrun --nproc-per-node 8 -m hones_steer attribute MODEL --task vqa --data vqa.jsonl --out runs/vqa",
+    )
+    add_data_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run folder for results")
+    parser.add_argument(
+        "--top-heads",
+        type=int,
+        default=30,
+        metavar="K",
+        help="heads that guide the importance; 30 for LLaVA-1.5-7B, 25 for Qwen2.5-VL-7B (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-fraction",
+        type=float,
+        default=0.01,
+        metavar="F",
+        help="bank's share of all neurons (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--head-metric",
+        choices=get_args(HeadMetric),
+        default="task",
+        help="score heads by the task's metric under greedy generation (the paper's way), or by the answers' "
+        "log-probability: one forward per batch, much faster (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--heads",
+        choices=get_args(HeadSearch),
+        default="exact",
+        help="run every head on every example, or stop running a head once it has surely lost (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--error",
+        type=float,
+        default=0.05,
+        metavar="P",
+        help="with --heads race: probability of finding other heads than exact does (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--memory-gb",
+        type=float,
+        default=4.0,
+        metavar="GIB",
+        help="for what enters the layers and what their heads put out, kept of --batch-size sequences: sequences x "
+        "tokens x 2 hidden sizes x bytes of each layer, for as many layers as fit; as much again for each of two KV "
+        "caches where answers are generated (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=3407, help="order of the examples (default: %(default)s)")
+    parser.add_argument(
+        "--without",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="pass over the neurons in the bank of this run, another task's on the same model; the next ones take "
+        "their place (repeatable; what was found before with the same other arguments is not computed again)",
+    )
+    _add_method_arguments(parser)
+    return parser
+
+
+def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
+    others = [f"{name}, {METHODS[name].meaning}" for name in SINGLE_TASK_METHODS[1:]]
+    parser.add_argument(
+        "--method",
+        choices=SINGLE_TASK_METHODS,
+        default="hones",
+        help=f"hones, or a method without heads: {'; '.join(others)} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--target",
+        choices=get_args(Target),
+        default="paper",
+        help="direction of the answer: the paper's, less that of the other answers, or of unembedding rows less their "
+        "mean (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--positive-part",
+        choices=get_args(PositivePart),
+        default="mean",
+        help="taken of the mean over examples, or of each example before the mean (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--head-weights",
+        choices=get_args(HeadWeights),
+        default="score",
+        help="weights of the heads that guide the importance (default: %(default)s)",
+    )
+
+
+def _result_lines(result: Mapping[str, Any], out: Path) -> list[str]:
+    bank = result["bank"]
+    heads = ", ".join(f"{layer}.{head} ({weight:.3g})" for layer, head, weight in result["heads"][:8])
+    return [
+        f"{result['task']}: {sum(map(len, bank.values()))} neurons in {len(bank)} layers, from {result['n']} examples",
+        *([f"strongest heads (layer.head): {heads}"] if heads else []),
+        *([_race_line(result["race"])] if "race" in result else []),
+        *failure_lines(result["failures"]),
+        f"results: {out}",
+    ]
+
+
+def _race_line(race: Mapping[str, Any]) -> str:
+    return (
+        f"race: {race['evaluations'] / race['of']:.0%} of {race['of']} evaluations of a head on an example; "
+        f"{race['finished']} heads finished; other heads than exact's with probability {race['error']:g} at most"
+    )

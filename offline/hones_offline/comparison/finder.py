@@ -1,0 +1,109 @@
+"""The bank of every task, method, size and seed: examples are drawn, and `find_bank` is called for each draw."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+
+from hones_offline.attribution.heads import HeadMetric, head_scores, head_statistics
+from hones_offline.attribution.methods import METHODS
+from hones_offline.attribution.pipeline import Attribution, HeadScores, find_bank
+from hones_offline.comparison.settings import CompareSettings, parse, without_specific
+from hones_offline.comparison.splits import Splits
+from hones_offline.data.metrics import FloatArray
+from hones_offline.data.neurons import Bank, Importance, NeuronIndex
+from hones_offline.data.records import naming
+from hones_offline.running.execution import Execution
+from hones_offline.running.prompts import Prepared
+from hones_offline.running.run_folder import RunFolder, run_settings
+from hones_steer.errors import DataError
+
+
+class Finder:
+    """Banks of every task, method, size and seed.
+
+    A seed draws `attribution_examples` of a task's discovery examples, and every method gets the same draw. Heads are
+    run once on every example that may be drawn (the pool); importances are steps of the task's run folder.
+
+    Raises:
+        DataError: there are so few discovery examples that all seeds would draw the same ones.
+    """
+
+    def __init__(self, tasks: Mapping[str, Splits], settings: CompareSettings, *, progress: bool = False) -> None:
+        self.tasks, self.settings, self.progress = tasks, settings, progress
+        self.pools = {task: splits.discovery.first(settings.pool) for task, splits in tasks.items()}
+        for task, pool in self.pools.items():
+            if settings.seeds > 1 and len(pool) <= settings.attribution_examples:
+                raise DataError(
+                    f"task {task!r} has {len(pool)} examples to draw from, so that each seed would draw the same; set "
+                    "attribution_examples lower or give more discovery examples"
+                )
+        self.statistics = cache(self._statistics)
+        self.attribution = cache(self._attribution)
+
+    def drawn(self, task: str, seed: int) -> list[int]:
+        """The numbers of the pool's examples that a seed draws."""
+        order = np.random.default_rng(seed).permutation(len(self.pools[task]))
+        numbers: list[int] = order[: self.settings.attribution_examples].tolist()
+        return numbers
+
+    def examples(self, task: str, seed: int) -> Prepared:
+        """The examples that a seed draws."""
+        return self.pools[task].only(self.drawn(task, seed))
+
+    def bank(self, task: str, name: str, fraction: float, seed: int) -> Bank:
+        """A method's bank; a random one has as many neurons in each layer as the main method's."""
+        if name == "random":
+            index = NeuronIndex.of(self.tasks[task].discovery.decoder.layout)
+            return self.bank(task, self.settings.main, fraction, seed).random(index, seed)
+        shared, without = name, list[Bank]()
+        if parse(name).specific:
+            shared = without_specific(name)
+            without = [self.bank(other, shared, fraction, seed) for other in self.tasks if other != task]
+        with naming(f"task {task!r}, method {name!r}, seed {seed}"):
+            return self.importance(task, shared, seed).bank(fraction, without)
+
+    def importance(self, task: str, name: str, seed: int) -> Importance:
+        """The importance of every neuron by a method other than "random"."""
+        method = METHODS[parse(name).base]
+        if method.contrast is None:
+            return self.attribution(task, name, seed).importance
+        return method.contrast({one: self.importance(one, method.single_task, seed) for one in self.tasks})[task]
+
+    def _attribution(self, task: str, name: str, seed: int) -> Attribution:
+        """The attribution on a seed's draw, its bank of the main size; a step of the task's run folder."""
+        splits = self.tasks[task]
+        options = replace(parse(name).options, top_heads=self.settings.top_heads, top_fraction=self.settings.fraction)
+        execution = Execution(splits.batch_size, self.settings.memory_gb, run=splits.run, progress=self.progress)
+        with naming(f"task {task!r}, method {name!r}, seed {seed}"):
+            if not options.entry.guided:
+                unscored = HeadScores(np.nan, np.zeros((0, 0), dtype=np.float32))  # nobody asks for their utility
+                return find_bank(self.examples(task, seed), options, execution, scores=unscored)
+            compared = self.tasks if options.leave_out or options.by_damage else ()
+            return find_bank(
+                self.examples(task, seed),
+                options,
+                execution,
+                scores=self.scores(task, options.head_metric, seed),
+                all_tasks=[self.scores(other, options.head_metric, seed) for other in compared],
+            )
+
+    def scores(self, task: str, metric: HeadMetric, seed: int) -> HeadScores:
+        """P(θ) and S(h) on the examples that a seed draws, from the statistics of the whole pool."""
+        pool = self.pools[task]
+        base, replaced = self.statistics(task, metric)
+        items = self.drawn(task, seed)
+        if metric == "logprob":  # items are (prompt, answer) pairs there
+            firsts = np.cumsum([0, *(len(pool.task.answers(example)) for example in pool.examples)])
+            items = [pair for i in items for pair in range(firsts[i], firsts[i + 1])]
+        return HeadScores(*head_scores(pool, metric, base[items], replaced[:, :, items]))
+
+    def _statistics(self, task: str, metric: HeadMetric) -> tuple[FloatArray, FloatArray]:
+        """`head_statistics` of the whole pool, in a run folder of its own."""
+        pool, splits = self.pools[task], self.tasks[task]
+        settings = {"stage": "heads", **run_settings(pool), "head_metric": metric, "batch_size": splits.batch_size}
+        settings["memory_gb"] = self.settings.memory_gb
+        run = RunFolder(splits.path / f"heads-{metric}-{len(pool)}", settings)
+        execution = Execution(splits.batch_size, self.settings.memory_gb, run=run, progress=self.progress)
+        return head_statistics(pool, metric, execution)

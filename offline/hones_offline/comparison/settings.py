@@ -1,0 +1,124 @@
+"""Settings of a comparison: the methods by name, with their variants, and how much of everything."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from hones_offline.attribution import methods
+from hones_offline.attribution.heads import HeadMetric
+from hones_offline.attribution.methods import AttributionOptions
+from hones_offline.data.neurons import check_fraction
+from hones_offline.learning.factors import FitSettings
+from hones_steer.errors import DataError
+
+METHODS: tuple[str, ...] = tuple(reversed([*methods.METHODS]))
+"""The methods compared by default. Variants follow a colon: "hones_logprob:contrastive+rank", "dvp:centred"."""
+STAGES = ("masking", "groups", "steer_groups", "steering", "strength")
+
+
+@dataclass(frozen=True)
+class ComparedMethod:
+    """A method's name taken apart; `parse` gives it."""
+
+    name: str
+    base: str
+    """The name in `attribution.methods.METHODS`."""
+    options: AttributionOptions
+    """Those of attribution on one task, without what a comparison decides for all methods: heads, size, seed."""
+    specific: bool = False
+    """Without the neurons of the other tasks' banks of the same size; the next ones fill it up."""
+
+
+_VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "contrastive": {"target": "contrastive"},
+    "centred": {"target": "centred"},
+    "example": {"positive_part": "example"},
+    "rank": {"head_weights": "rank"},
+    "damage": {"by_damage": True},
+    "leave_out": {"leave_out": True},
+}
+"""Each variant's name, and the option of attribution that it stands for."""
+_SPECIFIC = "specific"
+
+
+@cache
+def parse(name: str) -> ComparedMethod:
+    """The method that a name stands for; raises DataError for one that is unknown, naming the known ones."""
+    base, colon, rest = name.partition(":")
+    variants = rest.split("+") if rest else []
+    taken = methods.METHODS[base].options if base in METHODS else ()
+    allowed = {variant for variant, changes in _VARIANTS.items() if set(changes) <= set(taken)}
+    allowed |= {_SPECIFIC} if base != "random" else set()
+    if base not in METHODS or (colon and not rest) or not set(variants) <= allowed:
+        raise DataError(
+            f"unknown method {name!r}; choose from {', '.join(METHODS)}; those of hones take variants after a colon, "
+            f"joined by '+': {', '.join((*_VARIANTS, _SPECIFIC))}; dvp takes contrastive, centred or specific, "
+            "the others specific"
+        )
+    changes = {key: value for variant in variants for key, value in _VARIANTS.get(variant, {}).items()}
+    if len(changes) < len(set(variants) - {_SPECIFIC}) or len(set(variants)) < len(variants):
+        raise DataError(f"method {name!r} asks for two variants of the same thing; choose one")
+    metric: HeadMetric = "logprob" if base == "hones_logprob" else "task"
+    options = AttributionOptions(method=methods.METHODS[base].single_task or base, head_metric=metric, **changes)
+    return ComparedMethod(name, base, options, _SPECIFIC in variants)
+
+
+def without_specific(name: str) -> str:
+    """The name of the same method without the variant "specific"."""
+    base, _, rest = name.partition(":")
+    variants = "+".join(variant for variant in rest.split("+") if variant != _SPECIFIC)
+    return f"{base}:{variants}" if variants else base
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """The methods that a comparison compares, on how much data and in which stages.
+
+    Raises:
+        DataError: a value is out of range, or names a method or stage that there is not.
+    """
+
+    methods: Sequence[str] = METHODS
+    main: str = "hones_task"
+    """The method whose banks are grouped and steered, and that random banks have their sizes per layer from."""
+    fractions: Sequence[float] = (0.01,)
+    fraction: float = 0.01
+    """One of `fractions`, for everything but the masking table."""
+    sweep: Sequence[str] | None = None
+    """The methods that are masked at every one of `fractions`; the others only at `fraction` (None: all methods)."""
+    seeds: int = 5
+    attribution_examples: int = 128
+    """Discovery examples that a seed draws."""
+    pool: int | None = None
+    """Draw from the first so many discovery examples (all): heads are scored on each of them once, for all seeds."""
+    top_heads: int = 30
+    memory_gb: float = 4.0
+    stages: Sequence[str] = ("masking", "groups", "steering", "strength")
+    """Some of `STAGES`; learning factors for every group and task ("steer_groups") takes long."""
+    group_seeds: int = 1
+    learned_seeds: int | None = None
+    """Factors are learned on the banks of the first so many seeds (all)."""
+    strengths: Sequence[float] = (-1.0, 0.5, 1.0, 1.5, 2.0)
+    """The learned factors' offsets times these."""
+    fit: FitSettings = field(default_factory=FitSettings)
+
+    def __post_init__(self) -> None:
+        for method in (*self.methods, self.main):
+            parse(method)
+        for fraction in self.fractions:
+            check_fraction(fraction)
+        for name in ("seeds", "attribution_examples", "top_heads"):
+            if getattr(self, name) < 1:
+                raise DataError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.main not in self.methods or self.main == "random":
+            raise DataError(f"main must be one of the methods other than random, not {self.main!r}")
+        if self.fraction not in self.fractions:
+            raise DataError(f"fraction must be one of the fractions, not {self.fraction}")
+        if unknown := set(self.stages) - set(STAGES):
+            raise DataError(f"unknown stages {', '.join(sorted(unknown))}; choose from {', '.join(STAGES)}")
+        for name in ("group_seeds", "learned_seeds"):
+            if not 1 <= (getattr(self, name) or 1) <= self.seeds:
+                raise DataError(f"{name} must lie between 1 and seeds, not {getattr(self, name)}")
+        if unswept := set(self.sweep or ()) - set(self.methods):
+            raise DataError(f"sweep names {', '.join(sorted(unswept))}, which is not among the methods")

@@ -1,0 +1,84 @@
+"""A task's splits with everything that is measured or learned on them, each once."""
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+from hones_offline.data.metrics import FloatArray
+from hones_offline.data.neurons import Bank
+from hones_offline.learning.baselines import SteeringInputs
+from hones_offline.learning.factors import FitSettings, fit_run_settings, learn
+from hones_offline.running.evaluation import Scores, intervention, score
+from hones_offline.running.execution import Execution
+from hones_offline.running.prompts import Prepared
+from hones_offline.running.run_folder import RunFolder, examples_digest, json_bytes, run_settings
+from hones_steer.profile import Profile
+
+Split = Literal["discovery", "dev", "test"]
+
+
+class Splits:
+    """A task's encoded discovery, dev and test examples, and the run folder their results are kept in.
+
+    Everything is chosen on the discovery and dev splits; the test split is only measured. Each result is one step of
+    the run folder, named by what was done to the model, so that a killed run goes on where it stopped.
+    """
+
+    def __init__(
+        self, discovery: Prepared, dev: Prepared, test: Prepared, run_path: str | Path, *, batch_size: int
+    ) -> None:
+        self.discovery, self.dev, self.test, self.batch_size = discovery, dev, test, batch_size
+        self.task = discovery.task
+        self.path = Path(run_path)
+        self.run = RunFolder(
+            self.path,
+            {
+                "stage": "splits",
+                **run_settings(discovery),
+                "dev": examples_digest(dev.examples),
+                "test": examples_digest(test.examples),
+                "batch_size": batch_size,
+            },
+        )
+
+    @property
+    def parts(self) -> dict[Split, Prepared]:
+        """The examples of each split."""
+        return {"discovery": self.discovery, "dev": self.dev, "test": self.test}
+
+    def measure(self, split: Split, *, steering: Profile | None = None, mask: Bank | None = None) -> Scores:
+        """The metric on a split as it is, steered or with a bank masked; the same is measured once."""
+        examples = self.parts[split]
+        name = f"{split}-base"
+        if steering is not None:
+            name = f"{split}-steered-{steering.digest[:16]}"
+        if mask is not None:
+            name = f"{split}-masked-{mask.digest}"
+
+        def compute() -> dict[str, FloatArray]:
+            with intervention(examples, steering=steering, mask=mask):
+                return {"statistics": score(examples, batch_size=self.batch_size).statistics}
+
+        statistics = self.run.arrays(name, compute)["statistics"]
+        value = self.task.aggregate(statistics.sum(axis=0), len(statistics))
+        return Scores(self.task, value, statistics, outputs=(), failures=examples.failures)
+
+    def learned(self, name: str, bank: Bank, settings: FitSettings, *, progress: bool = False) -> Profile:
+        """`learn` on the discovery examples, kept in a folder of its own; the same is learned once."""
+        wanted = {"name": name, **fit_run_settings(self.discovery, bank, settings)}
+        digest = hashlib.sha256(json_bytes(wanted)).hexdigest()[:16]
+        run = RunFolder(self.path / f"fit-{digest}", wanted)
+        return learn(self.discovery, bank, settings, Execution(run=run, progress=progress), name=name)
+
+    def steering_inputs(
+        self, bank: Bank, random_bank: Bank, settings: FitSettings, *, progress: bool = False
+    ) -> SteeringInputs:
+        """The inputs of every way of steering: learning keeps its steps here, and dev is measured here."""
+        return SteeringInputs(
+            self.discovery,
+            bank,
+            random_bank,
+            settings,
+            learn=lambda name, neurons, changed: self.learned(name, neurons, changed, progress=progress),
+            dev_metric=lambda profile: self.measure("dev", steering=profile).value,
+        )

@@ -1,0 +1,58 @@
+"""The way a computation is run, apart from what it computes."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy.typing as npt
+
+from hones_offline.running.distributed import ALONE, Processes
+from hones_offline.running.run_folder import Arrays, RunFolder
+from hones_steer.errors import DataError
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Batch size and memory, the processes that share the work, where steps are kept, and whether progress is shown.
+
+    Another batch size or memory limit groups sequences differently, which changes the last bits of floating-point
+    results, so both are among the settings of a run folder. Processes and progress change nothing.
+
+    Raises:
+        DataError: the batch size or the memory limit is out of range.
+    """
+
+    batch_size: int = 16
+    """Sequences run at a time."""
+    memory_gb: float = 4.0
+    """GiB for the states that are kept to resume forwards from, and for each of two KV caches."""
+    processes: Processes = ALONE
+    run: RunFolder | None = None
+    """Where the results of steps are kept; None keeps none."""
+    progress: bool = False
+    """Show progress bars on a terminal."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise DataError(f"batch_size must be at least 1, not {self.batch_size}")
+        if not 0 < self.memory_gb < math.inf:
+            raise DataError(f"memory_gb must be positive, not {self.memory_gb}")
+
+    def arrays(self, step: str, compute: Callable[[], Arrays]) -> dict[str, npt.NDArray[Any]]:
+        """The named arrays of a step: read if the run folder holds them, else computed, and kept if there is one."""
+        return dict(compute()) if self.run is None else self.run.arrays(step, compute)
+
+    def step_of_first(self, step: str, compute: Callable[["Execution"], Arrays]) -> dict[str, npt.NDArray[Any]]:
+        """`arrays` of a step that the first process computes alone, for every process.
+
+        `compute` is given this execution without the other processes.
+        """
+        alone = replace(self, processes=ALONE)
+        return self.processes.from_first(lambda: alone.arrays(step, lambda: compute(alone)))
+
+    def shared_step(self, step: str, compute: Callable[["Execution"], Arrays]) -> dict[str, npt.NDArray[Any]]:
+        """`arrays` of a step that all processes compute together, each getting the whole."""
+        kept = self.processes.from_first(lambda: self.run is not None and self.run.holds(step))
+        values = {} if kept else compute(self)
+        return self.processes.from_first(lambda: self.arrays(step, lambda: values))
