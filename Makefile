@@ -1,5 +1,5 @@
 # make demo   the whole method on the embedded model: prints one table, writes runs/demo
-# make test   lint, then the tests: one or more for every behaviour
+# make test   lint, then the tests: one or more for every behavior
 # make test-fast   those that start no engine, server, browser or compiler: minutes
 # make test-all   every test, the matrices as well, in parts; one that has passed on these very files is not run again
 # make docs   the documentation as a site in site/

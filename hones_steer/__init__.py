@@ -1,6 +1,6 @@
 """hones-steer: per-request scaling of a vision-language model's FFN neurons.
 
-Importing this package loads no torch and no transformers: a name is imported when it is first used.
+Importing this package loads neither torch nor transformers: a name is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from hones_steer._version import __version__
 
 if TYPE_CHECKING:
-    from hones_steer.convert import export_lora, export_peft
     from hones_steer.errors import (
         DataError,
         HonesError,
@@ -21,11 +20,13 @@ if TYPE_CHECKING:
         RoutingError,
         StateError,
     )
+    from hones_steer.export.lora import export_lora
+    from hones_steer.export.merged import merge_into
+    from hones_steer.export.peft import export_peft
     from hones_steer.hub import pull_profile, push_profile
     from hones_steer.huggingface import Steering, steer
     from hones_steer.importing import import_peft
     from hones_steer.layout import find_layout, register_layout
-    from hones_steer.merging import merge_into
     from hones_steer.profile import ModelIdentity, Profile, load_profile, save_profile
     from hones_steer.store import ProfileStore
 
@@ -56,7 +57,6 @@ __all__ = [
 ]
 
 _MODULES = {
-    "convert": ("export_lora", "export_peft"),
     "errors": (
         "DataError",
         "HonesError",
@@ -66,11 +66,13 @@ _MODULES = {
         "RoutingError",
         "StateError",
     ),
+    "export.lora": ("export_lora",),
+    "export.merged": ("merge_into",),
+    "export.peft": ("export_peft",),
     "hub": ("pull_profile", "push_profile"),
     "huggingface": ("Steering", "steer"),
     "importing": ("import_peft",),
     "layout": ("find_layout", "register_layout"),
-    "merging": ("merge_into",),
     "profile": ("ModelIdentity", "Profile", "load_profile", "save_profile"),
     "store": ("ProfileStore",),
 }

@@ -25,7 +25,7 @@ STEERED = ("base", "fixed_amp", "grid_search", "random_neurons", "hones_no_kl", 
 
 
 def minimal_summary() -> dict[str, Any]:
-    """What every summary has to hold, and nothing more."""
+    """The keys that every summary must have, and no others."""
     return {
         "title": "One task",
         "model": {
@@ -41,7 +41,7 @@ def minimal_summary() -> dict[str, Any]:
 
 
 def full_summary(seed: int = 0) -> dict[str, Any]:
-    """Every section, with made-up numbers of the sizes that SmolLM2-135M's five tasks have."""
+    """A summary with every section, its made-up numbers of the sizes that SmolLM2-135M's five tasks have."""
     rng = np.random.default_rng(seed)
     base = {task: float(rng.uniform(0.25, 0.75)) for task in TASKS}
     return {
@@ -107,7 +107,7 @@ def around(value: float, half: float) -> list[float]:
 
 
 def heads(rng: np.random.Generator) -> dict[str, Any]:
-    """Few heads matter much, and most not at all, some the wrong way."""
+    """Head scores: a few heads matter much, most not at all, some the wrong way."""
     scores = rng.standard_t(1.6, (LAYERS, HEADS)) * 0.012
     scores[0] += rng.uniform(0, 0.3, HEADS)
     order = np.argsort(-scores, axis=None)[:25]
@@ -131,8 +131,8 @@ def masked(rng: np.random.Generator, task: str, method: str, fraction: float, ba
     strength = {"random": 0.02, "ap": 0.4, "ape": 0.3, "ma": 0.6}.get(method, 0.85)
     reach = 0.15 if method.startswith("hones") else 0.6
     own = base * strength * (fraction / (fraction + 0.003)) + float(rng.normal(0, 0.01))
-    others = {other: own * reach + float(rng.normal(0, 0.02)) for other in TASKS if other != task}
-    selectivity = own - float(np.mean([*others.values()]))
+    other_drops = {measured: own * reach + float(rng.normal(0, 0.02)) for measured in TASKS if measured != task}
+    selectivity = own - float(np.mean([*other_drops.values()]))
     return {
         "task": task,
         "method": method,
@@ -142,7 +142,7 @@ def masked(rng: np.random.Generator, task: str, method: str, fraction: float, ba
         "n": TASKS[task],
         "own_drop": own,
         "own_drop_ci95": around(own, 0.07),
-        "other_drops": others,
+        "other_drops": other_drops,
         "selectivity": selectivity,
         "selectivity_ci95": around(selectivity, 0.08),
         "by_seed": {

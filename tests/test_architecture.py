@@ -1,7 +1,8 @@
-"""Who may import whom (design section 4), and what `import hones_steer` and `hones --help` load.
+"""Who may import whom, and what `import hones_steer` and `hones --help` load.
 
-The direction is errors <- profile <- store; errors <- layout; profile <- slots; {layout, slots} <- injection <-
-huggingface; hones_offline -> hones_steer <- hones_serving. Imports inside functions count like all others.
+An arrow runs from who is imported to who imports. Inside hones_steer: errors → {files, strict_json} → profile → store;
+errors → layout; profile → slots; {layout, slots} → injection → huggingface; all these → the rooms export and cli.
+Between the packages: hones_offline ← hones_steer → hones_serving. Imports inside functions count like all others.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import NamedTuple
@@ -27,51 +29,64 @@ PACKAGES = {
     "hones_serving": ROOT / "serving" / "hones_serving",
 }
 
-# Module of hones_steer -> the modules it may import. A new module needs a line here.
+# Module of hones_steer -> the modules and rooms (packages) it may import. A new module needs a line here.
 _BELOW_HUGGINGFACE = {"errors", "profile", "store", "layout", "slots", "_blocks", "injection", "_folding", "_selftest"}
+_ADAPTER = {"errors", "layout", "profile", "slots", "_folding", "export.adapters", "export.sidecar"}
 ALLOWED = {
     "_version": set(),
     "errors": set(),
     "_transformers": set(),
-    "profile": {"_version", "errors"},
+    "files": {"errors"},
+    "strict_json": {"errors"},
+    "profile": {"_version", "errors", "files", "strict_json"},
     "store": {"errors", "profile"},
     "layout": {"errors"},
     "slots": {"errors", "profile"},
     "_blocks": {"errors", "slots"},
-    "injection": {"_blocks", "errors", "layout", "profile", "slots"},
+    "_recomputation": {"_blocks", "errors", "slots"},
+    "injection": {"_blocks", "_recomputation", "errors", "layout", "slots"},
     "_folding": {"errors", "injection", "layout", "profile", "slots"},
     "_selftest": {"errors", "injection", "layout", "profile", "slots"},
     "huggingface": _BELOW_HUGGINGFACE,
-    "_folders": {"errors", "profile"},
-    "_cards": {"profile"},
-    "convert": {"errors", "layout", "profile", "slots", "_cards", "_folders", "_folding"},
-    "importing": {"errors", "layout", "profile", "convert"},
-    "checkpoint": {"errors", "layout", "loading", "profile"},
-    "merging": {"errors", "injection", "layout", "profile", "_cards", "_folders", "_folding", "checkpoint", "convert"},
-    "hub": {"errors", "profile", "store", "_cards", "_folders"},
     "loading": {"errors"},
-    "commands": {*_BELOW_HUGGINGFACE, "huggingface", "loading"},
-    "shipping": {
+    "export": set(),
+    "export.cards": {"profile"},
+    "export.sidecar": {"errors", "layout", "profile", "strict_json"},
+    "export.checkpoint": {"errors", "layout", "loading", "strict_json"},
+    "export.adapters": {"errors", "layout", "files", "profile", "export.cards", "export.sidecar"},
+    "export.peft": _ADAPTER,
+    "export.lora": _ADAPTER,
+    "export.merged": {
         "errors",
+        "injection",
+        "layout",
+        "files",
         "profile",
-        "store",
-        "checkpoint",
-        "convert",
-        "importing",
-        "merging",
-        "hub",
-        "loading",
-        "commands",
+        "slots",
+        "_folding",
+        "export.cards",
+        "export.checkpoint",
+        "export.sidecar",
     },
-    "cli": {"_version", "errors"},
+    "importing": {"errors", "layout", "profile", "strict_json", "export"},
+    "hub": {"errors", "profile", "store", "files", "strict_json", "export.cards"},
+    "cli": {"cli.program"},
+    "cli.streams": set(),
+    "cli.program": {"_version", "errors", "cli.streams"},
+    "cli.output": {"profile"},
+    "cli.inspect_command": {"profile", "cli.output"},
+    "cli.diff_command": {"profile", "cli.output"},
+    "cli.verify_command": {"errors", "profile", "huggingface", "loading", "cli.output"},
+    "cli.export_command": {"profile", "loading", "export", "importing", "cli.output"},
+    "cli.hub_commands": {"errors", "profile", "store", "hub", "cli.output"},
     "__main__": {"cli"},
-    "__init__": {"_version", *_BELOW_HUGGINGFACE, "huggingface", "convert", "importing", "merging", "hub"},
+    "__init__": {"_version", *_BELOW_HUGGINGFACE, "huggingface", "export", "importing", "hub"},
 }
 # The exceptions, each at one place: (module, function) -> imported module.
 EXCEPTIONS = {("profile", "ModelIdentity.from_model", "layout")}
 
-# These run with the base dependencies; commands.py may import the rest inside `verify`.
-BASE_MODULES = {"__init__", "__main__", "_version", "cli", "errors", "profile", "store"}
+# These run with the base dependencies; the commands import the rest inside their functions.
+BASE_MODULES = {"__init__", "__main__", "_version", "errors", "files", "profile", "store", "strict_json"}
 EXTRAS = {"hones_steer": "hf", "hones_offline": "offline", "hones_serving": "serve"}
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "google_re2": "re2"}
 
@@ -90,8 +105,14 @@ class Import(NamedTuple):
         return f"{self.package}/{self.module}.py:{self.line} imports {self.target}"
 
 
+def module_name(path: Path, folder: Path) -> str:
+    """The dotted name of a module below its package; a room's own `__init__.py` has the room's name."""
+    parts = path.relative_to(folder).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
 def imports_of(package: str, path: Path) -> Iterator[Import]:
-    module = ".".join(path.relative_to(PACKAGES[package]).with_suffix("").parts)
+    module = module_name(path, PACKAGES[package])
     parent = [package, *path.relative_to(PACKAGES[package]).parent.parts]
 
     def walk(node: ast.AST, function: str, typing_only: bool) -> Iterator[Import]:
@@ -131,16 +152,24 @@ IMPORTS = all_imports()
 
 
 def steer_module(target: str) -> str | None:
-    """The module of hones_steer that `target` lies in: `hones_steer.profile.Profile` -> `profile`."""
-    parts = target.split(".")
-    if parts[0] != "hones_steer":
+    """The module of hones_steer that `target` lies in: `hones_steer.export.peft.export_peft` -> `export.peft`."""
+    package, _, name = target.partition(".")
+    if package != "hones_steer":
         return None
-    return parts[1] if len(parts) > 1 and parts[1] in ALLOWED else "__init__"
+    while name and name not in ALLOWED:
+        name = name.rpartition(".")[0]
+    return name or "__init__"
+
+
+def room(module: str) -> str:
+    """The room of a module; a module outside all rooms is one by itself."""
+    return module.partition(".")[0]
 
 
 def test_every_module_of_hones_steer_has_its_place() -> None:
-    modules = {path.stem for path in PACKAGES["hones_steer"].glob("*.py")}
-    assert modules <= ALLOWED.keys()
+    assert {module_name(path, PACKAGES["hones_steer"]) for path in PACKAGES["hones_steer"].rglob("*.py")} == set(
+        ALLOWED
+    )
 
 
 def test_hones_steer_imports_downwards_only() -> None:
@@ -149,10 +178,18 @@ def test_hones_steer_imports_downwards_only() -> None:
         for found in IMPORTS
         if found.package == "hones_steer"
         and (target := steer_module(found.target)) is not None
-        and target not in ALLOWED[found.module]
+        and not {target, room(target)} & ALLOWED[found.module]
         and (found.module, found.function, target) not in EXCEPTIONS
     ]
     assert wrong == []
+
+
+def test_no_arrow_between_modules_or_rooms_of_hones_steer_runs_back() -> None:
+    tuple(TopologicalSorter(ALLOWED).static_order())  # raises CycleError
+    rooms: dict[str, set[str]] = {}
+    for module, below in ALLOWED.items():
+        rooms.setdefault(room(module), set()).update({room(target) for target in below} - {room(module)})
+    tuple(TopologicalSorter(rooms).static_order())
 
 
 def test_nobody_imports_upwards_between_packages() -> None:
@@ -218,8 +255,9 @@ def test_modules_are_imported_by_name_only_where_that_is_the_point() -> None:
     for package, folder in PACKAGES.items():
         for path in folder.rglob("*.py"):
             names = re.findall(r"\b(?:import_module|__import__|entry_points)\b", path.read_text(encoding="utf-8"))
-            callers |= {f"{package}.{path.stem}"} if names else set()
-    assert callers == {"hones_steer.__init__", "hones_steer.cli", "hones_serving.commands", "hones_offline.moved"}
+            callers |= {f"{package}.{module_name(path, folder)}"} if names else set()
+    steer = {"hones_steer.__init__", "hones_steer.cli.program"}
+    assert callers == {*steer, "hones_offline.moved", "hones_serving.commands"}
 
 
 def requirements(extra: str | None) -> set[str]:
@@ -238,13 +276,13 @@ def requirements(extra: str | None) -> set[str]:
 
 
 def allowed_third_parties(found: Import) -> set[str]:
-    if found.package == "hones_serving" and found.module.startswith("vllm."):
+    if found.package == "hones_serving" and room(found.module) == "vllm":
         return requirements(None) | requirements("hf") | requirements("vllm")
     if found.package != "hones_steer":
         return requirements(None) | requirements("hf") | requirements(EXTRAS[found.package])
-    if found.module == "convert" and found.function == "_peft":
+    if found.module == "export.adapters" and found.function == "peft_package":
         return requirements("peft")
-    base_only = found.module in BASE_MODULES or (found.module == "commands" and not found.function)
+    base_only = found.module in BASE_MODULES or (room(found.module) == "cli" and not found.function)
     return requirements(None) if base_only and not found.typing_only else requirements(None) | requirements("hf")
 
 

@@ -20,6 +20,9 @@ from hones_steer.cli import main
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PORT = re.compile(r"\b89\d\d\b")
+FILE = re.compile(r"`((?:benchmarks|docs|examples|hones_steer|offline|serving|tests)/[\w./-]*\w)`")
+ANCHOR = re.compile(r"\b(docs/[\w-]+\.md)(?:#([\w-]+))?")
+CODE = ("benchmarks", "examples", "hones_steer", "offline", "serving", "tests")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -73,6 +76,20 @@ def test_every_block_says_what_it_is(page: Path) -> None:
         if language == "make":
             for line in filter(None, (line.partition("#")[0].strip() for line in code.splitlines())):
                 subprocess.run([*line.split(), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_files_that_pages_name_exist() -> None:
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "examples").glob("*/README.md"))]:
+        for path in FILE.findall(page.read_text(encoding="utf-8")):
+            assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+def test_headings_of_pages_that_the_code_names_exist() -> None:
+    for path in [path for folder in CODE for path in sorted((ROOT / folder).rglob("*.py"))]:
+        for page, anchor in ANCHOR.findall(path.read_text(encoding="utf-8")):
+            headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+            assert not anchor or anchor in anchors, f"{path}: {page}#{anchor}"
 
 
 def test_links_inside_the_repository_lead_somewhere() -> None:

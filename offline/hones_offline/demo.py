@@ -21,7 +21,8 @@ from hones_offline.learning.factors import FitSettings
 from hones_offline.running.embedded import load_tiny_vlm
 from hones_offline.running.models import keep_freed_memory
 from hones_offline.running.prompts import Prepared, prepare, render, tokenizer_of
-from hones_offline.running.run_folder import json_bytes, resumable, write_atomically
+from hones_offline.running.run_folder import json_bytes, resumable
+from hones_steer.files import write_atomically
 from hones_steer.huggingface import steer
 from hones_steer.profile import save_profile
 

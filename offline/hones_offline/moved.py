@@ -39,7 +39,6 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "study": ("comparison.study", "comparison.splits"),
     "summary": "report.summary",
     "tasks": "data.tasks",
-    "wording": "report.wording",
 }
 """The old name of each module below `hones_offline`, and the new one, or several where it was divided."""
 
@@ -60,6 +59,9 @@ class _Alias(ModuleType):
 
 
 def register() -> None:
-    """Make the old names importable, without an attribute of the package for each."""
+    """Make the old names importable, and attributes of the package but where a function has the name."""
+    package = sys.modules["hones_offline"]
     for old, new in MOVED.items():
-        sys.modules[f"hones_offline.{old}"] = _Alias(old, new if isinstance(new, tuple) else (new,))
+        alias = sys.modules[f"hones_offline.{old}"] = _Alias(old, new if isinstance(new, tuple) else (new,))
+        if not hasattr(package, old):
+            setattr(package, old, alias)

@@ -26,7 +26,7 @@ CHUNK = 3  # optimizer steps between two states, so that a short run has many
 
 
 def run(p: Problem, folder: Path) -> None:
-    """What `hones attribute` and `hones fit` do, in `folder`."""
+    """Attribute and learn in `folder`, as `hones attribute` and `hones fit` do."""
     found = attribute(
         p.model,
         p.processor,
@@ -44,7 +44,7 @@ def run(p: Problem, folder: Path) -> None:
 
 
 def attempt(p: Problem, folder: Path, kill_after: float | None) -> bool:
-    """Run in a fork of this process, killed after so many seconds; whether it was finished before."""
+    """Run in a fork of this process that is killed after so many seconds; returns whether it finished before."""
     child = os.fork()
     if child == 0:
         run(p, folder)
@@ -65,7 +65,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def main() -> None:
-    """See the module."""
+    """Run, kill and compare, and print the result."""
     folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     importlib.import_module("hones_offline.learning.factors").CHUNK = CHUNK
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Attribution in several processes, forks of this one so that the model is built once; what became of each.
+"""Attribution in several processes, which are forks of this one, so that the model is built once.
 
     python several_processes.py FOLDER
 
@@ -29,18 +29,18 @@ from hones_steer.errors import DataError, HonesError
 
 
 class Unreadable:
-    """An image that cannot be read here."""
+    """An image that raises when it is loaded."""
 
     def __init__(self, key: str) -> None:
         self.key = key
 
     def load(self) -> Any:
-        """As a damaged file would."""
+        """Raise the error of a damaged file."""
         raise DataError("damaged")
 
 
 def run(p: Problem, folder: Path, processes: Processes, metric: str = "logprob") -> None:
-    """Attribute in `folder`; beside it, what each process was given."""
+    """Attribute in `folder`, and write beside it the result that this process was given."""
     found = attribute(
         p.model,
         p.processor,
@@ -60,7 +60,7 @@ def run(p: Problem, folder: Path, processes: Processes, metric: str = "logprob")
 
 
 def kill_after(steps: int) -> None:
-    """Make this process kill itself when it has written so many files."""
+    """Make this process kill itself after it has written so many files."""
     runs = importlib.import_module("hones_offline.running.run_folder")
     write, written = runs.write_atomically, []
 
@@ -74,7 +74,7 @@ def kill_after(steps: int) -> None:
 
 
 def together(size: int, work: Callable[[Processes], None], log: Path) -> list[tuple[int, str]]:
-    """Run `work` in so many processes; each one's exit code and error message."""
+    """Run `work` in so many processes, and return the exit code and error message of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -107,7 +107,7 @@ def writes_its_targets(p: Problem) -> Problem:
 
 
 def main() -> None:
-    """See the module."""
+    """Run the scenarios and print how each process ended."""
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     p = writes_its_targets(problem("llava", "ocr", count=6))
@@ -115,15 +115,15 @@ def main() -> None:
     changed = replace(p, examples=[replace(p.examples[0], targets=("small",)), *p.examples[1:]])
 
     def attributed(name: str, size: int, p: Problem, *, metric: str = "logprob", **of_rank_1: Any) -> Any:
-        """Processes of which number 1 may have another problem, be killed after some files or fail at once."""
+        """Attribute in `size` processes; process 1 may have another problem, be killed after some files or fail."""
 
         def work(processes: Processes) -> None:
-            own = of_rank_1 if processes.rank == 1 else {}
-            if "kill_after" in own:
-                kill_after(own["kill_after"])
-            if "fail" in own:
-                raise DataError(own["fail"])
-            run(own.get("problem", p), folder / name, processes, metric)
+            changes = of_rank_1 if processes.rank == 1 else {}
+            if "kill_after" in changes:
+                kill_after(changes["kill_after"])
+            if "fail" in changes:
+                raise DataError(changes["fail"])
+            run(changes.get("problem", p), folder / name, processes, metric)
 
         return together(size, work, folder / "log")
 

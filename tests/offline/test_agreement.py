@@ -1,4 +1,4 @@
-"""Models that compute something else in the ways that attribution, learning and evaluation run them are refused."""
+"""Models are refused whose text decoder, run as attribution and learning run it, computes something else."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ def asked(p: Problem) -> tuple[Any, ...]:
 
 
 def test_attribution_learning_and_evaluation_refuse_a_bidirectional_prompt() -> None:
-    """Answers would leak into the prompt, and rows would attend to their padding."""
+    """The answers would leak into the prompt, and rows would attend to their padding."""
     p = problem("paligemma", "text")
     bank = {0: np.array([1, 7], dtype=np.int32)}
     runs: list[Callable[[], object]] = [
@@ -49,7 +49,7 @@ def test_images_that_change_more_than_embeddings_are_refused(architecture: str, 
 
 
 Change = Callable[[torch.Tensor, torch.Tensor], Any]
-"""How much of a hidden state turned round [rows, T, hidden] is added, from input embeddings and mask."""
+"""(input embeddings, mask) -> the share of the reversed hidden state [rows, T, hidden] that is added to it."""
 
 
 def all_of_it(_embeds: torch.Tensor, _mask: torch.Tensor) -> float:
@@ -84,7 +84,7 @@ def after_a_cache(embeds: torch.Tensor, mask: torch.Tensor) -> float:
 )
 @pytest.mark.parametrize("count", [1, 3])
 def test_each_way_of_running_the_decoder_is_checked(change: Change, how: str, count: int) -> None:
-    """Also with a single example, which then makes a batch with itself."""
+    """A single example is checked too; it makes a batch with itself."""
     p = problem("llama", "text", count=count)
     prepare(*asked(p))
 

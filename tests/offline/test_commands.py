@@ -384,7 +384,7 @@ def broken_images(root: Path, folder: Path) -> Path:
     [
         ("", "has no usable example: 0 skipped; first reason: it is empty"),
         ("\n \n", "has no usable example"),
-        ('{"prompt": "x", "targets": ["y"]}\n{"prompt": "x", \n', "line 2: not valid JSON"),
+        ('{"prompt": "x", "targets": ["y"]}\n{"prompt": "x", \n', "line 2: is not valid JSON"),
         ('{"prompt": "x", "targets": ["y"]}\n[1]\n', "line 2: not a JSON object"),
         ('{"prompt": "x", "targets": []}\n', 'line 1: "targets" must be a list of at least one non-blank text'),
         ('{"prompt": "x", "targets": [" "]}\n', 'line 1: "targets" must be'),
@@ -411,8 +411,8 @@ def test_a_missing_data_file(fails: Callable[..., str], root: Path, tmp_path: Pa
 def test_a_coco_file_without_images_or_with_a_task_it_lacks(fails: Callable[..., str], root: Path) -> None:
     command = ["evaluate", root / "vlm", "--data", DATA, "--task"]
     assert "name its image folder with --images" in fails(*command, "vqa")
-    assert "has no task 'colour'; choose one of vqa, ocr, caption, retrieval" in fails(
-        *command, "colour", "--images", "."
+    assert "has no task 'color'; choose one of vqa, ocr, caption, retrieval" in fails(
+        *command, "color", "--images", "."
     )
 
 
@@ -641,7 +641,7 @@ def test_a_place_that_cannot_be_written(fails: Callable[..., str], root: Path, f
     file.write_text("mine")
     common = [root / "vlm", "--task", "cats", "--data", root / "cats.jsonl"]
     error = fails("attribute", *common, "--out", file / "run", *QUICK)
-    assert f"cannot write {file / 'run' / 'run.json'}: Not a directory" in error
+    assert f"{file / 'run' / 'run.json'}: cannot be written: Not a directory" in error
     before = listing(found)
     for out in (file / "p.safetensors", tmp_path / "no" / "p.safetensors", tmp_path):
         error = fails("fit", *common, "--bank", found, "--out", out, *FIT)

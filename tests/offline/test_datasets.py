@@ -1,4 +1,4 @@
-"""Published datasets: what their files say is what comes out; what is wrong is named, with file and record."""
+"""Published datasets give the content of their files; an error names the file and the record."""
 
 import copy
 import csv
@@ -42,7 +42,7 @@ def write_json(path: Path, content: object) -> Path:
 
 @pytest.fixture(scope="module")
 def coco_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Grey images of the size and name that the excerpt gives."""
+    """Gray images of the sizes and under the names that the excerpt gives."""
     root = tmp_path_factory.mktemp("coco")
     for record in RECORDS:
         info = record["image_info"]
@@ -236,9 +236,9 @@ def test_coco_captions_for_retrieval_take_their_negatives_from_the_file(tmp_path
     path = write_json(tmp_path / "captions_val2014.json", coco_captions())
     man, woman = load_coco_captions(path, "retrieval", tmp_path, seed=0, negatives=1).examples
     assert man.targets == woman.targets == ("Yes",)
-    own, other = {"A woman cutting a cake.", "A woman with a knife"}, set(man.candidates)
-    assert set(woman.candidates) & own
-    assert other & own
+    of_woman = {"A woman cutting a cake.", "A woman with a knife"}
+    assert set(woman.candidates) & of_woman
+    assert set(man.candidates) & of_woman
     assert len(woman.candidates) == len(man.candidates) == 2
 
 
@@ -275,7 +275,7 @@ def vqa_questions() -> dict[str, Any]:
 
 
 def vqa_annotations() -> dict[str, Any]:
-    """In another order than the questions."""
+    """Annotations in another order than the questions."""
     said = {393225000: "tomato", 262148000: "down", 262148001: "skating"}
     return {
         "info": {"version": "2.0"},
@@ -438,7 +438,7 @@ ROW = '"[""A man.""]",[0],train,1.jpg,0\n'
         (HEADER + ROW + "[],[0],train,2.jpg,1,\n", "row 2: it has more or fewer fields"),
         (HEADER + ROW + '"[""A man.""],[0],train,2.jpg,1\n', "line 3: not valid CSV"),
         (HEADER + '"[""A man.""] ,"[0],train,1.jpg,0\n', "line 2: not valid CSV"),
-        (HEADER + ROW + "A man.,[0],train,2.jpg,1\n", r"img_id 1: not valid JSON \(.*\)\.$"),
+        (HEADER + ROW + "A man.,[0],train,2.jpg,1\n", r"img_id 1: is not valid JSON: .*\.$"),
         (HEADER + ROW + "3,[0],train,2.jpg,1\n", "img_id 1: no list of texts in raw"),
         (HEADER + ROW + '"[""A man."", 3]",[0],train,2.jpg,1\n', "img_id 1: no text in raw"),
         (HEADER + ROW + ROW, "row 2: img_id 0 or image '1.jpg' was used before"),
@@ -559,7 +559,7 @@ def test_a_bad_gqa_file_is_an_error_that_names_the_question(
 def test_a_question_that_stands_twice_in_a_gqa_file_is_an_error(tmp_path: Path) -> None:
     one = json.dumps(gqa_questions()["02930152"])
     (tmp_path / "gqa.json").write_text(f'{{"1": {one}, "2": {one}, "1": {one}}}')
-    with pytest.raises(DataError, match=r"gqa\.json: key '1' stands twice in one object"):
+    with pytest.raises(DataError, match=r"gqa\.json: is not valid JSON: duplicate key '1'"):
         load_gqa(tmp_path / "gqa.json", tmp_path)
 
 
@@ -584,7 +584,7 @@ ODD_VALUES = [None, True, -1, 10**30, 0.5, "", " ", "\0", "\ud800", "x" * 5000, 
 
 
 def places(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Every place in JSON content where there is a value."""
+    """Yield the path of every value in JSON content."""
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in items:
         yield (*path, key)

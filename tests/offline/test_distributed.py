@@ -1,4 +1,4 @@
-"""Several processes find what one finds, byte for byte; when one dies the others say so, and the run can be resumed."""
+"""Several processes give one process's results, byte for byte; if one dies the others say so; runs can be resumed."""
 
 import argparse
 import json
@@ -40,7 +40,7 @@ def started(*command: object, **environment: str) -> subprocess.CompletedProcess
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """What became of each scenario of several_processes.py, and where their run folders are."""
+    """The folder of the run folders, and the exit codes and messages of each scenario of several_processes.py."""
     folder = tmp_path_factory.mktemp("processes")
     done = started(sys.executable, "-W", "error", TESTS / "offline" / "several_processes.py", folder)
     assert done.returncode == 0, done.stderr

@@ -37,7 +37,7 @@ def test_vqa_accuracy_is_the_official_ten_answer_formula(agreeing: int, expected
     assert vqa_accuracy("yes", answers) == pytest.approx(expected)
 
 
-def test_vqa_accuracy_with_one_answer_is_the_normalised_match() -> None:
+def test_vqa_accuracy_with_one_answer_is_the_normalized_match() -> None:
     assert vqa_accuracy("The Dog.", ["dog"]) == 1.0
     assert vqa_accuracy("dogs", ["dog"]) == 0.0
 
@@ -71,7 +71,7 @@ def test_vqa_accuracy_with_two_answers_can_reach_one() -> None:
         ("", ""),
     ],
 )
-def test_answers_are_normalised_as_in_the_challenge(raw: str, normal: str) -> None:
+def test_answers_are_normalized_as_in_the_challenge(raw: str, normal: str) -> None:
     assert normalize_answer(raw) == normal
 
 

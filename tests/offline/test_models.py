@@ -1,4 +1,4 @@
-"""What the commands do before they run a model."""
+"""Loading models for the commands, and the memory that they keep."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a matter of glibc")
 def test_freed_memory_is_kept_for_the_next_layer() -> None:
-    """Or every layer's activations touch new pages, which may cost as much as their arithmetic."""
+    """Otherwise every layer's activations touch new pages, which may cost as much as their arithmetic."""
 
     def faults(how: str) -> int:
         command = [sys.executable, "-c", LAYERS, how]

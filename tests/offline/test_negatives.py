@@ -34,7 +34,7 @@ def test_retrieval_has_one_positive_and_negatives_of_other_images(tmp_path: Path
 
 
 def test_the_hardest_negatives_come_first(tmp_path: Path) -> None:
-    """Against TF-IDF computed the long way: each image's best caption, the best image first."""
+    """The twin computes TF-IDF the long way: each image's best caption, the best image first."""
     owner = {c["caption"]: str(r["image_id"]) for r in RECORDS for c in r["retrieval"]}
     words = {caption: Counter(caption_tokens(caption)) for caption in owner}
     documents = Counter(word for count in words.values() for word in count)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from browser import CONTRASTS, Opened
 from hones_offline.report.page import report
-from hones_offline.report.sections import sections
+from hones_offline.report.sections import build_sections
 from hones_offline.report.summary import EACH, read_summary
 from summaries import FRACTIONS, TASKS, full_summary, minimal_summary
 
@@ -119,7 +119,7 @@ def test_charts_name_their_marks_and_have_a_text_for_readers(full: tuple[Path, A
     summary, opened = full_summary(), Opened(browser, full[0])
     text_of = "() => [...document.querySelectorAll('{}')].map(title => title.textContent)"
     titles = opened.ask(text_of.format("#heads svg rect > title"))
-    scores = [score for found in summary["heads"].values() for row in found["scores"] for score in row]
+    scores = [score for heads in summary["heads"].values() for row in heads["scores"] for score in row]
     assert len(titles) == len(scores)
     assert [float(re.findall(r"[+−]?[\d.]+", title)[2].replace("−", "-")) for title in titles] == pytest.approx(
         scores, abs=5e-5
@@ -136,14 +136,14 @@ def test_charts_name_their_marks_and_have_a_text_for_readers(full: tuple[Path, A
 
 
 def test_bars_are_as_long_as_what_they_show(full: tuple[Path, Any], browser: Any) -> None:
-    found = Opened(browser, full[0]).ask(
+    bars = Opened(browser, full[0]).ask(
         "() => [...document.querySelectorAll('#masking svg g')].filter(g => g.querySelector('.bar')).map(g => "
         "[g.querySelector('title').textContent, +g.querySelector('.bar').getAttribute('width')])"
     )
-    own = [(text, width) for text, width in found if "own drop" in text and width > 5]
-    assert len(own) > 30
-    values = [float(re.search(r": \+([\d.]+)", text)[1]) for text, _ in own]  # type: ignore[index]
-    scales = [width / value for value, (_, width) in zip(values, own, strict=True)]
+    own_drops = [(text, width) for text, width in bars if "own drop" in text and width > 5]
+    assert len(own_drops) > 30
+    values = [float(re.search(r": \+([\d.]+)", text)[1]) for text, _ in own_drops]  # type: ignore[index]
+    scales = [width / value for value, (_, width) in zip(values, own_drops, strict=True)]
     assert max(scales) == pytest.approx(min(scales), rel=0.01)
 
 
@@ -165,15 +165,15 @@ def test_it_is_quiet_and_fits(full: tuple[Path, Any], browser: Any, width: int, 
 
 
 def test_light_and_dark_differ(full: tuple[Path, Any], browser: Any) -> None:
-    colours = "() => ['background-color', 'color'].map(name => getComputedStyle(document.body)[name])"
-    light, dark = (Opened(browser, full[0], scheme=scheme).ask(colours) for scheme in ("light", "dark"))
+    colors = "() => ['background-color', 'color'].map(name => getComputedStyle(document.body)[name])"
+    light, dark = (Opened(browser, full[0], scheme=scheme).ask(colors) for scheme in ("light", "dark"))
     assert light[0] != dark[0]
     assert light[1] != dark[1]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out(full: tuple[Path, Any], browser: Any, scheme: str) -> None:
-    """WCAG's 4.5:1, of every text against what is behind it, numbers in coloured cells included."""
+    """WCAG's 4.5:1, of every text against what is behind it, numbers in colored cells included."""
     worst = Opened(browser, full[0], scheme=scheme).ask(CONTRASTS)
     assert {"h1.", "text.end", "DATA.", "SPAN.interval"} <= {kind.replace("H1", "h1") for kind in worst}
     assert {kind: ratio for kind, ratio in worst.items() if ratio < 4.5} == {}
@@ -245,7 +245,7 @@ def test_each_part_can_be_left_out(tmp_path: Path, left_out: str) -> None:
     del summary[left_out]
     absent = read_summary(write(tmp_path / "absent", summary))
     assert read_summary(write(tmp_path / "null", {**summary, left_out: None})) == absent
-    assert len(sections(absent)) == len(OPTIONAL_PARTS) + 2
+    assert len(build_sections(absent)) == len(OPTIONAL_PARTS) + 2
 
 
 def test_a_lone_task_has_no_selectivity(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_learning_goes_on_in_the_middle(p, tmp_path, monkeypatch):
 
 
 def test_states_on_disk_do_not_change_what_is_learned(p, tmp_path, monkeypatch):
-    """Adam's moments and step count survive the way through a file: a chunk ends nowhere in the mathematics."""
+    """Adam's moments and step count survive the way through a file: chunks do not show in the result."""
     profiles = []
     for name, chunk in {"one": 1, "five": 5, "all": 64}.items():
         monkeypatch.setattr(sys.modules["hones_offline.learning.factors"], "CHUNK", chunk)

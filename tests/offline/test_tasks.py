@@ -1,4 +1,4 @@
-"""Tasks: the paper's prompts word for word, what counts as the answer, and how outputs are scored."""
+"""Tasks have the paper's prompts word for word, the right answers, and scores of outputs."""
 
 from dataclasses import replace
 from typing import Any
@@ -84,7 +84,7 @@ def test_target_texts_are_what_write_in_aims_at() -> None:
 
 
 class Sits(Task):
-    """A task of one's own whose importance is measured towards other words than it learns."""
+    """A user's task whose importance is measured towards other words than those that it learns."""
 
     name = "sits"
 
@@ -94,7 +94,7 @@ class Sits(Task):
 
 @pytest.mark.parametrize(("kind", "words"), [("retrieval", ["Yes"]), ("caption", ["sits", "on", "mat"])])
 def test_attribution_measures_towards_the_target_texts_at_the_first_prompt(kind: str, words: list[str]) -> None:
-    """Retrieval's: "Yes" after the right caption, though "No" after a wrong one is learned too."""
+    """Retrieval is measured towards "Yes" after the right caption, though it also learns "No" after a wrong one."""
     p = problem("llava", kind, count=3)
     task = p.task if kind == "retrieval" else Sits()
     ids = [p.processor.tokenizer.convert_tokens_to_ids(word) for word in words]
@@ -194,26 +194,26 @@ def test_a_task_from_jsonl_refuses_bad_settings(arguments: dict[str, Any], compl
         JsonlTask(**arguments)
 
 
-class Colour(Task):
-    """Name the colour of a thing; each example's prompt is the thing's name."""
+class Color(Task):
+    """Name the color of a thing; each example's prompt is the thing's name."""
 
-    name = "colour"
+    name = "color"
     metric = "accuracy"
     max_new_tokens = 4
 
     def prompt(self, example: Example) -> str:
-        return f"What colour is the {example.prompt}? Answer with one word."
+        return f"What color is the {example.prompt}? Answer with one word."
 
     def score(self, example: Example, output: str) -> float:
         return float(output.strip().lower().startswith(example.targets[0]))
 
 
 def test_a_task_of_ones_own_is_one_small_class() -> None:
-    task, example = Colour(), Example("1", "sky", ("blue",), None)
-    assert task.prompts(example) == ("What colour is the sky? Answer with one word.",)
+    task, example = Color(), Example("1", "sky", ("blue",), None)
+    assert task.prompts(example) == ("What color is the sky? Answer with one word.",)
     assert task.answers(example) == ((0, "blue"),)
     assert task.target_texts(example) == ("blue",)
-    rows = [task.statistics(example, text) for text in (" Blue, I think", "grey")]
+    rows = [task.statistics(example, text) for text in (" Blue, I think", "gray")]
     assert task.aggregate(np.sum(rows, axis=0), len(rows)) == 0.5
 
 

@@ -26,15 +26,15 @@ def rendered(processor: Any, prompt: str) -> str:
     return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 
-def encode(processor: Any, some: list[Scene], prompts: list[str]) -> Any:
+def encode(processor: Any, pictures: list[Scene], prompts: list[str]) -> Any:
     texts = [rendered(processor, prompt) for prompt in prompts]
-    images = [scene.image() for scene in some]
+    images = [scene.image() for scene in pictures]
     return processor(images=images, text=texts, padding=True, return_tensors="pt")
 
 
-def answers(loaded: tuple[Any, Any], some: list[Scene], task: str) -> list[str]:
+def answers(loaded: tuple[Any, Any], pictures: list[Scene], task: str) -> list[str]:
     model, processor = loaded
-    inputs = encode(processor, some, [scene.prompt(task) for scene in some])
+    inputs = encode(processor, pictures, [scene.prompt(task) for scene in pictures])
     tokens = model.generate(**inputs, do_sample=False, max_new_tokens=64)
     return list(processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
@@ -103,13 +103,13 @@ def test_one_picture_takes_sixteen_image_tokens(loaded: tuple[Any, Any]) -> None
 
 
 def test_it_does_its_generating_tasks(loaded: tuple[Any, Any]) -> None:
-    """Far above what can be had without looking (model card), with room left for steering."""
-    some = scenes("dev", 60)
-    vqa = [vqa_accuracy(a, [s.answer]) for a, s in zip(answers(loaded, some, "vqa"), some, strict=True)]
-    ocr = [anls(a, [s.text]) for a, s in zip(answers(loaded, some, "ocr"), some, strict=True)]
+    """Scores lie far above those of a model that does not look (model card), and leave room for steering."""
+    pictures = scenes("dev", 60)
+    vqa = [vqa_accuracy(a, [s.answer]) for a, s in zip(answers(loaded, pictures, "vqa"), pictures, strict=True)]
+    ocr = [anls(a, [s.text]) for a, s in zip(answers(loaded, pictures, "ocr"), pictures, strict=True)]
     assert sum(vqa) / len(vqa) > 0.45
     assert sum(ocr) / len(ocr) > 0.8
-    assert bleu4(answers(loaded, some, "caption"), [s.captions for s in some]) > 0.8
+    assert bleu4(answers(loaded, pictures, "caption"), [s.captions for s in pictures]) > 0.8
 
 
 def test_it_tells_true_captions_from_false_ones(loaded: tuple[Any, Any]) -> None:
@@ -125,9 +125,9 @@ def test_it_tells_true_captions_from_false_ones(loaded: tuple[Any, Any]) -> None
 
 
 def test_it_looks_at_the_picture(loaded: tuple[Any, Any]) -> None:
-    some = scenes("dev", 20)
-    read = answers(loaded, some, "ocr")
-    assert sum(a == s.text for a, s in zip(read[1:] + read[:1], some, strict=True)) <= 1
+    pictures = scenes("dev", 20)
+    read = answers(loaded, pictures, "ocr")
+    assert sum(a == s.text for a, s in zip(read[1:] + read[:1], pictures, strict=True)) <= 1
     assert len(set(read)) >= 18
 
 

@@ -150,7 +150,7 @@ def container_attacks() -> dict[str, Attack]:
             header_bytes(f'{{"__metadata__":{{"hones_steer":{quoted}}},"layers.1.neurons":3}}'),
             "layers.1.neurons has dtype None, expected I32",
         ),
-        "header_nan": Attack(header_bytes(header + ',"layers.1.neurons":NaN}'), "JSON contains NaN"),
+        "header_nan": Attack(header_bytes(header + ',"layers.1.neurons":NaN}'), "NaN is not a number"),
         "body_truncated": Attack(sound[:-4], "not a sound safetensors file"),
         "body_trailing": Attack(sound + b"\0\0\0\0", "not a sound safetensors file"),
         "body_overlapping": Attack(overlapping, "not a sound safetensors file"),
@@ -181,8 +181,8 @@ def metadata_attacks() -> dict[str, Attack]:
             raw_metadata('"a sound profile"', "[" * 200 + "]" * 200), "description is [[[[[[[...]]]]]]], not a string"
         ),
         "metadata_too_deep": Attack(with_metadata(evidence=deep), "nested deeper than 32"),
-        "metadata_nan": Attack(raw_metadata('"n": 300', '"n": NaN'), "JSON contains NaN"),
-        "metadata_infinity": Attack(raw_metadata('"n": 300', '"n": -Infinity'), "JSON contains -Infinity"),
+        "metadata_nan": Attack(raw_metadata('"n": 300', '"n": NaN'), "NaN is not a number"),
+        "metadata_infinity": Attack(raw_metadata('"n": 300', '"n": -Infinity'), "-Infinity is not a number"),
         "metadata_float_overflow": Attack(raw_metadata('"n": 300', '"n": 1e999'), "evidence.test.n is inf"),
         "metadata_integer_huge": Attack(raw_metadata('"n": 300', '"n": ' + "9" * 30), "beyond 64 bits"),
         "metadata_integer_too_long_to_parse": Attack(

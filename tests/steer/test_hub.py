@@ -14,10 +14,10 @@ from steer.hub_server import TOKEN, Repository, running
 from steer.profiles import identity, make
 
 from hones_steer import MismatchError, ProfileError, load_profile, pull_profile, push_profile, save_profile
+from hones_steer.cli.hub_commands import pull, push
 from hones_steer.errors import DataError
 from hones_steer.hub import local_folder, pull_profiles
 from hones_steer.profile import serialize_profile
-from hones_steer.shipping import pull, push
 from hones_steer.store import ProfileStore
 
 # huggingface_hub's own, when it uploads without hf_xet.
@@ -459,7 +459,8 @@ def test_hf_endpoint_decides_which_hub(hub, tmp_path):
     push_profile(vqa(), REPO)
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
     env |= {"HF_HOME": str(tmp_path / "elsewhere"), "HF_HUB_CACHE": str(tmp_path / "elsewhere" / "hub")}
-    code = "import sys; from hones_steer.shipping import pull; pull(sys.argv[1:]); assert 'torch' not in sys.modules"
+    code = "import sys; from hones_steer.cli.hub_commands import pull; pull(sys.argv[1:])\n"
+    code += "assert 'torch' not in sys.modules"
     command = [sys.executable, "-c", code, REPO, "--out", str(tmp_path / "out")]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

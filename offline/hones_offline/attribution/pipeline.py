@@ -75,7 +75,7 @@ class Attribution:
     failures: dict[str, str]
     """Ids of the examples that could not be used, with the reason."""
     race: Race | None = None
-    """The evaluations that racing saved, if heads raced; scores of the heads it dropped are estimates from some of the examples."""
+    """The evaluations saved, if heads raced; scores of the heads it dropped are estimates from some of the examples."""
 
 
 def attribute(

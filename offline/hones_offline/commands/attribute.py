@@ -13,12 +13,58 @@ from hones_offline.commands.arguments import add_data_arguments, failure_lines, 
 from hones_offline.commands.result import RESULT, attribution_result, read_bank
 from hones_offline.running.distributed import launched, own_device
 from hones_offline.running.models import keep_freed_memory, load_model
-from hones_offline.running.run_folder import json_bytes, resumable, write_atomically
+from hones_offline.running.run_folder import json_bytes, resumable
+from hones_steer.files import write_atomically
 from hones_steer.profile import ModelIdentity
 
 
 def run(argv: Sequence[str]) -> int:
     """Entry point of `hones attribute`."""
+    args = _parser().parse_args(argv)
+    with resumable(), launched() as processes:
+        task, loaded = load_data(args)
+        banks = [read_bank(path) for path in args.without]
+        keep_freed_memory()
+        model, processor = load_model(args.model, dtype=args.dtype, device=own_device(args.device))
+        attribution = attribute(
+            model,
+            processor,
+            task,
+            loaded.examples,
+            top_heads=args.top_heads,
+            top_fraction=args.top_fraction,
+            head_metric=args.head_metric,
+            method=args.method,
+            target=args.target,
+            positive_part=args.positive_part,
+            head_weights=args.head_weights,
+            heads=args.heads,
+            error=args.error,
+            without=[bank.for_model(model) for bank in banks],
+            seed=args.seed,
+            batch_size=args.batch_size,
+            memory_gb=args.memory_gb,
+            run_dir=args.out,
+            max_failures=args.max_failures,
+            progress=True,
+            processes=processes,
+        )
+        if processes.rank == 0:
+            result = attribution_result(task, attribution, loaded.skipped, ModelIdentity.from_model(model))
+            result |= {
+                "top_fraction": args.top_fraction,
+                "method": args.method,
+                "target": args.target,
+                "positive_part": args.positive_part,
+                "head_weights": args.head_weights,
+                "without": [str(path) for path in args.without],
+            }
+            write_atomically(args.out / RESULT, json_bytes(result))
+            show(args.json, result, _result_lines(result, args.out))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hones attribute",
         description="Find the FFN neurons a task depends on. Scores every attention head by what replacing it costs, "
@@ -85,48 +131,7 @@ def run(argv: Sequence[str]) -> int:
         "their place (repeatable; what was found before with the same other arguments is not computed again)",
     )
     _add_method_arguments(parser)
-    args = parser.parse_args(argv)
-    with resumable(), launched() as processes:
-        task, loaded = load_data(args)
-        banks = [read_bank(path) for path in args.without]
-        keep_freed_memory()
-        model, processor = load_model(args.model, dtype=args.dtype, device=own_device(args.device))
-        attribution = attribute(
-            model,
-            processor,
-            task,
-            loaded.examples,
-            top_heads=args.top_heads,
-            top_fraction=args.top_fraction,
-            head_metric=args.head_metric,
-            method=args.method,
-            target=args.target,
-            positive_part=args.positive_part,
-            head_weights=args.head_weights,
-            heads=args.heads,
-            error=args.error,
-            without=[bank.for_model(model) for bank in banks],
-            seed=args.seed,
-            batch_size=args.batch_size,
-            memory_gb=args.memory_gb,
-            run_dir=args.out,
-            max_failures=args.max_failures,
-            progress=True,
-            processes=processes,
-        )
-        if processes.rank == 0:
-            result = attribution_result(task, attribution, loaded.skipped, ModelIdentity.from_model(model))
-            result |= {
-                "top_fraction": args.top_fraction,
-                "method": args.method,
-                "target": args.target,
-                "positive_part": args.positive_part,
-                "head_weights": args.head_weights,
-                "without": [str(path) for path in args.without],
-            }
-            write_atomically(args.out / RESULT, json_bytes(result))
-            show(args.json, result, _result_lines(result, args.out))
-    return 0
+    return parser
 
 
 def _add_method_arguments(parser: argparse.ArgumentParser) -> None:

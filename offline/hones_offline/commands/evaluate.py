@@ -27,6 +27,45 @@ from hones_steer.profile import ModelIdentity, load_profile
 
 def run(argv: Sequence[str]) -> int:
     """Entry point of `hones evaluate`."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    check_one_process("evaluate")
+    if args.random_banks < 0:
+        raise DataError(f"--random-banks must be zero or more, not {args.random_banks}")
+    if args.random_banks and not args.mask:
+        parser.error("--random-banks stand beside the bank of a --mask")
+    task, loaded = load_data(args)
+    _check_apart(args, task, loaded)
+    profiles = {str(path): load_profile(path) for path in args.profile}
+    masked = {str(path): read_bank(path) for path in args.mask}
+    keep_freed_memory()
+    model, processor = load_model(args.model, dtype=args.dtype, device=args.device)
+    identity = ModelIdentity.from_model(model)
+    for profile in profiles.values():
+        profile.base_model.check(identity)
+    banks = {path: found.for_model(model) for path, found in masked.items()}
+    prepared = prepare(model, processor, task, loaded.examples, max_failures=args.max_failures, progress=True)
+    base = score(prepared, batch_size=args.batch_size)
+    rows = {"base": _row(base, base)}
+    for name, profile in profiles.items():
+        rows[name] = _row(steered(prepared, profile, args.batch_size), base)
+    for name, bank in banks.items():
+        rows[f"{name} masked"] = _masked_row(prepared, bank, base, args.batch_size)
+        for seed in range(args.random_banks):
+            random_bank = bank.random(NeuronIndex.of(prepared.decoder.layout), seed)
+            rows[f"{name} random bank {seed} masked"] = _masked_row(prepared, random_bank, base, args.batch_size)
+    result = {
+        "task": task.name,
+        "metric": task.metric,
+        "n": base.n,
+        "rows": rows,
+        "failures": {**loaded.skipped, **prepared.failures},
+    }
+    show(args.json, result, _evaluation_lines(result))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hones evaluate",
         description="Measure a task on a model: as it is, steered by profiles, and with a bank's neurons set to zero. "
@@ -65,41 +104,7 @@ def run(argv: Sequence[str]) -> int:
         metavar="FILE",
         help="refuse to measure on an image of this file, the discovery or dev data (repeatable)",
     )
-    args = parser.parse_args(argv)
-    check_one_process("evaluate")
-    if args.random_banks < 0:
-        raise DataError(f"--random-banks must be zero or more, not {args.random_banks}")
-    if args.random_banks and not args.mask:
-        parser.error("--random-banks stand beside the bank of a --mask")
-    task, loaded = load_data(args)
-    _check_apart(args, task, loaded)
-    profiles = {str(path): load_profile(path) for path in args.profile}
-    masked = {str(path): read_bank(path) for path in args.mask}
-    keep_freed_memory()
-    model, processor = load_model(args.model, dtype=args.dtype, device=args.device)
-    identity = ModelIdentity.from_model(model)
-    for profile in profiles.values():
-        profile.base_model.check(identity)
-    banks = {path: found.for_model(model) for path, found in masked.items()}
-    prepared = prepare(model, processor, task, loaded.examples, max_failures=args.max_failures, progress=True)
-    base = score(prepared, batch_size=args.batch_size)
-    rows = {"base": _row(base, base)}
-    for name, profile in profiles.items():
-        rows[name] = _row(steered(prepared, profile, args.batch_size), base)
-    for name, bank in banks.items():
-        rows[f"{name} masked"] = _masked_row(prepared, bank, base, args.batch_size)
-        for seed in range(args.random_banks):
-            random_bank = bank.random(NeuronIndex.of(prepared.decoder.layout), seed)
-            rows[f"{name} random bank {seed} masked"] = _masked_row(prepared, random_bank, base, args.batch_size)
-    result = {
-        "task": task.name,
-        "metric": task.metric,
-        "n": base.n,
-        "rows": rows,
-        "failures": {**loaded.skipped, **prepared.failures},
-    }
-    show(args.json, result, _evaluation_lines(result))
-    return 0
+    return parser
 
 
 def _check_apart(args: argparse.Namespace, task: Task, loaded: Loaded) -> None:

@@ -32,29 +32,7 @@ from hones_steer.profile import Profile, save_profile
 
 def run(argv: Sequence[str]) -> int:
     """Entry point of `hones fit`."""
-    parser = argparse.ArgumentParser(
-        prog="hones fit",
-        description="Learn factors for the neurons that `hones attribute` found and write them as a steering profile. "
-        "With --dev the profile carries its evidence: the metric with and without steering.",
-        epilog="example: hones fit MODEL --task vqa --data train.jsonl --bank runs/vqa --dev dev.jsonl "
-        "--out vqa.safetensors",
-    )
-    add_data_arguments(parser)
-    parser.add_argument("--bank", type=Path, required=True, metavar="DIR", help="run folder of `hones attribute`")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="profile to write (.safetensors)")
-    parser.add_argument("--dev", type=Path, metavar="FILE", help="held-out data for evidence and for grid_search")
-    parser.add_argument(
-        "--method",
-        choices=tuple(reversed([*STEERING_METHODS])),
-        default="hones",
-        help="hones, or one of its baselines (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--state", type=Path, metavar="DIR", help="folder for resuming (default: fit-METHOD inside --bank)"
-    )
-    parser.add_argument("--description", default="", help="text for the profile")
-    parser.add_argument("--license", default="", help="licence of the profile, e.g. apache-2.0")
-    _add_fit_arguments(parser)
+    parser = _parser()
     args = parser.parse_args(argv)
     check_one_process("fit")
     if STEERING_METHODS[args.method].chosen_on_dev and args.dev is None:
@@ -90,6 +68,33 @@ def run(argv: Sequence[str]) -> int:
     }
     show(args.json, result, _fit_lines(result, profile))
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hones fit",
+        description="Learn factors for the neurons that `hones attribute` found and write them as a steering profile. "
+        "With --dev the profile carries its evidence: the metric with and without steering.",
+        epilog="example: hones fit MODEL --task vqa --data train.jsonl --bank runs/vqa --dev dev.jsonl "
+        "--out vqa.safetensors",
+    )
+    add_data_arguments(parser)
+    parser.add_argument("--bank", type=Path, required=True, metavar="DIR", help="run folder of `hones attribute`")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="profile to write (.safetensors)")
+    parser.add_argument("--dev", type=Path, metavar="FILE", help="held-out data for evidence and for grid_search")
+    parser.add_argument(
+        "--method",
+        choices=tuple(reversed([*STEERING_METHODS])),
+        default="hones",
+        help="hones, or one of its baselines (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--state", type=Path, metavar="DIR", help="folder for resuming (default: fit-METHOD inside --bank)"
+    )
+    parser.add_argument("--description", default="", help="text for the profile")
+    parser.add_argument("--license", default="", help="license of the profile, e.g. apache-2.0")
+    _add_fit_arguments(parser)
+    return parser
 
 
 def _add_fit_arguments(parser: argparse.ArgumentParser) -> None:

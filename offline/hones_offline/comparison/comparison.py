@@ -26,9 +26,10 @@ from hones_offline.data.metrics import CrossedBootstrap, FloatArray, interval_of
 from hones_offline.data.neurons import Bank, NeuronIndex, exact_groups, jaccard
 from hones_offline.running.evaluation import Scores
 from hones_offline.running.progress import with_progress
-from hones_offline.running.run_folder import json_bytes, write_atomically
+from hones_offline.running.run_folder import json_bytes
 from hones_steer import __version__
 from hones_steer.errors import DataError
+from hones_steer.files import write_atomically
 from hones_steer.profile import ModelIdentity, Profile
 
 KINDS = {1: "one", 2: "pair", 3: "triple"}

@@ -8,9 +8,9 @@
     Flickr30k                        load_flickr30k       caption, retrieval
     any of them, told by content     load_dataset
 
-Records of the paper's files and of TextVQA that lack something are skipped, with the reason. The other files are
-complete as released: there a record is skipped only where a text is blank (or GQA leaves it out of its balanced
-set), and anything else wrong is a `DataError` that names file and record. Of retrieval's negatives see `negatives.py`.
+In the paper's files and in TextVQA, a record that lacks something is skipped, and the reason is kept. The other files
+are complete as released: there a record is skipped only if a text is blank or if GQA leaves it out of its balanced set,
+and anything else that is wrong raises `DataError`, naming file and record. Retrieval's negatives: `negatives.py`.
 """
 
 import re
@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hones_offline.data.examples import MAX_REFERENCES, Box, Example, FileImage, Loaded, require_some
+from hones_offline.data.examples import MAX_REFERENCES, Box, Example, FileImage, Loaded, require_examples
 from hones_offline.data.negatives import with_hard_negatives
 from hones_offline.data.records import (
     Record,
@@ -51,11 +51,13 @@ def load_dataset(
     negatives: int = 49,
     limit: int | None = None,
 ) -> Loaded:
-    """Read any of the files below for one of its tasks, told by what it holds; with `limit` the first N examples.
+    """Read any of the files below for one of its tasks; the content decides which file it is.
 
-    Of VQA v2 give the question file; the annotations are looked for beside it, under their released name. Of
-    Flickr30k name the split after a colon: "flickr_annotations_30k.csv:test".
-    Raises DataError for a file that is none of these, and as the loaders do.
+    For VQA v2 `path` is the question file; the annotations are looked for beside it, under their released name. For
+    Flickr30k the split follows a colon: "flickr_annotations_30k.csv:test". `limit` keeps the first so many examples.
+
+    Raises:
+        DataError: the file is none of these, or its loader refuses it.
     """
     path, root = Path(path), Path(image_root)
     csv_file = re.fullmatch(r"(.+\.csv)(?::(.*))?", str(path), re.DOTALL)
@@ -67,7 +69,7 @@ def load_dataset(
 
 
 def _from_json(content: object, path: Path, task: str, root: Path) -> Loaded:
-    """What the file holds; of retrieval's examples all own captions are candidates, for `_completed`."""
+    """Read parsed JSON; retrieval's examples have all captions of their image as candidates, for `_completed`."""
     match content:
         case {"questions": _}:
             _check_task(task, "A VQA question file", ("vqa",))
@@ -107,12 +109,13 @@ def load_coco(path: str | Path, task: str, image_root: str | Path, *, seed: int,
 
     A record has `image_info.file_name` and, per task, `vqa.question` with `all_answers` (or `answer`),
     `ocr.bbox` with `text`, `captions[].caption`, `retrieval[].caption`. Records that lack their task's part
-    are skipped, with the reason. Images lie in `image_root`, or as COCO unpacks them in
-    `image_root/train2014` and the like.
+    are skipped, with the reason. Images lie in `image_root` or, as COCO unpacks them, in
+    `image_root/train2014` and the like. `with_hard_negatives` chooses retrieval's negatives among all captions
+    of the file.
 
-    Retrieval: negatives are chosen by `with_hard_negatives` among all captions of the file.
-    Raises DataError if the file is no such list, the task is unknown, nothing is usable, or the file has too
-    few images for that many negatives.
+    Raises:
+        DataError: the file is no such list, the task is unknown, no record is usable, or the file has too few
+            images for that many negatives.
     """
     path = Path(path)
     return _completed(_coco(read_json(path), path, task, Path(image_root)), task, seed, negatives)
@@ -150,7 +153,7 @@ def _captions(record: Record, field: str) -> list[str]:
 
 
 def _each(record: Record, field: str, key: str) -> list[object]:
-    """What stands under `key` in each object of the list `field`."""
+    """The value of `key` in each object of the list `field`."""
     items = require_part(record, field, list)
     return [item.get(key) if isinstance(item, dict) else None for item in items]
 
@@ -167,7 +170,7 @@ def _image(record: Record, root: Path, box: Box | None = None) -> FileImage:
 
 
 def _coco_path(name: str, root: Path, url: object = None) -> Path:
-    """Where the image of that name lies: in `root`, or in the folder that COCO unpacks it in."""
+    """Path of the image of that name: in `root`, or in the folder that COCO unpacks it into."""
     split = re.match(r"COCO_(\w+?)_\d", name) or re.search(r"/(\w+)/[^/]+$", str(url))
     if split and not _exists(root / name) and _exists(root / split[1] / name):
         return root / split[1] / name
@@ -197,7 +200,10 @@ def _box(value: object) -> Box:
 def load_textvqa(path: str | Path, image_root: str | Path) -> Loaded:
     """Read a TextVQA annotation file (`question`, `answers`, `image_id`) as examples of the vqa task.
 
-    Images are `image_root/{image_id}.jpg`. Raises DataError if the file is no such list or nothing is usable.
+    Images are `image_root/{image_id}.jpg`.
+
+    Raises:
+        DataError: the file is no such list, or no record is usable.
     """
     path = Path(path)
     return _textvqa(read_json(path), path, Path(image_root))
@@ -214,7 +220,7 @@ def _textvqa(content: object, path: Path, root: Path) -> Loaded:
 
 
 def _usable(content: object, path: Path, id_field: str, build: Callable[[str, Record], Example]) -> Loaded:
-    """An example of every record of the list; those for which `build` raises DataError are skipped."""
+    """Build an example from every record of the list; records for which `build` raises DataError are skipped."""
     records = content.get("data") if isinstance(content, dict) else content
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise DataError(f'{path}: not a list of records, nor {{"data": [...]}} with one.')
@@ -230,7 +236,7 @@ def _usable(content: object, path: Path, id_field: str, build: Callable[[str, Re
             examples.append(build(name, record))
         except DataError as error:
             skipped[name] = str(error)
-    return require_some(Loaded(examples, skipped), path)
+    return require_examples(Loaded(examples, skipped), path)
 
 
 # ------------------------------------------------------------------------------------------ COCO captions
@@ -241,9 +247,12 @@ def load_coco_captions(
 ) -> Loaded:
     """Read COCO's captions_train2014.json, captions_val2017.json and the like for caption or retrieval.
 
-    {"images": [{"id", "file_name", ...}], "annotations": [{"id", "image_id", "caption"}]}: one example per image,
-    named by its number. Images lie in `image_root`, or as COCO unpacks them in `image_root/val2014` and the like.
-    Skipped are images without captions or with a blank one. Raises DataError for anything else that is wrong.
+    {"images": [{"id", "file_name", ...}], "annotations": [{"id", "image_id", "caption"}]} gives one example per image,
+    whose id is the image's number. Images lie in `image_root` or, as COCO unpacks them, in `image_root/val2014` and the
+    like. An image without captions or with a blank one is skipped.
+
+    Raises:
+        DataError: anything else is wrong with the file.
     """
     path = Path(path)
     return _completed(_coco_captions(read_json(path), path, task, Path(image_root)), task, seed, negatives)
@@ -262,9 +271,9 @@ def _coco_captions(content: object, path: Path, task: str, root: Path) -> Loaded
         captions[image].append(caption)
 
     def example(name: str, info: Record) -> Example:
-        own = require_texts(captions[info["id"]], "captions")
+        of_image = require_texts(captions[info["id"]], "captions")
         file = _coco_path(require_text(info.get("file_name"), "file_name"), root, info.get("coco_url"))
-        return _captioned(name, task, own, FileImage(file))
+        return _captioned(name, task, of_image, FileImage(file))
 
     return _examples(images, path, "image", example)
 
@@ -275,10 +284,13 @@ def _coco_captions(content: object, path: Path, task: str, root: Path) -> Loaded
 def load_vqa(questions: str | Path, annotations: str | Path, image_root: str | Path) -> Loaded:
     """Read a question file of VQA v2 with its annotation file as examples of the vqa task.
 
-    v2_OpenEnded_mscoco_val2014_questions.json and v2_mscoco_val2014_annotations.json, for example. Every question
-    needs its annotation, of the same image; annotations of other questions are not read. Images are
-    `COCO_{data_subtype}_{image_id}.jpg` in `image_root`, or as COCO unpacks them in `image_root/val2014` and the like.
-    Skipped are questions that are blank or have a blank answer. Raises DataError for anything else that is wrong.
+    For example v2_OpenEnded_mscoco_val2014_questions.json and v2_mscoco_val2014_annotations.json. Every question needs
+    an annotation for the same image; annotations of other questions are ignored. Images are
+    `COCO_{data_subtype}_{image_id}.jpg` in `image_root` or, as COCO unpacks them, in `image_root/val2014` and the like.
+    A question that is blank or has a blank answer is skipped.
+
+    Raises:
+        DataError: anything else is wrong with the files.
     """
     questions, annotations = Path(questions), Path(annotations)
     return _vqa(read_json(questions), questions, read_json(annotations), annotations, Path(image_root))
@@ -325,9 +337,12 @@ def _vqa(content: Any, path: Path, annotations: object, annotations_path: Path, 
 def load_gqa(path: str | Path, image_root: str | Path) -> Loaded:
     """Read a GQA question file (val_balanced_questions.json and the like) as examples of the vqa task.
 
-    {"07333408": {"imageId", "question", "answer", "isBalanced", ...}, ...}. Images are `image_root/{imageId}.jpg`.
-    Skipped are questions outside the balanced set, which GQA's own score leaves out, and blank ones. Raises
-    DataError for anything else that is wrong, so for the test and challenge files, which have no answers.
+    The file is {"07333408": {"imageId", "question", "answer", "isBalanced", ...}, ...}; images are
+    `image_root/{imageId}.jpg`. Questions outside the balanced set, which GQA's own score leaves out, and blank ones are
+    skipped.
+
+    Raises:
+        DataError: anything else is wrong with the file, as with the test and challenge files, which have no answers.
     """
     path = Path(path)
     return _gqa(read_json(path), path, Path(image_root))
@@ -362,8 +377,10 @@ def load_flickr30k(
     """Read one split of flickr_annotations_30k.csv for caption or retrieval.
 
     Its columns are `raw` (a JSON list of captions), `sentids`, `split` (train, val, test), `filename`, `img_id`.
-    Images are `image_root/{filename}`. Skipped are images with a blank caption. Raises DataError for anything
-    else that is wrong, an image that stands in two splits included.
+    Images are `image_root/{filename}`. An image with a blank caption is skipped.
+
+    Raises:
+        DataError: anything else is wrong with the file, such as an image that is in two splits.
     """
     return _completed(_flickr30k(Path(path), task, Path(image_root), split), task, seed, negatives)
 
@@ -380,12 +397,12 @@ def _flickr30k(path: Path, task: str, root: Path, split: str | None) -> Loaded:
         captions = require_texts(parse_json(row["raw"].encode()), "raw")
         return _captioned(name, task, captions, FileImage(root / row["filename"]))
 
-    own = {name: row for name, row in rows.items() if row["split"] == split}
-    return _examples(own, path, "img_id", example)
+    of_split = {name: row for name, row in rows.items() if row["split"] == split}
+    return _examples(of_split, path, "img_id", example)
 
 
 def _flickr30k_rows(path: Path) -> dict[str, dict[str, str]]:
-    """The file's rows by img_id, every image once."""
+    """The file's rows by img_id; raises DataError if an image occurs twice."""
     rows: dict[str, dict[str, str]] = {}
     splits: dict[str, str] = {}
     for number, row in enumerate(read_csv(path, _FLICKR30K_COLUMNS), start=1):
@@ -407,7 +424,7 @@ def _flickr30k_rows(path: Path) -> dict[str, dict[str, str]]:
 
 
 def _examples(records: Mapping[Any, Any], path: Path, kind: str, build: Callable[[str, Any], Example]) -> Loaded:
-    """An example of every record; those for which `build` raises UnusableError are skipped."""
+    """Build an example from every record; records for which `build` raises UnusableError are skipped."""
     examples: list[Example] = []
     skipped: dict[str, str] = {}
     for name, record in records.items():
@@ -416,4 +433,4 @@ def _examples(records: Mapping[Any, Any], path: Path, kind: str, build: Callable
                 examples.append(build(str(name), record))
         except UnusableError as reason:
             skipped[str(name)] = str(reason)
-    return require_some(Loaded(examples, skipped), path)
+    return require_examples(Loaded(examples, skipped), path)

@@ -1,8 +1,8 @@
-"""Examples of a task: an image, a prompt and targets; a user's own from JSONL, generated ones; splits kept apart.
+"""Examples of a task (an image, a prompt, targets): read from a user's JSONL file or made from generated scenes.
 
-Published datasets are read by `datasets.py`. Every loader gives `Loaded(examples, skipped)`: what was usable, and
-for the rest why not, by id. Images stay on disk until `load()`; a missing or broken one is a `DataError` then,
-naming the file.
+`datasets.py` reads published datasets. Every loader returns `Loaded(examples, skipped)`: the usable examples, and for
+each record left out the reason, by id. An image stays on disk until `load()`, which raises `DataError` naming the file
+if it is missing or damaged. `check_disjoint` keeps the splits apart.
 """
 
 import hashlib
@@ -25,11 +25,11 @@ Box = tuple[float, float, float, float]
 
 MAX_REFERENCES = 5
 
-# COCO's releases of 2014 and 2017 divide the same photographs anew; the number tells them.
+# COCO's releases of 2014 and 2017 put the same photographs into different splits; the number identifies a photograph.
 _COCO_FILE = re.compile(r"(?:.*/)?(?:COCO_\w+_|(?:train|val|test|unlabeled)20(?:14|15|17)/)(\d{12})\.jpg")
 
-# What Pillow raises on files that are missing, absurdly large, cut short or damaged. Its decoders trust what
-# they read, so damage shows as almost anything (these were found by flipping bytes).
+# Errors that Pillow raises on files that are missing, absurdly large, cut short or damaged. Its decoders trust what
+# they read, so that damage can raise almost anything (flipping bytes in image files raised each of these).
 _UNREADABLE = (
     *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error),
     Image.DecompressionBombError,
@@ -37,21 +37,21 @@ _UNREADABLE = (
 
 
 class ImageSource(Protocol):
-    """Where an example's image comes from."""
+    """The source of an example's image."""
 
     @property
     def key(self) -> str:
-        """The image's identity: two sources with equal keys show the same picture."""
+        """The image's identity: two sources with equal keys give the same picture."""
         ...
 
     def load(self) -> Image.Image:
-        """The image, RGB. Raises DataError, naming the file, if it can't be read."""
+        """The image as RGB; raises DataError, naming the file, if it cannot be read."""
         ...
 
 
 @dataclass(frozen=True)
 class FileImage:
-    """An image file, upright as its EXIF data says; with `box` that region is outlined in blue."""
+    """An image file, turned upright by its EXIF data; a `box` is outlined in blue."""
 
     path: Path
     box: Box | None = None
@@ -62,7 +62,7 @@ class FileImage:
         return str(self.path.resolve())
 
     def load(self) -> Image.Image:
-        """Read the file as RGB; raises DataError if it is missing or damaged, or the box lies outside."""
+        """The image as RGB; raises DataError if the file is missing or damaged, or if the box lies outside it."""
         try:
             with Image.open(self.path) as opened:
                 image = ImageOps.exif_transpose(opened).convert("RGB")
@@ -75,7 +75,7 @@ class FileImage:
 
 @dataclass(frozen=True, eq=False)
 class MemoryImage:
-    """An image already in memory, under a name that tells it from others."""
+    """An image that is already in memory; `key` tells it from all others."""
 
     image: Image.Image
     key: str
@@ -86,7 +86,7 @@ class MemoryImage:
 
 
 def _draw_box(image: Image.Image, box: Box, path: Path) -> None:
-    """Outline `box` in blue, just outside so that no letter is painted over, clipped to the image."""
+    """Outline `box` in blue: just outside it, so that no letter is painted over, and clipped to the image."""
     left, top, width, height = box
     line = max(2, round(min(image.size) / 200))
     x0, x1 = (max(0, math.floor(left) - line), min(image.width, math.ceil(left + width) + line))
@@ -100,10 +100,12 @@ def _draw_box(image: Image.Image, box: Box, path: Path) -> None:
 class Example:
     """One example of a task.
 
-    `prompt` is what the task makes its prompt of (the question for vqa, nothing for ocr and caption).
-    `targets` are the right answers: all people's answers for vqa, the text for ocr, the references for a
-    caption, ("Yes",) for retrieval. `candidates`: for retrieval the image's own caption, then the negatives.
-    Raises DataError if there are no targets or a target is blank.
+    `prompt` is the text that the task builds its prompt from: the question for vqa, nothing for ocr and caption.
+    `targets` are the right answers: everybody's answers for vqa, the text for ocr, the references for a caption,
+    ("Yes",) for retrieval. `candidates` are retrieval's captions: the image's own first, then the negatives.
+
+    Raises:
+        DataError: there is no target, or a target is blank.
     """
 
     id: str
@@ -118,14 +120,14 @@ class Example:
 
 
 class Loaded(NamedTuple):
-    """What a file gave: its usable examples in file order, and the reason for each record left out, by id."""
+    """The usable examples of a file, in the file's order, and for each record left out the reason, by id."""
 
     examples: list[Example]
     skipped: dict[str, str]
 
 
-def require_some(loaded: Loaded, path: Path) -> Loaded:
-    """What a file gave; raises DataError, with the first reason, if that is nothing."""
+def require_examples(loaded: Loaded, path: Path) -> Loaded:
+    """Return `loaded`; raises DataError, with the first reason, if no example of the file is usable."""
     if not loaded.examples:
         reason = next(iter(loaded.skipped.values()), "it is empty")
         raise DataError(f"{path} has no usable example: {len(loaded.skipped)} skipped; first reason: {reason}.")
@@ -136,13 +138,15 @@ def require_some(loaded: Loaded, path: Path) -> Loaded:
 
 
 def load_jsonl(path: str | Path) -> Loaded:
-    """Read a user's own task: one JSON object per line.
+    """Read the examples of a user's own task: one JSON object per line.
 
         {"image": "cat.jpg", "prompt": "Which animal is this?", "targets": ["cat", "a cat"], "id": "17"}
 
-    `image` is relative to the file's folder and absent (or null) for text alone; `id` defaults to the line
-    number; other keys are ignored, blank lines too. Nothing is skipped: the first bad line raises DataError,
-    naming file and line.
+    `image` is relative to the file's folder, and absent or null for an example without an image. `id` defaults to the
+    line number. Other keys and blank lines are ignored. No line is skipped.
+
+    Raises:
+        DataError: the file cannot be read, or a line is no example; the message names file and line.
     """
     path = Path(path)
     examples: list[Example] = []
@@ -156,7 +160,7 @@ def load_jsonl(path: str | Path) -> Loaded:
                 raise DataError(f"id '{example.id}' was used before; give each line its own.")
         ids.add(example.id)
         examples.append(example)
-    return require_some(Loaded(examples, {}), path)
+    return require_examples(Loaded(examples, {}), path)
 
 
 def _jsonl_example(line: bytes, folder: Path, default_id: str) -> Example:
@@ -180,10 +184,13 @@ def _jsonl_example(line: bytes, folder: Path, default_id: str) -> Example:
 
 
 def scene_examples(task: str, scenes: Sequence[Scene], negatives: int = 9) -> list[Example]:
-    """Generated scenes as examples of one of the four tasks; retrieval with that many false captions.
+    """Make an example of one of the four tasks from each generated scene.
 
-    Ids and image keys come from what a scene shows, so the same scene has the same ones in every list.
-    Raises DataError for an unknown task.
+    For retrieval each example has `negatives` false captions. Ids and image keys are digests of what a scene shows, so
+    that a scene has the same ones in every list.
+
+    Raises:
+        DataError: the task is none of the four.
     """
     return [_scene_example(task, scene, negatives) for scene in scenes]
 
@@ -212,21 +219,26 @@ def _digest(value: object) -> str:
 
 
 def check_disjoint(**splits: Sequence[Example]) -> None:
-    """Raise DataError, naming image and splits, if two share an image. Texts alone are not compared.
+    """Check that no image is in two splits; texts are not compared.
 
-    Images are told by their keys, those in files named as COCO does by COCO's number.
+    Two images are the same if their keys are equal or, in files named as COCO names them, if COCO's numbers are.
+
+    Raises:
+        DataError: two splits share an image; the message names the image and the splits.
     """
     seen: dict[str, tuple[str, str]] = {}
     for split, examples in splits.items():
         for key in [example.image.key for example in examples if example.image is not None]:
-            other, other_key = seen.setdefault(_identity(key), (split, key))
-            if other != split:
-                also = "" if key == other_key else f", which is '{other_key}' in the other"
+            first_split, first_key = seen.setdefault(_identity(key), (split, key))
+            if first_split != split:
+                also = "" if key == first_key else f", which is '{first_key}' in the other"
                 raise DataError(
-                    f"Splits '{other}' and '{split}' share image '{key}'{also}; each image may be in one split only."
+                    f"Splits '{first_split}' and '{split}' share image '{key}'{also}; "
+                    "each image may be in one split only."
                 )
 
 
 def _identity(key: str) -> str:
+    """The image's number in COCO, if its file is named as COCO names them; else its key."""
     coco = _COCO_FILE.fullmatch(key)
     return f"COCO {coco[1]}" if coco else key

@@ -1,12 +1,12 @@
 """Scores of model outputs, each in [0, 1], and bootstrap intervals over examples.
 
 Every metric gives one row of *sufficient statistics* per example; the metric over a set of examples is a
-function of their sum. For a mean the row is the example's score; for BLEU it is n-gram counts and lengths.
-So intervals, partial sums and resumed runs need rows only, never the texts again.
+function of the sum of their rows. For a mean, the row is the example's score; for BLEU it holds n-gram counts and
+lengths. Intervals, partial sums and resumed runs therefore need the rows only, not the texts.
 
 | metric       | source                                                              |
 |--------------|---------------------------------------------------------------------|
-| VQA accuracy | Antol et al., "VQA", 2015, and the challenge's answer normalisation |
+| VQA accuracy | Antol et al., "VQA", 2015, and the challenge's answer normalization |
 | ANLS         | Biten et al., "Scene Text Visual Question Answering", 2019, eq. 1    |
 | BLEU-4       | Papineni et al., "BLEU", 2002, over a corpus                         |
 | NDCG@k       | Järvelin & Kekäläinen, 2002; ties as in McSherry & Najork, 2008      |
@@ -72,11 +72,11 @@ _CONTRACTIONS = {
 
 
 def normalize_answer(text: str) -> str:
-    """Bring a short answer into the VQA challenge's form.
+    """Normalize a short answer as the VQA challenge does.
 
-    Lower case, no articles, number words as digits, contractions with their apostrophes ("dont" -> "don't").
-    Punctuation beside a space, or in a text with a number such as "1,000", is dropped; elsewhere it becomes a
-    space. A period stays only before a digit.
+    The result is in lower case, without articles, with number words as digits and with contractions spelled with their
+    apostrophes ("dont" -> "don't"). Punctuation beside a space, or in a text with a number such as "1,000", is removed;
+    elsewhere it becomes a space. A period stays only before a digit.
     """
     stripped = " ".join(text.split())
     drops_all = _DIGIT_COMMA.search(stripped) is not None
@@ -92,9 +92,12 @@ def normalize_answer(text: str) -> str:
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """VQA accuracy of one answer: the mean over leave-one-out subsets of min(1, matches / 3).
 
-    With a single answer it is the normalised match. With two or three, where three matches can't remain after
-    leaving one out, all that remain count as enough, so that agreement with everybody is always 1.
-    Both sides are normalised by `normalize_answer`. Raises DataError without answers.
+    `normalize_answer` is applied to both sides. With a single answer the result is whether it matches. With two or
+    three answers, of which fewer than three remain after leaving one out, it is enough to match all that remain, so
+    that agreement with everybody is always 1.
+
+    Raises:
+        DataError: there are no answers.
     """
     _require_targets(answers)
     predicted = normalize_answer(prediction)
@@ -107,7 +110,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def exact_match(prediction: str, targets: Sequence[str]) -> float:
-    """1 if the prediction equals any target, apart from case and white space; else 0."""
+    """1 if the prediction equals a target, ignoring case and white space, else 0; raises DataError without targets."""
     _require_targets(targets)
     return float(any(_folded(prediction) == _folded(target) for target in targets))
 
@@ -115,7 +118,10 @@ def exact_match(prediction: str, targets: Sequence[str]) -> float:
 def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> float:
     """ANLS of one transcription: the best over `answers` of 1 - NL, or 0 where NL >= `threshold`.
 
-    NL is the Levenshtein distance over the longer text's length, apart from case and white space.
+    NL is the Levenshtein distance divided by the longer text's length, ignoring case and white space.
+
+    Raises:
+        DataError: there are no answers.
     """
     _require_targets(answers)
     distances = (Levenshtein.normalized_distance(_folded(prediction), _folded(a)) for a in answers)
@@ -140,15 +146,18 @@ _WORD = re.compile(r"(?<=\w)'\w+|\w+(?:-\w+)*")
 
 
 def caption_tokens(text: str) -> list[str]:
-    """Words of a caption, close to COCO's: lower case, no punctuation, "man's" split into "man" and "'s"."""
+    """Split a caption into words, nearly as COCO does: lower case, no punctuation, "man's" as "man" and "'s"."""
     return _WORD.findall(text.lower().replace("’", "'"))
 
 
 def bleu4_statistics(prediction: str, references: Sequence[str]) -> FloatArray:
-    """What BLEU-4 needs of one example, float64 [10].
+    """Sufficient statistics of one example for BLEU-4, float64 [10].
 
-    [0:4] clipped matches and [4:8] totals of the prediction's 1- to 4-grams, [8] the prediction's length,
-    [9] the closest reference's length (the shorter one on a tie). Raises DataError without references.
+    [0:4] are the clipped matches and [4:8] the totals of the prediction's 1- to 4-grams, [8] is the prediction's length
+    and [9] the length of the closest reference (of the shorter one on a tie).
+
+    Raises:
+        DataError: there are no references.
     """
     _require_targets(references)
     predicted = caption_tokens(prediction)
@@ -168,7 +177,7 @@ def bleu4_statistics(prediction: str, references: Sequence[str]) -> FloatArray:
 
 
 def bleu4_from_statistics(total: FloatArray) -> float:
-    """Corpus BLEU-4 of the summed statistics [10]: no smoothing, so without one matching 4-gram it is 0."""
+    """Corpus BLEU-4 from summed statistics [10]; it is not smoothed, so that it is 0 without a matching 4-gram."""
     matches, totals = total[:_MAX_ORDER], total[_MAX_ORDER:-2]
     if not matches.all():
         return 0.0
@@ -179,7 +188,7 @@ def bleu4_from_statistics(total: FloatArray) -> float:
 
 
 def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus BLEU-4 of n predictions against their references. Raises DataError on unequal or zero length."""
+    """Corpus BLEU-4 of predictions; raises DataError if there are none, or another number of lists of references."""
     if len(predictions) != len(references) or not predictions:
         raise DataError(f"BLEU needs as many references ({len(references)}) as predictions ({len(predictions)}).")
     rows = [bleu4_statistics(p, r) for p, r in zip(predictions, references, strict=True)]
@@ -194,12 +203,15 @@ def _ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
 
 
 def ndcg_at_k(scores: npt.ArrayLike, relevant: int | Iterable[int], k: int = 5) -> float:
-    """NDCG@k with binary relevance of one ranking by descending score.
+    """NDCG@k of one ranking by descending score, with binary relevance.
 
-    `scores` [n], `relevant` one index or several. Ties get the mean over all their orders: candidates of
-    equal score share the mean discount of the ranks that they fill, so listing the positive first earns
-    nothing.
-    Raises DataError on NaN scores, on k < 1, and on missing or out-of-range indices.
+    `scores` is [n]; `relevant` is the index, or the indices, of the relevant candidates. Ties count as the mean over
+    all their orders: candidates with equal scores share the mean discount of the ranks that they occupy, so that
+    listing the positive first gains nothing.
+
+    Raises:
+        DataError: a score is NaN, `scores` has another number of dimensions, k is below 1, or `relevant` is empty or
+            out of range.
     """
     values = np.asarray(scores, dtype=np.float64)
     positives = {int(relevant)} if isinstance(relevant, int | np.integer) else set(relevant)
@@ -223,7 +235,8 @@ def ndcg_at_k(scores: npt.ArrayLike, relevant: int | Iterable[int], k: int = 5) 
 class Metric:
     """A metric of generated text.
 
-    `statistics(prediction, targets)` is one example's row [k], `aggregate(sum of rows, n)` the metric over n.
+    `statistics(prediction, targets)` gives one example's row [k]; `aggregate(sum of rows, n)` gives the metric over n
+    examples.
     """
 
     title: str
@@ -232,7 +245,7 @@ class Metric:
 
 
 def mean_of_rows(total: FloatArray, n: int) -> float:
-    """The `aggregate` of every metric that is a mean over examples: statistics [1]."""
+    """Aggregate for every metric that is a mean over examples, whose statistics are [1]."""
     return float(total[0]) / n
 
 
@@ -274,16 +287,16 @@ def paired_bootstrap_interval(
     resamples: int = 1000,
     level: float = 0.95,
 ) -> tuple[float, float]:
-    """Interval of `aggregate(a) - aggregate(b)`: both [n, k], row i of each from the same example i.
+    """Percentile bootstrap interval (low, high) of `aggregate(a) - aggregate(b)`, both [n, k] on the same n examples.
 
-    Each resample draws the same examples from both, so what makes an example hard for both cancels out.
+    Each resample draws the same examples from both, so that what makes an example hard for both cancels out.
     """
     draws = _resampled([a, b], seed, resamples)
     return _percentiles([aggregate(x, len(a)) - aggregate(y, len(b)) for x, y in draws], level)
 
 
 def _resampled(tables: Sequence[FloatArray], seed: int, resamples: int) -> Iterable[tuple[FloatArray, ...]]:
-    """Sums [k] of each table's rows, with the same rows drawn with replacement from all of them."""
+    """Yield, per resample, each table's sum [k] of rows drawn with replacement, the same rows from every table."""
     n = len(tables[0])
     if n == 0 or any(table.ndim != 2 or len(table) != n for table in tables):
         raise DataError(f"A bootstrap needs equal, non-zero numbers of examples; got {[len(t) for t in tables]}.")
@@ -300,36 +313,36 @@ def _percentiles(values: Sequence[float], level: float) -> tuple[float, float]:
 
 
 class CrossedBootstrap:
-    """95% intervals over test examples and over seeds of the data together.
+    """95% intervals over test examples and over seeds of the data at the same time.
 
-    Each of R resamples draws seeds with replacement and, apart from that, each task's test examples with replacement.
-    The examples drawn are the same whatever is measured on the task (every seed, every method, the untouched model), so
-    what makes an example hard cancels out of differences. With one seed the interval is one over examples alone.
+    Each of R resamples draws seeds with replacement and, independently, each task's test examples with replacement.
+    The same examples are drawn for every measurement on a task (every seed, every method, the untouched model), so that
+    what makes an example hard cancels out of differences. With one seed the interval is over examples alone.
 
-    Quantities are float64 [1 + R]: what was measured, then its resamples; they can be added and subtracted.
+    A quantity is float64 [1 + R]: the measured value, then its resamples. Quantities can be added and subtracted.
     """
 
     def __init__(self, resamples: int = 1000) -> None:
         self._resamples = resamples
         self._draws = cache(self._drawn)
 
-    def _drawn(self, n: int, apart: int) -> FloatArray:
-        """How often each of n is drawn, [1 + R, n]; first each once. Another `apart` draws others."""
-        rng = np.random.default_rng([n, apart])
+    def _drawn(self, n: int, stream: int) -> FloatArray:
+        """How often each of n items is drawn, [1 + R, n]; row 0 has each once. Each `stream` has draws of its own."""
+        rng = np.random.default_rng([n, stream])
         return np.concatenate([np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), size=self._resamples)])
 
     def values(self, task: str, statistics: FloatArray, aggregate: Aggregate) -> FloatArray:
-        """A metric from the statistics [n, k] of the task's examples."""
+        """The quantity [1 + R] of a metric, from the statistics [n, k] of the task's examples."""
         n = len(statistics)
         draws = self._draws(n, 1 + zlib.crc32(task.encode()))
         return np.array([aggregate(total, n) for total in draws @ statistics])
 
     def over_seeds(self, per_seed: Sequence[FloatArray]) -> FloatArray:
-        """The mean over seeds, from each seed's quantity, in the seeds' order."""
+        """The mean over seeds as a quantity [1 + R], from one quantity per seed in the seeds' order."""
         mean: FloatArray = (self._draws(len(per_seed), 0) * np.stack(per_seed, axis=1)).mean(1)
         return mean
 
 
 def interval_of(quantity: FloatArray) -> list[float]:
-    """The 95% interval [low, high] of what a CrossedBootstrap gave."""
+    """The 95% interval [low, high] of a quantity of `CrossedBootstrap`."""
     return list(_percentiles(quantity[1:].tolist(), 0.95))

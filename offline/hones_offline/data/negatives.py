@@ -1,4 +1,4 @@
-"""Hard negatives for retrieval: the captions of other images that are most like an image's own."""
+"""Hard negatives for retrieval: captions of other images that are most similar to an image's own caption."""
 
 import math
 from collections import Counter
@@ -13,18 +13,21 @@ from hones_offline.data.metrics import caption_tokens
 from hones_steer.errors import DataError
 
 Words = tuple[str, ...]
-"""A caption's words (`caption_tokens`); captions of equal words count as the same."""
+"""A caption's words (`caption_tokens`); captions with equal words count as the same."""
 
 
 def with_hard_negatives(
     examples: Sequence[Example], negatives: int, seed: int, *, limit: int | None = None
 ) -> list[Example]:
-    """Complete retrieval examples whose `candidates` are all of their image's own captions.
+    """Replace each example's `candidates`, all captions of its image, by one of them and the hard negatives.
 
-    One own caption, drawn by `seed`, stays as the positive; then come `negatives` captions of as many other
-    images, the hardest first: those with the highest TF-IDF cosine to the positive, at most one per image,
-    never one that reads like a caption of the image itself; `seed` breaks ties. With `limit` only the first ones
-    are completed, with negatives from all. Raises DataError if there are not enough other images.
+    The positive, drawn by `seed` from the image's captions, comes first. Then come `negatives` captions of as many
+    other images, the hardest first: those with the highest TF-IDF cosine to the positive, at most one per image, and
+    none with the words of one of the image's own captions. `seed` breaks ties. With `limit` only the first so many
+    examples are returned; their negatives come from all examples.
+
+    Raises:
+        DataError: `negatives` is below 1, or there are not enough other images.
     """
     if negatives < 1:
         raise DataError(f"Retrieval can't rank {negatives} hard negatives; ask for at least 1.")
@@ -53,11 +56,11 @@ def with_hard_negatives(
 
 
 def _first_per_image(
-    order: npt.NDArray[np.intp], owners: npt.NDArray[np.intp], words: Sequence[Words], own: int, count: int
+    order: npt.NDArray[np.intp], owners: npt.NDArray[np.intp], words: Sequence[Words], image: int, count: int
 ) -> list[int]:
-    """The first `count` captions in `order`: one per image, none of image `own`, no wording twice."""
-    used_images = {own}
-    used_words = {words[i] for i in np.flatnonzero(owners == own).tolist()}
+    """The first `count` captions in `order`: at most one per image, none of `image`, no wording twice."""
+    used_images = {image}
+    used_words = {words[i] for i in np.flatnonzero(owners == image).tolist()}
     chosen: list[int] = []
     for index in map(int, order):
         if len(chosen) == count:
@@ -70,7 +73,7 @@ def _first_per_image(
 
 
 class _TfidfIndex:
-    """Cosine similarity between texts as TF-IDF vectors, by an inverted index."""
+    """Texts as TF-IDF vectors in an inverted index, for the cosine similarity of one to all."""
 
     def __init__(self, texts: Sequence[Words]) -> None:
         counts = [Counter(text) for text in texts]
@@ -86,7 +89,7 @@ class _TfidfIndex:
         }
 
     def cosines(self, number: int) -> npt.NDArray[np.float64]:
-        """Similarity of text `number` to every text, [num_texts]."""
+        """Cosine similarity of text `number` to every text, [num_texts]."""
         result = np.zeros(len(self._vectors))
         for word, weight in sorted(self._vectors[number].items()):
             numbers, weights = self._postings[word]

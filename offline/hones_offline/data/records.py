@@ -1,34 +1,34 @@
-"""Data files taken apart with every type checked; what is wrong with them is a `DataError`.
+"""Readers of JSON and CSV data files that check every type and raise `DataError` for anything wrong.
 
-Functions that take a path name the file in it, functions that take a value the field; `naming` adds the rest.
+A function that takes a path names the file in its message; a function that takes a value names the field, and `naming`
+puts the file and the record before it.
 """
 
 import csv
 import io
-import json
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from hones_steer import strict_json
 from hones_steer.errors import DataError
 
 Record = dict[str, Any]
 """A JSON object."""
 
-# Neither file systems nor tokenizers take these, though JSON does.
+# File systems and tokenizers refuse these characters, though JSON allows them.
 _IMPOSSIBLE = re.compile("[\0\ud800-\udfff]")
 
 
 class UnusableError(DataError):
-    """A sound record that can be no example: a text of it says nothing, or its dataset does not count it."""
+    """A well-formed record that gives no example: one of its texts is blank, or its dataset does not count it."""
 
 
 @contextmanager
 def naming(place: object) -> Iterator[None]:
-    """Put where it was before what a DataError from inside says; an UnusableError stays as it is."""
+    """Put `place` before the message of a DataError raised inside the block; an UnusableError stays as it is."""
     try:
         yield
     except UnusableError:
@@ -38,7 +38,7 @@ def naming(place: object) -> Iterator[None]:
 
 
 def read_file(path: Path) -> bytes:
-    """The file's bytes."""
+    """The file's bytes; raises DataError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -46,14 +46,14 @@ def read_file(path: Path) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds."""
+    """The value in a JSON file; raises DataError if it cannot be read or is not valid JSON."""
     content = read_file(path)
     with naming(path):
         return parse_json(content)
 
 
 def decode(content: bytes) -> str:
-    """UTF-8 text, with a byte order mark or without."""
+    """Decode UTF-8 text with or without a byte order mark; raises DataError if it is not UTF-8."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -61,23 +61,20 @@ def decode(content: bytes) -> str:
 
 
 def parse_json(content: bytes) -> Any:
-    """What JSON text holds; a key that stands twice in one object is an error too."""
+    """The value of strict JSON text; raises DataError, saying what is wrong with it."""
     try:
-        return json.loads(decode(content), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"not valid JSON ({error}).") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise DataError(f"key '{twice}' stands twice in one object.")
-    return result
+        return strict_json.parse_json(decode(content), allow_nan=True)
+    except ValueError as error:
+        raise DataError(f"{error}.") from error
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """A CSV file's rows, at least one, by column; each has these columns and all of its fields are text."""
+    """Read the rows of a CSV file as dictionaries by column.
+
+    Raises:
+        DataError: the file cannot be read, has no rows, lacks one of `columns`, or a row has more or fewer fields than
+            the first line.
+    """
     content = read_file(path)
     with naming(path):
         reader = csv.DictReader(io.StringIO(decode(content), newline=""), strict=True)
@@ -97,7 +94,7 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 
 def records_by_id(content: object, path: Path, kind: str, field: str) -> dict[int, Record]:
-    """The records of the list "{kind}s" by the number in their `field`, which none may share."""
+    """The records of the list "{kind}s" by the number in their `field`; raises DataError if two share one."""
     records = content.get(f"{kind}s") if isinstance(content, dict) else None
     if not isinstance(records, list):
         raise DataError(f'{path}: there is no list "{kind}s" in it.')
@@ -113,12 +110,12 @@ def records_by_id(content: object, path: Path, kind: str, field: str) -> dict[in
 
 
 def is_text(value: object) -> TypeGuard[str]:
-    """Whether it is a text that says something and that a tokenizer takes."""
+    """Whether `value` is a text that is not blank and that a tokenizer accepts."""
     return isinstance(value, str) and bool(value.strip()) and not _IMPOSSIBLE.search(value)
 
 
 def require_part(record: Record, field: str, kind: type[Any]) -> Any:
-    """A record's non-empty list, object or text `field`."""
+    """The record's `field`, of type `kind`; raises DataError if it is missing, empty or of another type."""
     value = record.get(field)
     if not isinstance(value, kind) or not value:
         raise DataError(f"no {field}")
@@ -126,14 +123,19 @@ def require_part(record: Record, field: str, kind: type[Any]) -> Any:
 
 
 def require_text(value: object, field: str) -> str:
-    """The value, if it is a text; raises UnusableError where it is one that says nothing."""
+    """Return the value if it is a text; raises UnusableError if it is a blank text, else DataError."""
     if not is_text(value):
         raise (UnusableError if isinstance(value, str) else DataError)(f"no text in {field}")
     return value
 
 
 def require_texts(values: object, field: str) -> list[str]:
-    """The values, if they are a list of texts; raises UnusableError where there is none or one says nothing."""
+    """Return the values if they are a list of texts.
+
+    Raises:
+        UnusableError: the list is empty or one of its texts is blank.
+        DataError: anything else is wrong.
+    """
     if not isinstance(values, list):
         raise DataError(f"no list of texts in {field}")
     if not values:
@@ -142,7 +144,7 @@ def require_texts(values: object, field: str) -> list[str]:
 
 
 def require_number(value: object, field: str) -> int:
-    """The value, if it is a whole number from 0 on."""
+    """Return the value if it is a whole number from 0 on; raises DataError if not."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise DataError(f"no whole number in {field}")
     return value

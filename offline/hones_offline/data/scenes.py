@@ -1,12 +1,12 @@
 """Generated scenes with exact answers: the data of the embedded model and of `hones demo`.
 
-A scene is a 64x64 RGB picture: a grid of 2 rows x 3 columns, two to four cells of which hold a colored
-shape, and a blue box below it with three or four characters. Every scene comes with a question and its
-answer, five reference captions, and captions that are false of it: all four tasks (design section 2.8).
+A scene is a 64x64 RGB picture: a grid of 2 rows x 3 columns, of which two to four cells hold a colored shape, and
+below it a blue box with three or four characters. Every scene comes with a question and its answer, five reference
+captions, and false captions, so that it serves all four tasks (docs/tasks.md).
 
-A scene is a function of (seed, split, index). Splits are disjoint by content: the sha256 of what a scene
-shows, not its index, decides to which split it belongs, so no picture of one split can turn up in another
-under any seed. Needs numpy and Pillow only; glyphs are a bitmap font in this file, so no font library counts.
+A scene is a function of (seed, split, index). Splits are disjoint by content: the sha256 of what a scene shows, not its
+index, decides which split it belongs to, so that a picture of one split cannot occur in another under any seed. Only
+numpy and Pillow are needed: the glyphs are a bitmap font in this file, so that no installed font changes a picture.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 
-# Facts that no picture shows and a model has to memorize. They are arbitrary on purpose.
+# Facts that no picture shows and that a model has to memorize. They are arbitrary on purpose.
 TASTES = dict(zip(COLORS, ("cherry", "lime", "lemon", "plum", "carrot", "mint", "milk"), strict=True))
 SOUNDS = dict(zip(SHAPES, ("hum", "knock", "ding", "buzz", "click", "whistle"), strict=True))
 _NAMES = (
@@ -64,7 +64,7 @@ NICKNAMES = {
     for i, (color, shape) in enumerate((c, s) for c in COLORS for s in SHAPES)
 }
 
-# 5x7 glyphs as five columns, least significant bit on top. I, O, 0 and 1 are left out: too easily confused.
+# 5x7 glyphs as five columns, least significant bit on top. I, O, 0 and 1 are left out: they are easily confused.
 _GLYPHS = {
     "2": "4261514946", "3": "2141454B31", "4": "1814127F10", "5": "2745454539", "6": "3C4A494930",
     "7": "0171090503", "8": "3649494936", "9": "064949291E", "A": "7E1111117E", "B": "7F49494936",
@@ -80,14 +80,14 @@ Split = Literal["train", "discovery", "dev", "test"]
 Thing = tuple[str, str]
 """(color, shape)."""
 Cells = tuple[Thing | None, ...]
-"""What each of the six `POSITIONS` holds."""
+"""The thing in each of the six `POSITIONS`, or None."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture and everything that is true of it.
+    """One picture with its question, answer and captions.
 
-    `cells` holds six entries in the order of `POSITIONS`; `style` seeds what carries no meaning: shades,
+    `cells` has six entries in the order of `POSITIONS`. `style` is the seed of everything without meaning: shades,
     sizes, offsets, noise.
     """
 
@@ -130,19 +130,19 @@ class Scene:
     def candidates(self, n_negatives: int) -> tuple[str, ...]:
         """The true caption first, then `n_negatives` distinct false ones, the same at every call.
 
-        Of ten negatives seven describe another scene and three change one thing in this one.
+        Out of ten negatives, seven describe another scene and three change one thing in this one.
         """
         rng = random.Random(f"candidates/{self.style}/{self.text}")
-        found = [_caption(self.cells)]
-        while len(found) <= n_negatives:
-            cells = _alter(self.cells, rng) if len(found) % 10 in (2, 5, 8) else _draw_cells(rng)
+        captions = [_caption(self.cells)]
+        while len(captions) <= n_negatives:
+            cells = _alter(self.cells, rng) if len(captions) % 10 in (2, 5, 8) else _draw_cells(rng)
             caption = _caption(cells)
-            if not _is_true(cells, self.cells) and caption not in found:
-                found.append(caption)
-        return tuple(found)
+            if not _is_true(cells, self.cells) and caption not in captions:
+                captions.append(caption)
+        return tuple(captions)
 
     def prompt(self, task: str, candidate: str = "") -> str:
-        """The prompt of one of the four tasks (design section 2.8); `candidate` is retrieval's caption."""
+        """The prompt of one of the four tasks (docs/tasks.md); `candidate` is retrieval's caption."""
         return {
             "vqa": f"Question: {self.question}\nAnswer the question with a short phrase.",
             "ocr": "Transcribe the text inside the blue box.\nOutput text only.",
@@ -156,7 +156,10 @@ class Scene:
 def scenes(split: str, count: int, seed: int = 0) -> list[Scene]:
     """The first `count` scenes of a split ("train", "discovery", "dev" or "test").
 
-    A longer list starts with the shorter one. Raises ValueError for an unknown split.
+    A longer list starts with the shorter one.
+
+    Raises:
+        ValueError: the split is unknown.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}")
@@ -175,7 +178,7 @@ def _scene(split: str, index: int, seed: int) -> Scene:
 
 
 def _split_of(cells: Cells, text: str) -> str:
-    """85% of all possible scenes are train, 5% each of the others."""
+    """The split of a scene, by the digest of its content: train for 85% of all scenes, 5% for each other split."""
     digest = hashlib.sha256(repr((cells, text)).encode()).digest()
     bucket = int.from_bytes(digest[:8], "little") % 20
     return {0: "discovery", 1: "dev", 2: "test"}.get(bucket, "train")
@@ -190,7 +193,7 @@ def _draw_cells(rng: random.Random) -> Cells:
 
 
 def _alter(cells: Cells, rng: random.Random) -> Cells:
-    """The scene with one thing changed: another color, another shape, or another place."""
+    """The scene with one thing changed: its color, its shape or its place."""
     altered = list(cells)
     here = rng.choice([i for i, thing in enumerate(cells) if thing is not None])
     color, shape = cells[here] or ("", "")
@@ -206,7 +209,7 @@ def _alter(cells: Cells, rng: random.Random) -> Cells:
 
 
 def _is_true(claimed: Cells, actual: Cells) -> bool:
-    """A caption of `claimed` is true where the actual scene holds all of it."""
+    """Whether a caption of the scene `claimed` is true of `actual`, which then holds all of its things."""
     return all(a is None or a == b for a, b in zip(claimed, actual, strict=True))
 
 
@@ -235,12 +238,12 @@ def _caption(cells: Cells) -> str:
 
 
 def _ask(cells: Cells, rng: random.Random) -> tuple[str, str]:
-    """A question about the scene and its answer; every kind of question is equally likely."""
+    """Draw a question about the scene, with its answer; every kind of question is equally likely."""
     return rng.choice(_QUESTIONS)(cells, rng)
 
 
 def _unique(cells: Cells, part: int, rng: random.Random) -> Thing | None:
-    """A thing whose color (part 0) or shape (part 1) no other thing shares, if there is one."""
+    """Draw a thing whose color (part 0) or shape (part 1) no other thing shares; None if there is no such thing."""
     things = [thing for thing in cells if thing is not None]
     values = [thing[part] for thing in things]
     unique = [thing for thing in things if values.count(thing[part]) == 1]
@@ -338,7 +341,7 @@ def _draw_thing(canvas: NDArray[np.int64], rng: np.random.Generator, position: i
 
 
 def _inside(shape: str, y: NDArray[np.int64], x: NDArray[np.int64], r: int) -> NDArray[np.bool_]:
-    """Which pixels at offset (y, x) from its center a shape of radius r covers; integers only, so exact."""
+    """Mask of the pixels, at offsets (y, x) from the center, that a shape of radius r covers; in integers, so exact."""
     square = np.maximum(abs(x), abs(y)) < r
     masks: dict[str, NDArray[np.bool_]] = {
         "circle": x * x + y * y <= r * r,
@@ -352,7 +355,7 @@ def _inside(shape: str, y: NDArray[np.int64], x: NDArray[np.int64], r: int) -> N
 
 
 def _draw_text(canvas: NDArray[np.int64], rng: np.random.Generator, text: str) -> None:
-    """A white box with a blue border; each glyph is 10x14 pixels."""
+    """Draw a white box with a blue border and the text in it; each glyph is 10x14 pixels."""
     width = 13 * len(text) + 5
     top, left = int(rng.integers(44, 46)), int(rng.integers(0, IMAGE_SIZE - width + 1))
     box = canvas[top : top + 18, left : left + width]

@@ -1,23 +1,23 @@
-'''Tasks: what the model is asked, what counts as an answer, and how outputs are scored.
+'''Tasks: the prompts that the model gets, the answers that count as right, and the scores of its outputs.
 
-Four come with the paper: `vqa`, `ocr`, `caption`, `retrieval` (see `TASKS`). A user's own task needs no code
+Four are the paper's: `vqa`, `ocr`, `caption`, `retrieval` (see `TASKS`). A user's own task needs no code
 if a JSONL file holds its prompts and targets (`JsonlTask`). Otherwise it is one small class:
 
-    class Colour(Task):
-        """Name the colour of a thing; each example's prompt is the thing's name."""
+    class Color(Task):
+        """Name the color of a thing; each example's prompt is the thing's name."""
 
-        name = "colour"
+        name = "color"
         metric = "accuracy"
         max_new_tokens = 4
 
         def prompt(self, example: Example) -> str:
-            return f"What colour is the {example.prompt}? Answer with one word."
+            return f"What color is the {example.prompt}? Answer with one word."
 
         def score(self, example: Example, output: str) -> float:
             return float(output.strip().lower().startswith(example.targets[0]))
 
 A task with several prompts per example, or with a metric that is no mean over examples, overrides `prompts`,
-`statistics` or `aggregate` instead: see `Retrieval` and `_TextTask`.
+`statistics` or `aggregate` instead; see `Retrieval` and `_TextTask`, and docs/tasks.md.
 '''
 
 import zlib
@@ -34,17 +34,16 @@ from hones_steer.errors import DataError
 from hones_steer.profile import is_task_name
 
 Output = str | FloatArray
-"""What a model gave for one example: generated text, or the candidates' Yes-No margins [num_candidates]."""
+"""A model's output for one example: generated text, or the candidates' Yes-No margins [num_candidates]."""
 
 
 class Task:
     """Base of every task; its defaults are a generated answer scored by exact match.
 
-    `name` names profiles and reports, `metric` is the metric's display name. `kind` says what the model
-    does: "generate" writes up to `max_new_tokens` tokens; "rank" gives each prompt the margin
-    logit(Yes) - logit(No) of its next token. `idf_weighted`: the target's tokens are weighted by IDF in the
-    write-in direction.
-    Tasks hold no state, so one instance serves any number of runs.
+    `name` is the task's name in profiles and reports, `metric` the metric's display name. `kind` is "generate" if the
+    model writes up to `max_new_tokens` tokens, "rank" if each prompt gets the margin logit(Yes) - logit(No) of its next
+    token. With `idf_weighted` the target's tokens are weighted by IDF in the write-in direction.
+    A task holds no state, so that one instance serves any number of runs.
     """
 
     name: str
@@ -54,11 +53,11 @@ class Task:
     idf_weighted: bool = False
 
     def prompt(self, example: Example) -> str:
-        """The text that goes beside the example's image; by default its own prompt."""
+        """The text beside the example's image; by default the example's prompt."""
         return example.prompt
 
     def answer(self, example: Example) -> str:
-        """The one answer that learning aims at; by default the first target."""
+        """The answer that learning aims at; by default the first target."""
         return example.targets[0]
 
     def score(self, example: Example, output: str) -> float:
@@ -66,23 +65,23 @@ class Task:
         return exact_match(output, example.targets)
 
     def prompts(self, example: Example) -> tuple[str, ...]:
-        """Every text the model is asked with: one to generate from, or one per candidate to rank."""
+        """All prompts of an example: one to generate from, or one per candidate to rank."""
         return (self.prompt(example),)
 
     def answers(self, example: Example) -> tuple[tuple[int, str], ...]:
-        """(prompt index, answer) pairs: what learning minimises the cross-entropy of."""
+        """The (prompt index, answer) pairs whose cross-entropy learning minimizes."""
         return ((0, self.answer(example)),)
 
     def target_texts(self, example: Example) -> tuple[str, ...]:
-        """Texts whose tokens, all together, make up the direction u_y that write-in at the first prompt is towards."""
+        """Texts whose tokens together give the direction u_y of the write-in at the first prompt."""
         return (self.answer(example),)
 
     def statistics(self, example: Example, output: Output) -> FloatArray:
-        """One example's row [k] of what `aggregate` needs; here the score alone, [1]."""
+        """One example's row [k] for `aggregate`; here the score alone, [1]."""
         return np.array([self.score(example, _text(output))])
 
     def aggregate(self, total: FloatArray, n: int) -> float:
-        """The metric in [0, 1] over n examples, from the sum [k] of their statistics."""
+        """The metric over n examples, in [0, 1], from the sum [k] of their rows."""
         return mean_of_rows(total, n)
 
 
@@ -120,7 +119,7 @@ class VQA(_TextTask):
 
 
 class OCR(_TextTask):
-    """Transcribe the text in the image's blue box, which the image brings along (`FileImage.box`)."""
+    """Transcribe the text in the blue box, which is part of the image (`FileImage.box` draws it)."""
 
     name = "ocr"
     metric_name = "anls"
@@ -160,7 +159,7 @@ class Retrieval(Task):
         return tuple(f"Candidate: {candidate}\n{question}" for candidate in example.candidates)
 
     def answers(self, example: Example) -> tuple[tuple[int, str], ...]:
-        """The positive, and one of the negatives: which one goes by the example's id, so that all kinds are learned."""
+        """A "Yes" after the positive and a "No" after one negative; the example's id decides which negative."""
         negative = 1 + zlib.crc32(example.id.encode()) % (len(example.candidates) - 1)
         return ((0, "Yes"), (negative, "No"))
 
@@ -174,11 +173,13 @@ class Retrieval(Task):
 
 
 class JsonlTask(_TextTask):
-    """A user's own task: prompts as they stand in a JSONL file (`load_jsonl`), scored by one of `METRICS`.
+    """A user's own task: the prompts of a JSONL file as they are (`load_jsonl`), scored by one of `METRICS`.
 
-    With "vqa" the most frequent target is learned, else the first; with "bleu4" the targets are references as
-    in `Caption`. Raises DataError for an unknown metric, naming the known ones, and for a name that no
-    profile may have.
+    With the metric "vqa" the most frequent target is learned, else the first. With "bleu4" the targets are references,
+    as in `Caption`.
+
+    Raises:
+        DataError: the metric is unknown, the name is not allowed for a profile, or `max_new_tokens` is below 1.
     """
 
     def __init__(self, name: str, metric: str = "exact_match", max_new_tokens: int = 32) -> None:
@@ -204,7 +205,7 @@ class JsonlTask(_TextTask):
 
 
 def most_frequent(texts: tuple[str, ...]) -> str:
-    """The text that occurs most often; of several, the one that comes first."""
+    """The text that occurs most often; on a tie the one that comes first."""
     return Counter(texts).most_common(1)[0][0]
 
 
@@ -213,7 +214,7 @@ TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (VQA()
 
 
 def get_task(name: str) -> Task:
-    """One of the paper's tasks. Raises DataError for an unknown name, naming the known ones."""
+    """One of the paper's tasks; raises DataError, naming the known ones, if the name is unknown."""
     if name not in TASKS:
         raise DataError(f"Unknown task '{name}'; the known ones are {', '.join(TASKS)}.")
     return TASKS[name]

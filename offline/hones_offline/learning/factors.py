@@ -29,6 +29,7 @@ from hones_offline.running.run_folder import Arrays, RunFolder, check_seed, run_
 from hones_steer._transformers import disable_checkpointing, enable_checkpointing
 from hones_steer.errors import DataError
 from hones_steer.profile import ModelIdentity, Profile
+from hones_steer.slots import dense_row
 
 GRID = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 CHUNK = 64  # optimizer steps between two resumable states
@@ -77,7 +78,7 @@ def fit(
 ) -> Profile:
     """Learn z' = (1 + λ)·z for the neurons of a bank, from λ = 0, on a task's examples.
 
-    Minimises the mean answer-token cross-entropy + β·KL(original ‖ scaled) on the answer tokens + l2·Σλ², the answer
+    Minimizes the mean answer-token cross-entropy + β·KL(original ‖ scaled) on the answer tokens + l2·Σλ², the answer
     including its end token; the teacher of the KL is the same model unscaled. AdamW without decay, cosine to 10% of
     `lr`, λ clamped to ±`clamp`.
 
@@ -162,7 +163,7 @@ def bank_profile(prepared: Prepared, bank: Bank, scales: npt.NDArray[np.float32]
 
 
 class _Learner:
-    """The optimisation as a function from state to state, so that it can stop and go on at any chunk."""
+    """The optimization as a function from state to state, so that it can stop and go on at any chunk."""
 
     def __init__(self, prepared: Prepared, bank: Bank, settings: FitSettings) -> None:
         self.decoder: TextDecoder = prepared.decoder
@@ -241,7 +242,7 @@ class _Learner:
         widths = NeuronIndex.of(self.decoder.layout).widths
         parts = offsets.split([len(neurons) for neurons in self.bank.values()])
         return {
-            layer: torch.ones(widths[layer]).index_put((torch.as_tensor(neurons, dtype=torch.long),), 1 + part)
+            layer: dense_row(neurons, 1 + part, widths[layer])
             for (layer, neurons), part in zip(self.bank.items(), parts, strict=True)
         }
 

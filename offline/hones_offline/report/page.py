@@ -14,21 +14,28 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from hones_offline.report.sections import Cell, Column, Section, sections
+from hones_offline.report.numbers import change, fixed, number, percent
+from hones_offline.report.rows import Summary
+from hones_offline.report.sections import Section, build_sections
 from hones_offline.report.summary import SUMMARY, read_summary
-from hones_offline.report.wording import change, fixed, number, percent
-from hones_offline.running.run_folder import json_bytes, write_atomically
+from hones_offline.report.tables import Cell, Column
+from hones_offline.running.run_folder import json_bytes
 from hones_steer import __version__
 from hones_steer.errors import DataError
+from hones_steer.files import write_atomically
 
 TEMPLATE = "report.html.jinja"
-SHADE = 55  # per cent of full colour behind a number, so that it stays readable
-_WRITTEN = {"value": fixed, "change": change, "percent": percent, "number": number, "text": number}
-_COLOURED = ("value", "change")
+SHADE = 55  # per cent of full color behind a number, so that it stays readable
+_FORMATS = {"value": fixed, "change": change, "percent": percent, "number": number, "text": number}
+_SHADED_KINDS = ("value", "change")
 
 
 def report(argv: Sequence[str]) -> int:
-    """Entry point of `hones report`."""
+    """Run `hones report` with these arguments; returns the exit code.
+
+    Raises:
+        DataError: the run folder has no sound summary, or a file to write is a folder or the summary itself.
+    """
     parser = argparse.ArgumentParser(
         prog="hones report",
         description="Make one self-contained HTML page of what a run measured: heads, neurons, masking, steering and "
@@ -47,26 +54,26 @@ def report(argv: Sequence[str]) -> int:
     page = args.out or args.run / "report.html"
     tables = page.with_suffix(".json")
     _check_names(page, tables, args.run)
-    found = read_summary(args.run)
-    shown = sections(found)
+    summary = read_summary(args.run)
+    sections = build_sections(summary)
     digest = hashlib.sha256((args.run / SUMMARY).read_bytes()).hexdigest()
-    html, data = render(found, shown, digest).encode(), as_json(found, shown, digest)
+    html, data = render(summary, sections, digest).encode(), as_json(summary, sections, digest)
     write_atomically(tables, json_bytes(data))
     write_atomically(page, html)
     if args.json:
         json.dump(data, sys.stdout, indent=1, sort_keys=True)
         print()
     else:
-        missing = [section.title.lower() for section in shown if section.not_run]
-        print(f"{page}: {len(html) / 1024:,.0f} KiB, {len(shown) - len(missing)} of {len(shown)} parts")
+        missing = [section.title.lower() for section in sections if section.not_run]
+        print(f"{page}: {len(html) / 1024:,.0f} KiB, {len(sections) - len(missing)} of {len(sections)} parts")
         print(f"{tables}: the same tables")
         if missing:
             print(f"not run: {', '.join(missing)}")
     return 0
 
 
-def render(summary: Mapping[str, Any], shown: Sequence[Section], digest: str) -> str:
-    """The page, of a checked summary whose file has this sha256. Whatever text is in it is escaped."""
+def render(summary: Summary, sections: Sequence[Section], digest: str) -> str:
+    """The HTML of a checked summary and its sections; `digest` is the file's sha256. All text is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -74,23 +81,24 @@ def render(summary: Mapping[str, Any], shown: Sequence[Section], digest: str) ->
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"written": _written, "shade": _shade}
+    environment.filters |= {"formatted": _formatted, "shade": _shade}
     return environment.get_template(TEMPLATE).render(
-        summary=summary, sections=shown, digest=digest, version=__version__, number=number
+        summary=summary, sections=sections, digest=digest, version=__version__, number=number
     )
 
 
-def as_json(summary: Mapping[str, Any], shown: Sequence[Section], digest: str) -> dict[str, Any]:
-    """The page's tables as they are, unrounded, with what decided them."""
-    kept = ("title", "created", "hones_steer", "model", "settings", "seconds")
+def as_json(summary: Summary, sections: Sequence[Section], digest: str) -> dict[str, Any]:
+    """The page's tables, unrounded, with the facts of the run that decided them."""
+    facts = ("title", "created", "hones_steer", "model", "settings", "seconds")
     return {
-        **{name: summary[name] for name in kept if name in summary},
+        **{name: summary[name] for name in facts if name in summary},
         "summary_sha256": digest,
-        "sections": [section.as_json() for section in shown],
+        "sections": [section.as_json() for section in sections],
     }
 
 
 def _check_names(page: Path, tables: Path, run: Path) -> None:
+    """Raise DataError if page or tables would take each other's place, a folder's or the summary's."""
     if page == tables:
         raise DataError(f"--out {page} is where the tables would go; give the page another ending, such as .html")
     for file in (page, tables):
@@ -100,14 +108,14 @@ def _check_names(page: Path, tables: Path, run: Path) -> None:
             raise DataError(f"--out {page} would overwrite {run / SUMMARY}; give the page another name")
 
 
-def _written(value: float, column: Column) -> str:
-    return _WRITTEN[column.kind](value)
+def _formatted(value: float, column: Column) -> str:
+    return _FORMATS[column.kind](value)
 
 
 def _shade(cell: Cell, column: Column, full: float | None) -> str:
-    """A cell's colour and its strength, as style; nothing for cells without one."""
+    """A cell's color and its strength as CSS, full strength at `full`; empty for cells that are not shaded."""
     value = cell["value"] if isinstance(cell, Mapping) else cell
-    if full is None or column.kind not in _COLOURED or not isinstance(value, int | float):
+    if full is None or column.kind not in _SHADED_KINDS or not isinstance(value, int | float):
         return ""
-    colour = "ours" if column.kind == "value" else "negative" if value < 0 else "positive"
-    return f"--shade: {SHADE * min(abs(value) / full, 1):.0f}%; --colour: var(--{colour})"
+    color = "ours" if column.kind == "value" else "negative" if value < 0 else "positive"
+    return f"--shade: {SHADE * min(abs(value) / full, 1):.0f}%; --colour: var(--{color})"

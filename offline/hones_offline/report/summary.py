@@ -1,9 +1,14 @@
-"""summary.json: what a comparison measured, in the one shape that `hones report` reads.
+"""summary.json: everything a comparison measured, in the one shape that `hones report` reads.
 
-`CONTRACT` is that shape. In it a type stands for a value (`int`: a count, from 0; `float`: any finite number; `Any`:
-anything), a set of words for one of them, `[x]` for a list of x, `(x, y)` for a list of exactly these, `{EACH: x}` for
-an object with keys of its own, any other dict for an object with these keys, those with a question mark left out or
-null if there is nothing to say. Other keys than these are allowed; `unknown` names them.
+`CONTRACT` describes that shape:
+
+- a type stands for a value: `int` a count from 0, `float` any finite number, `Any` anything;
+- a set of words stands for one of them;
+- `[x]` is a list of any number of x, `(x, y, z)` a list of exactly these;
+- `{EACH: x}` is an object whose keys the writer chooses, such as task names;
+- any other dict is an object with these keys; a key that ends in a question mark may be left out or null.
+
+Keys that the contract does not have are allowed; `unknown_keys` names them.
 
 Drops are metric(base) - metric(masked), gains metric(steered) - metric(base), intervals 95% [low, high]; `by_seed` has
 one number per seed of data, `n` counts test examples.
@@ -12,7 +17,7 @@ one number per seed of data, `n` counts test examples.
 import math
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +62,7 @@ CONTRACT = {
         }
     },
     "neurons_per_layer?": {EACH: {EACH: [float]}},  # task -> method -> mean count of each layer
-    "fraction?": float,  # bank size of whatever does not say its own
+    "fraction?": float,  # bank size of sections that do not say theirs
     "overlap?": {EACH: {"tasks": [str], "jaccard": [[float]]}},  # method -> mean over seeds
     "stability?": {EACH: {EACH: float}},  # task -> method -> mean pairwise Jaccard of banks over seeds
     "masking?": [
@@ -103,12 +108,15 @@ CONTRACT = {
     "strength?": [{"task": str, "strength": float, "value": float, "ci95": INTERVAL, "n": int}],
 }
 
-_WORDS: Mapping[Any, str] = {str: "text", int: "a whole number from 0", float: "a finite number"}
+_TYPE_NAMES: Mapping[Any, str] = {str: "text", int: "a whole number from 0", float: "a finite number"}
 _REMEDY = "`hones demo` and hones_offline.comparison write what `hones report` reads"
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """The summary of a run folder, checked against `CONTRACT` and against itself; absent optional keys stay absent.
+    """Read the summary of a run folder and check it against `CONTRACT` and against itself.
+
+    Returns:
+        The file's object, without the optional keys that are null.
 
     Raises:
         DataError: there is no summary, it is damaged, or a value in it has the wrong type, is missing, not finite, or
@@ -133,61 +141,62 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return checked
 
 
-def unknown(summary: Mapping[str, Any]) -> list[str]:
-    """Keys of a checked summary that are not in `CONTRACT`, as `masking[].note`."""
-    return sorted(set(_unknown(summary, CONTRACT, "")))
+def unknown_keys(summary: Mapping[str, Any]) -> list[str]:
+    """Keys of a checked summary that are not in `CONTRACT`, such as `masking[].note`."""
+    return sorted(set(_unknown_keys(summary, CONTRACT, "")))
 
 
-def _mistakes(value: Any, wanted: Any, where: str) -> Iterator[str]:
-    """What breaks the contract, in the order of the file."""
-    if isinstance(wanted, dict):
-        yield from _object_mistakes(value, wanted, where)
-    elif isinstance(wanted, list | tuple):
-        exact = isinstance(wanted, tuple)
-        if not isinstance(value, list) or (exact and len(value) != len(wanted)):
-            yield f"{where} is {_short(value)}, no list{f' of {len(wanted)}' if exact else ''}"
+def _mistakes(value: Any, shape: Any, where: str) -> Iterator[str]:
+    """Where a value does not have a shape of the contract, in the order of the file; `where` is the value's path."""
+    if isinstance(shape, dict):
+        yield from _object_mistakes(value, shape, where)
+    elif isinstance(shape, list | tuple):
+        exact = isinstance(shape, tuple)
+        if not isinstance(value, list) or (exact and len(value) != len(shape)):
+            yield f"{where} is {_short(value)}, no list{f' of {len(shape)}' if exact else ''}"
             return
         for i, item in enumerate(value):
-            yield from _mistakes(item, wanted[i if exact else 0], f"{where}[{i}]")
-        if wanted is INTERVAL and value[0] > value[1]:
+            yield from _mistakes(item, shape[i if exact else 0], f"{where}[{i}]")
+        if shape is INTERVAL and value[0] > value[1]:
             yield f"{where} is {_short(value)}, whose lower end is the higher"
-    elif isinstance(wanted, set):
-        if value not in [*wanted]:
-            yield f"{where} is {_short(value)}, none of {', '.join(sorted(wanted))}"
-    elif wanted is Any:
+    elif isinstance(shape, set):
+        if value not in [*shape]:  # a list, because a value that cannot be hashed may be compared
+            yield f"{where} is {_short(value)}, none of {', '.join(sorted(shape))}"
+    elif shape is Any:
         if not all(map(math.isfinite, _floats(value))):
             yield f"{where} is or holds a number that is not finite"
-    elif not _is_a(value, wanted):
-        yield f"{where} is {_short(value)}, not {_WORDS[wanted]}"
+    elif not _has_type(value, shape):
+        yield f"{where} is {_short(value)}, not {_TYPE_NAMES[shape]}"
 
 
-def _object_mistakes(value: Any, wanted: Mapping[str, Any], where: str) -> Iterator[str]:
+def _object_mistakes(value: Any, shape: Mapping[str, Any], where: str) -> Iterator[str]:
     if not isinstance(value, dict):
         yield f"{where or 'the file'} is {_short(value)}, no JSON object"
-    elif EACH in wanted:
+    elif EACH in shape:
         for key, item in value.items():
-            yield from _mistakes(item, wanted[EACH], f"{where}[{_short(key)}]")
+            yield from _mistakes(item, shape[EACH], f"{where}[{_short(key)}]")
     else:
-        for key, inner in wanted.items():
+        for key, item_shape in shape.items():
             name, dot = key.removesuffix("?"), "." if where else ""
             item = value.get(name)
             if item is not None or (name in value and name == key):
-                yield from _mistakes(item, inner, f"{where}{dot}{name}")
+                yield from _mistakes(item, item_shape, f"{where}{dot}{name}")
             elif name == key:
                 yield f"{where}{dot}{name} is missing"
 
 
-def _is_a(value: Any, wanted: Any) -> bool:
+def _has_type(value: Any, kind: Any) -> bool:
     if isinstance(value, bool):
         return False
-    if wanted is int:
+    if kind is int:
         return isinstance(value, int) and value >= 0
-    if wanted is float:
+    if kind is float:
         return isinstance(value, int | float) and abs(value) <= 1e300  # an integer can be too large for a float
     return isinstance(value, str)
 
 
 def _floats(value: Any) -> Iterator[float]:
+    """Every float in a JSON value, however deep."""
     if isinstance(value, float):
         yield value
     elif isinstance(value, dict | list):
@@ -196,34 +205,41 @@ def _floats(value: Any) -> Iterator[float]:
 
 
 def _short(value: Any) -> str:
+    """A value as text, cut if it is long."""
     return reprlib.repr(value)
 
 
 def _contradictions(summary: Mapping[str, Any]) -> Iterator[str]:
-    """Sound values that do not fit each other; the page would be wrong or could not be drawn."""
-    layers, heads = summary["model"]["num_layers"], summary["model"]["num_heads"]
+    """Values that have the right shape but do not fit each other: the page would be wrong or could not be drawn."""
     if not summary["tasks"]:
         yield "tasks is empty"
-    for where, task in _tasks_named(summary):
+    for where, task in _task_mentions(summary):
         if task not in summary["tasks"]:
             yield f"{where} names {_short(task)}, which is not in tasks"
-    for task, found in (summary.get("heads") or {}).items():
+    yield from _wrong_sizes(summary)
+    yield from _impossible_rows(summary)
+
+
+def _wrong_sizes(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Matrices and lists that do not have as many entries as the model has layers and heads, or a bank tasks."""
+    layers, heads = summary["model"]["num_layers"], summary["model"]["num_heads"]
+    for task, row in (summary.get("heads") or {}).items():
         where = f"heads[{_short(task)}]"
-        if [len(row) for row in found["scores"]] != [heads] * layers or not layers * heads:
+        if [len(scores) for scores in row["scores"]] != [heads] * layers or not layers * heads:
             yield f"{where}.scores is not {layers} layers x {heads} heads, as model says"
-        if any(layer >= layers or head >= heads for layer, head, _ in found["chosen"]):
+        if any(layer >= layers or head >= heads for layer, head, _ in row["chosen"]):
             yield f"{where}.chosen names a head that the model does not have"
     for task, methods in (summary.get("neurons_per_layer") or {}).items():
         for method, counts in methods.items():
             if len(counts) != layers or any(count < 0 for count in counts):
                 yield f"neurons_per_layer[{_short(task)}][{_short(method)}] is not {layers} counts, one per layer"
-    for method, found in (summary.get("overlap") or {}).items():
-        if [len(row) for row in found["jaccard"]] != [len(found["tasks"])] * len(found["tasks"]):
+    for method, overlap in (summary.get("overlap") or {}).items():
+        if [len(row) for row in overlap["jaccard"]] != [len(overlap["tasks"])] * len(overlap["tasks"]):
             yield f"overlap[{_short(method)}].jaccard is not as wide and high as its tasks"
-    yield from _impossible_rows(summary)
 
 
 def _impossible_rows(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Bank sizes that are no share, and rows that measure the same thing twice."""
     sizes = [row["fraction"] for row in (*(summary.get("masking") or ()), *filter(None, [summary.get("cross")]))]
     if summary.get("fraction") is not None:
         sizes.append(summary["fraction"])
@@ -238,54 +254,51 @@ def _impossible_rows(summary: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{section} has {count} rows of {', '.join(map(_short, key))}"
 
 
-def _tasks_named(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    def each(where: str, tasks: Iterable[str]) -> Iterator[tuple[str, str]]:
+def _task_mentions(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every place outside `tasks` that names a task, with the name."""
+
+    def mentions(where: str, tasks: Iterable[str]) -> Iterator[tuple[str, str]]:
         yield from ((where, task) for task in tasks)
 
     for section in ("heads", "neurons_per_layer", "stability"):
-        yield from each(section, summary.get(section) or ())
-    for method, found in (summary.get("overlap") or {}).items():
-        yield from each(f"overlap[{_short(method)}]", found["tasks"])
+        yield from mentions(section, summary.get(section) or ())
+    for method, overlap in (summary.get("overlap") or {}).items():
+        yield from mentions(f"overlap[{_short(method)}]", overlap["tasks"])
     for section in ("masking", "steering", "strength"):
-        yield from each(section, (row["task"] for row in summary.get(section) or ()))
+        yield from mentions(section, (row["task"] for row in summary.get(section) or ()))
     for row in summary.get("masking") or ():
-        yield from each("masking.other_drops", row["other_drops"])
+        yield from mentions("masking.other_drops", row["other_drops"])
     for bank, drops in ((summary.get("cross") or {}).get("drops") or {}).items():
-        yield from each("cross.drops", [bank, *drops])
+        yield from mentions("cross.drops", [bank, *drops])
     for row in summary.get("groups") or ():
-        yield from each("groups", [*row["drops"], *(row.get("gains") or ())])
+        yield from mentions("groups", [*row["drops"], *(row.get("gains") or ())])
 
 
-def _without_nulls(value: Any, wanted: Any) -> Any:
-    """The same value without the optional keys that are null, so that readers ask for presence only."""
-    if isinstance(wanted, list):
-        return [_without_nulls(item, wanted[0]) for item in value]
-    if not isinstance(wanted, dict):
+def _without_nulls(value: Any, shape: Any) -> Any:
+    """The same value without the optional keys that are null, so that readers need to ask for presence only."""
+    if isinstance(shape, list):
+        return [_without_nulls(item, shape[0]) for item in value]
+    if not isinstance(shape, dict):
         return value
-    if EACH in wanted:
-        return {key: _without_nulls(item, wanted[EACH]) for key, item in value.items()}
-    inner = {key.removesuffix("?"): spec for key, spec in wanted.items()}
+    if EACH in shape:
+        return {key: _without_nulls(item, shape[EACH]) for key, item in value.items()}
+    shapes = {key.removesuffix("?"): item_shape for key, item_shape in shape.items()}
     return {
-        key: _without_nulls(item, inner.get(key, Any))
+        key: _without_nulls(item, shapes.get(key, Any))
         for key, item in value.items()
-        if item is not None or key not in inner
+        if item is not None or key not in shapes
     }
 
 
-def _unknown(value: Any, wanted: Any, where: str) -> Iterator[str]:
-    if isinstance(wanted, list):
+def _unknown_keys(value: Any, shape: Any, where: str) -> Iterator[str]:
+    if isinstance(shape, list):
         for item in value:
-            yield from _unknown(item, wanted[0], f"{where}[]")
-    elif isinstance(wanted, dict) and EACH in wanted:
+            yield from _unknown_keys(item, shape[0], f"{where}[]")
+    elif isinstance(shape, dict) and EACH in shape:
         for item in value.values():
-            yield from _unknown(item, wanted[EACH], f"{where}[]")
-    elif isinstance(wanted, dict):
-        inner = {key.removesuffix("?"): spec for key, spec in wanted.items()}
+            yield from _unknown_keys(item, shape[EACH], f"{where}[]")
+    elif isinstance(shape, dict):
+        shapes = {key.removesuffix("?"): item_shape for key, item_shape in shape.items()}
         for key, item in value.items():
             name = f"{where}.{key}" if where else key
-            yield from _unknown(item, inner[key], name) if key in inner else [name]
-
-
-def seeds_of(rows: Iterable[Mapping[str, Any]]) -> Sequence[int]:
-    """The distinct numbers of seeds that rows say they have."""
-    return sorted({row["seeds"] for row in rows if "seeds" in row})
+            yield from _unknown_keys(item, shapes[key], name) if key in shapes else [name]

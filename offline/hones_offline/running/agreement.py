@@ -1,9 +1,9 @@
-"""Whether a model's text decoder, run as attribution, learning and evaluation run it, computes what the model does.
+"""Check that a model's text decoder gives the model's own logits when it is run as attribution and learning run it.
 
-They run it on its own, on prompts with their answers, padded to one length, and in parts that go on from a KV cache.
-That is right for a decoder whose tokens attend to earlier tokens alone and to no padding. Here the model itself writes
-a few tokens after a prompt, one prompt at a time; and the decoder, in each of these ways, must give the same logits
-wherever some would be read.
+Attribution, learning and evaluation run the text decoder without the rest of the model: on prompts with their answers,
+padded to one length, and in two parts, the second of which continues from a KV cache. This is correct if tokens attend
+to earlier tokens only and never to padding. As a check, the whole model writes a few tokens after each of two prompts,
+one prompt at a time; then the decoder runs in each of these ways and must give the same logits wherever they are read.
 """
 
 import inspect
@@ -19,12 +19,12 @@ from hones_offline.running.decoder import TextDecoder
 from hones_steer.errors import LayoutError
 from hones_steer.layout import unwrap
 
-_TOKENS = 3  # of an answer; a longer one costs forwards and tells no more
+_TOKENS = 3  # length of the answers; longer ones cost more forwards and show nothing more
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt as the whole model takes it, a batch of one, and as its text decoder does."""
+    """One prompt twice: as inputs of the whole model, a batch of one, and as a segment for its text decoder."""
 
     inputs: Mapping[str, Tensor]
     prompt: Segment
@@ -32,14 +32,18 @@ class Sample:
 
 @torch.no_grad()
 def check_agreement(decoder: TextDecoder, samples: Sequence[Sample]) -> None:
-    """Raise LayoutError unless the decoder, however it is run, gives the model's own logits after each prompt."""
+    """Check that the decoder gives the model's own logits after each prompt, however it is run.
+
+    Raises:
+        LayoutError: it gives other logits in one of the ways; the message names the way.
+    """
     written = [_written(decoder, sample.inputs) for sample in samples]
     prompts = [sample.prompt for sample in samples]
-    for prompt, (answer, own) in zip(prompts, written, strict=True):
+    for prompt, (answer, reference) in zip(prompts, written, strict=True):
         hidden, _ = decoder.run(decoder.collate([prompt]))
-        _compare(decoder, "run alone", decoder.logits(hidden[:, -1]), own[:1])
+        _compare(decoder, "run alone", decoder.logits(hidden[:, -1]), reference[:1])
         logits, _ = decoder.answer_logits([prompt], [answer])
-        _compare(decoder, "run on a prompt with its answer", logits[0], own)
+        _compare(decoder, "run on a prompt with its answer", logits[0], reference)
     prompts, answers, expected = _rows_of_different_lengths(prompts, written)
     logits, real = decoder.answer_logits(prompts, answers)
     _compare(decoder, "run on rows padded on the left", logits[real], torch.cat(expected))
@@ -50,13 +54,13 @@ def check_agreement(decoder: TextDecoder, samples: Sequence[Sample]) -> None:
     _compare(decoder, "run on rows padded on the right", decoder.logits(torch.cat(read)), torch.cat(expected))
     if all(len(segment) > 1 for segment in segments):
         halves = [segment.split(len(segment) // 2) for segment in segments]
-        found = decoder.candidate_logits([first for first, _ in halves], [[second] for _, second in halves], rows=2)
-        _compare(decoder, "run in two parts", torch.cat(found), torch.stack([own[-1] for own in expected]))
+        final = decoder.candidate_logits([first for first, _ in halves], [[second] for _, second in halves], rows=2)
+        _compare(decoder, "run in two parts", torch.cat(final), torch.stack([logits[-1] for logits in expected]))
 
 
 def _written(decoder: TextDecoder, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The tokens that the model itself writes after a prompt, `_TOKENS` ids, and their logits [tokens, vocabulary]."""
-    taken = inspect.signature(unwrap(decoder.model).forward).parameters  # a tokenizer may give more
+    """Ids of the `_TOKENS` tokens that the whole model writes after a prompt, and their logits [tokens, vocabulary]."""
+    taken = inspect.signature(unwrap(decoder.model).forward).parameters  # a tokenizer may return more
     plain: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True}
     plain |= dict.fromkeys(("temperature", "top_p", "top_k"))  # transformers warns of any beside do_sample=False
     out = decoder.model.generate(
@@ -75,14 +79,20 @@ def _written(decoder: TextDecoder, inputs: Mapping[str, Tensor]) -> tuple[Tensor
 def _rows_of_different_lengths(
     prompts: Sequence[Segment], written: Sequence[tuple[Tensor, Tensor]]
 ) -> tuple[list[Segment], list[Tensor], list[Tensor]]:
-    """The first prompt with its whole answer beside the last (or itself) with as much of its own as leaves padding."""
-    (first, (answer, own)), (last, (other, others)) = (prompts[0], written[0]), (prompts[-1], written[-1])
+    """Two prompts, answers and expected logits whose rows differ in length, so that one of them is padded.
+
+    They are the first prompt with its whole answer, and the last prompt (the same one if there is one only) with its
+    answer cut short by one token or two.
+    """
+    first, (first_answer, first_logits) = prompts[0], written[0]
+    last, (last_answer, last_logits) = prompts[-1], written[-1]
     kept = next(n for n in (_TOKENS - 1, _TOKENS - 2) if len(first) + _TOKENS != len(last) + n)
-    return [first, last], [answer, other[:kept]], [own, others[:kept]]
+    return [first, last], [first_answer, last_answer[:kept]], [first_logits, last_logits[:kept]]
 
 
-def _compare(decoder: TextDecoder, how: str, found: Tensor, expected: Tensor) -> None:
-    difference = float((found - expected.to(found.device)).abs().max())
+def _compare(decoder: TextDecoder, how: str, logits: Tensor, expected: Tensor) -> None:
+    """Raise LayoutError if logits differ by more than rounding, which is coarser in half precision."""
+    difference = float((logits - expected.to(logits.device)).abs().max())
     tolerance = 1e-3 if next(decoder.embedding.parameters()).dtype == torch.float32 else 5e-2
     if not difference <= tolerance * float(expected.abs().max()):
         raise LayoutError(

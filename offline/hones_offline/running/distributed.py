@@ -1,8 +1,8 @@
 """Several processes that share one attribution, each with a whole model: `torchrun` or `accelerate launch` starts them.
 
-The work falls into units, and each unit belongs to one process. What crosses between processes are arrays of results,
-megabytes per batch, through gloo whatever the device. Results are put together in the units' order, so that they have
-the bytes that one process would have found. docs/scaling.md has the commands and the arithmetic.
+The work is divided into units, and each unit belongs to one process. Processes exchange only arrays of results,
+megabytes per batch, through gloo on every device. Results are combined in the units' order, so that they have the same
+bytes as those of a single process. docs/scaling.md has the commands and the arithmetic.
 """
 
 import os
@@ -25,14 +25,14 @@ from hones_steer.errors import DataError, HonesError, StateError
 T = TypeVar("T")
 
 TIMEOUT = timedelta(hours=6)
-"""For a machine that vanished (a process that ended is noticed at once); more than processes wait for one another."""
+"""Longest wait for another process, for a machine that vanished; a process that ended is noticed at once."""
 UNITS_EACH = 4
-"""Batches are split until each process has as many units, so that few batches keep many processes busy."""
+"""Number of units per process that batches are split into, so that few batches keep many processes busy."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Process `rank` of `size`. Methods that exchange something are called by all processes, in the same order.
+    """Process `rank` of `size`. All processes call the methods that exchange something, and in the same order.
 
     Raises:
         StateError: another process has ended or cannot be reached.
@@ -42,11 +42,11 @@ class Processes:
     size: int
 
     def owns(self, unit: int) -> bool:
-        """Whether this process does a unit of work."""
+        """Whether this process computes unit number `unit`."""
         return unit % self.size == self.rank
 
     def parts(self, batches: int, most: int) -> int:
-        """Into how many parts each batch is split; every part begins with the same undisturbed forward."""
+        """Number of parts, at most `most`, of each batch; every part repeats the batch's undisturbed forward."""
         return 1 if self.size == 1 else min(most, -(-UNITS_EACH * self.size // batches))
 
     def share(self, value: T) -> list[T]:
@@ -59,7 +59,7 @@ class Processes:
         return values
 
     def from_first(self, compute: Callable[[], T]) -> T:
-        """What `compute` gives in the first process; the others do not call it."""
+        """The result of `compute` in the first process, for all; the others do not call it."""
         value: list[Any] = [compute() if self.rank == 0 else None]
         if self.size > 1:
             with _contact():
@@ -68,13 +68,13 @@ class Processes:
         return result
 
     def sum(self, units: Sequence[Callable[[], FloatArray]], shape: tuple[int, ...]) -> FloatArray:
-        """Σ of what the units give, float64 of `shape`, added in the units' order; each is computed by one process."""
-        total, other = np.zeros(shape), np.empty(shape)
+        """Sum of the units' results, float64 of `shape`, added in the units' order; one process computes each unit."""
+        total, received = np.zeros(shape), np.empty(shape)
         for start in range(0, len(units), self.size):
-            some = units[start : start + self.size]
-            own = some[self.rank]() if self.rank < len(some) else other
-            for owner in range(len(some)):
-                part = own if owner == self.rank else other
+            round_of_units = units[start : start + self.size]  # at most one per process
+            computed = round_of_units[self.rank]() if self.rank < len(round_of_units) else received
+            for owner in range(len(round_of_units)):
+                part = computed if owner == self.rank else received
                 if self.size > 1:
                     with _contact():
                         dist.broadcast(torch.from_numpy(part), src=owner)
@@ -97,16 +97,16 @@ def _contact() -> Iterator[None]:
 
 
 def number_of_processes() -> int:
-    """How many processes torchrun or accelerate has started, this one included."""
+    """Number of processes that torchrun or accelerate has started, this one included."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
 def launched() -> Iterator[Processes]:
-    """The processes that torchrun or accelerate has started, connected while the block runs; errors name the process.
+    """Connect the processes that torchrun or accelerate has started while the block runs; errors name the process.
 
     Raises:
-        StateError: they cannot reach one another.
+        StateError: the processes cannot reach one another.
     """
     size = number_of_processes()
     if size == 1:
@@ -127,30 +127,30 @@ def launched() -> Iterator[Processes]:
 
 
 def own_device(name: str) -> str:
-    """Of a `--device`, what this process uses: its own GPU for "auto" and "cuda" where several were started.
+    """The device of this process, given `--device`: one GPU each for "auto" and "cuda" if several processes run.
 
     Raises:
         DataError: more processes than GPUs were started on this machine.
     """
     if number_of_processes() == 1 or name not in ("auto", "cuda") or not torch.cuda.is_available():
         return name
-    local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if local >= there:
-        raise DataError(
-            f"process {local + 1} of this machine has no GPU, there are {there}; start at most {there} here"
-        )
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= gpus:
+        raise DataError(f"process {local + 1} of this machine has no GPU, there are {gpus}; start at most {gpus} here")
     return f"cuda:{local}"
 
 
 def usable_everywhere(prepared: Prepared, max_failures: float, processes: Processes) -> Prepared:
-    """`prepared` without the examples that some process could not use, so that all have the same; these are failures.
+    """Leave out the examples that at least one process could not use, so that all processes have the same ones.
+
+    The examples left out are in the result's `failures`.
 
     Raises:
-        DataError: these are more than `max_failures` of the examples.
+        DataError: the failures are more than the share `max_failures` of the examples.
     """
     failures: dict[str, str] = {}
-    for rank, own in enumerate(processes.share(prepared.failures)):
-        for name, reason in own.items():
+    for rank, failures_there in enumerate(processes.share(prepared.failures)):
+        for name, reason in failures_there.items():
             failures.setdefault(name, reason if name in prepared.failures else f"process {rank}: {reason}")
     failed, total = len(failures), len(prepared) + len(prepared.failures)
     if failed > max_failures * total:
@@ -164,20 +164,20 @@ def usable_everywhere(prepared: Prepared, max_failures: float, processes: Proces
 
 
 def open_run(path: str | Path | None, settings: Mapping[str, Any], processes: Processes) -> RunFolder | None:
-    """The run folder that all processes write to; None without a path.
+    """Open the run folder that all processes write to; None without a path.
 
     Raises:
-        DataError: processes have different data or models, do not see one folder, or it holds another run.
+        DataError: the processes have different data or models, do not see the same folder, or it holds another run.
     """
-    for rank, other in enumerate(processes.share(dict(settings))):
-        differing = [name for name in settings if settings[name] != other[name]]
+    for rank, settings_there in enumerate(processes.share(dict(settings))):
+        differing = [name for name in settings if settings[name] != settings_there[name]]
         if differing:
             raise DataError(
                 f"process {rank} works on other {', '.join(differing)} than this one; give all the same files"
             )
     if path is None:
         return None
-    run = processes.from_first(lambda: RunFolder(path, settings))  # which clears leftovers: once, before anyone writes
+    run = processes.from_first(lambda: RunFolder(path, settings))  # only once: it clears leftovers
     if not run.path.joinpath("run.json").exists():
         raise DataError(f"{path} is not the folder that process 0 has; name one that all machines share")
     return run

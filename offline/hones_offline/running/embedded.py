@@ -1,4 +1,4 @@
-"""The small vision-language model that ships with hones-steer (design section 10)."""
+"""The small vision-language model that ships with hones-steer (examples/tiny_vlm/README.md tells how it is made)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FOLDERS = (
 
 
 def checkpoint() -> Path:
-    """Folder of the shipped checkpoint. Raises DataError where the installation lacks it."""
+    """Folder of the shipped checkpoint; raises DataError if the installation lacks it."""
     for folder in _FOLDERS:
         if (folder / "model.safetensors").is_file():
             return folder
@@ -29,9 +29,10 @@ def checkpoint() -> Path:
 
 
 def load_tiny_vlm() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The embedded model in float32 and evaluation mode, and its processor. Nothing is downloaded.
+    """Load the embedded model, in float32 and evaluation mode, and its processor. Nothing is downloaded.
 
-    Raises DataError where the installation lacks the checkpoint.
+    Raises:
+        DataError: the installation lacks the checkpoint.
     """
     import torch
     from transformers import LlavaForConditionalGeneration, LlavaProcessor

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hones_steer.errors import LayoutError
 from hones_steer.injection import input_hooks, scale
 from hones_steer.layout import DecoderLayer, Layout
+from hones_steer.slots import dense_row
 
 Scales = Mapping[int, Tensor]
 Head = tuple[int, int]
@@ -367,8 +368,4 @@ def scaled_ffn(layout: Layout, scales: Scales) -> Iterator[None]:
 
 def dense_scales(width: int, layers: Mapping[int, tuple[Any, Any]]) -> dict[int, Tensor]:
     """{layer: (neurons [k], scales [k])} as {layer: float32 [width]} with 1 for the neurons not listed."""
-    dense = {}
-    for index, (neurons, factors) in layers.items():
-        dense[index] = torch.ones(width)
-        dense[index][torch.tensor(neurons, dtype=torch.long)] = torch.tensor(factors, dtype=torch.float32)
-    return dense
+    return {index: dense_row(neurons, factors, width) for index, (neurons, factors) in layers.items()}

@@ -1,4 +1,4 @@
-"""Loading a Hugging Face model with its processor, for the commands, and the memory it is run in."""
+"""Load a Hugging Face model with its processor, and set how the process keeps memory; both for the commands."""
 
 import ctypes
 import sys
@@ -11,12 +11,13 @@ from hones_steer.errors import DataError
 
 
 def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple[torch.nn.Module, Any]:
-    """A causal LM or VLM in eval mode, and its processor (the tokenizer for a text-only model).
+    """Load a causal LM or VLM in eval mode, and its processor (the tokenizer for a text-only model).
 
-    `dtype` "auto" is the stored type on a GPU and float32 on a CPU; otherwise see `hones_steer.loading.load_model`.
+    `dtype` "auto" is the stored type on a GPU and float32 on a CPU. For the other values and for `device` see
+    `hones_steer.loading.load_model`.
 
     Raises:
-        DataError: as `hones_steer.loading.load_model`, or the model has no processor.
+        DataError: `hones_steer.loading.load_model` refuses the model, or the model has no processor.
     """
     if dtype == "auto" and loading.find_device(device).type == "cpu":
         dtype = "float32"
@@ -27,11 +28,11 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple
 
 
 def keep_freed_memory() -> None:
-    """Have this process keep the memory it frees, for the next layer, where its C library is glibc.
+    """Have this process keep the memory that it frees, for the next layer; does nothing unless its C library is glibc.
 
-    By default glibc gives blocks of some MB back to the system (depending on what was freed before, always or never)
-    and asks for them again, which zeroes them page by page: on a CPU, a batch's FFN may then take twice the time. For
-    commands; a library leaves that to the process it is in.
+    By default glibc returns blocks of a few MB to the system (always or never, depending on what was freed before) and
+    requests them again, which zeroes them page by page: on a CPU, a batch's FFN may then take twice the time. Only
+    commands call this; a library leaves such settings to the process that it runs in.
     """
     if sys.platform != "linux":
         return
@@ -50,7 +51,7 @@ def _load_processor(name: str, config: Any) -> Any:
     if not loading.is_vlm(config):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-    if getattr(processor, "image_processor", None) is None:  # AutoProcessor makes do with a tokenizer
+    if getattr(processor, "image_processor", None) is None:  # AutoProcessor then returns a mere tokenizer
         raise DataError(
             f"{name!r} is a vision-language model without a processor for images; "
             "save one beside the model (processor.save_pretrained)"

@@ -1,4 +1,4 @@
-"""From examples to encoded prompts: chat template, processor, vision tower — each image once for a whole run."""
+"""Encode examples as prompts: chat template, processor, vision tower. Each image is encoded once for a whole run."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,19 +18,19 @@ from hones_steer._transformers import CACHE_NAMES
 from hones_steer.errors import DataError, LayoutError
 
 _CHECKED = 2  # examples on which the decoder is compared with the whole model
-# What a decoder may be given besides embeddings and positions without its being part of the prompt.
+# Arguments that a decoder may get besides embeddings and positions and that are no part of the prompt.
 _IGNORED = {"input_ids", "inputs_embeds", "position_ids", "use_cache", "cache_position", *CACHE_NAMES}
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example's prompts: the tokens they share, and what follows for each (nothing, where there is one prompt)."""
+    """One example's prompts: the tokens that all share, and the ending of each; a single prompt has no ending."""
 
     shared: Segment
     endings: tuple[Segment, ...]
 
     def prompt(self, index: int) -> Segment:
-        """Prompt `index`, whole."""
+        """The whole prompt `index`."""
         return self.shared + self.endings[index] if self.endings else self.shared
 
 
@@ -49,25 +49,25 @@ class Prepared:
         return len(self.examples)
 
     def only(self, numbers: Iterable[int]) -> "Prepared":
-        """The examples of these numbers only, in this order."""
+        """The examples with these numbers, in this order."""
         kept = list(numbers)
         return replace(
             self, examples=tuple(self.examples[i] for i in kept), encoded=tuple(self.encoded[i] for i in kept)
         )
 
     def first(self, count: int | None) -> "Prepared":
-        """The first `count` examples only; all with None."""
+        """The first `count` examples; all if `count` is None."""
         return self.only(range(len(self))[:count])
 
     def answer_ids(self, text: str) -> Tensor:
-        """Token ids [n] of an answer as the model would write it, with the end token."""
+        """Token ids [n] of an answer as the model would write it, the end token included."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        # Chat models list several end tokens; the tokenizer's own is the one that ends an answer.
-        ends, own = self.decoder.end_tokens, self.tokenizer.eos_token_id
-        return torch.tensor([*ids, own if own in ends else ends[0]])
+        # Chat models list several end tokens; the tokenizer's is the one that ends an answer.
+        ends, end = self.decoder.end_tokens, self.tokenizer.eos_token_id
+        return torch.tensor([*ids, end if end in ends else ends[0]])
 
     def pairs(self) -> list[tuple[Segment, Tensor]]:
-        """Every (prompt, answer ids) the task learns from."""
+        """All (prompt, answer ids) pairs that the task learns from, in the examples' order."""
         return [
             (encoded.prompt(index), self.answer_ids(answer))
             for example, encoded in zip(self.examples, self.encoded, strict=True)
@@ -86,9 +86,11 @@ def prepare(
 ) -> Prepared:
     """Encode a task's examples for a model.
 
-    An example whose image is missing or unreadable is left out, counted and named in `failures`; more than the share
-    `max_failures` of them, or no usable example at all, raises DataError. A model whose text decoder cannot be run on
-    its own raises LayoutError.
+    An example whose image is missing or unreadable is left out, and `failures` of the result has its id and the reason.
+
+    Raises:
+        DataError: more than the share `max_failures` of the examples failed, or no example is usable.
+        LayoutError: the model's text decoder cannot be run without the rest of the model.
     """
     from tqdm import tqdm
 
@@ -131,7 +133,7 @@ def tokenizer_of(processor: Any) -> Any:
 
 
 def render(processor: Any, prompt: str, *, has_image: bool) -> str:
-    """A user's turn through the chat template, generation prompt included; the bare prompt where there is none."""
+    """Render a user's turn with the chat template and its generation prompt; without a template, the bare prompt."""
     if getattr(processor, "chat_template", None) is None:
         return f"{processor.image_token}\n{prompt}" if has_image else prompt
     content: Any = [{"type": "image"}, {"type": "text", "text": prompt}] if has_image else prompt
@@ -142,7 +144,7 @@ def render(processor: Any, prompt: str, *, has_image: bool) -> str:
 
 
 def _special_tokens(tokenizer: Any, text: str) -> dict[str, bool]:
-    """Templates that write the start token themselves must not get a second one (as in `ProcessorMixin`)."""
+    """Arguments that keep the tokenizer from adding a second start token to one in the text (as `ProcessorMixin`)."""
     start = tokenizer.bos_token
     return {"add_special_tokens": False} if start is not None and text.startswith(start) else {}
 
@@ -150,7 +152,11 @@ def _special_tokens(tokenizer: Any, text: str) -> dict[str, bool]:
 def encode(decoder: TextDecoder, processor: Any, image: Image.Image | None, prompts: Sequence[str]) -> Encoded:
     """Encode an example's prompts; its image goes through the vision tower once.
 
-    The prompts are split at their longest common prefix, so that the prefix's keys and values can be shared.
+    The prompts are split at the end of their longest common prefix, so that the prefix's keys and values can be shared.
+
+    Raises:
+        DataError: there is an image and the processor takes none, or the prompts differ before the image.
+        LayoutError: the decoder gets arguments that attribution does not carry.
     """
     if image is not None and getattr(processor, "image_processor", None) is None:
         raise DataError(
@@ -185,8 +191,9 @@ def _image_segments(
 ) -> tuple[list[Segment], list[list[int]]]:
     """Segments and token ids of prompts about one image.
 
-    `ids` hold a single image placeholder each; the processor widens it. What it puts there for the first prompt is put
-    there for the others. Where the placeholder cannot be followed like that, every prompt is encoded on its own.
+    Each of `ids` has one image placeholder, which the processor widens to the image's tokens. The widened tokens of the
+    first prompt are reused for the others. If the placeholder cannot be located in the widened ids, every prompt goes
+    through the processor and the vision tower.
     """
     first, first_ids = _processed(decoder, processor, image, texts[0])
     span = _image_span(processor, ids[0], first_ids)
@@ -201,7 +208,7 @@ def _image_segments(
             raise DataError("the prompts of one example differ before its image; put the image first")
         ending = torch.tensor(row[start + 1 :])
         following = decoder.continuation(upto_image, ending)
-        # Text goes on from where the image's positions end, which only the captured positions tell.
+        # Text continues where the image's positions end; only the captured positions tell where that is.
         offset = first.positions[:, stop : stop + 1] - following.positions[:, :1]
         segments.append(upto_image + Segment(following.embeds, following.positions + offset))
         widened.append(first_ids[:stop] + row[start + 1 :])
@@ -210,7 +217,7 @@ def _image_segments(
 
 @torch.no_grad()
 def _processed(decoder: TextDecoder, processor: Any, image: Image.Image, text: str) -> tuple[Segment, list[int]]:
-    """One prompt with its image through the processor, the vision tower and the projector, up to the decoder."""
+    """Run one prompt with its image up to the decoder: processor, vision tower, projector. Its segment and ids."""
     inputs = _model_inputs(decoder, processor, image, text)
     call = capture_call(decoder.layout.decoder, lambda: decoder.model(**inputs))
     embeds = call["inputs_embeds"][0].cpu()
@@ -234,9 +241,9 @@ def _model_inputs(decoder: TextDecoder, processor: Any, image: Image.Image | Non
 
 
 def _refuse_unknown_arguments(decoder: TextDecoder, call: dict[str, Any]) -> None:
-    """A decoder that is handed more than embeddings, positions and a plain mask cannot be run from those alone.
+    """Raise LayoutError if the decoder got more than embeddings, positions and a plain mask: it could not be rerun.
 
-    A mask of its own says that tokens attend to later ones, of an image or of the whole prompt.
+    A mask that is not [rows, tokens] lets tokens attend to later ones, of an image or of the whole prompt.
     """
     mask = call.pop("attention_mask", None)
     more = [
@@ -254,7 +261,7 @@ def _refuse_unknown_arguments(decoder: TextDecoder, call: dict[str, Any]) -> Non
 
 
 def _image_span(processor: Any, ids: list[int], widened: list[int]) -> tuple[int, int] | None:
-    """Where the placeholder of `ids` stands in `widened` [start, stop), or None if the rest of the two differs."""
+    """The range [start, stop) of `widened` in place of the placeholder of `ids`; None if the rest differs."""
     placeholder = getattr(processor, "image_token_id", None)
     if placeholder is None or ids.count(placeholder) != 1:
         return None
@@ -266,7 +273,7 @@ def _image_span(processor: Any, ids: list[int], widened: list[int]) -> tuple[int
 
 
 def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """Length of the longest common prefix that leaves every row at least one token of its own."""
+    """Length of the longest common prefix that leaves at least one token of every row."""
     common = 0
     for column in zip(*(row[:-1] for row in rows), strict=False):
         if len(set(column)) > 1:

@@ -1,15 +1,13 @@
-"""Run folders: each step's result is one file, written atomically, so that a killed run goes on where it stopped.
+"""Run folders: each step's result is one file, written atomically, so that a killed run resumes where it stopped.
 
-A step is a function of the run's settings alone. Its file either exists whole or not at all; running again computes
-only what is missing, and the bytes are those of a run that was never interrupted.
+A step is a function of the run's settings only. Its file exists whole or not at all. Running again computes only the
+missing steps, and the files have the bytes of a run that was never interrupted.
 """
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,19 +20,20 @@ from safetensors.numpy import load, save
 from hones_offline.data.examples import Example
 from hones_offline.running.prompts import Prepared
 from hones_steer.errors import DataError
+from hones_steer.files import is_leftover, write_atomically
 from hones_steer.profile import ModelIdentity
+from hones_steer.strict_json import parse_json
 
 _MISSING = "{file} is missing; the run that should have written it is not finished"
-_TEMPORARY = ".tmp-"
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 class RunFolder:
-    """A folder of step results that belong to one set of settings (JSON), kept in `run.json`.
+    """A folder of step results that belong to one set of settings (JSON), which `run.json` holds.
 
     Raises:
-        DataError: the folder holds a run with other settings; the message names what differs.
+        DataError: the folder holds a run with other settings, which the message names, or files that are no run.
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
@@ -43,27 +42,27 @@ class RunFolder:
         file = self.path / "run.json"
         if file.exists():
             _check_settings(file, settings)
-        elif self.path.is_dir() and any(not _is_leftover(entry) for entry in self.path.iterdir()):
+        elif self.path.is_dir() and any(not is_leftover(entry) for entry in self.path.iterdir()):
             raise DataError(f"{self.path} is not empty and holds no run; choose another folder")
         else:
             write_atomically(file, json_bytes(settings))
         for entry in self.path.iterdir():
-            if _is_leftover(entry):
+            if is_leftover(entry):
                 entry.unlink(missing_ok=True)
 
     def holds(self, name: str) -> bool:
-        """Whether the arrays of step `name` are there."""
+        """Whether the folder has the arrays of step `name`."""
         return (self.path / f"{name}.safetensors").exists()
 
     def json(self, name: str, compute: Callable[[], Any]) -> Any:
-        """The result of step `name`, a JSON value: read if it was done before, else computed and kept."""
+        """The result of step `name`, a JSON value: read if its file exists, else computed and written."""
         file = self.path / f"{name}.json"
         if not file.exists():
             write_atomically(file, json_bytes(compute()))
         return read_json(file)
 
     def arrays(self, name: str, compute: Callable[[], Arrays]) -> dict[str, npt.NDArray[Any]]:
-        """The result of step `name`, named arrays: read if it was done before, else computed and kept."""
+        """The result of step `name`, named arrays: read if its file exists, else computed and written."""
         file = self.path / f"{name}.safetensors"
         if not self.holds(name):
             write_atomically(file, save({k: np.ascontiguousarray(v) for k, v in compute().items()}))
@@ -72,7 +71,7 @@ class RunFolder:
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """A block whose steps a run folder keeps: an interrupt takes along what to do, for the command line to say."""
+    """A block whose steps a run folder keeps: an interrupt gets a note for the command line that it can be resumed."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
@@ -81,7 +80,7 @@ def resumable() -> Iterator[None]:
 
 
 def read_arrays(file: Path) -> dict[str, npt.NDArray[Any]]:
-    """Named arrays from a safetensors file.
+    """Read named arrays from a safetensors file.
 
     Raises:
         DataError: the file is missing or damaged.
@@ -95,16 +94,17 @@ def read_arrays(file: Path) -> dict[str, npt.NDArray[Any]]:
 
 
 def read_json(file: Path) -> Any:
-    """A JSON value from a file; raises DataError if it is missing or damaged."""
+    """Read a JSON value from a file; raises DataError if the file is missing or damaged."""
     try:
-        return json.loads(file.read_bytes())
+        return parse_json(file.read_bytes(), allow_nan=True)
     except FileNotFoundError as error:
         raise DataError(_MISSING.format(file=file)) from error
     except ValueError as error:
-        raise DataError(f"{file} is damaged ({error}); delete it and run again") from error
+        raise DataError(f"{file} is damaged (it {error}); delete it and run again") from error
 
 
 def _check_settings(file: Path, settings: Mapping[str, Any]) -> None:
+    """Raise DataError, naming what differs, unless the file holds these settings."""
     before = read_json(file)
     if not isinstance(before, dict):
         raise DataError(f"{file} is damaged (no JSON object); delete its folder and run again")
@@ -120,46 +120,13 @@ def _check_settings(file: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _is_leftover(entry: Path) -> bool:
-    """Whether it is what `write_atomically` leaves behind when it is killed."""
-    return entry.name.startswith(_TEMPORARY)
-
-
 def json_bytes(value: Any) -> bytes:
-    """Indented JSON with sorted keys; NaN is refused."""
+    """Encode a value as indented JSON with sorted keys; raises ValueError if it holds NaN or an infinity."""
     return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def write_atomically(file: Path, data: bytes) -> None:
-    """Write a sibling file, fsync, rename: readers see the old file or the new one, never a part.
-
-    Raises:
-        DataError: the disk is full or the folder cannot be written.
-    """
-    temporary = file.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
-    created = [folder for folder in file.parents if not folder.exists()]
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    except BaseException as error:  # Ctrl-C leaves nothing behind either
-        _remove(temporary, created)
-        if isinstance(error, OSError):
-            raise DataError(f"cannot write {file}: {error.strerror}; nothing was changed") from error
-        raise
-
-
-def _remove(temporary: Path, folders: Sequence[Path]) -> None:
-    for remove in (temporary.unlink, *(folder.rmdir for folder in folders)):
-        with suppress(OSError):  # not there, or not empty
-            remove()
-
-
 def run_settings(prepared: Prepared) -> dict[str, Any]:
-    """What of a model, its task and its examples decides a result's bytes, for `RunFolder`."""
+    """Settings for `RunFolder`: everything about a model, its task and its examples that decides a result's bytes."""
     task = prepared.task
     asked = [[task.prompts(e), task.answers(e), task.target_texts(e)] for e in prepared.examples]
     return {
@@ -175,13 +142,13 @@ def run_settings(prepared: Prepared) -> dict[str, Any]:
 
 
 def check_seed(seed: int) -> None:
-    """Raise DataError for a seed that NumPy or PyTorch refuses."""
+    """Raise DataError if NumPy or PyTorch would refuse the seed."""
     if not 0 <= seed < 2**32:
         raise DataError(f"seed must lie in [0, 2**32), not {seed}")
 
 
 def examples_digest(examples: Sequence[Example]) -> str:
-    """12 hex digits that stand for the examples' content (images by their keys and boxes)."""
+    """Digest of the examples' content, 12 hex digits; an image counts by its key and box."""
     digest = hashlib.sha256()
     for e in examples:
         image = [e.image.key, getattr(e.image, "box", None)] if e.image else None

@@ -1,12 +1,43 @@
 """The vLLM plugin: entry points that vLLM calls in each of its processes.
 
-compat.py    what of vLLM this relies on, checked at start, and what is refused
+compat.py    the functions of vLLM that the plugin relies on, checked at start, and the settings it refuses
 front.py     before the engine: an expression or an HTTP admission becomes the request's profile and cache salt
-worker.py    in the engine: scale tables, each token's slot, the scaled activation
+worker.py    in the worker: scale tables, each token's slot, the scaled activation
 endpoint.py  the HTTP side of the API server
 
-A profile's contents travel inside the request, so workers need no registry of their own. A worker writes them into
-a slot of its tables when a step schedules a request whose profile has none.
+`hones serve` runs the API server, which starts the engine core as a process of its own. There is one worker for each
+tensor-parallel rank: a single one lives in the engine core's process, several have a process each. From a profile's
+file to the multiplied activation, and back to the response's headers, through `hones_serving.middleware` and
+`.registry`, the modules of this package, and `hones_steer.slots`:
+
+At start
+    worker       1. `worker.attach`, after vLLM's `Worker.load_model`: gives every layer a table of scales and
+                    replaces its FFN's activation with a `SteeredActivation` that reads the table
+    API server   2. `front.attach`, from `Endpoint.init_state`: asks the workers for their model's identity; its
+                    `ProfileRegistry` reads every profile file of the folder and checks it against that identity
+For each request
+    API server   3. `middleware._admit`: `routing.decide` chooses the expression, `ProfileRegistry.resolve` makes it one
+                    profile, `ProfileRegistry.admit` reserves room and issues a ticket
+                 4. `endpoint._stamp`: writes the ticket into the body's `vllm_xargs`, of which vLLM makes
+                    `SamplingParams.extra_args`
+                 5. `Front.steer`, after `InputProcessor.process_inputs`: replaces the ticket with the profile's bytes
+                    and digest, and salts the request's prefix cache with the digest
+                 6. `Front.enter`, around `OutputProcessor.add_request`: keeps the profile's slot until the request ends
+    engine core     vLLM's own scheduler puts new requests, `extra_args` included, into its `SchedulerOutput`
+For each step
+    worker       7. `WorkerSteering.begin`, before the runner's `execute_model`: unpacks the profiles of new requests
+                 8. `WorkerSteering.fill`, before the runner's `_prepare_inputs`: takes a slot for each profile
+                    (`SlotPool.acquire`, which writes its scales with `ScaleTables.write`) and sets each token's slot
+                    (`TokenSlots.write`)
+                 9. `SteeredActivation.forward`, once per layer: activation(x) * table[slot of each token]
+For each request
+    API server  10. `middleware._steering_headers`, as the response starts: X-Hones-Profile and X-Hones-Route
+                11. `Front.leave`, after `OutputProcessor._finish_request`: counts the tokens and gives the slot back
+                12. `ProfileRegistry.leave`, after the response's end: the ticket is void
+
+`LLM(...)` has no steps 3, 4, 10 and 12: `LLMEngine` calls `front.attach` itself, and in step 5 `Front.steer` resolves
+the expression `hones_task` from the request's `extra_args`. A profile's contents travel inside the request, so workers
+need no registry of their own.
 
 vLLM logs and skips a plugin whose *import* fails: here only the standard library is imported, the rest inside the
 functions, whose errors stop the server.
@@ -18,13 +49,13 @@ _registered = False
 
 
 def register() -> None:
-    """Entry point of `vllm.general_plugins`, called in every process, perhaps more than once.
+    """Install the plugin: vLLM calls this `vllm.general_plugins` entry point in every process, perhaps more than once.
 
     Does nothing unless HONES_PROFILES is set.
 
     Raises:
         StateError: this vLLM version is not supported.
-        DataError: a HONES_* variable has a bad value.
+        DataError: a HONES_* variable has a value that means nothing.
     """
     global _registered
     from hones_serving.settings import Settings
@@ -41,7 +72,7 @@ def register() -> None:
 
 
 def endpoint() -> Any:
-    """Entry point of `vllm.endpoint_plugins`: the plugin object of the API server."""
+    """Make the API server's plugin object: vLLM calls this `vllm.endpoint_plugins` entry point there."""
     from hones_serving.vllm.endpoint import Endpoint
 
     return Endpoint()

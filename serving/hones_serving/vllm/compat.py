@@ -1,4 +1,4 @@
-"""What the plugin relies on in vLLM, and what it refuses, by name, when the server starts."""
+"""Checks at start: vLLM's functions are those the plugin was written for, and no unsupported setting is on."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ DEFAULT_MAX_PROFILES = 64
 
 
 def check_version() -> None:
-    """Compare the signatures of everything that is wrapped with those this was written for.
+    """Compare the signatures of all functions that the plugin wraps with those it was written for.
 
     Raises:
-        StateError: naming what differs.
+        StateError: a signature differs; the message names the function.
     """
     signatures.check(_expected_signatures(), f"vLLM {vllm.__version__}", TESTED)
 
 
 def _expected_signatures() -> Iterator[tuple[Callable[..., Any], tuple[str, ...]]]:
-    """Functions that are wrapped, and the parameters they must begin with."""
+    """Yield (function, names of the parameters that it must begin with) for each function that the plugin wraps."""
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -52,12 +52,12 @@ def _expected_signatures() -> Iterator[tuple[Callable[..., Any], tuple[str, ...]
 
 
 def refuse_unsupported(config: Any, settings: Settings) -> None:
-    """Refuse settings of vLLM under which requests would be steered wrongly, or under which this was never tried.
+    """Refuse settings of vLLM under which requests would be steered wrongly, or under which steering was never tried.
 
     `config` is vLLM's VllmConfig.
 
     Raises:
-        StateError: naming the setting.
+        StateError: such a setting is on; the message names it.
     """
     model, parallel, speculative = config.model_config, config.parallel_config, config.speculative_config
     backend = parallel.distributed_executor_backend
@@ -78,8 +78,8 @@ def refuse_unsupported(config: Any, settings: Settings) -> None:
         "an encoder-cache connector": config.ec_transfer_config is not None,
         "speculative decoding other than n-gram": speculative is not None and speculative.method != "ngram",
     }
-    if found := [name for name, is_set in refused.items() if is_set]:
-        raise StateError(f"hones-steer does not support {' and '.join(found)} in this version; start vLLM without")
+    if names := [name for name, is_set in refused.items() if is_set]:
+        raise StateError(f"hones-steer does not support {' and '.join(names)} in this version; start vLLM without")
     if config.use_v2_model_runner and not settings.allow_untested:
         raise StateError(
             "hones-steer was never run with vLLM's V2 model runner; set VLLM_USE_V2_MODEL_RUNNER=0, "
@@ -88,11 +88,11 @@ def refuse_unsupported(config: Any, settings: Settings) -> None:
 
 
 def max_profiles(config: Any, settings: Settings) -> int:
-    """How many different profiles the tables hold at once, beside the identity."""
+    """Number of different profiles that the tables hold at once, the identity not counted."""
     return settings.max_profiles or min(max_requests(config), DEFAULT_MAX_PROFILES)
 
 
 def max_requests(config: Any) -> int:
-    """How many requests one step of the engine schedules at most."""
+    """Largest number of requests that one step of the engine schedules."""
     limit: int = config.scheduler_config.max_num_seqs
     return limit

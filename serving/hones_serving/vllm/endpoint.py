@@ -1,4 +1,4 @@
-"""The HTTP side in vLLM's API server: the middleware of section 8's contract, inside vLLM's authentication."""
+"""The HTTP side in vLLM's API server: puts the steering middleware inside vLLM's authentication."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hones_steer.errors import StateError
 
 
 class Endpoint:
-    """A `vllm.endpoint_plugins` plugin; does nothing unless HONES_PROFILES is set."""
+    """Plugin object for vLLM's API server, whose hooks vLLM calls; does nothing unless HONES_PROFILES is set."""
 
     name = "hones"
     required_tasks = None
@@ -27,15 +27,17 @@ class Endpoint:
         self._service: Service | None = None
 
     def attach_router(self, app: Any) -> None:
-        """Add the middleware. vLLM adds its own afterwards, so authentication runs before ours."""
+        """Add the middleware to vLLM's FastAPI application. vLLM adds its own later, so authentication runs first."""
         if self._settings is not None:
             app.add_middleware(HonesMiddleware, service=self.service)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:  # noqa: ARG002
-        """Ask the workers about their model and load the profiles for it.
+        """Ask the workers about their model, load the profiles for it, and build the middleware's service.
 
         Raises:
-            HonesError: the engine cannot be steered, a profile does not fit, or the routing file is wrong.
+            StateError: the engine cannot be steered.
+            ProfileError, MismatchError: a profile is broken, or was made for another model.
+            RoutingError: the routing file is wrong.
         """
         settings = self._settings
         if settings is None:
@@ -62,12 +64,12 @@ class Endpoint:
         )
 
     def service(self) -> Service:
-        """What the middleware works with; there is none before the server has started."""
+        """The service that the middleware works with. Raises StateError if the server has not started yet."""
         if self._service is None:
-            raise StateError("the server has not started yet")
+            raise StateError("the server has not started yet; send the request again later")
         return self._service
 
 
 def _stamp(body: dict[str, Any], admission: Admission) -> None:
-    """Name the admission in a request's body, where vLLM hands it on to the engine's front."""
+    """Write the admission's ticket into a request's JSON body, in the field that vLLM hands on to the front."""
     body["vllm_xargs"] = {**(body.get("vllm_xargs") or {}), TICKET: admission.ticket}

@@ -1,4 +1,4 @@
-"""Before the engine: what a request asks for becomes its profile and its cache salt.
+"""The front of an engine: turns the steering that a request names into its profile and its cache salt.
 
 A request names its steering in `SamplingParams.extra_args`: offline as an expression (``hones_task``), over HTTP as
 the ticket of an admission (``hones_ticket``), which only this process can have issued. Both are replaced by the
@@ -27,20 +27,23 @@ from hones_steer.store import parse_expression
 PREFIX = "hones_"
 TASK = PREFIX + "task"
 TICKET = PREFIX + "ticket"
-# What the engine gets instead of the two above:
-PROFILE = PREFIX + "profile"  # bytes: the profile's file without what only people read
+# The engine gets these instead of the two above:
+PROFILE = PREFIX + "profile"  # bytes: the profile's file without its texts for people
 DIGEST = PREFIX + "digest"
-LABEL = PREFIX + "label"  # of the metrics
+LABEL = PREFIX + "label"  # that metrics count the request under
 
 _SALT = "hones:"
 
 
 class RequestError(RoutingError, VLLMClientError):  # type: ignore[misc]  # mypy does not look into vLLM
-    """A request that names steering which it cannot have; vLLM's server answers 400."""
+    """The request names steering that it cannot have; vLLM's server answers 400."""
 
 
 class Front:
-    """The steering of one engine's requests, in the process where they enter."""
+    """Steering of one engine's requests, in the process where they enter.
+
+    `metrics` is set where the engine belongs to an HTTP server.
+    """
 
     def __init__(self, registry: ProfileRegistry) -> None:
         self.registry = registry
@@ -48,35 +51,35 @@ class Front:
         self._live: dict[str, tuple[str | None, str, Any]] = {}  # request id -> digest, label, vLLM's RequestState
 
     def steer(self, request: Any) -> None:
-        """Put the profile that an EngineCoreRequest asks for into it, and the salt of its prefix cache.
+        """Replace the steering that an EngineCoreRequest names with its profile, and salt its prefix cache.
 
         Raises:
-            RoutingError: the request asks for something that is not there.
+            RoutingError: the request names a task that has no profile, or a reserved name that is not its to use.
         """
-        asked = _reserved(request)
-        profile, label = self._asked_for(asked)
+        reserved = _reserved_args(request)
+        profile, label = self._resolved(reserved)
         if profile is not None and request.resumable:
             raise RequestError("a session of streamed input cannot be steered; send the prompt in one request")
         request.cache_salt = salted(profile, request.cache_salt)
-        if asked:
+        if reserved:
             params = request.sampling_params
-            params.extra_args = {key: value for key, value in params.extra_args.items() if key not in asked}
+            params.extra_args = {key: value for key, value in params.extra_args.items() if key not in reserved}
             if profile is not None:
                 params.extra_args |= {PROFILE: packed(profile), DIGEST: profile.digest, LABEL: label}
 
-    def _asked_for(self, asked: Mapping[str, Any]) -> tuple[Profile | None, str]:
-        if unknown := asked.keys() - {TASK, TICKET}:
+    def _resolved(self, reserved: Mapping[str, Any]) -> tuple[Profile | None, str]:
+        """The profile (None: unsteered) that a request's reserved arguments name, and its label in metrics."""
+        if unknown := reserved.keys() - {TASK, TICKET}:
             raise RequestError(f"{', '.join(sorted(unknown))}: a reserved name; name steering with {TASK!r}")
-        if TICKET in asked:
-            ticket = asked[TICKET]
+        if TICKET in reserved:
+            ticket = reserved[TICKET]
             admission = self.registry.admission(ticket) if isinstance(ticket, str) else None
             if admission is None:
                 raise RequestError(f"{TICKET}: a reserved name; name steering with {TASK!r}")
             return admission.profile, admission.label
-        text = asked.get(TASK)
-        if (
-            text is not None and self.metrics is not None
-        ):  # a server's requests come with tickets, if they may be steered
+        text = reserved.get(TASK)
+        # A server's requests come with tickets, where they may be steered.
+        if text is not None and self.metrics is not None:
             raise RequestError(f"this route cannot be steered; leave out {TASK!r}")
         if not isinstance(text, str | None):
             raise RequestError(f"{TASK} is {text!r}; give an expression like 'vqa@0.5+ocr'")
@@ -84,20 +87,21 @@ class Front:
         return self.registry.resolve(expression), label_of(expression)
 
     def enter(self, request: Any, states: Mapping[str, Any], add: Callable[[], None]) -> None:
-        """Let a request into the engine by calling `add`; its profile keeps a slot until `leave`.
+        """Let an EngineCoreRequest into the engine by calling `add`; its profile keeps a slot until `leave`.
 
-        `states` are the requests in the engine, by id; `add` puts this one there.
+        `states` maps the ids of the requests in the engine to vLLM's RequestState; `add` puts this one there.
 
         Raises:
-            RoutingError: more different profiles would be in use than there are slots.
+            CapacityError: more different profiles would be in use than there are slots.
+            RequestError: the request has not passed `steer`.
         """
-        request_id, asked = request.request_id, _reserved(request)
-        if asked.keys() & {TASK, TICKET}:
+        request_id, reserved = request.request_id, _reserved_args(request)
+        if reserved.keys() & {TASK, TICKET}:
             raise RequestError("an EngineCoreRequest made by hand cannot be steered; pass the prompt itself")
         if request_id in states:  # more input for a session that is in already
             add()
             return
-        digest = asked.get(DIGEST)
+        digest = reserved.get(DIGEST)
         if digest is not None:
             self.registry.hold(digest)
         if request.sampling_params is not None:  # pooling generates nothing
@@ -108,10 +112,10 @@ class Front:
             if digest is not None:
                 self.registry.release(digest)
             raise
-        self._live[request_id] = digest, asked.get(LABEL, "none"), states[request_id]
+        self._live[request_id] = digest, reserved.get(LABEL, "none"), states[request_id]
 
     def leave(self, request_id: str) -> None:
-        """A request has finished or was aborted; may be called more than once."""
+        """Give back the slot of a request that has finished or was aborted; may be called more than once."""
         digest, label, state = self._live.pop(request_id, (None, "", None))
         if digest is not None:
             self.registry.release(digest)
@@ -120,7 +124,10 @@ class Front:
 
 
 def salted(profile: Profile | None, salt: str | None) -> str | None:
-    """The cache salt of a request: blocks are shared between equal contents under equal salts of the users' own."""
+    """The salt of a request's prefix cache: two requests share blocks if profile contents and users' salts are equal.
+
+    `salt` is the one that the user gave, or None.
+    """
     if profile is not None:
         return _SALT + profile.digest + ("" if salt is None else ":" + salt)
     # A user's own salt must not pass for a steered request's.
@@ -129,12 +136,12 @@ def salted(profile: Profile | None, salt: str | None) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def packed(profile: Profile) -> bytes:
-    """A profile's file without what only people read."""
+    """The bytes of a profile's file, without the texts that only people read; `worker.unpacked` reads them."""
     return serialize_profile(replace(profile, description="", license="", method={}, evidence={}))
 
 
-def _reserved(request: Any) -> dict[str, Any]:
-    """What a request's `extra_args` hold under names that begin with ``hones_``."""
+def _reserved_args(request: Any) -> dict[str, Any]:
+    """The `extra_args` of a request whose names begin with ``hones_``."""
     params = request.sampling_params
     extra = (params.extra_args if params is not None else None) or {}
     return {key: value for key, value in extra.items() if key.startswith(PREFIX)}
@@ -144,12 +151,13 @@ def _reserved(request: Any) -> dict[str, Any]:
 
 
 def attach(engine: Any, identities: Sequence[Mapping[str, Any]], settings: Settings, listing: str) -> Front:
-    """Give an LLMEngine or AsyncLLM its front, from what its workers say of their model (`hones_identity`).
+    """Give an LLMEngine or AsyncLLM its front; `identities` holds each worker's answer to `hones_identity`.
 
     `listing` is ProfileRegistry's.
 
     Raises:
         ProfileError, MismatchError, DataError: a profile of the folder cannot be used with this model.
+        StateError: the workers run different models.
     """
     if any(identity != identities[0] for identity in identities):
         raise StateError(f"the workers disagree about their model: {identities}; restart the server")
@@ -183,6 +191,7 @@ def install() -> None:
 
 
 def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
+    """Replace a method of a class: calls go to `wrapper(original method, self, *arguments)`."""
     original = getattr(owner, name)
 
     @functools.wraps(original)
@@ -223,9 +232,9 @@ def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwarg
     front: Front | None = getattr(self, "hones_front", None)
     if front is not None:
         front.steer(request)
-    elif Settings.from_env() and (asked := _reserved(request)):
+    elif Settings.from_env() and (reserved := _reserved_args(request)):
         raise RequestError(
-            f"{', '.join(sorted(asked))}: this engine cannot steer; use LLM(...), `hones serve` or `vllm serve`"
+            f"{', '.join(sorted(reserved))}: this engine cannot steer; use LLM(...), `hones serve` or `vllm serve`"
         )
     return request
 

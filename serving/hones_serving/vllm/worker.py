@@ -1,9 +1,9 @@
-"""In the engine: scale tables, each token's slot, and the activation that multiplies.
+"""Steering in a vLLM worker: scale tables, each token's slot, and the activation that multiplies.
 
-A worker keeps the profile of every request that it has been told of and the engine has not finished. When a step is
-prepared, the profiles of its requests are put into slots of the tables, and each token gets its request's slot.
-A slot is owed to a profile for one step only: a step has at most `max_num_seqs` requests, so with that many slots
-they never run out; with fewer, the front admits no more different profiles than there are slots.
+A worker keeps the profile of every request that the engine has scheduled and not finished. When a step is prepared,
+the profiles of its requests are put into slots of the tables, and each token gets its request's slot. A profile needs
+its slot for one step only: a step has at most `max_num_seqs` requests, so with that many slots they never run out;
+with fewer, the front admits no more different profiles than there are slots.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _LONG_RUN = 16  # tokens, on average
 
 
 class TokenSlots:
-    """The slot of each token of the step, `index` int64 `[max tokens]`.
+    """The slot of each token of a step, `index` int64 `[max tokens]`.
 
-    Tokens beyond the step's own (padding) keep whatever slot they had: nobody reads them.
+    Rows beyond the step's tokens (padding) keep the slot they had: nobody reads their activations.
     """
 
     def __init__(self, max_tokens: int, device: torch.device) -> None:
@@ -44,7 +44,7 @@ class TokenSlots:
         self.by_run = True
 
     def write(self, slots: Sequence[int], counts: Sequence[int]) -> None:
-        """Set the step's tokens: `counts[i]` tokens in a row belong to the request with `slots[i]`."""
+        """Set the slots of a step's tokens: `counts[i]` consecutive tokens belong to the request with `slots[i]`."""
         if all(slot == IDENTITY for slot in slots):
             if self.runs:
                 self.runs, self.by_run = [], True
@@ -60,6 +60,7 @@ class TokenSlots:
 
 
 def _runs(slots: Sequence[int], counts: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(first token, end, slot) of each longest run of consecutive tokens with one slot, unsteered ones left out."""
     runs: list[tuple[int, int, int]] = []
     start = 0
     for slot, count in zip(slots, counts, strict=True):
@@ -73,10 +74,10 @@ def _runs(slots: Sequence[int], counts: Sequence[int]) -> list[tuple[int, int, i
 
 
 class SteeredActivation(nn.Module):
-    """An FFN's activation with its output z `[tokens, w]` scaled, each token by the table's row of its slot.
+    """An FFN's activation whose output `[tokens, w]` is scaled: each token's row times its slot's row of the table.
 
-    Being of another type than the activation it wraps, it also keeps vLLM from fusing that with quantisation,
-    which would leave nothing to scale.
+    `w` is the number of neurons that this worker holds. vLLM fuses activations of types that it knows with
+    quantization, which would leave nothing to scale; this type it does not know.
     """
 
     table: Tensor
@@ -91,7 +92,10 @@ class SteeredActivation(nn.Module):
         self._eager = eager
 
     def forward(self, x: Tensor) -> Tensor:
-        """Steer `activation(x)`. Compiled code and captured graphs read tensors only."""
+        """Activations `[tokens, w]` of `x`, each row multiplied by its token's scales.
+
+        Not eager, this reads tensors only, so that compiled code and captured graphs see every later change.
+        """
         z: Tensor = self.activation(x)
         if self._eager:
             return self._scale_in_place(z)
@@ -111,17 +115,17 @@ class SteeredActivation(nn.Module):
 
 
 class WorkerSteering:
-    """The steering of one worker: told what the engine schedules, it says which slot each token uses."""
+    """Steering of one worker: follows what the engine schedules, and sets the slot of each token before a step."""
 
     def __init__(self, identity: ModelIdentity, tables: ScaleTables, tokens: TokenSlots, max_profiles: int) -> None:
         self.identity = identity
         self._pool = SlotPool(tables, max_profiles)
         self._tokens = tokens
         self._profiles: dict[str, Profile] = {}  # request id -> profile, for steered requests
-        self._last: tuple[list[str], list[int]] | None = None  # the last step's requests, if none have come since
+        self._last: tuple[list[str], list[int]] | None = None  # last step's ids and counts; None: a request has come
 
     def begin(self, scheduler_output: Any) -> None:
-        """Note which requests have come and gone."""
+        """Note the requests that have come and gone, from vLLM's SchedulerOutput of the step."""
         for request_id in scheduler_output.finished_req_ids:
             self._profiles.pop(request_id, None)
         for request in scheduler_output.scheduled_new_reqs:
@@ -131,7 +135,7 @@ class WorkerSteering:
                 self._profiles[request.req_id] = unpacked(extra[PROFILE])
 
     def fill(self, request_ids: Sequence[str], counts: Sequence[int]) -> None:
-        """Set the slots of the tokens about to run: `counts[i]` in a row belong to `request_ids[i]`."""
+        """Set the slots of the step's tokens: `counts[i]` consecutive tokens belong to `request_ids[i]`."""
         step = list(request_ids), np.asarray(counts).tolist()
         if step == self._last:  # the same requests go on decoding, with the profiles they came with
             return
@@ -152,7 +156,7 @@ def unpacked(data: bytes) -> Profile:
 
 
 def install() -> None:
-    """Steer the model of every worker once it is loaded: before vLLM measures its memory and compiles it."""
+    """Wrap `Worker.load_model`: steer a model once it is loaded, before vLLM measures its memory and compiles it."""
     from vllm.v1.worker import gpu_worker
 
     worker: Any = gpu_worker.Worker
@@ -172,10 +176,10 @@ def install() -> None:
 
 
 def attach(runner: Any, config: Any, settings: Settings) -> WorkerSteering:
-    """Put tables and scaled activations into a runner's loaded model, and follow what it is given to run.
+    """Put tables and scaled activations into a runner's loaded model, and follow the steps that it runs.
 
     Raises:
-        LayoutError: the model's FFNs are not supported, naming them.
+        LayoutError: the model's FFNs are not supported; the message names them.
         StateError: vLLM's configuration is not supported.
     """
     compat.refuse_unsupported(config, settings)
@@ -202,43 +206,60 @@ def attach(runner: Any, config: Any, settings: Settings) -> WorkerSteering:
 
 
 def _decoder_stack(model: Any) -> Any:
-    """The text decoder: the module that has `layers` and the final `norm`. Vision towers are never looked at."""
+    """The text decoder: the module that has `layers` and the final `norm`. Vision towers are never looked at.
+
+    Raises:
+        LayoutError: the model has none where vLLM's models keep it.
+    """
     language_model = model.get_language_model() if hasattr(model, "get_language_model") else model
     stack = getattr(language_model, "model", language_model)
     if not isinstance(getattr(stack, "layers", None), nn.ModuleList):
-        raise LayoutError(f"hones-steer does not know where {type(model).__name__} keeps its decoder layers in vLLM")
+        raise LayoutError(
+            f"{type(model).__name__} keeps its decoder layers where hones-steer cannot find them in vLLM; "
+            "hones-steer supports no such model in vLLM in this version"
+        )
     return stack
 
 
 def _ffn(name: str, layer: nn.Module) -> Any:
-    """A decoder layer's gated FFN: the one module with an `act_fn` and a `down_proj`."""
-    found = [
+    """A decoder layer's gated FFN: the one module with an `act_fn` and a `down_proj`. Errors call the layer `name`.
+
+    Raises:
+        LayoutError: the layer has no such module, or several.
+        StateError: the FFN is steered already.
+    """
+    candidates = [
         module
         for module in layer.modules()
         if isinstance(getattr(module, "act_fn", None), nn.Module) and hasattr(module, "down_proj")
     ]
-    if len(found) != 1:
-        kinds = ", ".join(type(module).__name__ for module in found) or "none"
+    if len(candidates) != 1:
+        kinds = ", ".join(type(module).__name__ for module in candidates) or "none"
         raise LayoutError(
             f"{name} ({type(layer).__name__}) has not one gated FFN with act_fn and down_proj (found: {kinds}); "
             "hones-steer supports no other FFN in vLLM in this version"
         )
-    if isinstance(found[0].act_fn, SteeredActivation):
-        raise StateError(f"{name} is steered already")
-    return found[0]
+    if isinstance(candidates[0].act_fn, SteeredActivation):
+        raise StateError(f"{name} is steered already; start vLLM anew")
+    return candidates[0]
 
 
 def _shard(ffns: Sequence[Any], intermediate_size: int) -> slice:
-    """The neurons this worker holds. LoRA layers keep the linear layer inside them as `base_layer`."""
+    """The neurons that this worker holds: all of them, or its tensor-parallel rank's share.
+
+    Raises:
+        LayoutError: the layers' shares differ, or do not add up to `intermediate_size`.
+    """
     shards = set()
     for ffn in ffns:
-        linear = getattr(ffn.down_proj, "base_layer", ffn.down_proj)
+        linear = getattr(ffn.down_proj, "base_layer", ffn.down_proj)  # `base_layer`: of a layer wrapped for LoRA
         width = linear.input_size_per_partition
         shards.add((linear.tp_rank * width, width, width * linear.tp_size))
     if len(shards) != 1 or next(iter(shards))[2] != intermediate_size:
         raise LayoutError(
             f"the FFNs' shards (first neuron, width, neurons in all) are {sorted(shards)}, "
-            f"which do not make up {intermediate_size} neurons in every layer"
+            f"which do not make up {intermediate_size} neurons in every layer; "
+            "hones-steer supports no other sharding in this version"
         )
     start, width, _ = shards.pop()
     return slice(start, start + width)
@@ -258,12 +279,13 @@ def _identity(model_config: Any, stack: Any, num_layers: int) -> ModelIdentity:
 
 
 def _max_tokens(config: Any) -> int:
-    """How many rows, padding included, a forward can have."""
+    """Largest number of rows that a forward can have, padding included."""
     tokens: int = config.scheduler_config.max_num_batched_tokens
     return max(tokens, config.compilation_config.max_cudagraph_capture_size or 0)
 
 
 def _runs_eagerly(config: Any) -> bool:
+    """Read vLLM's config; true if it neither compiles the model nor captures graphs of it."""
     from vllm.config import CompilationMode, CUDAGraphMode
 
     compilation = config.compilation_config
@@ -271,14 +293,18 @@ def _runs_eagerly(config: Any) -> bool:
 
 
 def _change_compile_cache_key(config: Any, max_profiles: int) -> None:
-    """Code that vLLM compiled and stored without this plugin, or with other tables, must not be used."""
+    """Keep vLLM from using code that it compiled and stored without this plugin, or with tables of another size.
+
+    Raises:
+        StateError: the setting that changes the key is not a dict.
+    """
     if not isinstance(config.additional_config, dict):
         raise StateError("hones-steer needs vLLM's additional_config to be a dict; start vLLM without yours")
     config.additional_config["hones_steer"] = {"version": __version__, "max_profiles": max_profiles}
 
 
 def _follow(runner: Any, steering: WorkerSteering) -> None:
-    """Tell the steering what every real step schedules, before the runner's own bookkeeping."""
+    """Wrap the runner's `execute_model`: the steering sees what a step schedules before the runner does."""
     execute_model = runner.execute_model
 
     @functools.wraps(execute_model)
@@ -290,7 +316,7 @@ def _follow(runner: Any, steering: WorkerSteering) -> None:
 
 
 def _fill_v1(runner: Any, steering: WorkerSteering) -> None:
-    """The V1 runner lays a step's tokens out by `input_batch.req_ids`, final when inputs are prepared."""
+    """Wrap the V1 runner's `_prepare_inputs`: by then `input_batch.req_ids` has the final order of a step's tokens."""
     prepare_inputs = runner._prepare_inputs
 
     @functools.wraps(prepare_inputs)
@@ -302,7 +328,7 @@ def _fill_v1(runner: Any, steering: WorkerSteering) -> None:
 
 
 def _fill_v2(runner: Any, steering: WorkerSteering) -> None:
-    """The V2 runner sorts the requests itself and says so in `batch_req_state`. Never run here (needs a GPU)."""
+    """Wrap the V2 runner's `prepare_inputs`: `batch_req_state` has the order of a step's tokens. Never run in tests."""
     prepare_inputs = runner.prepare_inputs
 
     @functools.wraps(prepare_inputs)

@@ -1,32 +1,28 @@
 """The command ``hones``: runs the command asked for and turns errors into one line and an exit code.
 
-Commands are entry points of the group ``hones.commands``: name -> ``callable(argv) -> exit code``, each with
-its own argparse parser. Only the one that is called is imported, so this module knows no package above it and
-``hones --help`` is instant. A command that can be interrupted and resumed says so in a note of the KeyboardInterrupt
-that it lets through. Exit codes: see `_USAGE`.
+Commands are entry points of the group ``hones.commands``: name -> ``callable(argv) -> exit code``, each with its own
+argparse parser. Only the one that is called is imported, so this module knows no package above it, and ``hones --help``
+takes no time. A command that can be interrupted and resumed says so in a note on the KeyboardInterrupt that it lets
+through. The exit codes are in `_USAGE`.
 """
 
 from __future__ import annotations
 
 import difflib
 import io
-import os
-import select
 import sys
 import traceback
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
-from typing import TextIO
 
 from hones_steer._version import __version__
+from hones_steer.cli.streams import discard, flush_output, one_line_warnings, open_closed_streams, reader_left, say
 from hones_steer.errors import HonesError
 
 GROUP = "hones.commands"
 
 OK, NO, BAD_INPUT = 0, 1, 2
-INTERRUPTED, READER_LEFT = 130, 141  # 128 + SIGINT and SIGPIPE, which is what a shell says of a program that they end
+INTERRUPTED, READER_LEFT = 130, 141  # 128 + SIGINT and SIGPIPE: a shell's codes for a program that they end
 
 _SUMMARIES = {
     "attribute": "find the neurons that matter for a task",
@@ -92,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = arguments[:1] == ["--debug"]
     if debug:
         arguments.pop(0)
-    _open_closed_streams()
+    open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is no error
     code = _outcome(arguments, debug)
@@ -100,12 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             stream.flush()
         except OSError:
-            _discard(stream)  # or Python would complain when it flushes at exit
+            discard(stream)  # or Python would complain when it flushes at exit
     return code
 
 
 def _outcome(arguments: list[str], debug: bool) -> int:
-    """The exit code of a command that has done all its output, or has said in one line why not."""
+    """Run the command and write all its output, or one line that says why not; return the exit code."""
     commands = {point.name: point for point in entry_points(group=GROUP)}
     point = commands.get(arguments[0]) if arguments else None
     prog = "hones" if point is None else f"hones {point.name}"
@@ -113,12 +109,12 @@ def _outcome(arguments: list[str], debug: bool) -> int:
         if point is None:
             code = _without_command(arguments, commands)
         else:
-            with _one_line_warnings(prog):
+            with one_line_warnings(prog):
                 code = _run(point, prog, arguments[1:])
-        _flush_output()
+        flush_output()
     except KeyboardInterrupt as interrupt:
         _show_traceback(debug)
-        _say("; ".join([f"{prog}: interrupted", *getattr(interrupt, "__notes__", [])]))
+        say("; ".join([f"{prog}: interrupted", *getattr(interrupt, "__notes__", [])]))
         return INTERRUPTED
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
@@ -131,7 +127,7 @@ def _outcome(arguments: list[str], debug: bool) -> int:
         _show_traceback(debug)
         return _fail(prog, str(error))
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and (_reader_left(sys.stdout) or _reader_left(sys.stderr)):
+        if isinstance(error, BrokenPipeError) and (reader_left(sys.stdout) or reader_left(sys.stderr)):
             return READER_LEFT
         _show_traceback(debug)
         where = f"{error.filename}: " if error.filename is not None else ""
@@ -141,7 +137,7 @@ def _outcome(arguments: list[str], debug: bool) -> int:
 
 def _without_command(arguments: list[str], commands: dict[str, EntryPoint]) -> int:
     if not arguments:
-        _say(_usage(commands))
+        say(_usage(commands))
         return BAD_INPUT
     name = arguments[0]
     if name in ("-h", "--help"):
@@ -171,76 +167,10 @@ def _usage(commands: dict[str, EntryPoint]) -> str:
 
 
 def _fail(prog: str, message: str) -> int:
-    _say(f"{prog}: error: {' '.join(message.split())}")
+    say(f"{prog}: error: {' '.join(message.split())}")
     return BAD_INPUT
-
-
-# Standard streams ---------------------------------------------------------------------------------
-
-
-def _open_closed_streams() -> None:
-    """Let what a caller has closed (``>&-``) lead nowhere.
-
-    Python has None there, and the next file that is opened would get the number, and what is printed with it.
-    """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:
-            descriptor = os.open(os.devnull, os.O_RDWR)
-            os.set_inheritable(descriptor, descriptor == number)
-            stream = open(descriptor, "w" if number else "r", errors="backslashreplace", closefd=False)  # noqa: SIM115
-            setattr(sys, name, stream)
-
-
-def _flush_output() -> None:
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        error.filename = "the output"
-        raise
-
-
-def _say(text: str) -> None:
-    """Write to standard error, where somebody may listen."""
-    try:
-        sys.stderr.write(text + "\n")
-    except OSError:
-        _discard(sys.stderr)
-
-
-def _reader_left(stream: TextIO) -> bool:
-    try:
-        poll = select.poll()
-        poll.register(stream.fileno(), 0)
-    except io.UnsupportedOperation:
-        return False
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
-
-
-def _discard(stream: TextIO) -> None:
-    """Let what is still in a stream's buffer, and what is written later, lead nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
 
 
 def _show_traceback(debug: bool) -> None:
     if debug:
         traceback.print_exc()
-
-
-@contextmanager
-def _one_line_warnings(prog: str) -> Iterator[None]:
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
-        del category, filename, lineno, file, line
-        _say(f"{prog}: warning: {' '.join(str(message).split())}")
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        yield

@@ -146,11 +146,11 @@ def drop_layer_0(folder):
 
 
 BAD = {
-    "quantised": (
+    "quantized": (
         lambda folder: edit_config(folder, quantization_config={"quant_method": "gptq"}),
-        r"quantised \(gptq\)",
+        r"quantized \(gptq\)",
     ),
-    "float8 tensors": (to_float8, "is stored as F8_E4M3: a quantised checkpoint"),
+    "float8 tensors": (to_float8, "is stored as F8_E4M3: a quantized checkpoint"),
     "no safetensors": (lambda folder: (folder / INDEX).unlink(), "has no model.safetensors"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "truncated": (truncate, "cannot be read"),
@@ -206,7 +206,7 @@ MERGE = """
 import resource, signal, sys
 from hones_steer import load_profile, merge_into
 profile, base, out, limit, kill = sys.argv[1:]
-import hones_steer.merging
+import hones_steer.export.merged
 if kill == "kill":
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
@@ -267,7 +267,7 @@ def test_a_killed_merge_leaves_nothing_that_loads(growing, tmp_path):
 PEAK = """
 import sys
 from pathlib import Path
-import hones_steer.merging
+import hones_steer.export.merged
 from hones_steer import load_profile
 
 def peak():
@@ -275,9 +275,9 @@ def peak():
     return int(line.split()[1]) * 1024
 
 profile = load_profile(sys.argv[1])
-hones_steer.merging.open_checkpoint(sys.argv[2])  # what is imported on the way is no weight
+hones_steer.export.merged.open_checkpoint(sys.argv[2])  # what is imported on the way is no weight
 before = peak()
-hones_steer.merging.merge_into(profile, sys.argv[2], sys.argv[3])
+hones_steer.export.merged.merge_into(profile, sys.argv[2], sys.argv[3])
 print(peak() - before)
 """
 

@@ -8,9 +8,10 @@ from peft import PeftConfig
 from steer.conversions import few_layers
 from transformers import AutoModelForCausalLM
 
-from hones_steer import cli, load_profile, save_profile
+from hones_steer import load_profile, save_profile
+from hones_steer.cli import export_command, hub_commands, program
+from hones_steer.cli.export_command import export, import_
 from hones_steer.errors import HonesError
-from hones_steer.shipping import export, import_
 
 
 @pytest.fixture
@@ -57,21 +58,20 @@ def test_a_merged_checkpoint(files, capsys):
     AutoModelForCausalLM.from_pretrained(files / "new" / "merged")
 
 
-def test_a_quantised_checkpoint_takes_an_adapter_but_no_merge(files):
+def test_a_quantized_checkpoint_takes_an_adapter_but_no_merge(files):
     config = json.loads((files / "base" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (files / "base" / "config.json").write_text(json.dumps(config))
     assert export(["vqa.safetensors", "base", "--to", "peft", "--out", "ia3"]) == 0
-    with pytest.raises(HonesError, match=r"is quantised \(gptq\)"):
+    with pytest.raises(HonesError, match=r"is quantized \(gptq\)"):
         export(["vqa.safetensors", "base", "--to", "merged", "--out", "merged"])
     assert not (files / "merged").exists()
 
 
 @pytest.mark.parametrize("name", ["export", "import", "push", "pull"])
 def test_the_help_teaches_by_example(name, capsys):
-    import hones_steer.shipping as shipping
-
+    module = hub_commands if name.startswith("pu") else export_command
     with pytest.raises(SystemExit, match="0"):
-        getattr(shipping, "import_" if name == "import" else name)(["--help"])
+        getattr(module, "import_" if name == "import" else name)(["--help"])
     assert f"  hones {name} " in capsys.readouterr().out.partition("example:")[2]
-    assert name in cli._SUMMARIES
+    assert name in program._SUMMARIES

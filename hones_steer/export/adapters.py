@@ -1,0 +1,88 @@
+"""Adapter folders of PEFT: their files, the pattern that names a model's modules, and their model card."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor, nn
+
+from hones_steer.errors import DataError
+from hones_steer.export.cards import card, describe_model, evidence_table, profiles_table
+from hones_steer.export.sidecar import SIDECAR
+from hones_steer.files import new_folder
+from hones_steer.layout import Layout, base_layer, find_layout, is_transposed, unwrap
+from hones_steer.profile import ModelIdentity, Profile, StrPath
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # every tensor's name begins with it
+
+
+def checked_layout(profile: Profile, model: nn.Module, allow_mismatch: bool) -> Layout:
+    """The model's layout; raises LayoutError if there is none, and MismatchError if the profile is another model's."""
+    layout = find_layout(model)
+    profile.base_model.check(ModelIdentity.from_model(unwrap(model)), allow_mismatch=allow_mismatch)
+    return layout
+
+
+def module_pattern(modules: Mapping[int, str]) -> str:
+    """A regular expression that matches these modules only; a vision tower may have modules of the same last name."""
+    layers: dict[tuple[str, str], list[str]] = {}
+    for layer, name in modules.items():
+        before, _, after = name.rpartition(f".{layer}.")
+        layers.setdefault((before, after), []).append(str(layer))
+    return "|".join(
+        rf"{re.escape(before)}\.({'|'.join(numbers)})\.{re.escape(after)}"
+        for (before, after), numbers in layers.items()
+    )
+
+
+def is_conv1d(layout: Layout) -> bool:
+    """Whether the down-projections keep their weights as `[I, hidden]`, which PEFT calls `fan_in_fan_out`."""
+    return is_transposed(base_layer(layout.layers[0].down_proj))
+
+
+def common_settings(profile: Profile) -> dict[str, Any]:
+    """Settings that every adapter's configuration has."""
+    return {"inference_mode": True, "base_model_name_or_path": profile.base_model.name or None}
+
+
+def peft_package() -> Any:
+    """The package `peft`; raises DataError, with the command that installs it, if it is not installed."""
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise DataError("peft is not installed; run: pip install 'hones-steer[peft]'") from error
+    return peft
+
+
+def write_adapter(folder: StrPath, config: Any, tensors: Mapping[str, Tensor], sidecar: str, text: str) -> None:
+    """Write an adapter's configuration, tensors, sidecar and model card; all of them appear, or nothing does.
+
+    Raises DataError if `folder` exists or cannot be written.
+    """
+    with new_folder(folder) as temporary:
+        config.save_pretrained(temporary)
+        (temporary / SIDECAR).write_text(sidecar, encoding="utf-8")
+        (temporary / "README.md").write_text(text, encoding="utf-8")
+        data = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, metadata={"format": "pt"})
+        (temporary / WEIGHTS).write_bytes(data)
+
+
+def adapter_card(profile: Profile, kind: str, notes: str) -> str:
+    """The model card; `kind` is "IA3" or "LoRA", `notes` says how exact the adapter is."""
+    return card(
+        [profile],
+        [
+            f"# Steering profile `{profile.task}` as a {kind} adapter",
+            f"Made by hones-steer from the profile with digest `{profile.digest}` for {describe_model(profile)}. "
+            f"{notes}",
+            profiles_table([profile]),
+            evidence_table([profile]),
+            "```python\nfrom peft import PeftModel\n\n"
+            'model = PeftModel.from_pretrained(model, "this folder")  # the base model, loaded by transformers\n```',
+        ],
+        library_name="peft",
+    )

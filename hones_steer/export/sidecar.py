@@ -1,0 +1,66 @@
+"""`hones_profile.json`, the file beside an export: a profile's metadata, its neurons and where their factors went.
+
+The factors themselves are in the export's tensors only, so that the two cannot contradict each other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hones_steer.errors import ProfileError
+from hones_steer.layout import Layout, unwrap
+from hones_steer.profile import ModelIdentity, Profile, metadata_json, parse_metadata
+from hones_steer.strict_json import parse_object
+
+SIDECAR = "hones_profile.json"
+
+
+def sidecar_text(profile: Profile, modules: Mapping[int, str]) -> str:
+    """The file's text. `modules` maps each layer of the profile to the module that carries its factors."""
+    content = {
+        "digest": profile.digest,
+        "metadata": json.loads(metadata_json(profile)),
+        "modules": {str(layer): name for layer, name in modules.items()},
+        "neurons": {str(layer): neurons.tolist() for layer, (neurons, _) in profile.layers.items()},
+    }
+    return json.dumps(content, sort_keys=True) + "\n"
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """A validated `hones_profile.json`; `fields` are the profile's fields except `layers`."""
+
+    digest: str
+    fields: Mapping[str, Any]
+    modules: Mapping[int, str]
+    neurons: Mapping[int, set[int]]
+
+    @property
+    def base_model(self) -> ModelIdentity:
+        base_model: ModelIdentity = self.fields["base_model"]
+        return base_model
+
+
+def parse_sidecar(text: bytes) -> Sidecar:
+    """Read the file's text; raises ProfileError, naming the file, if it is damaged."""
+    content = parse_object(text, SIDECAR, ProfileError)
+    try:
+        modules = {int(layer): str(name) for layer, name in content["modules"].items()}
+        neurons = {int(layer): {int(neuron) for neuron in listed} for layer, listed in content["neurons"].items()}
+        digest, metadata = str(content["digest"]), json.dumps(content["metadata"])
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise ProfileError(f"{SIDECAR} is damaged ({error!r}); export the profile again") from error
+    if modules.keys() != neurons.keys():
+        raise ProfileError(f"{SIDECAR} names modules and neurons of different layers; export the profile again")
+    return Sidecar(digest, parse_metadata(metadata), modules, neurons)
+
+
+def module_names(model: nn.Module, layout: Layout) -> dict[int, str]:
+    """Dotted name of each layer's down-projection in the Hugging Face model (without wrappers), by layer."""
+    paths = {id(module): name for name, module in unwrap(model).named_modules()}
+    return {layer.index: paths[id(layer.down_proj)] for layer in layout.layers}
