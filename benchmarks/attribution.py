@@ -58,7 +58,6 @@ from hones_offline.attribution.generated import DraftedAnswers
 from hones_offline.attribution.measurements import AnswerLogProbability
 from hones_offline.attribution.write_in import WriteInSums
 from hones_offline.data.examples import Example, MemoryImage, load_jsonl, scene_examples
-from hones_offline.data.neurons import select_bank
 from hones_offline.data.scenes import scenes
 from hones_offline.data.tasks import JsonlTask, Task, get_task
 from hones_offline.running.batching import Batch, Segment
@@ -264,7 +263,7 @@ def measure(case: Case, metric: str, modes: Sequence[str], rounds: int) -> list[
     scores, score_error = twin.compared(found["exact"].head_scores)
     importance, seconds = twin.importance(scores, case.top_heads)
     plain = [scoring + seconds for scoring in plain]
-    bank = select_bank(importance, TOP_FRACTION)
+    bank = replace(found["exact"].importance, values=importance.reshape(-1)).bank(TOP_FRACTION)
     return [
         {
             "model": case.name,
@@ -277,7 +276,7 @@ def measure(case: Case, metric: str, modes: Sequence[str], rounds: int) -> list[
             **spread("over_layers", ours[mode], layers[mode]),
             "same_bank": same_bank(found[mode].bank, bank),
             "score_error": score_error,
-            "importance_error": float(np.abs(found[mode].importance - importance).max() / importance.max()),
+            "importance_error": float(np.abs(np.asarray(found[mode].importance) - importance).max() / importance.max()),
             "seconds": statistics.median(ours[mode]),
             "twin_seconds": statistics.median(plain),
             "limit_seconds": statistics.median(limit[mode]),

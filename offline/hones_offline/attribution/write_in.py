@@ -215,7 +215,7 @@ class WriteInSums:
 
 
 class WriteInDrops:
-    """Measures Σ [c(θ) − c(θ_Ih)]_+ over the prompts, float64 [L, I], from the undisturbed c(θ), [prompts, I] a layer."""
+    """Measures Σ [c(θ) − c(θ_Ih)]_+ over the prompts, float64 [L, I]; undisturbed, each layer's c(θ) [prompts, I]."""
 
     def __init__(self, forwards: WriteInForwards) -> None:
         self.forwards = forwards
