@@ -53,14 +53,16 @@ import reference
 import tiny_models
 import tiny_processors
 from hones_offline import attribute
-from hones_offline.attribution.ablation import Generation, HeadRuns, LogProbabilities
-from hones_offline.attribution.write_in import WriteIn
+from hones_offline.attribution.ablation import HeadAblation
+from hones_offline.attribution.generated import DraftedAnswers
+from hones_offline.attribution.measurements import AnswerLogProbability
+from hones_offline.attribution.write_in import WriteInSums
 from hones_offline.data.examples import Example, MemoryImage, load_jsonl, scene_examples
-from hones_offline.data.neurons import select_bank
 from hones_offline.data.scenes import scenes
 from hones_offline.data.tasks import JsonlTask, Task, get_task
-from hones_offline.running.cache import ending_together, new_cache
-from hones_offline.running.decoder import Batch, Segment, TextDecoder
+from hones_offline.running.batching import Batch, Segment
+from hones_offline.running.cache import new_cache, right_aligned
+from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.embedded import load_tiny_vlm
 from hones_offline.running.hooks import Head
 from hones_offline.running.models import keep_freed_memory
@@ -74,7 +76,7 @@ TOP_FRACTION = 0.01
 MOST_TOKENS = 4096  # of a batch in which layers are timed
 MOST_CACHED = 65536  # of one in which they decode
 MOST_LOGITS = 2**26  # of one that is unembedded
-Text = list[int]
+Tokens = list[int]
 CAPITALS = Path(__file__).resolve().parents[1] / "examples/smollm2/data/discovery/capitals.jsonl"
 
 
@@ -261,7 +263,7 @@ def measure(case: Case, metric: str, modes: Sequence[str], rounds: int) -> list[
     scores, score_error = twin.compared(found["exact"].head_scores)
     importance, seconds = twin.importance(scores, case.top_heads)
     plain = [scoring + seconds for scoring in plain]
-    bank = select_bank(importance, TOP_FRACTION)
+    bank = replace(found["exact"].importance, values=importance.reshape(-1)).bank(TOP_FRACTION)
     return [
         {
             "model": case.name,
@@ -274,7 +276,7 @@ def measure(case: Case, metric: str, modes: Sequence[str], rounds: int) -> list[
             **spread("over_layers", ours[mode], layers[mode]),
             "same_bank": same_bank(found[mode].bank, bank),
             "score_error": score_error,
-            "importance_error": float(np.abs(found[mode].importance - importance).max() / importance.max()),
+            "importance_error": float(np.abs(np.asarray(found[mode].importance) - importance).max() / importance.max()),
             "seconds": statistics.median(ours[mode]),
             "twin_seconds": statistics.median(plain),
             "limit_seconds": statistics.median(limit[mode]),
@@ -346,41 +348,29 @@ class Twin:
 # The limit ----------------------------------------------------------------------------------------
 
 
-Parted = Generation | LogProbabilities | WriteIn
-"""What the cases run: nothing here ranks."""
+Measured = DraftedAnswers | AnswerLogProbability | WriteInSums
+"""The measurements that the cases run: nothing here ranks."""
 
 
 @dataclass
 class Work:
-    """What was run: the heads of each `Parted`; of generated answers heads, undisturbed texts and each head's."""
+    """The measurements that were run, with their heads and a result for each; for generated answers, their tokens."""
 
-    runs: list[tuple[Parted, Sequence[Head]]] = field(default_factory=list)
-    written: list[tuple[Sequence[Head], Sequence[Text], Sequence[Sequence[Text]]]] = field(default_factory=list)
+    runs: list[tuple[Measured, Sequence[Head], Sequence[Any]]] = field(default_factory=list)
 
 
 @contextmanager
 def recorded() -> Iterator[Work]:
-    """What is run while the block runs."""
+    """Record what is run while the block runs."""
     work = Work()
-    replaced = Generation.replaced
+    ablated = HeadAblation.ablated
 
-    def recording_heads(results: Callable[..., Any]) -> Callable[..., Any]:
-        def record(self: Parted, heads: Sequence[Head]) -> Any:
-            work.runs.append((self, heads))
-            return results(self, heads)
+    def record(self: HeadAblation[Any, Any], heads: Sequence[Head]) -> Any:
+        results = ablated(self, heads)
+        work.runs.append((self.measurement, heads, results))  # answers that are still to be decoded grow in place
+        return results
 
-        return record
-
-    def recording_texts(self: Generation, heads: Sequence[Head], states: Sequence[Any]) -> Sequence[list[Text]]:
-        texts = replaced(self, heads, states)
-        work.written.append((heads, self.drafts, texts))
-        return texts
-
-    with (
-        patch.object(HeadRuns, "results", recording_heads(HeadRuns.results)),
-        patch.object(Generation, "results", recording_heads(Generation.results)),
-        patch.object(Generation, "replaced", recording_texts),
-    ):
+    with patch.object(HeadAblation, "ablated", record):
         yield work
 
 
@@ -399,54 +389,55 @@ def least(prepared: Prepared, work: Work) -> Least:
     depth, budget = len(prepared.decoder.layout.layers), prepared.task.max_new_tokens
     prefill = decode = unembedded = context = 0
     counted: set[Any] = set()
-    for runs, heads in work.runs:
-        shared, own = fed(runs)
-        answers = sum(map(len, runs.answers)) if isinstance(runs, LogProbabilities) else 0
-        if not isinstance(runs, WriteIn):  # whose undisturbed forward the head scores have had
+    for measured, heads, _ in work.runs:
+        shared, rest = fed(measured)
+        answers = sum(map(len, measured.answers)) if isinstance(measured, AnswerLogProbability) else 0
+        if not isinstance(measured, WriteInSums):  # whose undisturbed forward the head scores have had
             shared_once = 0 if "undisturbed" in counted else shared
-            prefill += 0 if id(runs) in counted else depth * (shared_once + own)
-            unembedded += 0 if id(runs) in counted else answers
-            counted |= {id(runs), "undisturbed"}
+            prefill += 0 if id(measured) in counted else depth * (shared_once + rest)
+            unembedded += 0 if id(measured) in counted else answers
+            counted |= {id(measured), "undisturbed"}
         for layer, head in heads:
-            key = (type(runs), layer, head)
-            prefill += (depth - layer) * (own + (0 if key in counted else shared))
+            key = (type(measured), layer, head)
+            prefill += (depth - layer) * (rest + (0 if key in counted else shared))
             unembedded += answers
             counted.add(key)
-    first = {id(drafts): drafts for _, drafts, _ in work.written}
-    lengths = [len(encoded.prompt(0)) for encoded in prepared.encoded]
-    for drafts in first.values():
-        for draft in drafts:
+    generated = [(m, heads, answers) for m, heads, answers in work.runs if isinstance(m, DraftedAnswers)]
+    for measured in {id(m): m for m, _, _ in generated}.values():
+        for draft in measured.drafts:
             steps = _tokens(draft, budget) - 1
             unembedded += steps + 1
             decode += depth * steps
             context += depth * steps * steps // 2
-    for heads, drafts, texts in work.written:
-        for (layer, _), found in zip(heads, texts, strict=True):
-            for draft, text in zip(drafts, found, strict=True):
-                shared = _shared(draft, text)
+    for measured, heads, answers in generated:
+        for (layer, _), of_head in zip(heads, answers, strict=True):
+            for draft, tokens in zip(measured.drafts, of_head, strict=True):
+                shared = _shared(draft, tokens)
                 prefill += (depth - layer) * min(shared, budget - 1)
-                unembedded += _tokens(text, budget)
-                if text != draft:
-                    steps = _tokens(text, budget) - shared - 1
+                unembedded += _tokens(tokens, budget)
+                if tokens != draft:
+                    steps = _tokens(tokens, budget) - shared - 1
                     decode += depth * steps
                     context += depth * steps * (shared + steps // 2)
+    lengths = [len(encoded.prompt(0)) for encoded in prepared.encoded]
     return Least(prefill, decode, unembedded, context // max(decode, 1) + int(statistics.median(lengths)))
 
 
-def fed(runs: Parted) -> tuple[int, int]:
-    """How many tokens each head's forward of these items must be fed: a beginning that they share, and the others."""
-    shared = runs.parts.rows[0].shared
-    if isinstance(runs, Generation):
-        return shared, sum(int((part.prompts - shared).sum()) for part in runs.drafted)
-    return shared, sum(int(rows.ends.sum()) for rows in runs.parts.rows)
+def fed(measured: Measured) -> tuple[int, int]:
+    """How many tokens each head's forward of the items must be fed: a prefix that they share, and the others."""
+    buckets = measured.forwards.buckets if isinstance(measured, WriteInSums) else measured.buckets
+    shared = buckets.batches[0].shared
+    if isinstance(measured, DraftedAnswers):
+        return shared, sum(int((drafted.prompts - shared).sum()) for drafted in measured.drafted)
+    return shared, sum(int(batch.ends.sum()) for batch in buckets.batches)
 
 
-def _tokens(text: Text, budget: int) -> int:
+def _tokens(tokens: Tokens, budget: int) -> int:
     """How many tokens were chosen: the end token is one, where there was room for it."""
-    return len(text) + (len(text) < budget)
+    return len(tokens) + (len(tokens) < budget)
 
 
-def _shared(a: Text, b: Text) -> int:
+def _shared(a: Tokens, b: Tokens) -> int:
     """Length of the common beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
@@ -488,7 +479,7 @@ class LayerTimes:
         before = self.decoder.continuation(self.segment, torch.zeros(context, dtype=torch.long))
         batch = self.decoder.collate([before.split(context)[0]])
         _, one = self.decoder.run(batch, new_cache())
-        cache, mask = ending_together(
+        cache, mask = right_aligned(
             [(layer, torch.zeros(rows, dtype=torch.long)) for layer in one.layers], torch.full((rows,), context)
         )
         step = Batch(

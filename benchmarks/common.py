@@ -1,4 +1,4 @@
-"""What the runtime benchmarks share: a random Llama of a given shape, profiles for it, and ratios."""
+"""Shared parts of the runtime benchmarks: a random Llama of a given shape, profiles for it, and ratios."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 
 def first_layers(shape: Shape, layers: int) -> Shape:
-    """That many layers, and the same share of the vocabulary: the unembedding weighs what it does in the whole."""
+    """Take that many layers, and the same share of the vocabulary: the unembedding weighs what it does in the whole."""
     return replace(shape, layers=layers, vocabulary=shape.vocabulary * layers // shape.layers)
 
 

@@ -531,7 +531,7 @@ def _first_byte(old: bytes, new: bytes) -> int:
 
 @dataclass
 class Row:
-    """What the comparison of a step gave."""
+    """The result of comparing a step."""
 
     step: str
     files: int = 0

@@ -51,7 +51,7 @@ LORA = "vllm-lora"
 
 @dataclass(frozen=True)
 class Work:
-    """What one round does: `requests` at once, of `prompt` tokens each, that ask for `new` tokens."""
+    """One round: `requests` at once, of `prompt` tokens each, that ask for `new` tokens."""
 
     requests: int
     prompt: int
@@ -59,7 +59,7 @@ class Work:
 
     @property
     def tokens(self) -> int:
-        """What counts: new tokens, or prompt tokens where only one new token is asked for."""
+        """The tokens that count: new tokens, or prompt tokens where only one new token is asked for."""
         return self.requests * (self.new if self.new > 1 else self.prompt)
 
 
@@ -384,7 +384,7 @@ def run(llm: Any, work: Work, profiles: int | None, adapters: Path | None) -> Ro
 
 
 def memory(llm: Any) -> Memory:
-    """What steering takes in a loaded engine."""
+    """The memory and time that steering takes in a loaded engine."""
     cache = llm.llm_engine.vllm_config.cache_config
     return Memory(llm.apply_model(steering_bytes)[0], cache.kv_cache_memory_bytes // cache.num_gpu_blocks)
 

@@ -1,6 +1,6 @@
 """hones-steer: per-request scaling of a vision-language model's FFN neurons.
 
-Importing this package loads no torch and no transformers: a name is imported when it is first used.
+Importing this package loads neither torch nor transformers: a name is imported when it is first used.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which block of `Steering.task` the running code is inside.
+"""Blocks of `Steering.task`, and a way for running code to find the one that it is inside.
 
-A block belongs to the context that enters it and to what is started there: copied contexts (asyncio's tasks,
-`to_thread`), threads, and jobs of a ThreadPoolExecutor. What else runs beside an open block has nothing to do with it.
+A block belongs to the context that enters it and to whatever is started there: copied contexts (asyncio's tasks,
+`to_thread`), threads, and jobs of a ThreadPoolExecutor. Other code that runs while a block is open is not inside it.
 
 A suspended generator may go on in another context than the one in which it entered its block: a server that streams
 runs each of its steps in a fresh one. There the block is found by the generator's frame, which is on the stack
@@ -31,7 +31,11 @@ R = TypeVar("R")
 
 @dataclass(eq=False)
 class Routing:
-    """A block's request to the model of `steering`: one slot for every row, or one slot per prompt."""
+    """One block: a request to the model of `steering` for one slot for every row, or one slot per prompt.
+
+    `expressions` are as the user wrote them, `slots` the slots of the scale tables that hold them. `forwards` counts
+    the forwards that ran inside the block; `outer` is the block around it.
+    """
 
     steering: object
     expressions: tuple[str, ...]
@@ -47,6 +51,7 @@ class Routing:
 
     @property
     def steers(self) -> bool:
+        """Whether any row is steered at all."""
         return any(slot != IDENTITY for slot in self.slots)
 
     def open(self) -> None:
@@ -59,7 +64,7 @@ class Routing:
         _carry_into_threads()
 
     def close(self) -> None:
-        """End the block, from whichever context; where it is still carried, it says that it was left."""
+        """End the block, from any context; code that still carries it sees `closed`."""
         self.closed = True
         if self._generator is not None:
             blocks = _of_generators[self._generator]
@@ -74,9 +79,10 @@ class Routing:
             _current.set(outer)
 
     def row_slots(self, rows: int | None, *, generating: bool) -> tuple[int, ...]:
-        """The slot of each of the forward's rows, or a single slot for all of them.
+        """The slot of each of a forward's `rows`, or a single slot for all of them.
 
-        Within `generate`, beams and returned sequences repeat each prompt's row (`repeat_interleave`).
+        Within `generate`, beams and returned sequences repeat each prompt's row (`repeat_interleave`). Raises as
+        `require_prompts` does.
         """
         if not self.per_row:
             return self.slots
@@ -84,7 +90,10 @@ class Routing:
         return tuple(slot for slot in self.slots for _ in range(repeats))
 
     def require_prompts(self, rows: int | None, *, exactly: bool = True) -> int:
-        """`rows`, or RoutingError if they cannot be the rows of these tasks."""
+        """Return `rows`; raise RoutingError if they cannot be the rows of these tasks.
+
+        They must be a multiple of the number of tasks (beams), or with `exactly` just that number.
+        """
         if rows is None:
             raise RoutingError(f"{self} cannot tell the number of rows; pass input_ids or inputs_embeds by keyword")
         if rows % len(self.slots) or (exactly and rows != len(self.slots)):
@@ -96,11 +105,11 @@ class Routing:
 
 
 _current: ContextVar[Routing | None] = ContextVar("hones_steer_block", default=None)
-_of_generators: dict[FrameType, list[Routing]] = {}  # the open blocks that a generator has entered, in this order
+_of_generators: dict[FrameType, list[Routing]] = {}  # the open blocks that each generator has entered, in order
 
 
 def innermost() -> Routing | None:
-    """The block that the calling code is inside, of whichever model; it may have been left elsewhere."""
+    """The innermost block, of any model, that the calling code is inside, or None; it may be closed already."""
     frame = sys._getframe(1) if _of_generators else None
     while frame is not None and frame.f_code is not _carried.__code__:
         if blocks := _of_generators.get(frame):
@@ -110,7 +119,7 @@ def innermost() -> Routing | None:
 
 
 def block_of(steering: object) -> Routing | None:
-    """The innermost block of this steering that the calling code is inside."""
+    """The innermost block of this steering that the calling code is inside, or None."""
     routing = innermost()
     while routing is not None and routing.steering is not steering:
         routing = routing.outer
@@ -118,7 +127,7 @@ def block_of(steering: object) -> Routing | None:
 
 
 def carry(function: Callable[P, R], routing: Routing | None) -> Callable[P, R]:
-    """The function, running inside this block (None: inside none) wherever it is called."""
+    """Wrap a function, so that it runs inside this block (None: inside no block) wherever it is called."""
 
     @functools.wraps(function)
     def carrying(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -136,9 +145,9 @@ def _carried(function: Callable[..., R], routing: Routing | None, args: tuple[An
 
 
 def _running_generator() -> FrameType | None:
-    """The frame of the innermost generator that runs the caller, if any; not of one that is a context manager.
+    """The frame of the innermost generator that runs the caller, or None; generators of a @contextmanager do not count.
 
-    The generator of a @contextmanager is not on the stack while its block runs, but whoever entered it is.
+    Such a generator is not on the stack while its block runs, but the code that entered the block is.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -151,12 +160,12 @@ def _running_generator() -> FrameType | None:
     return None
 
 
-_submitting = threading.local()  # .now: a worker that starts belongs to no block; its jobs bring theirs along
+_submitting = threading.local()  # .now: this thread submits a job; a worker that starts for it is in no block
 
 
 @functools.cache
 def _carry_into_threads() -> None:
-    """From now on, let threads started and jobs submitted inside a block belong to it.
+    """Make threads started, and jobs submitted, inside a block belong to it from now on.
 
     Before Python 3.14 (and after it, unless `-X thread_inherit_context` says so) a new thread knows nothing of its
     parent's context, and nothing else tells it from a thread that has nothing to do with the block.

@@ -1,4 +1,4 @@
-"""Scales multiplied into the weights: W_down[:, i] · s_i has the effect of scaling z_i, at no cost per token."""
+"""Scales multiplied into the weights: W_down[:, i] · s_i does the same as scaling z_i, at no cost per token."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from hones_steer.layout import DecoderLayer, Layout, down_weight
 from hones_steer.profile import Profile
 from hones_steer.slots import layer_tensors
 
-# What a column can be multiplied in; 8-bit floats mean nothing without their own factors.
+# Types whose columns can be multiplied in place; 8-bit floats mean nothing without their own factors.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Folded:
     """A profile folded into a model's down-projections; only the touched columns are changed and kept.
 
-    Raises StateError, before anything is changed, for weights that cannot be multiplied and restored in place:
-    quantised, not in memory (meta, offloaded), shared with another module, sharded, under a PEFT adapter, or beyond
-    their dtype once they are multiplied.
+    Raises:
+        StateError: weights cannot be multiplied and restored in place: they are quantized, not in memory (meta,
+            offloaded), shared with another module, sharded, under a PEFT adapter, or beyond their dtype once they are
+            multiplied. Nothing was changed.
     """
 
     def __init__(self, model: nn.Module, layout: Layout, profile: Profile) -> None:
@@ -56,15 +57,18 @@ class Folded:
 
 
 def not_finite(before: Tensor, after: Tensor, neurons: Tensor, scales: Tensor) -> str | None:
-    """Which of the columns `[hidden, k]` of these neurons is infinite or NaN after scaling; None where none is."""
-    wrong = (~after.isfinite()).any(0).nonzero().flatten()
-    if not len(wrong):
+    """Say which neuron's column `[hidden]` of `after` is infinite or NaN, and why; None if all are finite.
+
+    `before` and `after` are the columns `[hidden, k]` before and after scaling, `neurons` and `scales` are `[k]`.
+    """
+    columns = (~after.isfinite()).any(0).nonzero().flatten()
+    if not len(columns):
         return None
-    at = int(wrong[0])
-    if not before[:, at].isfinite().all():
-        return f"the weights of neuron {int(neurons[at])} are infinite or NaN before they are scaled"
-    dtype, most = str(after.dtype).removeprefix("torch."), torch.finfo(after.dtype).max
-    return f"neuron {int(neurons[at])} with scale {float(scales[at]):g} goes beyond {dtype} ({most:g} at most)"
+    first = int(columns[0])
+    if not before[:, first].isfinite().all():
+        return f"the weights of neuron {int(neurons[first])} are infinite or NaN before they are scaled"
+    dtype, largest = str(after.dtype).removeprefix("torch."), torch.finfo(after.dtype).max
+    return f"neuron {int(neurons[first])} with scale {float(scales[first]):g} goes beyond {dtype} ({largest:g} at most)"
 
 
 def _require_own_weight(layer: DecoderLayer, pointers: Counter[int]) -> None:

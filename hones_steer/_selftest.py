@@ -23,7 +23,7 @@ _TOKENS = 4
 
 @dataclass(frozen=True)
 class VerifiedProfile:
-    """One profile's result: how many of its neurons were seen to be scaled, and how far logits move at most."""
+    """Result for one profile: how many of its neurons were seen to be scaled, and how far logits move at most."""
 
     name: str
     short_digest: str
@@ -33,9 +33,9 @@ class VerifiedProfile:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `Steering.verify` has found to be right.
+    """Report of a self-test that was passed.
 
-    `layers_not_run` names the layers that the test's inputs do not reach, of which nothing is known.
+    `layers_not_run` names the layers that the test's inputs do not reach; they are not verified.
     """
 
     model_type: str
@@ -72,7 +72,12 @@ def self_test(
 ) -> Verification:
     """Run two rows through the model, the second under each profile in turn, and compare every layer's input.
 
-    `inputs` are two rows as the model takes them; without any, plain tokens, and a blank image where it must be.
+    `inputs` are two rows as the model takes them. Where there are none, the test makes plain tokens, and a blank image
+    if the model does not run without one.
+
+    Raises:
+        StateError: the model does not do what its profiles say (the message names the layer or task), is in training
+            mode, or needs `inputs`.
     """
     if model.training:
         raise StateError("the model is in training mode, where dropout hides differences; call model.eval() first")
@@ -123,13 +128,13 @@ def _verify_profile(
     if not torch.equal(steered[0], plain[0]):
         raise StateError(f"a row without a task differs from the unsteered model beside {name!r}; detach()")
     change = (steered[1].float() - plain[1].float()).abs().max().item()
-    seen = sum(len(neurons) for index, (neurons, _) in profile.layers.items() if index in before)
-    return VerifiedProfile(name, profile.short_digest, seen, change)
+    verified_neurons = sum(len(neurons) for index, (neurons, _) in profile.layers.items() if index in before)
+    return VerifiedProfile(name, profile.short_digest, verified_neurons, change)
 
 
 @contextmanager
 def _layers_run(layout: Layout) -> Generator[set[int]]:
-    """Within the block, collects the layers that run: that are called, or whose down-projection is."""
+    """Collect, within the block, the indices of the layers that are called or whose down-projection is."""
     run: set[int] = set()
     with ExitStack() as stack:
         for layer in layout.layers:
@@ -141,7 +146,10 @@ def _layers_run(layout: Layout) -> Generator[set[int]]:
 
 @contextmanager
 def _recorded(layout: Layout, *, first: bool) -> Generator[dict[int, Tensor]]:
-    """Within the block, keeps each down-projection's input by layer: before all other hooks, or after them."""
+    """Keep, within the block, each layer's input of its down-projection: as other hooks get it, or leave it.
+
+    With `first`, the input is taken before all other hooks, else after them.
+    """
     inputs: dict[int, Tensor] = {}
 
     def keep(index: int, _module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -155,11 +163,14 @@ def _recorded(layout: Layout, *, first: bool) -> Generator[dict[int, Tensor]]:
 
 
 def _plain_forward(model: nn.Module) -> Callable[[], Tensor]:
-    """The model on a few plain tokens, or where it refuses these alone, on tokens and a blank image."""
+    """A function that runs the model on a few plain tokens, or if it refuses these alone, on tokens and a blank image.
+
+    Raises StateError if it runs on neither.
+    """
     text = _test_text(model)
     try:
         _logits(model, text)
-    except (TypeError, ValueError) as error:  # how models say that they need more
+    except (TypeError, ValueError) as error:  # raised by models that need more
         refusal = error
     else:
         return functools.partial(_logits, model, text)
@@ -189,7 +200,7 @@ def _test_text(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _blank_images(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """An image for each of two rows, in the shapes in which models take them."""
+    """Yields an image for each of two rows, in the shapes in which models take them."""
     vision_config: Any = getattr(model.config, "vision_config", None)
     size = getattr(vision_config, "image_size", None)
     if isinstance(size, int):
@@ -197,10 +208,10 @@ def _blank_images(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         dtype: Any = model.dtype
         image = torch.zeros(2, 3, size, size, device=device, dtype=dtype)
         yield {"pixel_values": image}
-        listed = {"pixel_values": image[:, None]}  # one image in a list for each row
+        image_lists = {"pixel_values": image[:, None]}  # one image in a list for each row
         if "image_attention_mask" in inspect.signature(model.forward).parameters:  # Idefics: seen by every token
-            listed["image_attention_mask"] = torch.ones(2, _TOKENS, 1, device=device, dtype=torch.long)
-        yield listed
+            image_lists["image_attention_mask"] = torch.ones(2, _TOKENS, 1, device=device, dtype=torch.long)
+        yield image_lists
 
 
 def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
@@ -209,7 +220,7 @@ def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def _test_tokens(model: nn.Module) -> Tensor:
-    """A few plain token ids `[1, tokens]`: none that stands for an image, or for anything else special."""
+    """Up to four plain token ids `[1, tokens]`: none that stands for an image, or for anything else special."""
     config: Any = model.config
     text = config.get_text_config(decoder=True)
     special = {value for part in (config, text) for value in vars(part).values() if isinstance(value, int)}

@@ -1,8 +1,8 @@
-"""Names that transformers has changed within the versions allowed, taken from what is there rather than from a version.
+"""Names that transformers has changed within the versions allowed, looked up on each object instead of by version.
 
 Gradient checkpointing is called activation checkpointing from 5.23 on, and the key-value cache `cache` instead of
-`past_key_values` from 5.24 on; 5.40 does not take the old name any more. Models whose code is not part of transformers
-may keep it.
+`past_key_values` from 5.24 on; 5.40 no longer takes the old name. Models whose code is not part of transformers may
+keep it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 
 def cache_name(forward: Callable[..., object]) -> str:
-    """The name that a model's or decoder's `forward` has for its key-value cache."""
+    """Name of the argument that a model's or decoder's `forward` takes its key-value cache by."""
     parameters = inspect.signature(forward).parameters
     return next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[0])
 
@@ -27,7 +27,7 @@ def returned_cache(output: Any) -> Any:
 
 
 def enable_checkpointing(model: Any, *, use_reentrant: bool = False) -> None:
-    """Have the layers of a model in training mode recomputed by backward()."""
+    """Make backward() recompute the layers of a model in training mode."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": use_reentrant})
 

@@ -1,15 +1,15 @@
-"""Every error this project raises on purpose.
+"""Errors that this project raises on purpose.
 
 HonesError
 ├── ProfileError    a profile (file or value) is malformed
 ├── MismatchError   a sound profile that belongs to another model
-├── LayoutError     a model whose FFN, heads or norms are not recognised
+├── LayoutError     a model whose FFN, heads or norms are not recognized
 ├── RoutingError    a request names steering that cannot be given: unknown task, bad expression, wrong row count
 ├── StateError      a call in a state that does not allow it: attached twice, fold while a task is active
 └── DataError       examples, images, a model's files or a run folder that cannot be used
 
-A message states what is wrong, names the culprit (file, task, layer) and says what to do.
-The command line prints it as one line and exits with code 2.
+A message is one sentence that names the culprit (file, task, layer) and the remedy: "X is …; do Y". The command line
+prints it as one line and exits with code 2.
 """
 
 
@@ -18,7 +18,7 @@ class HonesError(Exception):
 
 
 class ProfileError(HonesError):
-    """A profile file or value breaks the format (design: format 1)."""
+    """A profile file or value breaks the format (docs/profile-format.md)."""
 
 
 class MismatchError(HonesError):
@@ -26,7 +26,7 @@ class MismatchError(HonesError):
 
 
 class LayoutError(HonesError):
-    """The model's structure is not recognised or not supported."""
+    """The model's structure is not recognized or not supported."""
 
 
 class RoutingError(HonesError):

@@ -1,9 +1,9 @@
 """Profiles on the Hugging Face Hub: repositories with one or more of them.
 
-A repository holds `<task>.safetensors` for each profile, `hones_profiles.json`, which says for each file its sha256 and
-the profile's digest, and a generated model card. What is downloaded is checked against both. Downloads go through
-huggingface_hub's cache; with a commit as revision, what is cached needs no network, and nothing that is cached needs a
-cache that can be written.
+A repository holds `<task>.safetensors` for each profile, a generated model card, and `hones_profiles.json`, which lists
+each file's sha256 and its profile's digest. Every download is checked against both. Downloads go through
+huggingface_hub's cache: with a commit as revision, cached files need no network, and reading them needs no permission
+to write into the cache.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hones_steer.strict_json import parse_object
 MANIFEST, CARD = "hones_profiles.json", "README.md"
 MANIFEST_FORMAT = 1
 
-# In a card without this line the text is somebody's own, and is left alone.
+# A card without this line was written by hand, and is left alone.
 _GENERATED = "<!-- Written by `hones push`, which replaces it. Delete this line to keep a text of your own. -->"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHORT_COMMIT = re.compile(r"[0-9a-f]{7,40}")
@@ -42,7 +42,7 @@ _SPEC = re.compile(r"hub:(?P<repo>[^@\s]+)(?:@(?P<revision>[^@\s]+))?")
 
 @dataclass(frozen=True)
 class Entry:
-    """What a manifest says of one profile: its file's sha256 and its digest."""
+    """A manifest's entry for one profile: the sha256 of its file, and its digest."""
 
     sha256: str
     digest: str
@@ -50,7 +50,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Pulled:
-    """Profiles as they are in one commit of a repository, and all that its manifest lists."""
+    """Profiles of one commit of a repository, and all entries of its manifest, both by task."""
 
     repo: str
     commit: str
@@ -78,9 +78,9 @@ def push_profile(
         MismatchError: the repository's profiles are for another model.
         DataError: no permission, no network, or somebody else pushed meanwhile.
     """
-    given = [profile] if isinstance(profile, Profile) else list(profile)
-    tasks = [each.task for each in given]
-    if not given or len(set(tasks)) < len(tasks):
+    additions = [profile] if isinstance(profile, Profile) else list(profile)
+    tasks = [each.task for each in additions]
+    if not additions or len(set(tasks)) < len(tasks):
         raise ProfileError(f"give profiles of different tasks to push, not {', '.join(tasks) or 'none'}")
     api = HfApi(token=token)
     with _hub_errors(f"{repo}: cannot be pushed to"):
@@ -89,17 +89,17 @@ def push_profile(
         assert parent is not None  # a repository has a first commit
         has_profiles = api.file_exists(name, MANIFEST, revision=parent)
         listed = _pull(name, parent, [], token).listed if has_profiles else {}
-        kept = [task for task in listed if task not in tasks]  # what is replaced may be damaged
-        there = _pull(name, parent, kept, token).profiles if kept else {}
-        profiles = {**there, **{each.task: each for each in given}}
+        kept = [task for task in listed if task not in tasks]  # the others are replaced, and may be damaged
+        kept_profiles = _pull(name, parent, kept, token).profiles if kept else {}
+        profiles = {**kept_profiles, **{each.task: each for each in additions}}
         _require_one_model(name, list(profiles.values()))
         has_card = api.file_exists(name, CARD, revision=parent)
-        own_card = has_card and _GENERATED not in _text(name, CARD, parent, token)
-        if own_card:
+        custom_card = has_card and _GENERATED not in _text(name, CARD, parent, token)
+        if custom_card:
             warnings.warn(f"{name}: its {CARD} is not ours and is kept; describe the new profiles there", stacklevel=2)
-        files = {each.task + SUFFIX: serialize_profile(each) for each in given}
-        files[MANIFEST] = _manifest({**listed, **{each.task: _entry(each) for each in given}})
-        if not own_card:
+        files = {each.task + SUFFIX: serialize_profile(each) for each in additions}
+        files[MANIFEST] = _manifest({**listed, **{each.task: _entry(each) for each in additions}})
+        if not custom_card:
             files[CARD] = hub_card(name, [profiles[task] for task in sorted(profiles)]).encode()
         commit = api.create_commit(
             name,
@@ -128,27 +128,27 @@ def pull_profile(
     pulled = pull_profiles(repo, None if task is None else [task], revision=revision, token=token)
     if len(pulled.profiles) > 1:
         names = list(pulled.profiles)
-        some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        raise ProfileError(f"{repo}: has {len(names):,} profiles ({some}); name the task")
+        listing = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        raise ProfileError(f"{repo}: has {len(names):,} profiles ({listing}); name the task")
     return next(iter(pulled.profiles.values()))
 
 
 def pull_profiles(
     repo: str, tasks: Sequence[str] | None = None, *, revision: str | None = None, token: str | None = None
 ) -> Pulled:
-    """Download several profiles of one commit (None: all). Raises as `pull_profile` does."""
+    """Download the profiles of these tasks (None: all) from one commit. Raises as `pull_profile` does."""
     with _hub_errors(f"{repo}{f'@{revision}' if revision else ''}: cannot be pulled"):
         return _pull(repo, revision, tasks, token)
 
 
 def local_folder(spec: str) -> Path:
-    """A folder with the profiles that "hub:org/name" or "hub:org/name@revision" names, downloaded and checked.
+    """Download and check the profiles of "hub:org/name" or "hub:org/name@revision"; return the folder they are in.
 
-    It lies under huggingface_hub's home, one per commit, and holds plain files. Where the home cannot be written, it is
-    a new temporary folder.
+    The folder holds plain files and lies under huggingface_hub's home, one for each commit; if the home cannot be
+    written, it is a new temporary folder.
 
     Raises:
-        ProfileError, DataError: as `pull_profile`, or the text is not of this form.
+        ProfileError, DataError: as `pull_profile` does, or `spec` is not of this form.
     """
     match = _SPEC.fullmatch(spec)
     if match is None:
@@ -161,19 +161,19 @@ def local_folder(spec: str) -> Path:
     for task in sorted({*pulled.profiles, *store.names()}):
         file = store.folder / (task + SUFFIX)
         if task not in pulled.profiles:
-            what = "was added"
+            change = "was added"
         elif not file.exists():
-            what = "was deleted"
+            change = "was deleted"
         elif file.read_bytes() != serialize_profile(pulled.profiles[task]):
-            what = "was changed"
+            change = "was changed"
         else:
             continue
-        raise ProfileError(f"{file}: {what} after the download; delete {folder}, and it is made anew")
+        raise ProfileError(f"{file}: {change} after the download; delete {folder}, and it is made anew")
     return folder
 
 
 def _copied(pulled: Pulled, folder: Path) -> Path:
-    """Write the profiles into `folder`, or into a temporary one where that cannot be written; return which."""
+    """Write the profiles into `folder`, or if that cannot be written into a temporary one; return the one written."""
     try:
         _copy(pulled, folder)
     except (DataError, OSError) as error:
@@ -201,24 +201,24 @@ def _copy(pulled: Pulled, folder: Path) -> None:
 
 def _pull(repo: str, revision: str | None, tasks: Sequence[str] | None, token: str | None) -> Pulled:
     revision = _full_commit(repo, revision)
-    # Not left to the download alone: without a network that would give what is in the cache, without a word.
+    # The download alone would, without a network, silently return what is in the cache.
     present = _present_commit(repo, revision, token)
     file = _download(repo, MANIFEST, revision, token)
-    commit = file.parent.name  # of huggingface_hub's snapshot, and so of all that is read below
+    commit = file.parent.name  # the snapshot's, and so that of every file read below
     if present not in (None, commit):
         raise DataError(f"{repo}: {revision or 'main'} is being changed; pull again")
     listed = _read_manifest(repo, file)
     for task in tasks or ():
         if task not in listed:
-            known = known_tasks(task, listed, f"its {MANIFEST}")
-            raise ProfileError(f"{repo}: has no profile for the task {task!r}; {known}")
-    wanted = [task for task in listed if tasks is None or task in tasks]
-    profiles = {task: _checked(repo, commit, task, listed[task], token) for task in wanted}
+            hint = known_tasks(task, listed, f"its {MANIFEST}")
+            raise ProfileError(f"{repo}: has no profile for the task {task!r}; {hint}")
+    selected = [task for task in listed if tasks is None or task in tasks]
+    profiles = {task: _checked(repo, commit, task, listed[task], token) for task in selected}
     return Pulled(repo, commit, profiles, listed)
 
 
 def _full_commit(repo: str, revision: str | None) -> str | None:
-    """`revision`, or the whole commit where it is the beginning of one that is in the cache (and no branch or tag)."""
+    """The whole commit, if `revision` is the beginning of one in the cache and no branch or tag; else `revision`."""
     short = (revision or "").lower()
     if revision is None or not _SHORT_COMMIT.fullmatch(short):
         return revision
@@ -234,7 +234,7 @@ def _full_commit(repo: str, revision: str | None) -> str | None:
 
 
 def _present_commit(repo: str, revision: str | None, token: str | None) -> str | None:
-    """The commit that a branch or tag is now; None where nobody needs to be asked (a commit, HF_HUB_OFFLINE)."""
+    """The commit that a branch or tag names at present; None if `revision` is a commit, or with HF_HUB_OFFLINE."""
     if constants.HF_HUB_OFFLINE or (revision and _COMMIT.fullmatch(revision)):
         return None
     return HfApi(token=token).repo_info(repo, revision=revision).sha
@@ -246,8 +246,8 @@ def _read_manifest(repo: str, file: Path) -> dict[str, Entry]:
         if manifest["format"] != MANIFEST_FORMAT:
             raise ProfileError(f"{MANIFEST} has the format {manifest['format']!r}; upgrade hones-steer")
         listed = {task: Entry(str(e["sha256"]), str(e["digest"])) for task, e in manifest["profiles"].items()}
-        if wrong := [task for task in listed if not is_task_name(task)]:
-            raise ProfileError(f"{MANIFEST} lists {wrong[0]!r}, which is no task's name")
+        if invalid := [task for task in listed if not is_task_name(task)]:
+            raise ProfileError(f"{MANIFEST} lists {invalid[0]!r}, which is no task's name")
         if not listed:
             raise ProfileError(f"{MANIFEST} lists no profiles")
     except ProfileError as error:
@@ -261,10 +261,10 @@ def _read_manifest(repo: str, file: Path) -> dict[str, Entry]:
 
 def _checked(repo: str, commit: str, task: str, expected: Entry, token: str | None) -> Profile:
     file = _download(repo, task + SUFFIX, commit, token)
-    found = file_sha256(file)
-    if found != expected.sha256:
+    sha256 = file_sha256(file)
+    if sha256 != expected.sha256:
         raise ProfileError(
-            f"{repo}: {task}{SUFFIX} has the sha256 {found[:12]} where {MANIFEST} has {expected.sha256[:12]}: the "
+            f"{repo}: {task}{SUFFIX} has the sha256 {sha256[:12]} where {MANIFEST} has {expected.sha256[:12]}: the "
             f"download is damaged or the file was replaced by hand; delete {file} and pull again, or push it again"
         )
     profile = load_profile(file)
@@ -297,7 +297,7 @@ def _text(repo: str, file: str, commit: str, token: str | None) -> str:
 
 @contextmanager
 def _hub_errors(what: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises inside the block into a DataError of one sentence."""
+    """Turn errors of huggingface_hub inside the block into a DataError whose sentence begins with `what`."""
     try:
         yield
     except errors.OfflineModeIsEnabled as error:
@@ -320,7 +320,7 @@ def _hub_errors(what: str) -> Iterator[None]:
             f"{what}: {file}{error.strerror or error}; the cache must be readable, and writable for what is not in it "
             "yet: set HF_HOME to a folder that is"
         ) from error
-    except (RuntimeError, ValueError) as error:  # an upload that failed in a thread of its own
+    except (RuntimeError, ValueError) as error:  # an upload that failed in another thread
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         raise DataError(f"{what}: {reason}") from error
     except huggingface_hub.utils.httpx.HTTPError as error:  # type: ignore[attr-defined]  # it is, dynamically
@@ -360,7 +360,7 @@ def _manifest(entries: Mapping[str, Entry]) -> bytes:
 
 
 def hub_card(repo: str, profiles: Sequence[Profile]) -> str:
-    """The model card of a repository: base model, tasks, evidence, and how to use it."""
+    """Text of a repository's model card: base model, tasks, evidence, and how to use it."""
     task, model = profiles[0].task, profiles[0].base_model.name or "BASE_MODEL"
     return card(
         profiles,

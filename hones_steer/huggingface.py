@@ -1,4 +1,4 @@
-"""Steering of a Hugging Face model: a task per call or per batch row, or folded into the weights.
+"""Steering of a Hugging Face model: one task per call or per batch row, or folded into the weights.
 
 steering = steer(model, {"vqa": "vqa.safetensors", "ocr": "ocr.safetensors"})
 with steering.task("vqa"):
@@ -47,11 +47,11 @@ def steer(
 
     `profiles` maps task names to profiles or their files, or is a folder of them. At most `max_profiles` different
     expressions can be in use at once (each takes 4 bytes per FFN neuron of the model); any number can be loaded.
-    Code of torch.compile'd models is dropped (`torch.compiler.reset`), here and by `detach`, because it would go
+    This call and `detach` drop the code of torch.compile'd models (`torch.compiler.reset`), which would otherwise run
     on without the steering.
 
     Raises:
-        LayoutError: the model's FFNs are not recognised or not supported.
+        LayoutError: the model's FFNs are not recognized or not supported.
         ProfileError: a profile cannot be read.
         MismatchError: a profile was made for another model (see `ModelIdentity.check` on `allow_mismatch`).
         StateError: the model is steered already.
@@ -63,7 +63,7 @@ class Steering:
     """A model's steering, made by `steer`. As a context manager it detaches when the block is left.
 
     The model is called as usual, by its own forward or `generate`, compiled or not, from any thread; forwards are
-    serialised. It cannot be copied or pickled while steered (`save_pretrained` and `state_dict` are as ever).
+    serialized. While it is steered it cannot be copied or pickled; `save_pretrained` and `state_dict` work as before.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Steering:
         self._identity = ModelIdentity.from_model(inner)
         self._allow_mismatch = allow_mismatch
         self._profiles = {name: self._checked(name, source) for name, source in _sources(profiles).items()}
-        self._key = object()  # tells this steering's blocks, without keeping it in memory
+        self._key = object()  # identifies this steering's blocks, without keeping it in memory
         self._generating: ContextVar[bool] = ContextVar("hones_steer_generating", default=False)
         self._open: list[Routing] = []
         self._folded: Folded | None = None
@@ -99,35 +99,35 @@ class Steering:
         return tuple(self._profiles)
 
     def task(self, expression: str | None) -> AbstractContextManager[None]:
-        """Within the block, every row of every forward is steered by an expression such as "vqa@0.5+ocr".
+        """Steer every row of every forward, within the block, by an expression such as "vqa@0.5+ocr".
 
-        "none" and None switch steering off; of nested blocks the inner one counts. The task belongs to the
-        calling context and to what is started inside the block: threads, jobs of a ThreadPoolExecutor, asyncio's
-        tasks. A generator may go on with its block in another context. With gradient checkpointing, call backward()
-        inside the block.
+        "none" and None switch steering off; of nested blocks the innermost counts. The task belongs to the calling
+        context and to whatever is started inside the block: threads, jobs of a ThreadPoolExecutor, asyncio's tasks. A
+        generator may continue its block in another context. With gradient checkpointing, call backward() inside the
+        block.
 
         Raises:
             RoutingError: an unknown task, a malformed expression, more different profiles at once than
                 `max_profiles`, or no forward ran inside the block.
-            StateError: detached, or folded; and from a forward inside the block, if a layer ran without its
-                down-projection being called, or a part of the model was replaced after `steer`.
+            StateError: the steering is detached, or a profile is folded; or, from a forward inside the block, a layer
+                ran without its down-projection being called, or a part of the model was replaced after `steer`.
         """
         return self._routed([expression], per_row=False)
 
     def tasks(self, expressions: Sequence[str | None]) -> AbstractContextManager[None]:
-        """As `task`, with one expression per batch row; in `generate`, one per prompt.
+        """Steer each batch row, within the block, by its own expression; in `generate`, each prompt.
 
-        Beams and `num_return_sequences` follow their prompt.
+        Beams and `num_return_sequences` follow their prompt. All else is as in `task`.
 
         Raises:
-            RoutingError: also if the model is called with another number of rows.
+            RoutingError, StateError: as `task` does; also if the model is called with another number of rows.
         """
         if isinstance(expressions, str) or not expressions:
             raise RoutingError(f"tasks() takes a list with one expression per row, not {expressions!r}")
         return self._routed(list(expressions), per_row=True)
 
     def wrap(self, function: Callable[P, R]) -> Callable[P, R]:
-        """The function, carrying the present block along to where it is called: a thread that runs already.
+        """Wrap a function so that it runs inside the present block wherever it is called, as in a running thread.
 
         ```python
         with steering.task("vqa"):
@@ -136,7 +136,7 @@ class Steering:
         ```
 
         Raises:
-            RoutingError: a generator function or coroutine function, which runs after its call has returned.
+            RoutingError: it is a generator function or coroutine function, which runs after its call has returned.
         """
         kinds = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
         if any(is_kind(function) for is_kind in kinds):
@@ -147,11 +147,12 @@ class Steering:
         return carry(function, innermost())
 
     def load(self, name: str, profile: Profile | StrPath) -> None:
-        """Add a profile, or replace the one of this name; blocks already entered keep what they had.
+        """Add a profile, or replace the one of this name; open blocks keep the profiles that they began with.
 
         Raises:
-            ProfileError: it cannot be read, or `name` cannot name a task.
-            MismatchError: it was made for another model.
+            ProfileError: the profile cannot be read, or `name` cannot name a task.
+            MismatchError: the profile was made for another model.
+            StateError: the steering is detached.
         """
         self._require_attached()
         self._profiles = {**self._profiles, name: self._checked(name, profile)}
@@ -160,8 +161,8 @@ class Steering:
         """Forget a profile.
 
         Raises:
-            RoutingError: no such profile.
-            StateError: a block that names it is still open.
+            RoutingError: there is no such profile.
+            StateError: a block that names it is open, or the steering is detached.
         """
         with self._require_attached().injection.lock:
             self._lookup(name)
@@ -175,8 +176,8 @@ class Steering:
 
         Raises:
             RoutingError: an unknown task or a malformed expression.
-            StateError: a task is active, something is folded already, a weight cannot be changed in place
-                (quantised, offloaded, sharded, shared, or under a PEFT adapter), or would be beyond its dtype.
+            StateError: a task is active, a profile is folded already, a weight cannot be changed in place
+                (quantized, offloaded, sharded, shared, or under a PEFT adapter), or would be beyond its dtype.
         """
         attached = self._require_attached()
         with attached.injection.lock:
@@ -189,7 +190,7 @@ class Steering:
             self._folded = Folded(attached.model, attached.layout, profile)
 
     def unfold(self) -> None:
-        """Restore the weights, bit for bit."""
+        """Restore the weights, bit for bit; raises StateError if nothing is folded."""
         with self._require_attached().injection.lock:
             if self._folded is None:
                 raise StateError("nothing is folded; unfold() undoes a fold()")
@@ -199,21 +200,23 @@ class Steering:
     def verify(self, **inputs: Any) -> Verification:
         """Test on the live model that every profile scales exactly its neurons, in its own row only.
 
-        Runs a few tokens through the model, or the given `inputs` of exactly two rows (a processor's, for a model
-        that does not run on text alone). The report's `lines()` are for people; layers that these inputs do not
-        reach are named there, not verified.
+        The test runs a few tokens through the model, or the given `inputs` of exactly two rows (a processor's, for a
+        model that does not run on text alone). The report's `lines()` are for people; they name the layers that these
+        inputs do not reach, which are not verified.
 
         Raises:
-            StateError: naming what is off, or that the model is folded, in training mode or needs `inputs`.
+            StateError: a profile does not scale its neurons (the message names the layer or task), or a profile is
+                folded, the model is in training mode, or it needs `inputs`.
         """
         attached = self._require_attached()
         self._require_unfolded("verify()")
         return self_test(attached.model, attached.layout, attached.injection, self._profiles, self.tasks, inputs)
 
     def is_attached_to(self, model: nn.Module) -> bool:
-        """Whether this steers `model` itself: false for another load of the same weights, and once detached.
+        """Whether this steers `model` itself.
 
-        False, too, where an FFN, or what it is part of, was replaced after `steer`.
+        It does not steer another load of the same weights, a model from which it was detached, or one in which an FFN,
+        or a module around it, was replaced after `steer`.
         """
         attached = self._attached
         return (
@@ -224,10 +227,10 @@ class Steering:
         )
 
     def detach(self) -> None:
-        """Give the model back as it was: no hooks, original weights.
+        """Leave the model as it was before `steer`: no hooks, original weights.
 
         Raises:
-            StateError: a task is active, or already detached.
+            StateError: a task is active, or the steering is detached already.
         """
         attached = self._require_attached()
         with attached.injection.lock:
@@ -285,8 +288,8 @@ class Steering:
 
     def _lookup(self, name: str) -> Profile:
         if name not in self._profiles:
-            known = known_tasks(name, self._profiles, "Steering.names")
-            raise RoutingError(f"there is no profile for the task {name!r}; {known}")
+            hint = known_tasks(name, self._profiles, "Steering.names")
+            raise RoutingError(f"there is no profile for the task {name!r}; {hint}")
         return self._profiles[name]
 
     def _checked(self, name: str, source: Profile | StrPath) -> Profile:
@@ -297,7 +300,7 @@ class Steering:
         return profile
 
     def _generate(self, generate: Callable[P, R], injection: Injection) -> Callable[P, R]:
-        """`generate`, comparing its prompts with the tasks before beams make their number ambiguous."""
+        """Wrap `generate`, to compare its prompts with the tasks before beams make their number ambiguous."""
 
         @functools.wraps(generate)
         def steered_generate(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -316,7 +319,7 @@ class Steering:
         return steered_generate
 
     def _refused_inside_a_block(self, batching: Callable[P, R]) -> Callable[P, R]:
-        """One of the model's methods for continuous batching, which packs rows and records CUDA graphs of them."""
+        """Wrap a method for continuous batching, which packs rows into one, so that a block that steers refuses it."""
 
         @functools.wraps(batching)
         def unsteered(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -346,7 +349,7 @@ class Steering:
 
 @dataclass(eq=False)
 class _Attached:
-    """What a Steering holds on to while it is attached."""
+    """Objects that a Steering holds while it is attached."""
 
     model: nn.Module
     layout: Layout
@@ -356,20 +359,20 @@ class _Attached:
 
 
 class _InstanceMethods:
-    """Methods put on one model, and what somebody else had put there before, to be put back."""
+    """Methods replaced on one model object; those that somebody else had put there before are kept for `restore`."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._before: dict[str, Callable[..., Any] | None] = {}
 
     def wrap(self, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Put the wrapped method on the model, if it has the method."""
+        """Replace the model's method by the wrapped one, if it has the method."""
         if (method := getattr(self._model, name, None)) is not None:
             self._before[name] = self._model.__dict__.get(name)
             self._model.__dict__[name] = wrapper(method)
 
     def restore(self) -> None:
-        """Leave the model with the methods that it had."""
+        """Put the model's own methods back."""
         for name, before in self._before.items():
             del self._model.__dict__[name]
             if before is not None:
@@ -386,7 +389,7 @@ def _sources(
 
 
 def _num_prompts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """The number of rows that `generate` is called with, or None if no input tells it."""
+    """The number of rows in a call of `generate`, or None if no input tells it."""
     for value in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
         if isinstance(value, Tensor):
             return value.shape[0]

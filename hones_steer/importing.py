@@ -1,4 +1,4 @@
-"""IA3 adapters of PEFT read as profiles: those that `export` has written, and those that PEFT has trained."""
+"""IA3 adapters of PEFT read as profiles: those that `export.peft` has written, and those that PEFT has trained."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from hones_steer.strict_json import parse_object
 
 
 def import_peft(folder: StrPath, *, model: nn.Module | None = None, task: str | None = None) -> Profile:
-    """Read an IA3 adapter as a profile. The scales are those of the adapter's tensors.
+    """Read an IA3 adapter as a profile, with the scales of the adapter's tensors.
 
-    Beside a `hones_profile.json` nothing else is needed, and an adapter that was not changed gives the profile that
-    was exported; from a changed one, evidence is left out with a warning: it was not measured for these scales.
-    For an adapter trained with PEFT, pass the `model` it was trained on and the `task`'s name; every neuron with
-    a scale other than 1 is listed.
+    An adapter with a `hones_profile.json` needs no other argument. If it was not changed, the result is the profile
+    that was exported; if it was, the evidence is left out with a warning, as it was not measured for these scales.
+    For an adapter trained with PEFT, pass the `model` that it was trained on and the `task`'s name; the profile lists
+    every neuron with a scale other than 1.
 
     Raises:
-        ProfileError: no adapter there, one of another type, one that scales anything but the FFNs' hidden neurons
-            (it is named), or one that needs `model` or `task`.
+        ProfileError: the folder holds no adapter, one of another type, one that scales anything but the FFNs' hidden
+            neurons (the message names it), or one that needs `model` or `task`.
         MismatchError: the adapter's profile was made for another model than `model`.
     """
     try:
@@ -47,21 +47,21 @@ def _import_peft(folder: Path, model: nn.Module | None, task: str | None) -> Pro
         raise ProfileError(
             f"is a {config.get('peft_type')} adapter; only IA3 adapters scale activations as profiles do"
         )
-    known = parse_sidecar(_read(folder / SIDECAR)) if (folder / SIDECAR).exists() else None
-    if known is None and (model is None or task is None):
+    sidecar = parse_sidecar(_read(folder / SIDECAR)) if (folder / SIDECAR).exists() else None
+    if sidecar is None and (model is None or task is None):
         base = config.get("base_model_name_or_path") or "the model it was trained on"
         raise ProfileError(
             f"has no {SIDECAR}, so it was not exported by hones-steer; give the task's name and the model ({base})"
         )
     identity = ModelIdentity.from_model(unwrap(model)) if model is not None else None
-    if known is not None and identity is not None:
-        known.base_model.check(identity)
-    base_model = known.base_model if known is not None else identity
-    modules = module_names(model, find_layout(model)) if model is not None else known.modules if known else {}
+    if sidecar is not None and identity is not None:
+        sidecar.base_model.check(identity)
+    base_model = sidecar.base_model if sidecar is not None else identity
+    modules = module_names(model, find_layout(model)) if model is not None else sidecar.modules if sidecar else {}
     assert base_model is not None  # one of the two is there
     rows = _read_rows(folder / WEIGHTS, {name: layer for layer, name in modules.items()}, base_model)
-    profile = _profile_of(rows, known, base_model, task)
-    if known is not None and profile.digest != known.digest and known.fields["evidence"]:
+    profile = _profile_of(rows, sidecar, base_model, task)
+    if sidecar is not None and profile.digest != sidecar.digest and sidecar.fields["evidence"]:
         warnings.warn(
             f"{folder}: the scales were changed after the export, so the profile's evidence is left out", stacklevel=3
         )
@@ -78,18 +78,21 @@ def _read(file: Path) -> bytes:
 
 
 def _read_rows(file: Path, layers: Mapping[str, int], base_model: ModelIdentity) -> dict[int, Tensor]:
-    """Layer -> scales float32 `[I]`, of an adapter that has nothing else."""
+    """The scales float32 `[I]` of each layer; raises ProfileError if the adapter holds anything else.
+
+    `layers` maps the name of a down-projection to its layer.
+    """
     try:
         tensors = safetensors.torch.load_file(file)
     except FileNotFoundError as error:
         raise ProfileError(f"holds no {WEIGHTS}; save the adapter with safe serialization") from error
     except (OSError, safetensors.SafetensorError) as error:
         raise ProfileError(f"{WEIGHTS} cannot be read: {error}") from error
-    rows, others = {}, set()
+    rows, other_modules = {}, set()
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX).removesuffix(IA3_SUFFIX)
         if name not in layers or not key.endswith(IA3_SUFFIX):
-            others.add(re.sub(r"\.\d+\.", ".*.", name))
+            other_modules.add(re.sub(r"\.\d+\.", ".*.", name))
         elif tensor.shape != (1, base_model.intermediate_size):
             raise ProfileError(
                 f"{name} has factors of shape {list(tensor.shape)} where a profile scales the "
@@ -98,18 +101,19 @@ def _read_rows(file: Path, layers: Mapping[str, int], base_model: ModelIdentity)
             )
         else:
             rows[layers[name]] = tensor[0].float()
-    if others:
+    if other_modules:
         raise ProfileError(
-            f"also scales {', '.join(sorted(others))}; a profile holds the inputs of the language model's "
+            f"also scales {', '.join(sorted(other_modules))}; a profile holds the inputs of the language model's "
             "down-projections only, so train the adapter on these alone"
         )
     return rows
 
 
 def _profile_of(
-    rows: Mapping[int, Tensor], known: Sidecar | None, base_model: ModelIdentity, task: str | None
+    rows: Mapping[int, Tensor], sidecar: Sidecar | None, base_model: ModelIdentity, task: str | None
 ) -> Profile:
-    members = known.neurons if known is not None else {}
+    """The profile of rows of scales `[I]` by layer: every neuron that the sidecar lists or whose scale is not 1."""
+    members = sidecar.neurons if sidecar is not None else {}
     if missing := sorted(members.keys() - rows.keys()):
         raise ProfileError(f"{WEIGHTS} lacks the factors of layer {missing[0]}; export the profile again")
     layers = {}
@@ -121,10 +125,10 @@ def _profile_of(
             layers[layer] = np.array(chosen, dtype=np.int32), row[chosen].numpy()
     if not layers:
         raise ProfileError("every factor is 1, so there is nothing to steer")
-    if known is None:
+    if sidecar is None:
         return Profile(task=task or "", layers=layers, base_model=base_model, method={"name": "peft_ia3"})
-    profile = Profile(layers=layers, **{**known.fields, "task": task or known.fields["task"]})
-    if profile.digest == known.digest:
+    profile = Profile(layers=layers, **{**sidecar.fields, "task": task or sidecar.fields["task"]})
+    if profile.digest == sidecar.digest:
         return profile
-    method = {"name": "peft_ia3", "changed_from": known.digest}
+    method = {"name": "peft_ia3", "changed_from": sidecar.digest}
     return dataclasses.replace(profile, method=method, evidence={})

@@ -1,21 +1,21 @@
 """The scaling itself, and the hooks that apply it.
 
-The scaled quantity is z, the input of the FFN's down-projection: z' = s·z per neuron, where the paper has
-s = 1 + m⊙λ.
+The scaled quantity is z, the input of the FFN's down-projection: z' = s·z per neuron, where the paper (HONES, arXiv
+2604.17941) has s = 1 + m⊙λ.
 
 `Injection` steers a model that is called as usual. A hook on the model, which always runs outside compiled code,
-finds out once per forward what is asked for and writes it into static tensors; the hooks on the down-projections
-read these tensors and nothing else when they are compiled, so switching tasks never recompiles.
+asks once per forward which block of `Steering.task` it is in and writes the slots of its rows into static tensors. The
+hooks on the down-projections read these tensors and nothing else when they are compiled, so switching tasks never
+recompiles.
 
-Nothing is silently unsteered: before a steered forward the modules on the way to each down-projection must be those
-that were there at `steer`, and after it no decoder layer may have run whose down-projection was not called. Compiled
-code knows which were called when it is traced, and leaves word of it at each run (`LayerHook.called`).
+No row stays unsteered without an error: before a steered forward the modules on the way to each down-projection must be
+those that were there at `steer`, and after it no decoder layer may have run whose down-projection was not called.
+Tracing finds out which ones compiled code calls, and the code sets `LayerHook.called` accordingly at each run.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hones_steer._blocks import Routing
+from hones_steer._recomputation import ForwardsWithGradients
 from hones_steer.errors import LayoutError, RoutingError, StateError
 from hones_steer.layout import Layout, base_layer
 from hones_steer.slots import IDENTITY, RowSlots, ScaleTables
@@ -43,9 +44,9 @@ def scale(z: Tensor, s: Tensor) -> Tensor:
 
 @contextmanager
 def input_hooks(pairs: Iterable[tuple[nn.Module, Callable[[Tensor], Tensor]]]) -> Iterator[None]:
-    """Within the block, each module's first positional input is replaced by what its function makes of it.
+    """Replace each module's first positional input, within the block, by what its function returns for it.
 
-    All hooks are placed or none, and all are removed when the block is left, also by an exception.
+    Either all hooks are placed or none; all are removed when the block is left, also by an exception.
     """
     handles: list[RemovableHandle] = []
     try:
@@ -66,7 +67,7 @@ def _input_hook(replace: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tup
 
 @dataclass(frozen=True)
 class Edge:
-    """One step of the way from the model to a down-projection: `parent` has `child` under `name`."""
+    """One step of the way from the model to a down-projection: `parent` had `child` under `name` at `steer`."""
 
     path: str
     parent: nn.Module
@@ -75,16 +76,41 @@ class Edge:
 
     @property
     def unchanged(self) -> bool:
-        now = self.parent._modules.get(self.name)
-        return now is self.child or getattr(now, "_orig_mod", None) is self.child  # compiled since: its hooks run
+        """Whether `parent` still has `child` there; compiled since then, its hooks still run."""
+        present = self.parent._modules.get(self.name)
+        return present is self.child or getattr(present, "_orig_mod", None) is self.child
 
 
 class Injection:
-    """The hooks of one steered model; nothing of them is left after `detach`.
+    """The hooks of one steered model, and the state that they share; `detach` removes every hook.
 
-    `model` is the one that wrappers (PEFT, torch.compile) call in the end. `current` gives the routing of the
-    calling context, `generating` whether it is inside `generate`. Forwards are
-    serialised by `lock`, because the static tensors hold one forward's rows at a time.
+    `model` is the one that wrappers (PEFT, torch.compile) call in the end. `current` returns the routing of the
+    calling context, `generating` whether it is inside `generate`.
+
+    Forwards are serialized by `lock`, because the static tensors hold one forward's rows at a time. To one thread the
+    injection is IDLE (`_owner` is None), RUNNING (`_owner` is this thread, which holds the lock) or TAKEN (`_owner` is
+    another thread). `_written` is what the static tensors say: the slots of the latest forward's rows, or the identity.
+
+        event                        | IDLE                       | RUNNING                    | TAKEN
+        -----------------------------+----------------------------+----------------------------+-------------------
+        enter: a forward begins      | lock, write its rows, note | release the forward before | wait, then as IDLE
+                                     | those of gradients:        | (it was interrupted), then |
+                                     | → RUNNING (IDLE if         | as IDLE                    |
+                                     | refused)                   |                            |
+        eager_scales: a layer runs   | in backward(), scales of   | scales of the rows         | as IDLE
+        uncompiled                   | the recomputed forward;    |                            |
+                                     | else, in a block, refused  |                            |
+        a layer runs compiled        | scales of `_written`       | scales of `_written`       | scales of `_written`
+        check: the forward returns   | never                      | refused if a layer ran     | never
+                                     |                            | without its down_proj      |
+        release: the forward, its    | nothing                    | unlock; `_written` stays:  | nothing
+        `generate` or its block ends |                            | → IDLE                     |
+        rest: a block has ended      | write the identity, unless | nothing                    | wait, then as IDLE
+                                     | `_written` is that of the  |                            |
+                                     | latest with gradients      |                            |
+
+    PyTorch calls `release` after every forward, also a failed one, but not after a KeyboardInterrupt; the next `enter`
+    of the same thread, or the end of its block, makes up for that.
     """
 
     def __init__(
@@ -97,13 +123,13 @@ class Injection:
     ) -> None:
         self.lock = threading.RLock()
         self.batch = 1
-        self.missed: str | None = None  # a layer that ran in this forward while its down-projection was not called
+        self.missed: str | None = None  # a layer that ran in this forward without calling its down-projection
         self._current = current
         self._generating = generating
         self._owner: int | None = None  # the thread whose forward is in progress
-        self._routing: Routing | None = None  # of that forward
-        self._slots: tuple[int, ...] = (IDENTITY,)  # of its rows
-        self._with_gradients = _ForwardsWithGradients()
+        self._routing: Routing | None = None  # the block that this forward is in
+        self._slots: tuple[int, ...] = (IDENTITY,)  # one for each of its rows, or one for all
+        self._with_gradients = ForwardsWithGradients()
         devices = [execution_device(layer.down_proj, layer.name) for layer in layout.layers]
         self.tables = ScaleTables(devices, layout.intermediate_size, slots)
         self._rows = {device: RowSlots(device) for device in devices}
@@ -141,18 +167,22 @@ class Injection:
         _forget_compiled_code()
 
     def is_attached_to(self, module: nn.Module) -> bool:
-        """Whether this injection's hook is on a down-projection."""
+        """Whether this injection's hook is on the down-projection `module`."""
         hooks = module._forward_pre_hooks.values()
         return any(isinstance(hook, LayerHook) and hook.injection is self for hook in hooks)
 
     def replaced(self) -> str | None:
-        """The path of a module on the way to a down-projection that is another one than at `steer`, if there is any."""
+        """The path of the first module, on the way to a down-projection, that was replaced after `steer`; or None."""
         return next((edge.path for edge in self._edges if not edge.unchanged), None)
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward begins: fix the slots of its rows for all layers that it calls."""
-        # Only an interrupt leaves a forward without an end (KeyboardInterrupt skips PyTorch's hooks).
-        self.release()
+        """Begin a forward: fix the slots of its rows for all layers that it calls.
+
+        Raises:
+            RoutingError: its rows cannot be those of the block that it is in.
+            StateError: the block was left, a module was replaced after `steer`, or the forward is being recorded.
+        """
+        self.release()  # an interrupted forward
         self.lock.acquire()
         self._owner = threading.get_ident()
         try:
@@ -174,7 +204,7 @@ class Injection:
             self.lock.release()
 
     def rest(self) -> None:
-        """Set the identity for code that is called without a forward of the model: compiled parts of it.
+        """Write the identity, which compiled parts of the model read when they are called without the model.
 
         Rows of a forward with gradients stay as they are: compiled backward code may still read them. So do those of
         a forward in progress: a generator's block is left wherever the generator happens to be collected.
@@ -215,7 +245,7 @@ class Injection:
             self._written = (slots, rows)
 
     def check(self) -> None:
-        """Raise StateError if a layer of the forward that ends was passed by while rows of it are steered."""
+        """Raise StateError if a layer of the steered forward that returns ran without its down-projection."""
         if self.missed is not None and self._slots != (IDENTITY,):
             raise StateError(
                 f"{self.missed} ran without calling its down-projection, so {self._routing} has not scaled its "
@@ -228,7 +258,10 @@ class Injection:
         return self._owner == threading.get_ident()
 
     def eager_scales(self, hook: LayerHook, z: Tensor) -> Tensor | None:
-        """S `[rows, I]`, or `[I]` or `[1, I]` for all rows, of an uncompiled layer called with z; None: not steered."""
+        """Scales for the input z `[rows, ..., I]` of an uncompiled layer; None where it is not steered.
+
+        They are `[rows, I]`, or `[I]` or `[1, I]` for all rows, in float32.
+        """
         if self.is_running_here():
             hook.called = True
             return self._scales_of_forward(hook, z)
@@ -238,7 +271,7 @@ class Injection:
         return None
 
     def refuse_past_the_model(self, part: str) -> None:
-        """Raise RoutingError inside a block: a part of the model is called on its own, with rows nobody knows."""
+        """Raise RoutingError inside a block: `part` was called without the model, so its rows are not known."""
         refuse_recording()
         routing = self._current()
         if routing is not None and routing.steers:
@@ -260,86 +293,11 @@ class Injection:
         return hook.table.index_select(0, hook.rows.index[: len(self._slots)])
 
     def _scales_of_recomputation(self, hook: LayerHook) -> Tensor | None:
-        """Gradient checkpointing runs the layers again in backward(), perhaps in another thread."""
+        """Scales of the forward that backward(), perhaps in another thread, recomputes (gradient checkpointing)."""
         slots = self._with_gradients.slots_of_recomputation(hook.layer)
         if slots == (IDENTITY,):
             return None
         return hook.table.index_select(0, torch.tensor(slots, device=hook.table.device))
-
-
-class _ForwardsWithGradients:
-    """Remembers what forwards with gradients were steered with, found again by the autograd nodes they made.
-
-    A recomputation (gradient checkpointing) runs on behalf of a node. Nodes are numbered in the order in which their
-    thread makes them, so a node's number lies between those at the beginning and at the end of its forward.
-    """
-
-    def __init__(self) -> None:
-        self.latest_slots: tuple[int, ...] = (IDENTITY,)
-        self._forwards: deque[_ForwardWithGradients] = deque(maxlen=1024)
-        self._any_steered = False
-
-    def begin(self, routing: Routing | None, slots: tuple[int, ...]) -> None:
-        self.latest_slots = slots
-        self._any_steered |= slots != (IDENTITY,)
-        thread, node = threading.get_ident(), _next_node()
-        latest = self._forwards[-1] if self._forwards else None
-        if latest is not None and latest.continues(thread, routing, slots, node):
-            latest.end = None
-        else:
-            self._forwards.append(_ForwardWithGradients(thread, routing, slots, node))
-
-    def end(self) -> None:
-        if self._forwards and (latest := self._forwards[-1]).end is None:
-            latest.end = _next_node()
-
-    def slots_of_recomputation(self, layer: str) -> tuple[int, ...]:
-        """The slots of the rows of the forward that the calling backward() recomputes.
-
-        Raises StateError if its block was left, or if which forward it is cannot be told.
-        """
-        node = torch._C._current_autograd_node()
-        number = -1 if node is None else node._sequence_nr()
-        found = [forward for forward in self._forwards if forward.made(number)]
-        for forward in found:
-            if forward.routing is not None and forward.routing.closed and forward.routing.steers:
-                raise StateError(
-                    f"backward() recomputes a forward of {forward.routing}, whose block was left; with gradient "
-                    "checkpointing call backward() inside the block"
-                )
-        slots = {forward.slots for forward in found}
-        if len(slots) == 1:
-            return slots.pop()
-        if not slots and not self._any_steered:
-            return (IDENTITY,)
-        raise StateError(
-            f"backward() recomputes {layer}, and it cannot be told for which forward; with gradient checkpointing call "
-            "the model itself, model(...), run differently steered forwards in one thread, and do not nest checkpoints"
-        )
-
-
-def _next_node() -> int:
-    """The number of the next autograd node that this thread makes."""
-    number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
-    return number
-
-
-@dataclass
-class _ForwardWithGradients:
-    """One forward, or several alike in a row, and the numbers of the nodes made: from `start` to below `end`."""
-
-    thread: int
-    routing: Routing | None
-    slots: tuple[int, ...]
-    start: int
-    end: int | None = None
-
-    def continues(self, thread: int, routing: Routing | None, slots: tuple[int, ...], node: int) -> bool:
-        same = self.thread == thread and self.routing is routing and self.slots == slots
-        return same and self.end is not None and node >= self.end
-
-    def made(self, number: int) -> bool:
-        return self.start <= number and (self.end is None or number < self.end)
 
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
@@ -347,13 +305,13 @@ _never_compiled: Callable[[_Function], _Function] = torch.compiler.disable
 
 
 def _never_compiled_alone(function: _Function) -> _Function:
-    """Let Dynamo trace a hook as part of a larger program only; a hook of the compiled module itself runs as it is."""
+    """Let Dynamo trace a hook only inside a larger program; a hook of the compiled module itself runs as it is."""
     torch._dynamo.eval_frame.skip_code(function.__code__)
     return function
 
 
 class _Hook:
-    """A hook that keeps a steered model from being copied: the copy would run, and be steered, by accident."""
+    """Base of the hooks; it keeps a steered model from being copied, as the copy would be steered by accident."""
 
     def __init__(self, injection: Injection) -> None:
         self.injection = injection
@@ -401,7 +359,7 @@ class _DecoderHook(_Hook):
 
 
 class LayerHook(_Hook):
-    """Scales the input of one down-projection. Compiled, it reads tensors only, and no state of Python's."""
+    """Scales the input of one down-projection. When it is compiled, it reads tensors only, and no Python state."""
 
     def __init__(self, injection: Injection, layer: str, table: Tensor, rows: RowSlots) -> None:
         super().__init__(injection)
@@ -409,7 +367,7 @@ class LayerHook(_Hook):
         self.table = table
         self.by_slot = table.unbind()
         self.rows = rows
-        self.called = False  # since the layer began, in a forward of the model
+        self.called = False  # whether it ran since its layer began, in a forward of the model
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         z: Tensor = args[0]
@@ -431,9 +389,9 @@ class LayerHook(_Hook):
 
 
 class GuardHook(_Hook):
-    """Notices, after a decoder layer has run, that its down-projection was not called.
+    """Notes, after a decoder layer has run, that its down-projection was not called.
 
-    Compiled, what it notices is a constant, which the code sets again whenever it runs.
+    When it is compiled, what it notes is a constant, which the code sets again at each run.
     """
 
     def __init__(self, hook: LayerHook) -> None:
@@ -448,7 +406,7 @@ class GuardHook(_Hook):
 
 
 def refuse_recording() -> None:
-    """Raise StateError while a program is recorded: it would be steered for ever as it is now, or never."""
+    """Raise StateError while a program is being recorded: it would be steered forever as it is now, or never."""
     if torch.compiler.is_exporting():
         recorder = "torch.export"
     elif torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
@@ -464,11 +422,11 @@ def refuse_recording() -> None:
 
 
 def _edges(model: nn.Module, modules: Sequence[nn.Module]) -> list[Edge]:
-    """The steps of the ways from a model to these parts of it, each step once."""
-    wanted = {id(module) for module in modules}
+    """The steps of the ways from a model to these modules inside it, each step once."""
+    targets = {id(module) for module in modules}
     edges: dict[str, Edge] = {}
     for path, module in model.named_modules():
-        if id(module) in wanted:
+        if id(module) in targets:
             parent, names = model, path.split(".")
             for depth, name in enumerate(names, 1):
                 child = parent.get_submodule(name)
@@ -479,7 +437,10 @@ def _edges(model: nn.Module, modules: Sequence[nn.Module]) -> list[Edge]:
 
 
 def execution_device(module: nn.Module, name: str) -> torch.device:
-    """Where a module computes: where its weights are, or where accelerate moves them (offloading)."""
+    """The device on which a module computes: where its weights are, or where accelerate moves them (offloading).
+
+    Raises LayoutError, naming the layer, if its weights are not loaded.
+    """
     hook = getattr(module, "_hf_hook", None)
     for part in (hook, *getattr(hook, "hooks", ())):
         if (device := getattr(part, "execution_device", None)) is not None:
@@ -491,7 +452,7 @@ def execution_device(module: nn.Module, name: str) -> torch.device:
 
 
 def _num_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """The batch size of a call of the model, or None if no input tells it."""
+    """The batch size in a call of the model, or None if no input tells it."""
     for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
         if isinstance(value, Tensor):
             return value.shape[0]

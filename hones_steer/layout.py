@@ -1,12 +1,12 @@
-"""Where a model keeps its decoder layers, FFN down-projections and attention heads.
+"""Layout of a model: where its decoder layers, FFN down-projections and attention heads are.
 
 Steering needs one thing per decoder layer: the FFN's down-projection, whose *input* is scaled. Attribution
-also needs the attention output projection, the head count, the final norm and the unembedding; where they are
-not recognised `steer` still works and `Layout.require_attribution()` says what is missing.
+also needs the attention output projection, the head count, the final norm and the unembedding; if one of them is not
+recognized, `steer` still works, and `Layout.require_attribution()` says what is missing.
 
-A model is recognised by structure. To add an architecture, add its names to the tuples below (and a tiny
-config to `tests/tiny_models.py`), or call `register_layout` for one that is not part of this package. Only
-the text decoder is ever looked at, so a vision tower's MLPs are never touched.
+A model is recognized by its structure. To add an architecture, add its names to the tuples below (and a tiny config to
+`tests/tiny_models.py`); for one that is not part of this package, call `register_layout`. Only the text decoder is ever
+looked at, so a vision tower's MLPs are never touched.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ _ATTENTION_OUTPUTS = (
     "self_attention.dense",
     "self_attn.c_proj",
 )
-# What transformers calls layers that keep keys and values only from one token to the next (`config.layer_types`).
+# Names in `config.layer_types` of layers that carry nothing but keys and values from one token to the next.
 _PLAIN_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
 
 
 @dataclass(frozen=True, eq=False)
 class DecoderLayer:
-    """One decoder layer of the text model.
+    """A decoder layer of the text model, the `index`-th from 0.
 
     `name` is its dotted path in the model (without PEFT or `torch.compile` wrappers). `attn_out`, the
     attention's output projection, takes the concatenated heads, `[..., num_heads * head_dim]`, as its input;
-    it and `num_heads` are None where they were not recognised.
+    it and `num_heads` are None where they were not recognized.
     """
 
     index: int
@@ -68,7 +68,10 @@ class DecoderLayer:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """What was found in a model. `decoder` is the text decoder stack that is called with `inputs_embeds`."""
+    """Parts of a model. `decoder` is the text decoder stack, which is called with `inputs_embeds`.
+
+    `final_norm` and `unembedding` are None where they were not recognized.
+    """
 
     model_type: str
     decoder: nn.Module
@@ -79,17 +82,17 @@ class Layout:
     unembedding: nn.Module | None
 
     def require_attribution(self) -> None:
-        """Raise LayoutError, naming the culprit, unless attribution can run the decoder and has found all it needs."""
+        """Raise LayoutError, naming the culprit, unless attribution can run the decoder and knows all its parts."""
         self._require_plain_decoder()
         missing = [
             part
-            for part, found in (
+            for part, recognized in (
                 ("attn_out", all(layer.attn_out is not None for layer in self.layers)),
                 ("num_heads", all(layer.num_heads is not None for layer in self.layers)),
                 ("final_norm", self.final_norm is not None),
                 ("unembedding", self.unembedding is not None),
             )
-            if not found
+            if not recognized
         ]
         if missing:
             raise LayoutError(
@@ -98,22 +101,22 @@ class Layout:
             )
 
     def _require_plain_decoder(self) -> None:
-        """Attribution runs the decoder from embeddings, positions and a mask, and carries keys and values only."""
+        """Raise LayoutError for a decoder that needs more than embeddings, positions, a mask, and keys and values."""
         config = getattr(self.decoder, "config", None)
         kinds = getattr(config, "layer_types", None) or ()
-        more = [f"layers of type {kind!r}" for kind in dict.fromkeys(kinds) if kind not in _PLAIN_ATTENTION]
+        unsupported = [f"layers of type {kind!r}" for kind in dict.fromkeys(kinds) if kind not in _PLAIN_ATTENTION]
         if getattr(config, "hidden_size_per_layer_input", 0):
-            more.append("per-layer inputs")  # a second embedding of the token ids, which embeddings do not tell
-        if more:
+            unsupported.append("per-layer inputs")  # a second embedding of the token ids, which `inputs_embeds` lacks
+        if unsupported:
             raise LayoutError(
-                f"model type {self.model_type!r}: its text decoder has {', '.join(more)}, which attribution does not "
-                "carry yet; steering this model works, attributing on it does not"
+                f"model type {self.model_type!r}: its text decoder has {', '.join(unsupported)}, which attribution "
+                "does not carry yet; steering this model works, attributing on it does not"
             )
 
 
 @dataclass(frozen=True)
 class _Names:
-    """Dotted names of one registered model type; None means: look under the usual names."""
+    """Dotted names of one registered model type; None means that the usual names are tried."""
 
     decoder: str | None = None
     layers: str | None = None
@@ -138,11 +141,11 @@ def register_layout(
     final_norm: str | None = None,
     unembedding: str | None = None,
 ) -> None:
-    """Say where a model type (`config.model_type`) keeps its parts, for one that is not recognised.
+    """Say where a model type (`config.model_type`) keeps its parts, for one that is not recognized.
 
     Dotted paths: `decoder` and `unembedding` inside the model, `layers` (a ModuleList) and `final_norm`
-    inside the decoder, `down_proj` and `attn_out` inside one layer. Parts left None are looked for under
-    the usual names. Registering again replaces the entry.
+    inside the decoder, `down_proj` and `attn_out` inside one layer. For parts that are None the usual names are
+    tried. Registering again replaces the entry.
     """
     _registered[model_type] = _Names(decoder, layers, down_proj, attn_out, num_heads, final_norm, unembedding)
 
@@ -150,9 +153,9 @@ def register_layout(
 def find_layout(model: nn.Module) -> Layout:
     """Find the parts of a Hugging Face model, also of one inside a PEFT or `torch.compile` wrapper.
 
-    Raises LayoutError for a model without a recognised FFN in every layer (a state-space mixer is none), with
-    mixture-of-experts FFNs, with an FFN that is sharded over devices (tensor parallelism) or shared between
-    layers, or with FFN widths that differ between layers.
+    Raises:
+        LayoutError: a layer has no recognized FFN (a state-space mixer is none), mixture-of-experts FFNs, or an FFN
+            that is sharded over devices (tensor parallelism), is shared with another layer, or has another width.
     """
     model = unwrap(model)
     config = getattr(model, "config", None)
@@ -181,7 +184,7 @@ def find_layout(model: nn.Module) -> Layout:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The Hugging Face model inside a PEFT model or a `torch.compile`d module."""
+    """The Hugging Face model inside a PEFT model or a `torch.compile`d module, or the model itself."""
     while True:
         if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
@@ -192,7 +195,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(inputs, outputs) of a linear-like module (nn.Linear, quantised, transformers' Conv1D), else None."""
+    """(inputs, outputs) of a linear-like module (nn.Linear, quantized, transformers' Conv1D); None for any other."""
     for inputs, outputs in (("in_features", "out_features"), ("nx", "nf")):
         shape = getattr(module, inputs, None), getattr(module, outputs, None)
         if isinstance(shape[0], int) and isinstance(shape[1], int):
@@ -201,9 +204,9 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def down_weight(layer: DecoderLayer) -> Tensor:
-    """W_down as a view `[hidden, I]`, whichever way the module stores it, without a PEFT adapter's delta.
+    """W_down as a view `[hidden, I]`, however the module stores it, without a PEFT adapter's delta.
 
-    Raises LayoutError if the weight is not a plain floating-point matrix (quantised or otherwise packed).
+    Raises LayoutError if the weight is not a plain floating-point matrix (quantized or otherwise packed).
     """
     module = base_layer(layer.down_proj)
     shape, weight = linear_shape(module), getattr(module, "weight", None)
@@ -213,7 +216,7 @@ def down_weight(layer: DecoderLayer) -> Tensor:
             return matrix
     raise LayoutError(
         f"{layer.name}: its down-projection ({type(module).__name__}) keeps no plain floating-point weight; "
-        "load the model without quantisation"
+        "load the model without quantization"
     )
 
 
@@ -230,20 +233,20 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def _text_config(config: Any, model_type: str) -> Any:
-    """The text decoder's part of a transformers configuration; of any other, and of none, None."""
+    """The text decoder's part of a transformers configuration; None for any other object."""
     get_text_config = getattr(config, "get_text_config", None)
     if get_text_config is None:
         return None
     try:
         return get_text_config(decoder=True)
-    except ValueError as error:  # more than one
+    except ValueError as error:  # it has several
         raise LayoutError(
             f"the configuration of model type {model_type!r} names no single text decoder: {error}"
         ) from error
 
 
 def _layer_config(text_config: Any, index: int) -> Any:
-    """The text configuration of one layer; from transformers 5.24 on a value may differ between layers."""
+    """The text configuration of one layer; from transformers 5.24 on, values may differ between layers."""
     if getattr(text_config, "is_heterogeneous", False):
         return text_config.per_layer_config[index]
     return text_config
@@ -255,18 +258,18 @@ def _find_decoder(model: nn.Module, model_type: str, names: _Names) -> nn.Module
     get_decoder = getattr(model, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else None
     if isinstance(decoder, nn.Module):
-        # Some wrappers answer with a language model that still has its head, or an encoder, around the stack.
+        # Some wrappers return a language model that still has its head, or an encoder, around the stack.
         while _first(decoder, _LAYER_LISTS) is None and (inner := _first(decoder, ("model", "decoder"))) is not None:
             decoder = inner
         return decoder
-    raise _unrecognised(model_type, "no text decoder was found")
+    raise _unrecognized(model_type, "no text decoder was found")
 
 
 def _find_layer_list(decoder: nn.Module, model_type: str, names: _Names) -> nn.ModuleList:
-    found = _required(decoder, names.layers, model_type) if names.layers else _first(decoder, _LAYER_LISTS)
-    if isinstance(found, nn.ModuleList) and len(found) > 0:
-        return found
-    raise _unrecognised(model_type, f"{type(decoder).__name__} has no list of decoder layers")
+    layers = _required(decoder, names.layers, model_type) if names.layers else _first(decoder, _LAYER_LISTS)
+    if isinstance(layers, nn.ModuleList) and len(layers) > 0:
+        return layers
+    raise _unrecognized(model_type, f"{type(decoder).__name__} has no list of decoder layers")
 
 
 def _describe_layer(
@@ -276,10 +279,10 @@ def _describe_layer(
         down_proj = _required(module, names.down_proj, model_type)
     else:
         _refuse_experts(name, module, model_type)
-        found = _first(module, _DOWN_PROJECTIONS)
-        down_proj = found if found is not None else _down_projection_by_shape(name, module, model_type)
+        named = _first(module, _DOWN_PROJECTIONS)
+        down_proj = named if named is not None else _down_projection_by_shape(name, module, model_type)
     if linear_shape(down_proj) is None:
-        raise _unrecognised(
+        raise _unrecognized(
             model_type, f"the down-projection of {name} is a {type(down_proj).__name__}, not a linear layer"
         )
 
@@ -292,12 +295,13 @@ def _describe_layer(
 
 
 def _down_projection_by_shape(name: str, layer: nn.Module, model_type: str) -> nn.Module:
-    """The only linear outside attention, I → hidden, of an FFN: beside one or two hidden → I, or one hidden → 2 I.
+    """The layer's only linear I → hidden that is beside one or two linears hidden → I, or one hidden → 2 I.
 
-    In a plain FFN the way up looks the same the other way round, so only wide FFNs (I > hidden) count.
+    Attention does not count. If I < hidden, the projections up and down of a plain FFN could be confused, so only wide
+    FFNs (I > hidden) count. Raises LayoutError unless there is exactly one.
     """
-    found: list[nn.Module] = []
-    others: list[str] = []
+    candidates: list[nn.Module] = []
+    mixers: list[str] = []  # blocks that have linears of these shapes among other weights
     for path, parent in layer.named_modules():
         linears = {
             child: shape
@@ -309,15 +313,15 @@ def _down_projection_by_shape(name: str, layer: nn.Module, model_type: str) -> n
             if width > hidden and up:
                 alone = len(linears) == 1 + len(up) and len(up) <= 2 and not _has_other_weights(parent, parent is layer)
                 if alone:
-                    found.append(down)
+                    candidates.append(down)
                 else:
-                    others.append(f"{path} ({type(parent).__name__})".lstrip())
-    if len(found) == 1:
-        return found[0]
-    what = f"{name} ({type(layer).__name__}) has no recognised FFN"
-    if others and not found:
-        what += f", and its {others[0]} is none: it holds more weights than an FFN's (as state-space mixers do)"
-    raise _unrecognised(model_type, what)
+                    mixers.append(f"{path} ({type(parent).__name__})".lstrip())
+    if len(candidates) == 1:
+        return candidates[0]
+    what = f"{name} ({type(layer).__name__}) has no recognized FFN"
+    if mixers and not candidates:
+        what += f", and its {mixers[0]} is none: it holds more weights than an FFN's (as state-space mixers do)"
+    raise _unrecognized(model_type, what)
 
 
 def _is_attention(path: str) -> bool:
@@ -325,7 +329,10 @@ def _is_attention(path: str) -> bool:
 
 
 def _has_other_weights(parent: nn.Module, is_layer: bool) -> bool:
-    """Whether a module has weights outside its linears and norms, as an FFN has not; a layer's parts have their own."""
+    """Whether a module has weights outside its linears and norms, which an FFN does not have.
+
+    In a decoder layer (`is_layer`) only the children's own weights count: attention and norms are parts of it.
+    """
     if next(parent.parameters(recurse=False), None) is not None:
         return True
     children = [child for child in parent.children() if linear_shape(child) is None]
@@ -343,7 +350,7 @@ def _refuse_experts(name: str, layer: nn.Module, model_type: str) -> None:
 
 
 def _common_shape(layers: Iterable[DecoderLayer], model_type: str) -> tuple[int, int]:
-    """(hidden, I), the same in every layer."""
+    """(hidden, I) of all layers; raises LayoutError if they differ, or if two layers share one FFN."""
     shapes = {}
     owners: dict[int, str] = {}
     for layer in layers:
@@ -356,9 +363,9 @@ def _common_shape(layers: Iterable[DecoderLayer], model_type: str) -> tuple[int,
         assert shape is not None  # checked where the layer was described
         shapes[shape] = layer.name
     if len(shapes) != 1:
-        found = ", ".join(f"{name} has {width}→{hidden}" for (width, hidden), name in shapes.items())
+        widths = ", ".join(f"{name} has {width}→{hidden}" for (width, hidden), name in shapes.items())
         raise LayoutError(
-            f"FFN widths of model type {model_type!r} differ between layers ({found}), "
+            f"FFN widths of model type {model_type!r} differ between layers ({widths}), "
             "but a profile has one width: this model cannot be steered"
         )
     ((intermediate_size, hidden_size),) = shapes
@@ -366,7 +373,7 @@ def _common_shape(layers: Iterable[DecoderLayer], model_type: str) -> tuple[int,
 
 
 def _refuse_shards(layers: Iterable[DecoderLayer], text_config: Any) -> None:
-    """A profile addresses the neurons of the whole FFN; a module that holds only some of them has others."""
+    """Raise LayoutError if a module holds only some of its FFN's neurons: a profile numbers those of the whole FFN."""
     for layer in layers:
         module = base_layer(layer.down_proj)
         width, full = _stored_width(module)
@@ -375,8 +382,8 @@ def _refuse_shards(layers: Iterable[DecoderLayer], text_config: Any) -> None:
         layer_config = _layer_config(text_config, layer.index)
         configured = getattr(ffn, "intermediate_size", getattr(layer_config, "intermediate_size", None))
         if isinstance(configured, int) and configured % width == 0:
-            # Sharded by hand, the module knows its own part only (a model that derives another width from
-            # the configured one, as LFM2 does, is no whole part of it).
+            # A module that was sharded by hand knows its own part only. (The width of a model that derives it from the
+            # configured one, as LFM2 does, does not divide that.)
             full = max(full, configured)
         if width != full:
             raise LayoutError(
@@ -386,7 +393,7 @@ def _refuse_shards(layers: Iterable[DecoderLayer], text_config: Any) -> None:
 
 
 def _stored_width(module: nn.Module) -> tuple[int, int]:
-    """(inputs of the weight on this device, inputs of the whole weight)."""
+    """Inputs of the weight on this device, and inputs of the whole weight."""
     shape, weight = linear_shape(module), getattr(module, "weight", None)
     assert shape is not None  # checked where the layer was described
     to_local = getattr(weight, "to_local", None)  # a DTensor's
@@ -412,10 +419,10 @@ def _find_unembedding(model: nn.Module, model_type: str, names: _Names, hidden_s
 
 
 def _resolve(root: nn.Module, path: str) -> nn.Module | None:
-    found: Any = root
-    for part in path.split("."):
-        found = getattr(found, part, None)
-    return found if isinstance(found, nn.Module) else None
+    module: Any = root
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module if isinstance(module, nn.Module) else None
 
 
 def _first(root: nn.Module, paths: Iterable[str]) -> nn.Module | None:
@@ -423,17 +430,17 @@ def _first(root: nn.Module, paths: Iterable[str]) -> nn.Module | None:
 
 
 def _required(root: nn.Module, path: str, model_type: str) -> nn.Module:
-    found = _resolve(root, path)
-    if found is None:
+    module = _resolve(root, path)
+    if module is None:
         raise LayoutError(
             f"the layout registered for model type {model_type!r} names {path!r}, "
             f"which {type(root).__name__} does not have; correct it with hones_steer.register_layout"
         )
-    return found
+    return module
 
 
-def _unrecognised(model_type: str, what: str) -> LayoutError:
+def _unrecognized(model_type: str, what: str) -> LayoutError:
     return LayoutError(
-        f"model type {model_type!r} is not recognised: {what}; say where its parts are with "
+        f"model type {model_type!r} is not recognized: {what}; say where its parts are with "
         f"hones_steer.register_layout({model_type!r}, decoder=..., layers=..., down_proj=...)"
     )

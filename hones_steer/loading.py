@@ -1,4 +1,4 @@
-"""Loading a Hugging Face model for a command, with every way it can fail said in one sentence."""
+"""Loading of Hugging Face models; every failure is a DataError of one sentence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from hones_steer.errors import DataError
 
-# What transformers raises on a model that is missing, unknown, damaged or inconsistent.
+# Errors of transformers about a model that is missing, unknown, damaged or inconsistent.
 _UNLOADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
@@ -26,7 +26,7 @@ def no_bars_off_terminal() -> None:
 
 
 def load_config(name: str) -> Any:
-    """The configuration of a model, a folder's or the Hub's.
+    """Load the configuration of a model folder or a Hub name.
 
     Raises:
         DataError: there is no such model, or it is of a kind transformers does not know.
@@ -36,16 +36,16 @@ def load_config(name: str) -> Any:
     no_bars_off_terminal()
     if _is_path(name) and not Path(name, "config.json").is_file():
         raise DataError(f"cannot load the model {name!r}: there is no {name}/config.json; name a model folder")
-    # Everywhere: remote code is refused at once; without the flag transformers asks on the terminal.
+    # trust_remote_code=False, here and below, refuses remote code; without it transformers asks on the terminal.
     with loading(f"the model {name!r}"):
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> torch.nn.Module:
-    """A causal LM or VLM in eval mode.
+    """Load a causal LM or VLM, in eval mode.
 
     Args:
-        name: local folder or hub name.
+        name: a local folder or a Hub name.
         dtype: "float32", "bfloat16", "float16"; "auto" is the stored type.
         device: "cpu", "cuda", "cuda:1", …; "auto" spreads the model over the GPUs there are, else the CPU.
 
@@ -60,14 +60,17 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> torch.
 
 
 def empty_model(config: Any) -> torch.nn.Module:
-    """The model of a configuration without weights (on the meta device): its structure and its names."""
+    """Build the model of a configuration without weights (on the meta device).
+
+    Raises DataError if transformers cannot.
+    """
     with loading("the model of this configuration"), torch.device("meta"):
         model: torch.nn.Module = _auto_class(config).from_config(config, trust_remote_code=False)
     return model
 
 
 def find_checkpoint(name: str) -> Path:
-    """The folder of a model: itself, or where the Hub's was downloaded to (safetensors, no other weights).
+    """The folder of a model: `name` itself, or where the Hub's was downloaded to (safetensors, no other weights).
 
     Raises:
         DataError: there is no such model, or it cannot be downloaded.
@@ -85,7 +88,7 @@ def find_checkpoint(name: str) -> Path:
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Turn what transformers raises inside the block into a DataError of one sentence."""
+    """Turn errors of transformers inside the block into a DataError: "cannot load `what`" and the reason."""
     try:
         yield
     except _UNLOADABLE as error:
@@ -94,12 +97,12 @@ def loading(what: str) -> Iterator[None]:
 
 
 def _is_path(name: str) -> bool:
-    """Whether a name is a folder's, which a hub name (`owner/model`) never is unless such a folder exists."""
+    """Whether a name is a path. A Hub name (`owner/model`) is one only if such a folder exists."""
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name; "auto" is the GPU if there is one. Raises DataError for one that is not there."""
+    """The device of a name; "auto" is the GPU if there is one. Raises DataError if there is no such device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -111,7 +114,7 @@ def find_device(name: str) -> torch.device:
 
 
 def is_vlm(config: Any) -> bool:
-    """Whether a model of this configuration takes images and gives text."""
+    """Whether a model of this configuration takes images and returns text."""
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -127,7 +130,7 @@ def _load_weights(name: str, config: Any, dtype: str, device: torch.device, *, s
     placement: dict[str, Any] = {}
     if spread and torch.cuda.device_count() > 1:
         placement["device_map"] = "auto"
-    load: Any = _auto_class(config).from_pretrained  # annotated as if it never returned the report
+    load: Any = _auto_class(config).from_pretrained  # its annotation lacks the report
     model: torch.nn.Module
     model, report = load(
         name,

@@ -85,10 +85,10 @@ def is_task_name(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class ModelIdentity:
-    """What a profile knows about the model it was made for.
+    """Identity of the model that a profile was made for.
 
-    `name` and `revision` tell a person where the model came from and are not compared by `check`.
-    `sketch` is 16 numbers of the final norm's weight: it survives a change of dtype, quantisation and tensor
+    `name` and `revision` tell a person where the model came from; `check` does not compare them.
+    `sketch` is 16 numbers of the final norm's weight: it survives a change of dtype, quantization and tensor
     parallelism, tells another base model from this one, and does not tell a light fine-tune.
 
     Raises:
@@ -115,13 +115,13 @@ class ModelIdentity:
 
     @classmethod
     def from_model(cls, model: nn.Module) -> ModelIdentity:
-        """Read the identity off a loaded transformers model.
+        """The identity of a loaded transformers model.
 
-        A model loaded from a local folder gets the empty name: a path says nothing on another machine.
-        Weights that are not in memory (meta tensors) give no sketch.
+        A model loaded from a local folder has the empty name, as a path means nothing on another machine. Without its
+        final norm in memory (meta tensors) it has no sketch.
 
         Raises:
-            LayoutError: the model's structure is not recognised.
+            LayoutError: the model's structure is not recognized.
         """
         from hones_steer.layout import find_layout
 
@@ -141,10 +141,10 @@ class ModelIdentity:
         """Check that a profile with this identity belongs to the model identified by `expected_from_model`.
 
         `allow_mismatch` waives the model type and the sketch, never the shapes: scales for other shapes have
-        no meaning. A missing sketch on either side warns (UserWarning), as only shapes can be compared then.
+        no meaning. If either side has no sketch, a UserWarning says that only the shapes were compared.
 
         Raises:
-            MismatchError: naming both values and the way out.
+            MismatchError: it belongs to another model; the message names both values and the way out.
         """
         owner = "the model it was made for" + (f" ({self.name})" if self.name else "")
         if difference := self._shape_difference(expected_from_model, "the model"):
@@ -164,7 +164,7 @@ class ModelIdentity:
             )
 
     def require_same(self, other: ModelIdentity, *, allow_mismatch: bool = False) -> None:
-        """Check that profiles with these two identities may be added (names and revisions are not compared).
+        """Check that profiles with these two identities may be added; names and revisions are not compared.
 
         Raises:
             MismatchError: the shapes differ, or (unless `allow_mismatch`) the model types or sketches.
@@ -179,9 +179,9 @@ class ModelIdentity:
 
     def _shape_difference(self, other: ModelIdentity, owner: str) -> str | None:
         for field in ("num_layers", "intermediate_size", "hidden_size"):
-            mine, theirs = getattr(self, field), getattr(other, field)
-            if mine != theirs:
-                return f"{field} is {mine} in the profile and {theirs} in {owner}"
+            size, other_size = getattr(self, field), getattr(other, field)
+            if size != other_size:
+                return f"{field} is {size} in the profile and {other_size} in {owner}"
         return None
 
     def _weight_difference(self, other: ModelIdentity, owner: str) -> str | None:
@@ -196,7 +196,7 @@ class ModelIdentity:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Profile:
-    """One task's steering: a frozen value.
+    """Steering of one task: a frozen value.
 
     `layers` maps a 0-based decoder layer to ``(neurons, scales)``: int32[k] and float32[k] arrays, k >= 1.
     They are copied and read-only; the mapping is immutable and in ascending order. `method` and `evidence`
@@ -204,9 +204,9 @@ class Profile:
     file is read.
 
     ``==`` and ``hash`` compare the content and `base_model`, not task, description or other metadata.
-    ``profile * x`` scales the offsets (scale - 1); ``a + b`` and ``a - b`` add and subtract them, a neuron
-    that only one profile lists having offset 0 in the other. The result keeps the left task name, every
-    neuron (also where the scale has become 1), and no evidence: what was measured does not hold for it.
+    ``profile * x`` scales the offsets (scale - 1); ``a + b`` and ``a - b`` add and subtract them, where a neuron that
+    only one profile lists has offset 0 in the other. The result keeps the left task name and every neuron, also one
+    whose scale has become 1; it has no evidence, because nothing was measured for it.
 
     Raises:
         ProfileError: a field breaks format 1 (see the module's docstring), naming the culprit.
@@ -234,7 +234,7 @@ class Profile:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the content alone, 64 hex digits (see the module's docstring)."""
+        """Sha256 of the content alone, 64 hex digits (see the module's docstring)."""
         state = hashlib.sha256(struct.pack("<i", FORMAT))
         for layer, (neurons, scales) in self.layers.items():
             state.update(struct.pack("<ii", layer, len(neurons)))
@@ -249,7 +249,7 @@ class Profile:
 
     @property
     def num_neurons(self) -> int:
-        """How many neurons are listed, over all layers."""
+        """Number of neurons listed, over all layers."""
         return sum(len(neurons) for neurons, _ in self.layers.values())
 
     def __eq__(self, other: object) -> bool:
@@ -295,7 +295,7 @@ class Profile:
 def blend(
     terms: Sequence[tuple[Profile, float]], *, task: str, description: str, allow_mismatch: bool = False
 ) -> Profile:
-    """The profile with scale 1 + Σ weight · (scale − 1) at every neuron that any term lists.
+    """Add weighted profiles: the scale is 1 + Σ weight · (scale − 1) at every neuron that any of the terms lists.
 
     Computed in float64 as Σ weight · scale + (1 − Σ weight), which keeps weight 1 and weight 0 exact, then
     rounded to float32. The license joins the terms' licenses with " AND "; the base model is the first's.
@@ -327,9 +327,9 @@ def _blend_layer(terms: Sequence[tuple[Profile, float]], layer: int) -> tuple[Ne
     total, rest = np.zeros(len(union)), np.ones(len(union))
     with np.errstate(over="ignore", invalid="ignore"):  # the result is inf or NaN, which Profile refuses
         for neurons, scales, weight in parts:
-            at = np.searchsorted(union, neurons)
-            total[at] += weight * scales.astype(np.float64)
-            rest[at] -= weight
+            positions = np.searchsorted(union, neurons)
+            total[positions] += weight * scales.astype(np.float64)
+            rest[positions] -= weight
         return union, (total + rest).astype(np.float32)
 
 
@@ -340,7 +340,7 @@ def load_profile(path: StrPath) -> Profile:
     """Read a profile file; everything is validated before anything is returned.
 
     Raises:
-        ProfileError: naming the file and what is wrong with it.
+        ProfileError: the file cannot be read or breaks format 1; the message names the file and what is wrong.
     """
     try:
         return parse_profile(_read(path))
@@ -351,10 +351,10 @@ def load_profile(path: StrPath) -> Profile:
 
 
 def parse_profile(data: bytes) -> Profile:
-    """The profile in the bytes of a file.
+    """Parse the bytes of a profile file.
 
     Raises:
-        ProfileError: saying what is wrong with them (without a file name).
+        ProfileError: they break format 1; the message says how, without a file name.
     """
     header = _parse_header(data)
     fields = parse_metadata(_metadata_text(header.pop("__metadata__", None)))
@@ -369,13 +369,13 @@ def parse_profile(data: bytes) -> Profile:
 
 
 def file_sha256(path: StrPath) -> str:
-    """sha256 of the file's bytes, 64 hex digits (what the Hub shows; not the profile's digest)."""
+    """Sha256 of the file's bytes, 64 hex digits, as the Hub shows it; not the profile's digest."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(path: StrPath) -> bytes:
-    # Non-blocking, or opening a FIFO would wait for a writer for ever.
+    # Non-blocking, or opening a FIFO would wait for a writer forever.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)
@@ -411,10 +411,10 @@ def _metadata_text(entry: object) -> str:
 
 
 def parse_metadata(text: str) -> dict[str, Any]:
-    """What `metadata_json` has written: every field of a `Profile` but its layers, with `base_model` a `ModelIdentity`.
+    """Parse the text that `metadata_json` writes into the fields of a `Profile`, without its layers.
 
     Raises:
-        ProfileError: another version, a key too few or too many, or a bad `base_model`.
+        ProfileError: the text has another version, a key too few or too many, or a bad `base_model`.
     """
     metadata = parse_object(text, "the metadata", ProfileError)
     version = metadata.get("format")
@@ -455,11 +455,11 @@ def _check_tensor_names(header: Mapping[str, Any], num_layers: int) -> list[int]
     return sorted(layers)
 
 
-# Checks of values, the same for a file read and for a profile built in code -----------------------
+# Checks of values, the same for a file and for a profile built in code ----------------------------
 
 
 def _shown(value: object) -> str:
-    """A value from an untrusted file, short enough for an error message."""
+    """The repr of a value from an untrusted file, cut to 80 characters for an error message."""
     text = reprlib.repr(value)  # plain repr fails on deep nesting
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -621,9 +621,9 @@ def _check_scales(layer: int, neurons: Neurons, scales: Scales) -> None:
 
 
 def save_profile(profile: Profile, path: StrPath) -> None:
-    """Write a profile file, atomically: whatever happens, `path` holds the old file or the whole new one.
+    """Write a profile file atomically: whatever happens, `path` holds the old file or the whole new one.
 
-    The same profile always gives the same bytes.
+    The same profile always has the same bytes.
 
     Raises:
         ProfileError: the file cannot be written (disk full, no such folder); nothing is left behind.
@@ -635,7 +635,7 @@ def save_profile(profile: Profile, path: StrPath) -> None:
 
 
 def serialize_profile(profile: Profile) -> bytes:
-    """The bytes of the profile's file."""
+    """Bytes of the profile's file."""
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     for layer, (neurons, scales) in profile.layers.items():
         tensors[f"layers.{layer}.neurons"] = neurons
@@ -644,7 +644,7 @@ def serialize_profile(profile: Profile) -> bytes:
 
 
 def metadata_json(profile: Profile) -> str:
-    """Everything of a profile but its layers, as it stands in the file."""
+    """JSON text of all a profile's fields but its layers, as it stands in the file."""
     metadata = {
         field.name: getattr(profile, field.name)
         for field in dataclasses.fields(Profile)
@@ -664,7 +664,7 @@ def _hub_name(name: object) -> str:
 
 
 def sketch_of(final_norm: nn.Module | None, hidden_size: int) -> tuple[float, ...] | None:
-    """16 numbers of the final norm's stored weight `[hidden]`, or None where it is not in memory."""
+    """The sketch: 16 numbers of the final norm's stored weight `[hidden]`, or None if it is not in memory."""
     weight: Any = getattr(final_norm, "weight", None)
     if weight is None or weight.is_meta:
         return None

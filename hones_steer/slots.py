@@ -1,8 +1,8 @@
-"""Scale tables and who uses which slot of them.
+"""Scale tables, and the allocation of their slots to profiles.
 
-Every decoder layer has one float32 table `[slots, I]`. Slot 0 is the identity; each other slot holds one profile
-at a time. A batch row picks its scales by slot number. All tensors are allocated once and written in place, so
-that compiled code and CUDA graphs that have read them once see every later change without being rebuilt.
+Every decoder layer has one float32 table `[slots, I]`, where I is the width of the FFN. Slot 0 is the identity; every
+other slot holds one profile at a time. A batch row picks its scales by slot number. All tensors are allocated once and
+written in place, so that compiled code and CUDA graphs that have read them once see every later change.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ _INITIAL_ROWS = 256
 
 
 class ScaleTables:
-    """One table `[slots, I]` per decoder layer, each on its layer's device; slot 0 is never written.
+    """Tables `[slots, I]`, one per decoder layer and on its device; slot 0 is never written.
 
-    `shard` names the neurons this process holds under tensor parallelism (default: all): the width of its tables.
+    Under tensor parallelism `shard` is the range of neurons that this process holds (default: all of them); its tables
+    are as wide as that.
     """
 
     def __init__(
@@ -37,20 +38,20 @@ class ScaleTables:
         self.tables = [_static((slots, width), torch.float32, device, 1) for device in devices]
 
     def write(self, slot: int, profile: Profile) -> None:
-        """Put a profile's scales into a slot; neurons that it does not list get scale 1."""
+        """Write a profile's scales to a slot; neurons that it does not list get scale 1."""
         with torch.inference_mode(False), torch.no_grad():
             for layer, table in enumerate(self.tables):
                 table[slot].copy_(scale_row(profile, layer, self._intermediate_size)[self._shard])
 
 
 class RowSlots:
-    """On one device: the slot of each batch row, int64 `[rows]`, of which a forward uses the first few."""
+    """The slot of each batch row, int64 `[rows]` on one device, of which a forward uses as many as it has rows."""
 
     def __init__(self, device: torch.device) -> None:
         self.index = _static((_INITIAL_ROWS,), torch.int64, device, IDENTITY)
 
     def write(self, slots: Sequence[int], rows: int) -> None:
-        """Set the slots of the first `rows` rows; a single slot is for all rows."""
+        """Set the slots of the first `rows` rows; a single slot stands for all rows."""
         if rows > len(self.index):
             self.index = _static((2 * rows,), torch.int64, self.index.device, IDENTITY)
         with torch.inference_mode(False), torch.no_grad():
@@ -61,7 +62,7 @@ class RowSlots:
 
 
 class SlotPool:
-    """Gives profiles slots of the tables: pinned while in use, else forgotten least recently used first."""
+    """Allocates slots of the tables to profiles: pinned while in use, else given away least recently used first."""
 
     def __init__(self, tables: ScaleTables, max_profiles: int) -> None:
         self._tables = tables
@@ -70,22 +71,22 @@ class SlotPool:
         self._pins: Counter[str] = Counter()
 
     def acquire(self, profiles: Iterable[Profile | None]) -> tuple[int, ...]:
-        """The slots of these profiles (None: the identity), written and pinned until `release`: all or none.
+        """Write these profiles (None: the identity) to slots, pinned until `release`; return the slots.
 
-        Raises RoutingError if more distinct profiles than `max_profiles` would be in use at once.
+        Raises RoutingError, and pins none, if more distinct profiles than `max_profiles` would be in use at once.
         """
         profiles = list(profiles)
-        wanted = {profile.digest: profile for profile in profiles if profile is not None}
-        in_use = len(wanted.keys() | self._pins.keys())
+        by_digest = {profile.digest: profile for profile in profiles if profile is not None}
+        in_use = len(by_digest.keys() | self._pins.keys())
         if in_use > self._max_profiles:
             raise RoutingError(
                 f"{in_use} different profiles would be in use at once, but max_profiles is {self._max_profiles}; "
                 "use fewer, or pass a larger max_profiles to steer()"
             )
-        for digest in wanted.keys() & self._slots.keys():
+        for digest in by_digest.keys() & self._slots.keys():
             self._slots.move_to_end(digest)
-        self._pins.update(wanted.keys())
-        for digest, profile in wanted.items():
+        self._pins.update(by_digest.keys())
+        for digest, profile in by_digest.items():
             if digest not in self._slots:
                 slot = self._free_slot()
                 self._tables.write(slot, profile)
@@ -93,7 +94,7 @@ class SlotPool:
         return tuple(IDENTITY if profile is None else self._slots[profile.digest] for profile in profiles)
 
     def release(self, profiles: Iterable[Profile | None]) -> None:
-        """Unpin what one `acquire` of the same profiles has pinned."""
+        """Undo the pinning of one `acquire` of the same profiles."""
         self._pins -= Counter({profile.digest for profile in profiles if profile is not None})
 
     def _free_slot(self) -> int:
@@ -104,13 +105,13 @@ class SlotPool:
 
 
 def scale_row(profile: Profile, layer: int, width: int) -> Tensor:
-    """One layer's scales as a dense float32 row `[width]` on the CPU, of ones where the profile lists nothing."""
+    """The scales of one layer as a dense float32 row `[width]` on the CPU, 1 where the profile lists nothing."""
     neurons, scales = profile.layers.get(layer, ((), ()))
     return dense_row(neurons, scales, width)
 
 
 def layer_tensors(profile: Profile, layer: int) -> tuple[Tensor, Tensor]:
-    """One layer's (neurons int64 `[k]`, scales float32 `[k]`), which the profile must list."""
+    """The neurons int64 `[k]` and scales float32 `[k]` of a layer that the profile lists."""
     neurons, scales = profile.layers[layer]
     return torch.tensor(neurons, dtype=torch.int64), torch.tensor(scales)
 
@@ -128,7 +129,7 @@ def dense_row(neurons: Any, scales: Any, width: int) -> Tensor:
 
 
 def _static(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, fill: int) -> Tensor:
-    """A tensor that CUDA graphs may read where it is, instead of copying it before every replay."""
+    """A tensor that CUDA graphs read in place, instead of copying it before every replay."""
     with torch.inference_mode(False):
         tensor = torch.full(shape, fill, dtype=dtype, device=device)
     torch._dynamo.mark_static_address(tensor)

@@ -22,9 +22,9 @@ MAX_EXPRESSION_LENGTH = 256
 MAX_STRENGTH = 10
 SUFFIX = ".safetensors"
 
-_ALL_LISTED = 8  # in an error: so many tasks are all named, of more the nearest few
+_ALL_LISTED = 8  # an error names all tasks up to so many, of more only the nearest
 _NEAREST = 5
-_SIMILAR = 0.6  # of difflib's ratio
+_SIMILAR = 0.6  # least ratio, by difflib, of a near name
 
 _NUMBER = re.compile(r"(-?)(0|[1-9][0-9]?)(?:\.([0-9]{1,3}))?")
 
@@ -115,7 +115,7 @@ def combine(
 
     One task at strength 1 is that profile itself. Otherwise offsets are summed in float64 and rounded once
     to float32, in sorted order, so that ``a+b`` and ``b+a`` have the same digest; the result's task is the
-    one task named, or ``blend``, and its description is the expression. `lookup` gives the profile of a name
+    one task named, or ``blend``, and its description is the expression. `lookup` returns the profile of a name
     or raises RoutingError. `allow_mismatch` combines profiles whose model types or sketches differ.
 
     Raises:
@@ -139,9 +139,9 @@ def combine(
 
 
 def known_tasks(name: str, tasks: Collection[str], listing: str) -> str:
-    """The end of an error about the unknown task `name`: all `tasks` where they are few, else those named most like it.
+    """The end of an error about the unknown task `name`: all tasks if they are few, else those with the nearest names.
 
-    `listing` says what lists them all, such as "GET /v1/hones/profiles".
+    `listing` says where all of them are listed, such as "GET /v1/hones/profiles".
     """
     if len(tasks) <= _ALL_LISTED:
         return f"known tasks: {', '.join(tasks) or 'none yet'}"
@@ -184,7 +184,7 @@ class ProfileStore:
         self._cache: dict[str, tuple[tuple[int, int, int], Profile]] = {}
 
     def names(self) -> list[str]:
-        """The tasks that have a file, sorted. Broken files are listed too: `get` says what is wrong."""
+        """The tasks that have a file, sorted. Broken files are listed too; `get` says what is wrong with them."""
         files = self.folder.glob("*" + SUFFIX)
         return sorted(name for name in (file.name.removesuffix(SUFFIX) for file in files) if is_task_name(name))
 

@@ -47,7 +47,7 @@ def what_is_here() -> str:
 
 
 def passed_before(part: str, here: str) -> str | None:
-    """What `.test-all/` says of a part, if it is about what is here."""
+    """The record in `.test-all/` of a part, if it is about the files that are here."""
     file = PASSED / part
     if not file.exists():
         return None

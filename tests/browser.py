@@ -70,18 +70,18 @@ class Opened:
 CONTRASTS = """() => {
   const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
   const known = {};
-  const rgb = colour => known[colour] ??= (() => {
-    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+  const rgb = color => known[color] ??= (() => {
+    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
     return [...canvas.getImageData(0, 0, 1, 1).data];
   })();
-  const luminance = colour => [0.2126, 0.7152, 0.0722].reduce((sum, weight, i) => {
-    const part = colour[i] / 255;
+  const luminance = color => [0.2126, 0.7152, 0.0722].reduce((sum, weight, i) => {
+    const part = color[i] / 255;
     return sum + weight * (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
   }, 0);
   const ground = element => {
     for (let e = element; e; e = e.parentElement) {
-      const colour = rgb(getComputedStyle(e).backgroundColor);
-      if (colour[3] === 255) return colour;
+      const color = rgb(getComputedStyle(e).backgroundColor);
+      if (color[3] === 255) return color;
     }
   };
   const worst = {};
@@ -98,7 +98,7 @@ CONTRASTS = """() => {
 
 
 def take_picture(page: Path, picture: Path) -> None:
-    """A PNG of the upper part of a page, in light colours."""
+    """A PNG of the upper part of a page, in light colors."""
     with chromium() as browser:
         tab = browser.new_page(viewport=PICTURE, color_scheme="light")
         tab.goto(page.resolve().as_uri())

@@ -1,4 +1,4 @@
-"""What every test stands on: the same environment whatever the shell's, an order for two workers, a demo, a browser.
+"""Common ground of all tests: the same environment whatever the shell's, an order for two workers, a demo, a browser.
 
 The first process of a run makes a folder for what is remembered between processes (compiled code, what vLLM knows of
 models), which xdist's workers and the processes that tests start share, and which goes when the run ends.
@@ -82,7 +82,7 @@ LONGEST = ("test_in_vllm", "demo", "test_http[vllm", "test_http[transformers", "
 
 
 def group_of(nodeid: str) -> str:
-    """What a test runs together with in one worker, as they share something expensive: its file, with exceptions."""
+    """The group that a test runs with in one worker, as they share something expensive: its file, with exceptions."""
     path, _, name = nodeid.partition("::")
     file = Path(path).stem
     if file in ("test_demo", "test_docs"):

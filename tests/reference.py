@@ -87,7 +87,7 @@ def margins(model, processor, task, example):
 
 
 def outputs(model, processor, task, examples):
-    """What the model gives for each example."""
+    """The model's output for each example."""
     run = margins if task.kind == "rank" else generate
     return [run(model, processor, task, example) for example in examples]
 
@@ -252,7 +252,7 @@ def centred_directions(model, processor, task, examples):
 
 
 def contrastive_directions(model, processor, task, examples):
-    """u_y less the mean of the other examples' u, normalised again."""
+    """u_y less the mean of the other examples' u, normalized again."""
     units = directions(model, processor, task, examples)
     result = []
     for i, unit in enumerate(units):

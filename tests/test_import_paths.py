@@ -48,7 +48,7 @@ from hones_steer import pull_profile, push_profile, register_layout, save_profil
 from hones_steer.layout import DecoderLayer, Layout
 import hones_offline.models; hones_offline.models.keep_freed_memory
 """.strip().splitlines()
-"""What pages and example scripts imported while all modules of `hones_offline` lay in one folder."""
+"""Imports of pages and example scripts while all modules of `hones_offline` lay in one folder."""
 
 
 def imports_of(source: str) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples"
 PAGES += (ROOT / "benchmarks").rglob("*.md")
 
 BRITISH = re.compile(
-    r"\b(?!licensed)("
+    r"\b(?<!--)(?!licensed)("  # --colour is a variable of the report's style sheet
     r"\w*(?:colour|behaviour|neighbour|favour|labour|honour|licenc)\w*"
     r"|(?:normal|general|initial|optim|quant|serial|summar|organ|real|recogn|tokeni|minim|maxim|penal|vectori|material)is(?:e|es|ed|ing|ation)"
     r"|(?:centre|metre|fibre)s?|analys(?:e|ed|ing)|grey|catalogue|labell(?:ed|ing)|modell(?:ed|ing)|travell(?:ed|ing)"

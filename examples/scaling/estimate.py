@@ -1,4 +1,4 @@
-"""What `hones attribute` costs on a large model: layer-forwards, operations, bytes, hours. Computed, not measured.
+"""Costs of `hones attribute` on a large model: layer-forwards, operations, bytes, hours. Computed, not measured.
 
     python -m examples.scaling.estimate --examples 1000 --gpus 1 8 64
 
@@ -21,7 +21,7 @@ BF16 = 2  # bytes
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model decides the cost."""
+    """The numbers of a model that decide the cost."""
 
     name: str
     layers: int
@@ -33,7 +33,7 @@ class Shape:
     top_heads: int
     image_tokens: int
     vision_flops: float
-    """Of one image through the vision tower."""
+    """Operations of one image through the vision tower."""
 
     @property
     def layer_parameters(self) -> int:
@@ -86,7 +86,7 @@ class Run:
         return self.prompt + int(self.args.answer_tokens)
 
     def layer_forwards(self) -> tuple[float, float]:
-        """Of all examples: for head scores, for importance (heads taken to be spread evenly over the layers)."""
+        """Layer-forwards of all examples: for head scores, for importance (heads spread evenly over the layers)."""
         depth, per_head = self.shape.layers, self.layers_of_a_head()
         scoring = depth + self.args.evaluated * self.shape.heads * depth * per_head
         importance = depth + self.shape.top_heads * per_head
@@ -97,7 +97,7 @@ class Run:
         return (self.shape.layers + 1) / 2 - self.shape.left_out
 
     def hours(self, gpus: int, head_metric: str) -> float:
-        """Of the process that has most to do; every process encodes every image."""
+        """Hours of the process that has most to do; every process encodes every image."""
         depth, args = self.shape.layers, self.args
         batches = math.ceil(args.examples / args.batch_size)
         parts = Processes(0, gpus).parts(batches, depth)

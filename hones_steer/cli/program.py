@@ -1,9 +1,9 @@
 """The command ``hones``: runs the command asked for and turns errors into one line and an exit code.
 
-Commands are entry points of the group ``hones.commands``: name -> ``callable(argv) -> exit code``, each with
-its own argparse parser. Only the one that is called is imported, so this module knows no package above it and
-``hones --help`` is instant. A command that can be interrupted and resumed says so in a note of the KeyboardInterrupt
-that it lets through. Exit codes: see `_USAGE`.
+Commands are entry points of the group ``hones.commands``: name -> ``callable(argv) -> exit code``, each with its own
+argparse parser. Only the one that is called is imported, so this module knows no package above it, and ``hones --help``
+takes no time. A command that can be interrupted and resumed says so in a note on the KeyboardInterrupt that it lets
+through. The exit codes are in `_USAGE`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hones_steer.errors import HonesError
 GROUP = "hones.commands"
 
 OK, NO, BAD_INPUT = 0, 1, 2
-INTERRUPTED, READER_LEFT = 130, 141  # 128 + SIGINT and SIGPIPE, which is what a shell says of a program that they end
+INTERRUPTED, READER_LEFT = 130, 141  # 128 + SIGINT and SIGPIPE: a shell's codes for a program that they end
 
 _SUMMARIES = {
     "attribute": "find the neurons that matter for a task",
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _outcome(arguments: list[str], debug: bool) -> int:
-    """The exit code of a command that has done all its output, or has said in one line why not."""
+    """Run the command and write all its output, or one line that says why not; return the exit code."""
     commands = {point.name: point for point in entry_points(group=GROUP)}
     point = commands.get(arguments[0]) if arguments else None
     prog = "hones" if point is None else f"hones {point.name}"

@@ -1,4 +1,4 @@
-"""The standard streams of a command: closed ones, full disks, readers that leave, warnings in one line."""
+"""Standard streams that are closed, full or left by their reader, and warnings in one line."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import TextIO
 
 
 def open_closed_streams() -> None:
-    """Let what a caller has closed (``>&-``) lead nowhere.
+    """Open the streams that the caller has closed (``>&-``) on /dev/null.
 
-    Python has None there, and the next file that is opened would get the number, and what is printed with it.
+    Otherwise the next file that is opened would get a closed stream's number, and everything printed to it.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
@@ -26,6 +26,7 @@ def open_closed_streams() -> None:
 
 
 def flush_output() -> None:
+    """Flush standard output; raises OSError that names it if the output cannot be written."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -34,7 +35,7 @@ def flush_output() -> None:
 
 
 def say(text: str) -> None:
-    """Write to standard error, where somebody may listen."""
+    """Write a line to standard error; nothing happens if it cannot be written."""
     try:
         sys.stderr.write(text + "\n")
     except OSError:
@@ -42,6 +43,7 @@ def say(text: str) -> None:
 
 
 def reader_left(stream: TextIO) -> bool:
+    """Whether the program at the other end of the stream has closed it."""
     try:
         poll = select.poll()
         poll.register(stream.fileno(), 0)
@@ -51,14 +53,16 @@ def reader_left(stream: TextIO) -> bool:
 
 
 def discard(stream: TextIO) -> None:
-    """Let what is still in a stream's buffer, and what is written later, lead nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+    """Send what is still in the stream's buffer, and whatever is written later, to /dev/null."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 @contextmanager
 def one_line_warnings(prog: str) -> Iterator[None]:
+    """Show each warning, within the block, as one line that begins with the command's name."""
+
     def show(
         message: Warning | str,
         category: type[Warning],

@@ -28,7 +28,7 @@ def checked_layout(profile: Profile, model: nn.Module, allow_mismatch: bool) -> 
 
 
 def module_pattern(modules: Mapping[int, str]) -> str:
-    """One regex that matches these modules and no other: a vision tower may have modules of the same last name."""
+    """A regular expression that matches these modules only; a vision tower may have modules of the same last name."""
     layers: dict[tuple[str, str], list[str]] = {}
     for layer, name in modules.items():
         before, _, after = name.rpartition(f".{layer}.")

@@ -1,4 +1,4 @@
-"""Model cards (README.md) for what is shipped: plain Markdown under Hugging Face's YAML header."""
+"""Model cards (README.md) of exports and of profiles on the Hub: Markdown under Hugging Face's YAML header."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from huggingface_hub import ModelCardData
 
 from hones_steer.profile import Profile
 
-# The columns of evidence that `hones fit` and `hones demo` write come first, in this order.
+# The columns that `hones fit` and `hones demo` write come first, in this order.
 _EVIDENCE_ORDER = ("metric", "split", "n", "base", "steered", "gain_ci95", "masked")
 
 
 def card(profiles: Sequence[Profile], paragraphs: Sequence[str], **header: Any) -> str:
-    """A card: the YAML header (base model, license and tags of the profiles, and `header`), then the paragraphs."""
+    """Text of a card: a YAML header (base model, license, tags of the profiles, and `header`), then the paragraphs."""
     licenses = {profile.license for profile in profiles} - {""}
     data = {
         "base_model": profiles[0].base_model.name or None,
@@ -28,7 +28,7 @@ def card(profiles: Sequence[Profile], paragraphs: Sequence[str], **header: Any) 
 
 
 def profiles_table(profiles: Sequence[Profile]) -> str:
-    """What the profiles are: task, digest, neurons, description."""
+    """Table of the profiles: task, digest, neurons, description, license."""
     rows = []
     for profile in profiles:
         model = profile.base_model
@@ -46,7 +46,7 @@ def profiles_table(profiles: Sequence[Profile]) -> str:
 
 
 def evidence_table(profiles: Sequence[Profile]) -> str:
-    """What was measured, one row per task; the sentence that nothing was, where no profile has evidence."""
+    """Table of what was measured, one row per task; a sentence instead if no profile has evidence."""
     rows = [{"task": profile.task, **profile.evidence} for profile in profiles if profile.evidence]
     if not rows:
         return "No evidence: nothing was measured for what is here."
@@ -54,7 +54,7 @@ def evidence_table(profiles: Sequence[Profile]) -> str:
 
 
 def describe_model(profile: Profile) -> str:
-    """The base model in one line."""
+    """One line about the profile's base model."""
     model = profile.base_model
     name = f"`{model.name}`" if model.name else "a model without a public name"
     revision = f" at revision `{model.revision}`" if model.revision else ""

@@ -1,4 +1,4 @@
-"""A checkpoint on the disk, in safetensors: which tensor is where, and the model it makes, without loading it."""
+"""Checkpoints in safetensors: where each tensor is on the disk, and the model's structure, without its weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor's bytes are: `[begin, end)` of a file."""
+    """Place of a tensor's bytes: `[begin, end)` of a file."""
 
     file: Path
     dtype: str
@@ -33,15 +33,16 @@ class Stored:
     end: int
 
     def read(self) -> Tensor:
+        """Read the tensor into memory."""
         with self.file.open("rb") as file:
             return read_tensor(file, self)
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A checkpoint and its model, which has no weights (meta tensors) but the final norm's, for `ModelIdentity`.
+    """A checkpoint and its model, whose weights are meta tensors except the final norm's, which `ModelIdentity` needs.
 
-    `keys` maps a parameter's name to its key on the disk, `stored` such a key to its place.
+    `keys` maps a parameter's name to its key on the disk, `stored` maps such a key to its place.
     """
 
     folder: Path
@@ -53,11 +54,11 @@ class Checkpoint:
 
 
 def open_checkpoint(name: str) -> Checkpoint:
-    """Look at a model folder, or a Hub name, without loading it: headers, structure, and one norm.
+    """Read the headers of a model folder, or of a Hub name, build the model's structure, and load its final norm only.
 
     Raises:
         DataError: no such checkpoint, one without safetensors, or a damaged one.
-        LayoutError: the model's FFNs are not recognised.
+        LayoutError: the model's FFNs are not recognized.
     """
     folder = find_checkpoint(name)
     config = load_config(str(folder))
@@ -67,19 +68,19 @@ def open_checkpoint(name: str) -> Checkpoint:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     norm: Any = layout.final_norm
     key = keys.get(names.get(id(norm.weight), "")) if norm is not None else None
-    if key is not None and stored[key].dtype in DTYPES:  # else a profile's sketch cannot be compared, which is said
+    if key is not None and stored[key].dtype in DTYPES:  # otherwise `ModelIdentity.check` warns
         norm.weight = nn.Parameter(stored[key].read(), requires_grad=False)
     return Checkpoint(folder, config, model, layout, keys, stored)
 
 
 def _stored_tensors(source: Path) -> dict[str, Stored]:
-    """Every tensor of the checkpoint by its key on the disk. Headers only; nothing is loaded."""
+    """The place of each tensor of the checkpoint, by its key on the disk; only headers are read."""
     if (source / INDEX).is_file():
         with loading(f"{source / INDEX}"):
             weight_map = parse_object((source / INDEX).read_bytes(), f"{source / INDEX}", DataError)["weight_map"]
             names = sorted(set(weight_map.values()))
-        if wrong := [name for name in names if Path(name).name != name or not (source / name).is_file()]:
-            raise DataError(f"{source}: {wrong[0]!r}, which {INDEX} names, is not there; get the whole checkpoint")
+        if missing := [name for name in names if Path(name).name != name or not (source / name).is_file()]:
+            raise DataError(f"{source}: {missing[0]!r}, which {INDEX} names, is not there; get the whole checkpoint")
     elif (source / SINGLE).is_file():
         names = [SINGLE]
     else:
@@ -96,7 +97,7 @@ def _stored_tensors(source: Path) -> dict[str, Stored]:
 def _read_header(file: Path) -> dict[str, Stored]:
     try:
         with safe_open(file, framework="pt"):
-            pass  # it is whole, and its offsets are sound
+            pass  # safetensors checks that the file is whole and its offsets are sound
     except (OSError, SafetensorError) as error:
         raise DataError(f"{file}: cannot be read: {error}") from error
     with file.open("rb") as stream:
@@ -111,7 +112,7 @@ def _read_header(file: Path) -> dict[str, Stored]:
 
 
 def _disk_keys(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
-    """Parameter name -> key on the disk, by transformers' own renaming (LLaVA's differ, for one)."""
+    """Key on the disk of each parameter, by transformers' own renaming (LLaVA's names differ, for example)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -122,7 +123,7 @@ def _disk_keys(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
     keys: dict[str, str] = {}
     for key in stored:
         name, converter = rename_source_key(key, renamings, converters, prefix, parameters)
-        if name not in parameters:  # as transformers does: it may lack the prefix only
+        if name not in parameters:  # as transformers does: only the prefix may be missing
             name, converter = rename_source_key(key, [], [], prefix, parameters)
         if converter is None:
             keys[name] = key
@@ -130,6 +131,7 @@ def _disk_keys(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
 
 
 def read_tensor(file: BufferedReader | BufferedRandom, tensor: Stored) -> Tensor:
+    """Read a tensor from its file, which is open."""
     file.seek(tensor.begin)
     data = bytearray(tensor.end - tensor.begin)
     file.readinto(data)

@@ -30,14 +30,14 @@ from hones_steer.layout import DecoderLayer, down_weight
 from hones_steer.profile import Profile, StrPath
 from hones_steer.slots import layer_tensors
 
-MAX_RANK = 512  # the most vLLM takes
+MAX_RANK = 512  # vLLM takes no higher rank
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _NOT_FINITE = "lower the scale, load the model in bfloat16 or float32, or export IA3"
 
 
 @dataclass(frozen=True)
 class LoraExport:
-    """What `export_lora` wrote: the rank in each layer, and by how much the change of weights is off.
+    """Result of `export_lora`: the rank in each layer, and by how much the change of weights is off.
 
     `error` is the largest ‖ΔW − BA‖ / ‖ΔW‖ (Frobenius) over the layers, of the tensors as they were written: without
     truncation it is the rounding to their dtype.
@@ -60,15 +60,15 @@ def export_lora(
     """Write a profile as a LoRA adapter on the down-projections, for any engine that serves LoRAs.
 
     A layer's rank is the number of its neurons with a scale other than 1, at most the hidden size. The tensors have
-    the weights' dtype: in float32 the result is exact up to rounding; in bfloat16 each entry of B is off by at most
-    2^-9 of itself. What this comes to is the result's `error`.
+    the weights' dtype: in float32 the adapter is exact up to rounding; in bfloat16 each entry of B is off by at most
+    2^-9 of itself. The result's `error` says by how much the change of weights is off.
     With `truncate="svd"` a layer above `max_rank` gets the best approximation of that rank instead of an error.
 
     Raises:
         ProfileError: a layer needs more than `max_rank` (and `truncate` is None), every scale is 1, or a scale takes a
             column's change beyond the weights' dtype; nothing is written.
         DataError: peft is not installed, or the folder exists or cannot be written.
-        LayoutError: the FFNs are not recognised, or the weights are quantised or not in memory.
+        LayoutError: the FFNs are not recognized, or the weights are quantized or not in memory.
         MismatchError: the profile is another model's.
     """
     if max_rank < 1 or truncate not in (None, "svd"):
@@ -96,12 +96,12 @@ def export_lora(
         fan_in_fan_out=is_conv1d(layout),
         **common_settings(profile),
     )
-    done = LoraExport(ranks, max(errors.values()), truncated=ranks != needed)
+    result = LoraExport(ranks, max(errors.values()), truncated=ranks != needed)
     modules = {index: names[index] for index in profile.layers}
     write_adapter(
-        folder, config, tensors, sidecar_text(profile, modules), adapter_card(profile, "LoRA", _lora_notes(done))
+        folder, config, tensors, sidecar_text(profile, modules), adapter_card(profile, "LoRA", _lora_notes(result))
     )
-    return done
+    return result
 
 
 def _check_ranks(needed: Mapping[int, int], max_rank: int, truncate: str | None) -> None:
@@ -116,7 +116,7 @@ def _check_ranks(needed: Mapping[int, int], max_rank: int, truncate: str | None)
 
 
 def _lora_pair(profile: Profile, layer: DecoderLayer, max_rank: int) -> tuple[Tensor, Tensor, float]:
-    """(A `[r, I]`, B `[hidden, r]`, relative error) of one layer."""
+    """One layer's A `[r, I]`, B `[hidden, r]` and relative error."""
     weight = _plain_weight(layer)
     neurons, scales = layer_tensors(profile, layer.index)
     neurons, scales = neurons[scales != 1], scales[scales != 1]
@@ -132,42 +132,42 @@ def _lora_pair(profile: Profile, layer: DecoderLayer, max_rank: int) -> tuple[Te
         b, rows = u[:, :max_rank] * s[:max_rank], vh[:max_rank]
     b, rows = b.to(weight.dtype), rows.to(weight.dtype)
     if not (b.isfinite().all() and rows.isfinite().all()):
-        most, dtype = float(scales.abs().max()), str(weight.dtype).removeprefix("torch.")
-        raise ProfileError(f"{layer.name}: truncated, scales up to {most:g} go beyond {dtype}; {_NOT_FINITE}")
+        largest, dtype = float(scales.abs().max()), str(weight.dtype).removeprefix("torch.")
+        raise ProfileError(f"{layer.name}: truncated, scales up to {largest:g} go beyond {dtype}; {_NOT_FINITE}")
     a = torch.zeros(len(rows), weight.shape[1], dtype=weight.dtype)
     a[:, neurons] = rows
     return a, b, _relative_error(b.double() @ rows.double(), columns.double() * (scales.double() - 1))
 
 
-def _relative_error(found: Tensor, exact: Tensor) -> float:
-    """‖found − exact‖ / ‖exact‖ (Frobenius)."""
-    difference, size = float((found - exact).norm()), float(exact.norm())
+def _relative_error(approximation: Tensor, exact: Tensor) -> float:
+    """‖approximation − exact‖ / ‖exact‖ (Frobenius)."""
+    difference, size = float((approximation - exact).norm()), float(exact.norm())
     return difference / size if difference else 0.0
 
 
 def _plain_weight(layer: DecoderLayer) -> Tensor:
-    """W_down `[hidden, I]` on the CPU."""
+    """W_down `[hidden, I]` on the CPU; raises LayoutError if it is not in memory, or quantized."""
     weight = down_weight(layer).detach()
     if weight.is_meta:
         raise LayoutError(f"{layer.name}: its down-projection is offloaded (meta); load the whole model")
     if weight.dtype not in FLOATS:
         raise LayoutError(
-            f"{layer.name}: its down-projection is quantised ({weight.dtype}), which a LoRA's change of the weights "
-            "does not fit; load the model without quantisation, or export IA3"
+            f"{layer.name}: its down-projection is quantized ({weight.dtype}), which a LoRA's change of the weights "
+            "does not fit; load the model without quantization, or export IA3"
         )
     return weight.cpu()
 
 
-def _lora_notes(done: LoraExport) -> str:
-    rank = max(done.ranks.values())
+def _lora_notes(result: LoraExport) -> str:
+    rank = max(result.ranks.values())
     served = next((allowed for allowed in _VLLM_RANKS if rank <= allowed), None)
     vllm = f"vLLM: `--enable-lora --max-lora-rank {served}`." if served else "Above vLLM's highest rank, 512."
-    if not done.truncated:
+    if not result.truncated:
         return (
-            f"Exact but for rounding, by which the change of a layer's weights is off by up to {done.error:.1g} "
+            f"Exact but for rounding, by which the change of a layer's weights is off by up to {result.error:.1g} "
             f"(relative Frobenius norm); the highest rank is {rank}. {vllm}"
         )
     return (
-        f"Truncated by SVD to rank {rank}: the change of a layer's weights is off by up to {done.error:.2%} "
+        f"Truncated by SVD to rank {rank}: the change of a layer's weights is off by up to {result.error:.2%} "
         f"(relative Frobenius norm), and the evidence was measured without that. {vllm}"
     )

@@ -1,7 +1,7 @@
 """Profiles merged into a checkpoint: a complete copy whose W_down columns carry the scales.
 
-The files are copied as they are and the touched tensors rewritten in the copies, one tensor in memory at a time;
-everything else stays the same, byte for byte. The result needs nothing of ours to be loaded.
+The files are copied as they are, and the tensors to be scaled are rewritten in the copies, one tensor in memory at a
+time; everything else stays the same, byte for byte. Loading the result takes no hones-steer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hones_steer.slots import layer_tensors
 
 BASE_CARD = "README.base.md"
 
-# Other forms of the same weights: unscaled, they must not come along.
+# Other forms of the same weights are not copied, as they would be unscaled.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors", ".index.json")
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
@@ -48,10 +48,10 @@ def merge_into(
     wraps the names of the weight files, for a progress bar.
 
     Raises:
-        DataError: no such checkpoint, a quantised one or one without safetensors, one that is merged already, weights
+        DataError: no such checkpoint, a quantized one or one without safetensors, one that is merged already, weights
             that are not the configuration's or go beyond their dtype once they are scaled, or a folder that exists or
             cannot be written (nothing is left of it).
-        LayoutError, MismatchError: the model's FFNs are not recognised, or the profile is another model's.
+        LayoutError, MismatchError: the model's FFNs are not recognized, or the profile is another model's.
     """
     base = open_checkpoint(os.fspath(checkpoint))
     _refuse_unmergeable(base)
@@ -67,8 +67,8 @@ def merge_into(
         (temporary / "README.md").write_text(_merged_card(profile, checkpoint), encoding="utf-8")
         scaled = 0
         for name in progress(files):
-            mine = {layer: tensor for layer, tensor in targets.items() if tensor.file.name == name}
-            scaled += _write_shard(base.folder / name, temporary / name, profile, mine, _transposed(base))
+            in_file = {layer: tensor for layer, tensor in targets.items() if tensor.file.name == name}
+            scaled += _write_shard(base.folder / name, temporary / name, profile, in_file, _transposed(base))
         if scaled != profile.num_neurons:
             raise DataError(f"{checkpoint}: {scaled} columns were scaled, not {profile.num_neurons}; report this bug")
         if (base.folder / INDEX).exists():
@@ -82,25 +82,25 @@ def merge_into(
 def _refuse_unmergeable(base: Checkpoint) -> None:
     if (base.folder / SIDECAR).exists():
         raise DataError(f"{base.folder}: is merged with a profile already; merge a sum of profiles into the original")
-    quantisation = getattr(base.config, "quantization_config", None)
-    if quantisation is not None:
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else type(quantisation).__name__
+    quantization = getattr(base.config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
         raise DataError(
-            f"{base.folder}: is quantised ({method}), so its columns cannot be scaled without quantising them anew; "
-            "merge into the original checkpoint and quantise the result, or serve the profile beside this one"
+            f"{base.folder}: is quantized ({method}), so its columns cannot be scaled without quantizing them anew; "
+            "merge into the original checkpoint and quantize the result, or serve the profile beside this one"
         )
 
 
 def _target(parameter: str, base: Checkpoint) -> Stored:
-    """A down-projection's weight, which must be a plain matrix of the right shape."""
+    """The place of a down-projection's weight; raises DataError unless it is a plain matrix of the right shape."""
     key = base.keys.get(parameter)
     if key is None:
         raise DataError(f"{base.folder}: has no {parameter} of its own (missing, or stored in another form)")
     tensor = base.stored[key]
     if tensor.dtype not in DTYPES:
         raise DataError(
-            f"{tensor.file}: {key} is stored as {tensor.dtype}: a quantised checkpoint cannot be scaled "
-            "without quantising it anew; merge into the original and quantise the result"
+            f"{tensor.file}: {key} is stored as {tensor.dtype}: a quantized checkpoint cannot be scaled "
+            "without quantizing it anew; merge into the original and quantize the result"
         )
     shape = (base.layout.hidden_size, base.layout.intermediate_size)
     if tensor.shape != (shape[::-1] if _transposed(base) else shape):
@@ -129,7 +129,7 @@ def _transposed(base: Checkpoint) -> bool:
 
 
 def _copy_others(source: Path, target: Path) -> None:
-    """Configuration, tokenizer, processor, licence: every file but weights, and none that is hidden."""
+    """Copy every file except weights and hidden ones: configuration, tokenizer, processor, license."""
     for file in sorted(source.iterdir()):
         if file.is_file() and not file.name.startswith(".") and not file.name.endswith(_OTHER_WEIGHTS):
             shutil.copyfile(file, target / (BASE_CARD if file.name == "README.md" else file.name))

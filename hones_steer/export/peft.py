@@ -1,6 +1,6 @@
-"""Profiles written as IA3 adapters of PEFT, which is exact.
+"""Profiles written as IA3 adapters of PEFT, exactly.
 
-IA3 multiplies the input of a feed-forward module by a vector, which is what a profile does at W_down.
+IA3 multiplies the input of a feed-forward module by a vector, as a profile does at W_down.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def export_peft(profile: Profile, model: nn.Module, folder: StrPath, *, allow_mi
 
     Raises:
         DataError: peft is not installed, or the folder exists or cannot be written.
-        LayoutError, MismatchError: the model's FFNs are not recognised, or the profile is another model's.
+        LayoutError, MismatchError: the model's FFNs are not recognized, or the profile is another model's.
     """
     layout = checked_layout(profile, model, allow_mismatch)
     modules = {layer: name for layer, name in module_names(model, layout).items() if layer in profile.layers}

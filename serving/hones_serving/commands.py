@@ -1,4 +1,4 @@
-"""The command ``hones serve``: checks what can be checked at once, then becomes the server of an engine, steered."""
+"""The command ``hones serve``: makes all checks that need no model, then becomes the steered server of an engine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hones_steer.store import SUFFIX, ProfileStore
 PLUGIN = "hones"
 
 _SERVERS = {
-    # What `vllm serve` starts where there is one server. (The `vllm` command itself does not run in every build.)
+    # The module that `vllm serve` runs for a single server. (The `vllm` command itself does not run in every build.)
     "vllm": "vllm.entrypoints.launchers.api_server.entry",
     "transformers": transformers_server.__name__,
 }
@@ -74,7 +74,10 @@ examples:
 
 
 def serve(argv: Sequence[str]) -> int:
-    """``hones serve MODEL --profiles DIR ...``: start a server whose requests are steered. Returns only by raising."""
+    """Run ``hones serve MODEL --profiles DIR ...``: become a server whose requests are steered.
+
+    Never returns. Raises HonesError if something would stop the server, see `launch` and `check_address`.
+    """
     arguments, environment = launch(argv, os.environ, installed_plugins())
     check_address(argv)
     sys.stdout.flush()
@@ -84,12 +87,14 @@ def serve(argv: Sequence[str]) -> int:
 def launch(
     argv: Sequence[str], environ: Mapping[str, str], plugins: Collection[str]
 ) -> tuple[list[str], dict[str, str]]:
-    """Check everything and return the arguments and the environment of the process that serves.
+    """Check everything and return the arguments and the environment variables of the process that serves.
 
-    `plugins` are the vLLM plugins that an unset VLLM_PLUGINS would load: naming ours must not turn them off.
+    `argv` are the arguments of `hones serve`. `plugins` are the vLLM plugins that an unset VLLM_PLUGINS would load:
+    naming ours must not turn them off.
 
     Raises:
-        HonesError: what is wrong, see `check`.
+        DataError: a package that the engine needs is not installed.
+        HonesError: as `check`.
     """
     options, rest = _parse(argv)
     settings = Settings(
@@ -115,11 +120,11 @@ def _check_installed(engine: str) -> None:
             raise DataError(f"{name} is not installed; run: pip install 'hones-steer[{_EXTRAS[engine]}]'")
 
 
-# What was asked for -------------------------------------------------------------------------------
+# Options ------------------------------------------------------------------------------------------
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options of `hones serve`, and the arguments left for the engine in their order."""
+    """Parse into the options of `hones serve` and the arguments left for the engine, in their order."""
     parser = _parser()
     # Later, a MODEL could not be told from the value of an option that only vLLM knows.
     if argv and argv[0].startswith("-") and not {"-h", "--help"} & set(argv):
@@ -208,7 +213,7 @@ def _key(text: str) -> str:
 
 
 def _profiles_folder(where: str) -> Path:
-    """The folder itself, or that with the profiles of a "hub:org/name@revision"."""
+    """The folder that `where` names, or the local copy of the Hub repository if it is "hub:org/name@revision"."""
     if not where.startswith("hub:"):
         return Path(where)
     from hones_steer.hub import local_folder
@@ -220,13 +225,13 @@ def _profiles_folder(where: str) -> Path:
 
 
 def check(model: str, settings: Settings) -> None:
-    """Find what would stop the server, or leave it with nothing to steer, before the model is loaded.
+    """Refuse, before the model is loaded, whatever would stop the server or leave it with nothing to steer.
 
     Raises:
-        DataError: a model folder without a config.json, no profiles (where none can be added later).
-        ProfileError: no such folder of profiles, or a broken profile.
-        MismatchError: a profile for a model of other shapes than those in the folder's config.json.
-        RoutingError: a file whose name is no task's, a routing file that is not sound.
+        DataError: the model's folder has no config.json, or there are no profiles and none can be added later.
+        ProfileError: the folder of profiles does not exist, or a profile is broken.
+        MismatchError: a profile is for a model of other shapes than those in the model folder's config.json.
+        RoutingError: a profile's file has a name that no task can have, or the routing file is wrong.
     """
     config = read_config(model)
     store = ProfileStore(settings.profiles)
@@ -243,21 +248,21 @@ def check(model: str, settings: Settings) -> None:
 
 
 def check_address(argv: Sequence[str]) -> None:
-    """Find out whether the server could listen where `argv` says. Raises DataError if not."""
+    """Check that the server could listen where the arguments of `hones serve` say. Raises DataError if not."""
     options, rest = _parse(argv)
     if not any(argument.partition("=")[0] == "--uds" for argument in rest):  # vLLM: a file instead of a port
         listening.close(listening.bind(options.host or listening.HOST, options.port or listening.PORT))
 
 
 def read_config(model: str) -> dict[str, Any]:
-    """The config.json of a model folder; empty for anything but a folder, which the engine may download.
+    """Read the config.json of a model folder; empty if `model` is no folder but a name, which the engine may download.
 
     Raises:
-        DataError: `model` is a path to nothing, or its config.json cannot be read.
+        DataError: `model` is a path where nothing is, or its config.json is missing or no JSON object.
     """
     folder = Path(model)
     if not folder.exists() and model.startswith((".", "/", "~")):
-        raise DataError(f"{model}: there is no such model folder")
+        raise DataError(f"{model}: there is no such model folder; name one that exists, or a Hub name")
     if not folder.is_dir():
         return {}
     file = folder / "config.json"
@@ -273,7 +278,11 @@ def read_config(model: str) -> dict[str, Any]:
 
 
 def _check_shapes(profile: Profile, path: Path, config: Mapping[str, Any]) -> None:
-    """Compare the shapes that config.json states; the server compares all, with the loaded weights."""
+    """Compare a profile with the shapes that config.json states; later the server compares all, with the weights.
+
+    Raises:
+        MismatchError: a shape differs; the message names the profile's file.
+    """
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     shapes = {field: text[key] for field, key in _SHAPES.items() if isinstance(text.get(key), int)}
     try:
@@ -291,7 +300,7 @@ def installed_plugins() -> set[str]:
 
 
 def _arguments(options: argparse.Namespace) -> list[str]:
-    # -P: what lies in the current folder is no module, as with vLLM's own command.
+    # -P: as with vLLM's own command, Python does not look for modules in the current folder.
     arguments = [sys.executable, "-P", "-m", _SERVERS[options.engine], "--model", options.model]
     for name in ("host", "port", "shutdown_timeout"):
         if getattr(options, name) is not None:
@@ -304,11 +313,11 @@ def _arguments(options: argparse.Namespace) -> list[str]:
 def _vllm_variables(
     options: argparse.Namespace, settings: Settings, environ: Mapping[str, str], plugins: Collection[str]
 ) -> dict[str, str]:
-    """The environment variables to set."""
-    wanted = environ["VLLM_PLUGINS"].split(",") if "VLLM_PLUGINS" in environ else sorted(plugins)
+    """The environment variables to set for vLLM's process, in place of those in `environ`."""
+    plugin_names = environ["VLLM_PLUGINS"].split(",") if "VLLM_PLUGINS" in environ else sorted(plugins)
     variables = {
         **settings.to_env(),
-        "VLLM_PLUGINS": ",".join(dict.fromkeys([*filter(None, wanted), PLUGIN])),
+        "VLLM_PLUGINS": ",".join(dict.fromkeys([*filter(None, plugin_names), PLUGIN])),
     }
     if not settings.allow_untested and "VLLM_USE_V2_MODEL_RUNNER" not in environ:
         variables["VLLM_USE_V2_MODEL_RUNNER"] = "0"

@@ -1,4 +1,4 @@
-"""The address that a server listens on, tried before the long start."""
+"""The address that a server listens on, bound before the long start so that a wrong one is refused at once."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ HOST, PORT = "0.0.0.0", 8000
 
 _BACKLOG = 2048
 
-# Addresses of a host that this machine may lack, such as ::1 for localhost where there is no IPv6.
+# Errors for an address that a machine may lack, such as ::1 for localhost where there is no IPv6.
 _ABSENT = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """Sockets bound to every address of `host` that this machine has; they do not listen yet, so clients are refused.
+    """Bind a socket to every address of `host` that this machine has. None listens yet, so clients are refused.
 
     Raises:
         DataError: no address of the host is this machine's, or the port is in use or not allowed.
     """
     try:
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         raise DataError(f"--host {host!r} is no address: {error}; name one of this machine's, or 0.0.0.0") from error
     bound: list[socket.socket] = []
     absent: OSError | None = None
-    for family, kind, protocol, _, address in found:
+    for family, kind, protocol, _, address in addresses:
         try:
             bound.append(_bound(family, kind, protocol, address))
         except OSError as error:
@@ -46,18 +46,18 @@ def bind(host: str, port: int) -> list[socket.socket]:
 
 def listen(sockets: list[socket.socket]) -> None:
     """Listen on bound sockets. Raises DataError where another process, bound at the same time, has begun to."""
-    for one in sockets:
+    for bound in sockets:
         try:
-            one.listen(_BACKLOG)
+            bound.listen(_BACKLOG)
         except OSError as error:
-            host, port = one.getsockname()[:2]
+            host, port = bound.getsockname()[:2]
             raise _refused(host, port, error) from error
 
 
 def close(sockets: list[socket.socket]) -> None:
-    """Close them all."""
-    for one in sockets:
-        one.close()
+    """Close all sockets."""
+    for bound in sockets:
+        bound.close()
 
 
 def _refused(host: str, port: int, error: OSError) -> DataError:
@@ -66,13 +66,13 @@ def _refused(host: str, port: int, error: OSError) -> DataError:
 
 
 def _bound(family: int, kind: int, protocol: int, address: tuple[Any, ...]) -> socket.socket:
-    one = socket.socket(family, kind, protocol)
+    bound = socket.socket(family, kind, protocol)
     try:
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that has just ended does not count
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that has just ended does not count
         if family == socket.AF_INET6:
-            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # its IPv4 twin has a socket of its own
-        one.bind(address)
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # the IPv4 address has its own socket
+        bound.bind(address)
     except OSError:
-        one.close()
+        bound.close()
         raise
-    return one
+    return bound

@@ -1,4 +1,4 @@
-"""The Prometheus metrics of steering. Labels are known tasks, ``blend`` and ``none``, never what a client wrote."""
+"""The Prometheus metrics of steering. Labels are known tasks, ``blend`` and ``none``, never a client's words."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from hones_steer.errors import DataError
 
 
 class Metrics:
-    """Counts what is steered how; the gauges follow `registry`.
+    """Counters of requests, tokens and loads, and gauges that follow `registry`, all in `collector`.
 
-    Where PROMETHEUS_MULTIPROC_DIR is set, values are files, which whoever answers a scrape reads.
+    Where PROMETHEUS_MULTIPROC_DIR is set, values are files, which the process that answers a scrape reads.
 
     Raises:
         DataError: PROMETHEUS_MULTIPROC_DIR names a folder that cannot be written to.
@@ -50,7 +50,7 @@ class Metrics:
         self._in_flight.set(self._registry.in_flight())
 
     def requests(self, profile: str, route: str) -> None:
-        """Count a request, as its answer begins, under the label `profile` by `route` (one of routing.ROUTES)."""
+        """Count a request, as its answer begins, under the label `profile` and `route` (one of routing.ROUTES)."""
         self._requests.labels(profile, route).inc()
 
     def tokens(self, profile: str, count: int) -> None:
@@ -63,9 +63,12 @@ class Metrics:
 
 
 def _gauge(name: str, about: str, collector: CollectorRegistry) -> Gauge:
-    """A gauge that is set: in files there are no functions to call.
+    """A gauge that has to be set, because files of several processes can hold values only.
 
-    One process of a server has it. What files of earlier ones say, however those ended, is older and does not count.
+    One process of a server has it. Files of earlier processes, however those ended, are older and do not count.
+
+    Raises:
+        DataError: the folder of these files cannot be written to.
     """
     try:
         return Gauge(name, about, registry=collector, multiprocess_mode="livemostrecent")

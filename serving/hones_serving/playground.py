@@ -12,7 +12,7 @@ PAGE = Path(__file__).with_name("playground.html").read_bytes()
 
 
 def _policy() -> str:
-    """Nothing runs but the page's own script, and nothing is asked but its own server."""
+    """A Content-Security-Policy: only the script in the page runs, and it can only call the server it came from."""
     (style,) = re.findall(rb"<style>(.*?)</style>", PAGE, re.DOTALL)
     (script,) = re.findall(rb"<script>(.*?)</script>", PAGE, re.DOTALL)
     return (

@@ -1,4 +1,4 @@
-"""The profiles a server knows by name, and which of them are in use: a server has room for so many at once."""
+"""The profiles that a server knows by name, and the requests that use them; only so many can be in use at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hones_steer.errors import MismatchError, ProfileError, RoutingError, StateE
 from hones_steer.profile import ModelIdentity, Profile, StrPath, is_task_name, load_profile
 from hones_steer.store import SUFFIX, Expression, ProfileStore, combine, known_tasks
 
-LISTING = "GET /v1/hones/profiles"  # what lists all profiles of a server
+LISTING = "GET /v1/hones/profiles"  # the call that lists all profiles of a server
 
 _CACHED_BLENDS = 128
 
@@ -27,9 +27,9 @@ class CapacityError(RoutingError):
 
 @dataclass(frozen=True)
 class Admission:
-    """One request's leave to be steered by `profile` (None: not at all), whatever is loaded or switched off later.
+    """Permission of one request to be steered by `profile` (None: unsteered), whatever is loaded or switched off later.
 
-    `ticket` is how the engine finds it again; nobody can guess one. `label` is what metrics count it under.
+    The engine finds the admission again by its `ticket`, which nobody can guess; metrics count it under `label`.
     """
 
     ticket: str = field(repr=False)
@@ -43,7 +43,7 @@ class _Entry(NamedTuple):
 
 
 def label_of(expression: Expression) -> str:
-    """The metrics' label: the task whatever its strength, ``blend`` of several, ``none`` where nothing steers."""
+    """The label of an expression in metrics: its task, ``blend`` for several, ``none`` where nothing steers."""
     if len(expression.terms) > 1:
         return "blend"
     return expression.terms[0][0] if expression.terms else "none"
@@ -53,17 +53,17 @@ class ProfileRegistry:
     """The profiles of one folder, for one model. Safe to use from several threads.
 
     Files are read when the server starts and by `load`, never because they have changed. `enabled` is the kill
-    switch; who admits requests looks at it.
+    switch, which the caller of `admit` looks at.
 
     Args:
         folder: holds ``<task>.safetensors`` files; every one is loaded and checked.
-        identity: the model's.
-        max_profiles: how many different profiles can be in use at once.
-        always_enough: no load of the engine can need more than `max_profiles`, so nobody is ever turned away.
-        listing: where a client finds the names of all profiles, for errors that name the nearest few.
+        identity: identity of the model to be steered.
+        max_profiles: number of different profiles that can be in use at once.
+        always_enough: the engine never needs more than `max_profiles`, so no request is ever turned away.
+        listing: the place where a client finds the names of all profiles, for errors that name the nearest ones only.
 
     Raises:
-        ProfileError: no such folder; a file is broken, leaves the folder, or is named otherwise than its task.
+        ProfileError: the folder does not exist; a file is broken, leaves the folder, or has a name that no task has.
         MismatchError: a profile was made for another model.
     """
 
@@ -97,29 +97,29 @@ class ProfileRegistry:
                 raise ProfileError(f"{file}: no task can have this name; rename the file to <its task>{SUFFIX}")
         return {name: self._checked(store.get(name), name + SUFFIX) for name in names}
 
-    # What there is
+    # Reading
 
     def tasks(self) -> list[str]:
-        """The names that expressions can use, sorted."""
+        """The names of tasks that expressions can use, sorted."""
         return sorted(self._entries)
 
     def num_profiles(self) -> int:
-        """How many names there are."""
+        """Number of names that expressions can use."""
         return len(self._entries)
 
     def profiles(self) -> list[dict[str, Any]]:
-        """What to tell a client about each profile, sorted by name; JSON values."""
+        """A JSON object for each profile, sorted by name: what a client is told about it."""
         return [_described(name, entry) for name, entry in sorted(self._entries.items())]
 
     def require_known(self, expression: Expression) -> None:
-        """Raises RoutingError if the expression mentions a task that has no profile, naming those that are like it."""
+        """Check that all tasks of an expression have profiles. Raises RoutingError, naming the nearest ones, if not."""
         self._lookup(self._entries, expression)
 
     def resolve(self, expression: Expression) -> Profile | None:
-        """The profile that an expression describes now, or None where nothing is left to steer.
+        """Blend the profile that an expression describes now; None if it changes nothing.
 
         Raises:
-            RoutingError: an unknown task, or scales beyond 100 in magnitude.
+            RoutingError: a task has no profile, or the blend has a scale beyond 100 in magnitude.
         """
         return self._blend(expression, self._lookup(self._entries, expression))
 
@@ -130,16 +130,16 @@ class ProfileRegistry:
                 raise RoutingError(f"there is no profile for the task {name!r}; {known}")
         return tuple((name, entries[name].profile) for name in expression.names)
 
-    # Changing it
+    # Changing
 
     def load(self, name: str, path: str) -> dict[str, Any]:
         """Add a profile, or replace the one of this name; returns its entry in `profiles`.
 
-        `path` is relative to the folder, or absolute and inside it. Requests admitted before keep what they have.
+        `path` is relative to the folder, or absolute and inside it. Requests admitted before keep their profile.
 
         Raises:
             ProfileError: `name` cannot name a task, or the file is broken or outside the folder.
-            MismatchError: it was made for another model.
+            MismatchError: the profile was made for another model.
         """
         if not is_task_name(name):
             raise ProfileError(f"{name!r} cannot name a task; use letters, digits, '_', '.' and '-' (not 'none')")
@@ -157,10 +157,10 @@ class ProfileRegistry:
         return _described(name, entry)
 
     def unload(self, name: str) -> None:
-        """Forget a profile; its file stays. Requests admitted before keep what they have.
+        """Forget a profile; its file stays. Requests admitted before keep their profile.
 
         Raises:
-            RoutingError: no such profile.
+            RoutingError: no profile has this name.
         """
         with self._lock:
             if name not in self._entries:
@@ -178,13 +178,13 @@ class ProfileRegistry:
             raise MismatchError(f"{self._folder / file}: {reason}") from error
         return _Entry(profile, file)
 
-    # Who uses what
+    # Using
 
     def admit(self, profile: Profile | None, label: str) -> Admission:
-        """Let a request in, with room for its profile until `leave`.
+        """Admit a request: its profile has room until `leave`.
 
         Raises:
-            CapacityError: other profiles take up all the room.
+            CapacityError: `max_profiles` other profiles are in use.
         """
         admission = Admission(secrets.token_hex(16), profile, label)
         with self._lock:
@@ -195,7 +195,7 @@ class ProfileRegistry:
         return admission
 
     def leave(self, admission: Admission) -> None:
-        """Give the room back; doing it again changes nothing."""
+        """Give the room of an admission back; calling it again changes nothing."""
         with self._lock:
             if self._admissions.pop(admission.ticket, None) is None:
                 return
@@ -204,14 +204,14 @@ class ProfileRegistry:
             self._changed()
 
     def admission(self, ticket: str) -> Admission | None:
-        """The admission of a ticket, or None if nobody is admitted by it (any more)."""
+        """The admission of a ticket, or None if the ticket is not valid, or no longer."""
         return self._admissions.get(ticket)
 
     def hold(self, digest: str) -> None:
-        """Count a request inside the engine as a user of this profile, until `release`.
+        """Count a request inside the engine as a user of the profile with this digest, until `release`.
 
         Raises:
-            CapacityError: other profiles take up all the room.
+            CapacityError: `max_profiles` other profiles are in use.
         """
         with self._lock:
             self._hold(digest)
@@ -224,17 +224,17 @@ class ProfileRegistry:
             self._changed()
 
     def slots_used(self) -> int:
-        """How many different profiles are in use."""
+        """Number of different profiles in use."""
         return len(self._uses)
 
     def in_flight(self) -> int:
-        """How many requests are admitted and have not left."""
+        """Number of requests that are admitted and have not left."""
         return len(self._admissions)
 
     def watch(self, changed: Callable[[], None]) -> None:
-        """Have `changed` called, now and whenever `num_profiles`, `slots_used` or `in_flight` give something else.
+        """Call `changed` now, and whenever `num_profiles`, `slots_used` or `in_flight` have changed.
 
-        Calls come one at a time; `changed` may look at the registry, but not change it.
+        Calls come one at a time; `changed` may read the registry, but not change it. It replaces the one before.
         """
         with self._lock:
             self._changed = changed
@@ -257,7 +257,7 @@ class ProfileRegistry:
 
 
 def _blend(expression: Expression, profiles: tuple[tuple[str, Profile], ...]) -> Profile | None:
-    # Each was checked against this model, whose sketch is the measure; two of them may differ by twice the tolerance.
+    # Each profile's sketch was checked against the model's; the sketches of two may differ by twice the tolerance.
     return combine(expression, dict(profiles).__getitem__, allow_mismatch=True)
 
 

@@ -1,4 +1,4 @@
-"""The command ``hones route``: what a server's routing decides about a request, and why, without a server."""
+"""The command ``hones route``: explains what a server's routing decides about a request, without a server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hones_serving.middleware import shown
+from hones_serving.middleware import profile_header
 from hones_serving.routing import Decision, RequestFacts, RoutingPlan, decide, facts_of_chat, joined
 from hones_serving.routing_file import load_plan
 from hones_steer.cli.output import command_parser, print_json, printable
@@ -33,7 +33,10 @@ _ROUTES = {
 
 
 def route(argv: Sequence[str]) -> int:
-    """``hones route PROMPT``: explain a server's decision to a person, or to a script with ``--json``."""
+    """Run ``hones route PROMPT``: explain a server's decision to a person, or to a script with ``--json``.
+
+    Returns 0. Raises RoutingError or ProfileError if the request, the routing file or a profile is wrong.
+    """
     options = _parser().parse_args(argv)
     store = ProfileStore(options.profiles) if options.profiles is not None else None
     plan = load_plan(options.routing, store.names() if store else None) if options.routing else RoutingPlan()
@@ -45,7 +48,7 @@ def route(argv: Sequence[str]) -> int:
     if options.json:
         print_json({**explained, "digest": profile.digest if profile else None})
         return 0
-    applied = shown(decision, profile) if store or not decision.expression.terms else decision.asked
+    applied = profile_header(decision, profile) if store or not decision.expression.terms else decision.asked
     lines = [*_lines(explained), "", f"X-Hones-Profile: {applied}", f"X-Hones-Route: {decision.route}"]
     print("\n".join(map(printable, lines)))
     return 0
@@ -66,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "--profiles",
         metavar="DIR",
         type=Path,
-        help="the server's profiles: unknown tasks are errors, digests are shown",
+        help="the server's profiles: unknown tasks are errors, digests are profile_header",
     )
     names = "the server's names of its model (default: the request's, up to the first colon)"
     add("--served-model-name", metavar="NAME", nargs="+", help=names)
@@ -82,7 +85,7 @@ def _header(text: str) -> tuple[str, str]:
     return name, value
 
 
-# The request that was described -------------------------------------------------------------------
+# The request as the options say -------------------------------------------------------------------
 
 
 def _body(options: argparse.Namespace) -> dict[str, Any]:
@@ -98,11 +101,11 @@ def _headers(options: argparse.Namespace) -> dict[str, str]:
     return joined([*options.header, *([] if options.key is None else [("X-Hones-Key", options.key)])])
 
 
-# What was decided ---------------------------------------------------------------------------------
+# The decision -------------------------------------------------------------------------------------
 
 
 def _explained(facts: RequestFacts, plan: RoutingPlan, decision: Decision) -> dict[str, Any]:
-    """What `--json` prints, but for the digest. `rule` is the number of the first rule that matches, from 1."""
+    """The JSON object that `--json` prints, without the digest; `rule` is the number of the first match, from 1."""
     rules = [
         {
             "task": rule.task,

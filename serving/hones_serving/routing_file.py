@@ -1,4 +1,4 @@
-"""The routing file: what an operator wants for requests that do not ask themselves, in YAML.
+"""The routing file: a server's steering for requests that do not name any, in YAML.
 
     default: vqa                    # an expression; none where the key is absent
     rules:                          # the first one whose conditions all hold decides
@@ -25,27 +25,30 @@ from typing import Any, NoReturn
 import re2  # type: ignore[import-untyped]
 import yaml
 
-from hones_serving.routing import Canary, RoutingPlan, Rule, compile_regex, same, short
+from hones_serving.routing import Canary, RoutingPlan, Rule, compile_regex, short, steer_alike
 from hones_steer.errors import RoutingError
 from hones_steer.store import known_tasks, parse_expression
 
 MAX_FILE_BYTES = 1024 * 1024
-MAX_DEPTH = 8  # a sound file nests four deep
+MAX_DEPTH = 8  # a valid file nests four deep
 
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
 
 def load_plan(path: str | os.PathLike[str], tasks: Collection[str] | None) -> RoutingPlan:
-    """Read and check a routing file (format in the module's docstring); `tasks` are the known ones, None: any.
+    """Read and check a routing file (format in the module's docstring); `tasks` are those with a profile, None: any.
 
     Raises:
-        RoutingError: the file cannot be read or is not sound, naming the file and the line.
+        RoutingError: the file cannot be read or is wrong; the message names the file and the line.
     """
     return _RoutingFile(Path(path), None if tasks is None else sorted(tasks)).plan()
 
 
 class _RoutingFile:
-    """One routing file being read: from YAML nodes rather than values, because nodes know their line."""
+    """Reader of one routing file: of YAML nodes rather than values, because nodes know their line.
+
+    A method called like a type (`_rule`, `_string`, ...) reads one node; its `what` names the node in errors.
+    """
 
     def __init__(self, path: Path, tasks: list[str] | None) -> None:
         self.path = path
@@ -55,10 +58,11 @@ class _RoutingFile:
         root = self._root()
         keys = {"default": self._expression, "rules": self._rules, "canary": self._canary}
         plan = RoutingPlan(**self._mapping(root, "the file", keys))
-        given = [plan.default or "none", *(rule.task for rule in plan.rules)]
-        if plan.canary and not any(same(plan.canary.task, task) for task in given):
+        planned = [plan.default or "none", *(rule.task for rule in plan.rules)]
+        if plan.canary and not any(steer_alike(plan.canary.task, task) for task in planned):
             node = next(value for key, value in root.value if key.value == "canary")
-            self._fail(node, f"the canary never acts: neither a rule nor the default gives {plan.canary.task!r}")
+            message = f"the canary never acts: neither a rule nor the default gives {plan.canary.task!r}"
+            self._fail(node, f"{message}; change its task, or take it out")
         return plan
 
     def _rules(self, node: yaml.Node, what: str) -> tuple[Rule, ...]:
@@ -75,16 +79,16 @@ class _RoutingFile:
             "model": self._string,
             "header": self._headers,
         }
-        found = self._mapping(node, "a rule", keys, required=["task"])
-        if len(found) == 1:
+        fields = self._mapping(node, "a rule", keys, required=["task"])
+        if len(fields) == 1:
             self._fail(node, f"the rule has no condition; give it one of {', '.join(list(keys)[1:])}, or use default")
-        return Rule(**found)
+        return Rule(**fields)
 
     def _canary(self, node: yaml.Node, what: str) -> Canary:
         keys = {"task": self._expression, "to": self._expression, "percent": self._percent}
         canary = Canary(**self._mapping(node, what, keys, required=keys))
-        if same(canary.task, canary.to):
-            self._fail(node, f"the canary replaces {canary.task!r} by itself")
+        if steer_alike(canary.task, canary.to):
+            self._fail(node, f"the canary replaces {canary.task!r} by itself; change its to, or take it out")
         return canary
 
     def _headers(self, node: yaml.Node, what: str) -> Mapping[str, str]:
@@ -92,37 +96,37 @@ class _RoutingFile:
         for key, value in self._entries(node, what):
             name = key.value.lower()
             if not _HEADER_NAME.fullmatch(name):
-                self._fail(key, f"{short(key.value)} is not the name of a header")
+                self._fail(key, f"{short(key.value)} is not the name of a header; name one, such as X-Tenant")
             if name in headers:
-                self._fail(key, f"{what} names {short(key.value)} twice (case does not matter)")
+                self._fail(key, f"{what} names {short(key.value)} twice (case does not matter); keep one")
             headers[name] = self._string(value, f"the header {short(key.value)}")
         return headers
 
     def _mapping(
         self, node: yaml.Node, what: str, keys: Mapping[str, Callable[..., Any]], required: Iterable[str] = ()
     ) -> dict[str, Any]:
-        """A mapping's values by key, each read by the function that `keys` has for it."""
-        found: dict[str, Any] = {}
+        """A mapping's values by key, each read by the function that `keys` has for its key."""
+        values: dict[str, Any] = {}
         for key, value in self._entries(node, what):
             name = key.value
             if name not in keys:
                 near = difflib.get_close_matches(name, keys, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(keys)}"
                 self._fail(key, f"{what} has the unknown key {short(name)}; {hint}")
-            if name in found:
-                self._fail(key, f"{what} has the key {name!r} twice")
-            found[name] = keys[name](value, name)
+            if name in values:
+                self._fail(key, f"{what} has the key {name!r} twice; keep one")
+            values[name] = keys[name](value, name)
         for name in required:
-            if name not in found:
-                self._fail(node, f"{what} has no {name!r}")
-        return found
+            if name not in values:
+                self._fail(node, f"{what} has no {name!r}; give it one")
+        return values
 
     def _entries(self, node: yaml.Node, what: str) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
         if not _is(node, "map") or not node.value:
             self._fail(node, f"{what} must be a mapping with at least one key")
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                self._fail(key, f"{what} has a key that is no name")
+                self._fail(key, f"{what} has a key that is no name; write each as name: value")
             yield key, value
 
     def _string(self, node: yaml.Node, what: str) -> str:
@@ -170,7 +174,8 @@ class _RoutingFile:
         try:
             root = self._compose(text)
         except yaml.reader.ReaderError as error:
-            self._fail(text.count("\n", 0, error.position) + 1, f"the character #x{error.character:04x} is not allowed")
+            line = text.count("\n", 0, error.position) + 1
+            self._fail(line, f"the character #x{error.character:04x} is not allowed; take it out")
         except yaml.MarkedYAMLError as error:
             self._fail(error.problem_mark.line + 1 if error.problem_mark else 1, f"not sound YAML: {error.problem}")
         if root is None:
@@ -189,13 +194,13 @@ class _RoutingFile:
             with self.path.open("rb") as file:
                 data = file.read(MAX_FILE_BYTES + 1)
         except OSError as error:
-            raise RoutingError(f"{self.path}: cannot be read: {error.strerror}") from error
+            raise RoutingError(f"{self.path}: cannot be read: {error.strerror}; name a routing file") from error
         if len(data) > MAX_FILE_BYTES:
-            raise RoutingError(f"{self.path}: larger than 1 MiB, which no routing file needs")
+            raise RoutingError(f"{self.path}: larger than 1 MiB; name a routing file, which needs less")
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
-            self._fail(data.count(b"\n", 0, error.start) + 1, "not UTF-8 text")
+            self._fail(data.count(b"\n", 0, error.start) + 1, "not UTF-8 text; save the file as UTF-8")
 
     def _fail(self, where: yaml.Node | int, message: str) -> NoReturn:
         line = where if isinstance(where, int) else where.start_mark.line + 1
@@ -203,7 +208,7 @@ class _RoutingFile:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses while it composes what could cost time or memory out of proportion to the file."""
+    """YAML loader that refuses, before it builds them, nodes that could cost far more time or memory than the file."""
 
     depth = 0
 
@@ -216,14 +221,16 @@ class _Loader(yaml.SafeLoader):
             )
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem=f"nested too deeply; write at most {MAX_DEPTH} levels", problem_mark=event.start_mark
+            )
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 
 
 def _is(node: yaml.Node, kind: str) -> bool:
-    """Whether a node is of a YAML type ("map", "seq", "str", ...) in form, too: tags can be written by hand."""
+    """Test a node's YAML type ("map", "seq", "str", ...), and its form as well: tags can be written by hand."""
     form = {"map": yaml.MappingNode, "seq": yaml.SequenceNode}.get(kind, yaml.ScalarNode)
     return isinstance(node, form) and node.tag == f"tag:yaml.org,2002:{kind}"
 

@@ -1,8 +1,8 @@
-"""What a server is told about steering, in environment variables: they reach every process that vLLM starts.
+"""A server's settings of steering, in environment variables: they reach every process that vLLM starts.
 
 ================================  ====================================================================
 ``HONES_PROFILES``                folder of profiles, ``<task>.safetensors``; unset: nothing is steered
-``HONES_MAX_PROFILES``            how many different profiles can be in use at once
+``HONES_MAX_PROFILES``            number of different profiles that can be in use at once
 ``HONES_ROUTING``                 routing file (YAML)
 ``HONES_ALLOW_PROFILE_UPDATES``   1: profiles can be replaced, and steering switched off, over HTTP
 ``HONES_PLAYGROUND``              1: a page at /hones on which people try profiles by hand
@@ -22,12 +22,15 @@ from pathlib import Path
 
 from hones_steer.errors import DataError
 
-COUNT = re.compile(r"[1-9][0-9]{0,5}")  # what a maximum of profiles looks like
+COUNT = re.compile(r"[1-9][0-9]{0,5}")  # a whole number from 1 to 999999
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One server's steering. `max_profiles` and `routing` may be left to the engine and to no routing."""
+    """Settings of one server: `max_profiles` None leaves the number to the engine, `routing` None means no routing.
+
+    Each field is a variable of the module's table.
+    """
 
     profiles: Path
     max_profiles: int | None = None
@@ -57,7 +60,7 @@ class Settings:
         )
 
     def to_env(self) -> dict[str, str]:
-        """All six variables, those at their default empty, so that they replace whatever was set before."""
+        """All six variables; those at their default are empty, so that they replace a value set before."""
         return {
             "HONES_PROFILES": str(self.profiles),
             "HONES_MAX_PROFILES": "" if self.max_profiles is None else str(self.max_profiles),
@@ -69,7 +72,7 @@ class Settings:
 
 
 def flag(environ: Mapping[str, str], name: str) -> bool:
-    """Whether a variable is 1. Raises DataError unless it is 0, 1 or unset."""
+    """Read a variable that switches something on; true if it is 1. Raises DataError unless it is 0, 1 or unset."""
     value = environ.get(name, "")
     if value not in ("", "0", "1"):
         raise DataError(f"{name} is {value!r}; set it to 1, or to 0 or nothing")

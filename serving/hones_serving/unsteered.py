@@ -1,7 +1,7 @@
-"""Requests that generate by a route that cannot be steered: their answers say so, and they are counted.
+"""Requests that generate on a route that cannot be steered: their answers say so, and they are counted.
 
-Which routes generate is for the engine to know, and changes with its versions and options. So nothing here names any:
-where the engine takes a request in, `generating` says that the HTTP request being handled is one of them.
+Only the engine knows which routes generate, and its versions and options change that. So no route is named here: where
+the engine takes a request in, it calls `generating`, which marks the HTTP request that is being handled.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ _exchange: ContextVar[Exchange | None] = ContextVar("hones_unsteered", default=N
 
 
 class Exchange:
-    """One request: `count` is called once, when it generates and its answer has begun (`begin`).
+    """One HTTP request and its answer: `count` is called once, when the request generates and its answer has begun.
 
-    What is steered never begins it.
+    The exchange of a steered request never begins, so `count` is not called.
     """
 
     def __init__(self, count: Callable[[], None]) -> None:
@@ -26,7 +26,7 @@ class Exchange:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Within the block, and in all tasks that begin there, `generating` is about this request."""
+        """Make `generating` mark this request, within the block and in all tasks that begin there."""
         token = _exchange.set(self)
         try:
             yield
@@ -34,12 +34,12 @@ class Exchange:
             _exchange.reset(token)
 
     def begin(self) -> None:
-        """The request is not refused: its answer begins."""
+        """Note that the request was not refused: its answer begins."""
         self._begun = True
         self._settle()
 
     def generate(self) -> None:
-        """The request generates."""
+        """Note that the request generates."""
         self.generates = True
         self._settle()
 
@@ -50,7 +50,7 @@ class Exchange:
 
 
 def generating() -> None:
-    """Say that the engine generates for the request that is being handled, if there is one; any number of times."""
+    """Mark the HTTP request that is being handled, if there is one, as one that generates; repeated calls are fine."""
     exchange = _exchange.get()
     if exchange is not None:
         exchange.generate()

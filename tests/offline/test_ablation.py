@@ -8,12 +8,14 @@ import pytest
 import reference
 import tiny_models
 import torch
-from hones_offline.attribution.ablation import LogProbabilities, in_parts
 from hones_offline.attribution.heads import head_scores, head_statistics
-from hones_offline.running.decoder import Batch, Rows, Segment, TextDecoder
+from hones_offline.attribution.measurements import AnswerLogProbability
+from hones_offline.running.batching import Batch, PrefixBatch, Segment
+from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.evaluation import score
 from hones_offline.running.execution import Execution
-from hones_offline.running.hooks import Entering, recorded_states, replaced_heads
+from hones_offline.running.hooks import LayerInput, recorded_states, replaced_heads
+from hones_offline.running.length_buckets import LengthBuckets, cut_buckets
 from hones_offline.running.prompts import prepare
 from problems import problem
 
@@ -80,8 +82,8 @@ def test_an_attention_that_changes_what_its_output_projection_gives_runs_again()
 
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", TEXT_MODELS)
-def test_hidden_states_are_right_where_they_are_wanted(architecture: str) -> None:
-    """Not elsewhere, but for OPT, whose FFN is no module of its own."""
+def test_the_wanted_hidden_states_are_valid(architecture: str) -> None:
+    """Elsewhere the last FFN was skipped, but for OPT, whose FFN is no module of its own."""
     decoder, batch = decoder_and_batch(architecture)
     columns = torch.tensor([[-1, -3]]) % batch.mask.shape[1] + torch.zeros(len(batch.mask), 1, dtype=torch.long)
     whole, _ = decoder.run(batch)
@@ -114,37 +116,42 @@ def test_a_forward_that_was_set_on_a_layer_is_there_again_also_after_an_error() 
     placed = first.forward
     third.register_forward_hook(fail)
     with pytest.raises(ZeroDivisionError):
-        decoder.resume(batch, Entering(2, batch.embeds), [(2, 0)])
+        decoder.resume(batch, LayerInput(2, batch.embeds), [(2, 0)])
     assert first.forward is placed
     assert "forward" not in vars(second)
 
 
 @torch.no_grad()
-def test_a_beginning_that_prompts_share_runs_once() -> None:
+def test_a_prefix_that_prompts_share_runs_once() -> None:
     p = problem("llama", "shots")
     prepared = prepare(p.model, p.processor, p.task, p.examples)
     prompts = [encoded.prompt(0) for encoded in prepared.encoded]
-    rows = Rows(prepared.decoder, prompts, [1] * len(prompts))
-    assert rows.shared >= 20
-    assert rows.tokens < sum(map(len, prompts)) / 2
-    hidden, cache = rows.run(prepared.decoder.run, keep=True)
+    batch = PrefixBatch(prompts, [1] * len(prompts), prepared.decoder.device)
+    assert batch.shared >= 20
+    assert batch.token_count < sum(map(len, prompts)) / 2
+    hidden, cache = batch.run(prepared.decoder.run, keep=True)
+    assert cache is not None
     whole, _ = prepared.decoder.run(prepared.decoder.collate(prompts))
-    torch.testing.assert_close(hidden[range(len(rows)), rows.ends - 1], whole[:, -1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(hidden[range(len(batch)), batch.ends - 1], whole[:, -1], rtol=1e-4, atol=1e-5)
     assert cache.get_seq_length() == max(map(len, prompts))
-    assert Rows(prepared.decoder, prompts, [len(prompt) for prompt in prompts]).shared == 0  # all states are wanted
+    all_wanted = PrefixBatch(prompts, [len(prompt) for prompt in prompts], prepared.decoder.device)
+    assert all_wanted.shared == 0
 
 
 @torch.no_grad()
-def test_as_many_copies_as_there_are_tokens_in_a_batch_and_memory_for() -> None:
+def test_copies_are_limited_by_the_tokens_of_a_batch_and_by_memory() -> None:
     p = problem("llama", "shots")
     prepared = prepare(p.model, p.processor, p.task, p.examples)
     prompts = [encoded.prompt(0) for encoded in prepared.encoded]
-    rows = Rows(prepared.decoder, prompts, [1] * len(prompts))
-    copies = rows.copies_at_once(batch_size=32, memory_gb=1)
-    assert 32 // len(rows) < copies <= 32 * rows.length / rows.tokens < copies + 1
-    copy_gb = len(rows) * rows.length * prepared.decoder.cache_token_bytes(prompts[0]) / 2**30
-    assert rows.copies_at_once(batch_size=32, memory_gb=2.5 * copy_gb) == 2
-    assert rows.copies_at_once(batch_size=1, memory_gb=1e-9) == 1
+    batch = PrefixBatch(prompts, [1] * len(prompts), prepared.decoder.device)
+    copies = batch.copies_at_once(batch_size=32, cache_tokens=10**9)
+    assert 32 // len(batch) < copies <= 32 * batch.length / batch.token_count < copies + 1
+    assert batch.copies_at_once(batch_size=32, cache_tokens=int(2.5 * len(batch) * batch.length)) == 2
+    assert batch.copies_at_once(batch_size=1, cache_tokens=0) == 1
+    copy_gb = len(batch) * batch.length * prepared.decoder.cache_token_bytes(prompts[0]) / 2**30
+    for memory_gb, expected in ((1, copies), (2.5 * copy_gb, 2), (1e-9, 1)):
+        execution = Execution(batch_size=32, memory_gb=memory_gb)
+        assert LengthBuckets(prepared.decoder, prompts, [1] * len(prompts), execution).copies == expected
 
 
 def fail(*_: object) -> None:
@@ -152,8 +159,8 @@ def fail(*_: object) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
-def test_answers_that_end_and_part_at_different_places(batch_size: int) -> None:
-    """End tokens are some that the model writes: rows leave a batch early, agree to the end, or end where they part."""
+def test_answers_that_end_and_diverge_at_different_places(batch_size: int) -> None:
+    """End tokens are some that the model writes: rows end early, agree to the end, or end where they diverge."""
     p = problem("llama", "text")
     free = prepare(p.model, p.processor, p.task, p.examples)
     written = free.decoder.greedy([e.prompt(0) for e in free.encoded], p.task.max_new_tokens)
@@ -176,17 +183,17 @@ def test_the_last_token_of_an_answer_is_not_run() -> None:
     p = problem("llama", "text")
     prepared = prepare(p.model, p.processor, p.task, p.examples)
     pairs = prepared.pairs()
-    runs = LogProbabilities(prepared, pairs, Execution(batch_size=len(pairs), memory_gb=1))
-    run = sum(int(rows.shared + ends) for rows in runs.parts.rows for ends in rows.ends)
-    assert run == sum(len(prompt) + len(answer) - 1 for prompt, answer in pairs)
+    measured = AnswerLogProbability(prepared, pairs, Execution(batch_size=len(pairs), memory_gb=1))
+    tokens = sum(int(batch.shared + end) for batch in measured.buckets.batches for end in batch.ends)
+    assert tokens == sum(len(prompt) + len(answer) - 1 for prompt, answer in pairs)
 
 
-def test_parts_of_similar_length_cost_least() -> None:
-    """Against every way to cut them; a forward costs as much as 100 tokens more."""
+def test_buckets_of_similar_length_cost_least() -> None:
+    """Compared with every way to cut them; a forward costs as much as 100 tokens more."""
     lengths = [9, 3, 4, 30, 4, 5, 9, 3]
 
-    def cost(parts: list[list[int]]) -> int:
-        return sum(100 + 6 * len(part) * max(lengths[i] for i in part) for part in parts)
+    def cost(buckets: list[list[int]]) -> int:
+        return sum(100 + 6 * len(bucket) * max(lengths[i] for i in bucket) for bucket in buckets)
 
     order = sorted(range(8), key=lambda i: lengths[i])
     ways = [
@@ -195,8 +202,8 @@ def test_parts_of_similar_length_cost_least() -> None:
         for cuts in combinations(range(1, 8), count)
     ]
     for most in (2, 3, 8):
-        found = in_parts(lengths, 6, most)
-        assert sorted(i for part in found for i in part) == list(range(8))
+        buckets = cut_buckets(lengths, 6, most)
+        assert sorted(i for bucket in buckets for i in bucket) == list(range(8))
         allowed = [way for way in ways if max(map(len, way)) <= most]
-        assert cost(found) == min(map(cost, allowed))
-    assert len(in_parts(lengths, 6, 8)) > 1
+        assert cost(buckets) == min(map(cost, allowed))
+    assert len(cut_buckets(lengths, 6, 8)) > 1

@@ -411,8 +411,8 @@ def test_a_missing_data_file(fails: Callable[..., str], root: Path, tmp_path: Pa
 def test_a_coco_file_without_images_or_with_a_task_it_lacks(fails: Callable[..., str], root: Path) -> None:
     command = ["evaluate", root / "vlm", "--data", DATA, "--task"]
     assert "name its image folder with --images" in fails(*command, "vqa")
-    assert "has no task 'colour'; choose one of vqa, ocr, caption, retrieval" in fails(
-        *command, "colour", "--images", "."
+    assert "has no task 'color'; choose one of vqa, ocr, caption, retrieval" in fails(
+        *command, "color", "--images", "."
     )
 
 

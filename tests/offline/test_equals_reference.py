@@ -1,4 +1,4 @@
-"""The fast path (batched, images encoded once, decoder run alone) equals section 2 done one example at a time."""
+"""The fast path (batched, images encoded once, decoder run alone) equals the method done one example at a time."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ import numpy.typing as npt
 import pytest
 import reference
 import torch
-from hones_offline.attribution.ablation import LogProbabilities
 from hones_offline.attribution.heads import HeadMetric, head_scores, head_statistics, top_heads
+from hones_offline.attribution.measurements import AnswerLogProbability
 from hones_offline.attribution.write_in import PositivePart, importance, mean_write_in, target_directions
 from hones_offline.data.neurons import Bank
 from hones_offline.learning.factors import FitSettings, learn
@@ -70,7 +70,7 @@ def test_head_scores(case: tuple[Problem, Prepared], head_metric: HeadMetric) ->
 def test_little_memory_and_small_batches_change_nothing(
     case: tuple[Problem, Prepared], head_metric: HeadMetric
 ) -> None:
-    """Kept states of all layers or of one at a time, several heads in a batch or one, rows parted alone or together."""
+    """States are kept of all layers or of one at a time, heads run together or alone, diverged rows wait or do not."""
     _, prepared = case
     _, expected = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, Execution(batch_size=9)))
     _, found = head_scores(
@@ -85,8 +85,8 @@ def test_little_memory_and_small_batches_change_nothing(
 
 
 @pytest.mark.parametrize("cut", [("llama", "text"), ("llama", "shots"), ("qwen2_5_vl", "caption")], ids="-".join)
-def test_cut_into_parts_by_length_nothing_changes(monkeypatch: pytest.MonkeyPatch, cut: tuple[str, str]) -> None:
-    """So few tokens are worth no forward of their own, so they are cut by saying that one costs nothing."""
+def test_cut_into_buckets_by_length_nothing_changes(monkeypatch: pytest.MonkeyPatch, cut: tuple[str, str]) -> None:
+    """So few tokens are not worth a forward of their own; saying that one costs nothing has them cut."""
     p = problem(*cut)
     prepared = prepare(p.model, p.processor, p.task, p.examples)
     directions = target_directions(prepared)
@@ -101,9 +101,9 @@ def test_cut_into_parts_by_length_nothing_changes(monkeypatch: pytest.MonkeyPatc
         ]
 
     together = everything()
-    monkeypatch.setattr("hones_offline.attribution.ablation._FORWARD", 0)
-    parts = LogProbabilities(prepared, prepared.pairs(), Execution(batch_size=9, memory_gb=4)).parts.items
-    assert len(parts) > 1
+    monkeypatch.setattr("hones_offline.running.length_buckets._FORWARD", 0)
+    measured = AnswerLogProbability(prepared, prepared.pairs(), Execution(batch_size=9, memory_gb=4))
+    assert len(measured.buckets.items) > 1
     for found, expected in zip(everything(), together, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 

@@ -22,7 +22,7 @@ from hones_steer.errors import DataError
 BLUE = (0, 0, 255)
 
 
-def grey_image(path: Path, size: tuple[int, int] = (20, 10)) -> Path:
+def gray_image(path: Path, size: tuple[int, int] = (20, 10)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (128, 128, 128)).save(path)
     return path
@@ -37,8 +37,8 @@ def write_lines(path: Path, *lines: object) -> Path:
 
 
 def test_an_image_file_is_loaded_as_rgb(tmp_path: Path) -> None:
-    Image.new("L", (4, 3), 7).save(tmp_path / "grey.png")
-    image = FileImage(tmp_path / "grey.png").load()
+    Image.new("L", (4, 3), 7).save(tmp_path / "gray.png")
+    image = FileImage(tmp_path / "gray.png").load()
     assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (4, 3), (7, 7, 7))
 
 
@@ -50,7 +50,7 @@ def test_a_rotated_photo_is_turned_upright(tmp_path: Path) -> None:
 
 
 def test_the_box_is_blue_around_the_region_and_leaves_it_alone(tmp_path: Path) -> None:
-    path = grey_image(tmp_path / "a.png", (60, 40))
+    path = gray_image(tmp_path / "a.png", (60, 40))
     pixels = np.asarray(FileImage(path, box=(20.0, 10.0, 15.0, 8.0)).load())
     blue = (pixels == BLUE).all(axis=-1)
     expected = np.zeros((40, 60), dtype=bool)
@@ -61,7 +61,7 @@ def test_the_box_is_blue_around_the_region_and_leaves_it_alone(tmp_path: Path) -
 
 
 def test_a_box_that_leaves_the_image_is_clipped(tmp_path: Path) -> None:
-    path = grey_image(tmp_path / "a.png", (60, 40))
+    path = gray_image(tmp_path / "a.png", (60, 40))
     pixels = np.asarray(FileImage(path, box=(-3.0, 30.0, 10.0, 99.0)).load())
     blue = (pixels == BLUE).all(axis=-1)
     assert blue[28:, 0].all()
@@ -72,7 +72,7 @@ def test_a_box_that_leaves_the_image_is_clipped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("box", [(70.0, 5.0, 4.0, 4.0), (5.0, -9.0, 4.0, 4.0)])
 def test_a_box_outside_the_image_is_an_error(tmp_path: Path, box: tuple[float, float, float, float]) -> None:
-    path = grey_image(tmp_path / "a.png", (60, 40))
+    path = gray_image(tmp_path / "a.png", (60, 40))
     with pytest.raises(DataError, match=r"outside image .*a\.png.* 60x40"):
         FileImage(path, box).load()
 
@@ -130,10 +130,10 @@ def test_an_example_needs_targets(targets: tuple[str, ...]) -> None:
 
 
 def test_jsonl_gives_its_lines_with_images_beside_it(tmp_path: Path) -> None:
-    grey_image(tmp_path / "images" / "a.png")
+    gray_image(tmp_path / "images" / "a.png")
     path = write_lines(
         tmp_path / "own.jsonl",
-        {"image": "images/a.png", "prompt": "What?", "targets": ["grey", "a wall"], "id": "first"},
+        {"image": "images/a.png", "prompt": "What?", "targets": ["gray", "a wall"], "id": "first"},
         "",
         {"prompt": "2 + 2 =\u2028", "targets": ["4"], "note": "ignored"},
         {"prompt": "capital of Peru?", "targets": ["Lima"], "image": None, "id": 17},
@@ -141,7 +141,7 @@ def test_jsonl_gives_its_lines_with_images_beside_it(tmp_path: Path) -> None:
     examples, skipped = load_jsonl(path)
     assert skipped == {}
     assert [e.id for e in examples] == ["first", "3", "17"]
-    assert [e.targets for e in examples] == [("grey", "a wall"), ("4",), ("Lima",)]
+    assert [e.targets for e in examples] == [("gray", "a wall"), ("4",), ("Lima",)]
     assert examples[1].prompt == "2 + 2 =\u2028"
     assert examples[0].image is not None
     assert examples[0].image.load().size == (20, 10)
@@ -239,7 +239,7 @@ def test_scenes_know_no_other_task() -> None:
 
 
 def test_splits_that_share_an_image_are_refused_by_name(tmp_path: Path) -> None:
-    path = grey_image(tmp_path / "a.png")
+    path = gray_image(tmp_path / "a.png")
     (tmp_path / "link.png").symlink_to(path)
     one = Example("1", "What?", ("cat",), FileImage(path))
     boxed = Example("2", "", ("STOP",), FileImage(tmp_path / "link.png", box=(1, 1, 2, 2)))

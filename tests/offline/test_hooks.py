@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hones_offline import attribute, evaluate, fit
-from hones_offline.attribution.baselines import Baseline, baseline
+from hones_offline.attribution.baselines import activation_probability, gradient_activation, mean_activation
 from hones_offline.attribution.heads import head_scores, head_statistics, top_heads
 from hones_offline.attribution.write_in import importance, target_directions
 from hones_offline.running.execution import Execution
@@ -56,15 +56,12 @@ def wrapped() -> Iterator[Problem]:
 
 def everything(prepared: Prepared) -> list[Any]:
     """Head scores by both metrics, importance, and baselines."""
-    scores = [
-        head_scores(prepared, m, *head_statistics(prepared, m, Execution(batch_size=9)))[1] for m in ("task", "logprob")
-    ]
+    execution, small = Execution(batch_size=9), Execution(batch_size=3)
+    scores = [head_scores(prepared, m, *head_statistics(prepared, m, execution))[1] for m in ("task", "logprob")]
     units, heads = target_directions(prepared), top_heads(scores[1], 4)
-    found = [
-        importance(prepared, units, heads, Execution(batch_size=9), positive_part=part) for part in ("mean", "example")
-    ]
-    methods: tuple[Baseline, ...] = ("ap", "ma", "grad_act")
-    return scores + found + [baseline(prepared, method, batch_size=3) for method in methods]
+    importances = [importance(prepared, units, heads, execution, positive_part=part) for part in ("mean", "example")]
+    baselines = (activation_probability, mean_activation, gradient_activation)
+    return scores + importances + [np.asarray(baseline(prepared, small)) for baseline in baselines]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +96,9 @@ def test_an_input_whose_rows_cannot_be_told_is_refused(wrapped: Problem, part: s
     register_layout("llama", **names)
     prepared = prepare(*asked(wrapped))
     runs: dict[str, list[Callable[[], object]]] = {
-        "down_proj": [lambda method=method: baseline(prepared, method, batch_size=3) for method in ("ma", "grad_act")],
+        "down_proj": [
+            partial(baseline, prepared, Execution(batch_size=3)) for baseline in (mean_activation, gradient_activation)
+        ],
         "o_proj": [lambda: head_statistics(prepared, "logprob", Execution(batch_size=9))],
     }
     for run in runs[part]:

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from hones_offline.running.decoder import Segment, TextDecoder
+from hones_offline.running.batching import Segment
+from hones_offline.running.decoder import TextDecoder
 
 from hones_steer._transformers import CACHE_NAMES, cache_name
 

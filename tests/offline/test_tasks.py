@@ -213,7 +213,7 @@ def test_a_task_of_ones_own_is_one_small_class() -> None:
     assert task.prompts(example) == ("What color is the sky? Answer with one word.",)
     assert task.answers(example) == ((0, "blue"),)
     assert task.target_texts(example) == ("blue",)
-    rows = [task.statistics(example, text) for text in (" Blue, I think", "grey")]
+    rows = [task.statistics(example, text) for text in (" Blue, I think", "gray")]
     assert task.aggregate(np.sum(rows, axis=0), len(rows)) == 0.5
 
 

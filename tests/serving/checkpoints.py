@@ -24,7 +24,7 @@ TEXT = {
 
 
 def llama(folder: Path, seed: int = 0) -> Path:
-    """A Llama: 4 layers x 256 FFN neurons, hidden 128, 4 heads, 300 tokens; with a chat template."""
+    """Write a Llama of 4 layers x 256 FFN neurons, hidden size 128, 4 heads, 300 tokens, with a chat template."""
     model = build_llama(seed, **TEXT)
     tokenizer = text_tokenizer(model.config)
     tokenizer.chat_template = CHAT
@@ -34,7 +34,7 @@ def llama(folder: Path, seed: int = 0) -> Path:
 
 
 def qwen2_5_vl(folder: Path, seed: int = 0) -> Path:
-    """A Qwen2.5-VL with a language model as `llama`'s. An image has one token per 8 x 8 pixels, at most 12.
+    """Write a Qwen2.5-VL with a language model like `llama`'s. An image has one token per 8 x 8 pixels, at most 12.
 
     vLLM needs torchvision to load it (`engines.TORCHVISION`), transformers does if it is to load the processor:
     `tiny_processors.qwen2_5_vl_processor(config)` is the same one, for images.

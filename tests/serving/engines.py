@@ -1,4 +1,4 @@
-"""Starting vLLM for a test: in this process (`offline`), or as a server (`server`); both end with the block.
+"""Engines for a test: vLLM in this process (`offline`), or any server (`server`); both end with the block.
 
 Engines in one process come one after the other, each with the environment variables of its time. Processes that run
 vLLM need `ENVIRONMENT` from their start; the tests in engine/ have it.
@@ -34,7 +34,7 @@ ENVIRONMENT = {
 START_SECONDS = 300
 
 
-def own_cache(folder: Path) -> str:
+def fresh_cache(folder: Path) -> str:
     """An empty VLLM_CACHE_ROOT, but that vLLM knows the models it has looked at: each look takes a process."""
     known = Path(os.environ["VLLM_CACHE_ROOT"], "modelinfos")
     known.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def own_cache(folder: Path) -> str:
 
 @contextmanager
 def offline(model: Path, **options: Any) -> Iterator[Any]:
-    """A `vllm.LLM` in this process, eager and in float32 unless told otherwise; all of it is gone afterwards."""
+    """A `vllm.LLM` in this process, eager and in float32 unless told otherwise; afterwards nothing of it is left."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -62,7 +62,7 @@ def offline(model: Path, **options: Any) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Server:
-    """A running server: where it is (without /v1), its process and what it has printed so far."""
+    """A running server: its URL (without /v1), its process, and its output so far."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -113,7 +113,7 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a server as Ctrl-C would, and whatever it leaves behind by force."""
+    """End a server as Ctrl-C would, and kill the processes that it leaves behind."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(timeout=30)

@@ -1,4 +1,4 @@
-"""A client's side of a real server: questions, answers, what /metrics says, and a barrier around the engine."""
+"""The client's side of a real server: questions, answers, the metrics, and a barrier around the engine."""
 
 import asyncio
 import base64
@@ -26,13 +26,13 @@ Samples = dict[tuple[Any, ...], float]
 
 @dataclass(frozen=True)
 class Question:
-    """A chat's one message if there is an image, else a completion's prompt."""
+    """The single message of a chat if there is an image, else the prompt of a completion."""
 
     text: str
     image: Image.Image | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """What the `openai` client is called with."""
+        """Keyword arguments for the `openai` client's call."""
         if self.image is None:
             return {"prompt": self.text}
         png = io.BytesIO()
@@ -54,7 +54,7 @@ class Answer:
 
 
 class Client(AsyncOpenAI):
-    """A client of one engine: `no_end` in a request's body makes end tokens end nothing."""
+    """A client of one engine; `no_end` is the part of a body that keeps end tokens from ending an answer."""
 
     no_end: Mapping[str, Any]
 
@@ -106,7 +106,7 @@ async def _streamed(chunks: AsyncIterator[Any], started: asyncio.Event | None) -
 
 
 async def scrape(url: str) -> Samples:
-    """What Prometheus reads from a server at this moment."""
+    """The samples that Prometheus would read from a server at this moment."""
     async with httpx.AsyncClient(verify=False) as client:  # or each loads all certificates there are, 50 times a second
         text = (await client.get(f"{url}/metrics", timeout=DEADLINE_SECONDS)).raise_for_status().text
     return {
@@ -117,13 +117,13 @@ async def scrape(url: str) -> Samples:
 
 
 def increase(before: Samples, after: Samples, name: str) -> dict[tuple[str, ...], float]:
-    """By how much the samples of one metric have grown, where they have: label values, sorted by label -> number."""
+    """Growth of one metric's samples, those that have grown: label values, sorted by label -> number."""
     grown = {key: value - before.get(key, 0) for key, value in after.items() if key[0] == name}
     return {tuple(value for _, value in key[1:]): more for key, more in grown.items() if more}
 
 
 async def until(number: Callable[[], Awaitable[float]], wanted: float) -> None:
-    """Wait until something counted is so many: `wanted` or more, or none; fails if that takes a minute."""
+    """Wait until a count reaches `wanted` or more, or 0 if that is wanted; fails if that takes a minute."""
     async with asyncio.timeout(DEADLINE_SECONDS):
         while not ((now := await number()) >= wanted > 0 or now == wanted):
             await asyncio.sleep(0.02)
@@ -131,7 +131,7 @@ async def until(number: Callable[[], Awaitable[float]], wanted: float) -> None:
 
 @contextmanager
 def frozen(server: Server) -> Iterator[None]:
-    """Stop vLLM's process: what it runs stays unfinished, and what arrives stays queued, until the block ends."""
+    """Stop vLLM's process until the block ends: requests that run stay unfinished, new ones stay queued."""
     (engine,) = _engines(server.process.pid)
     os.kill(engine, signal.SIGSTOP)
     try:

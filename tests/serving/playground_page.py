@@ -1,4 +1,4 @@
-"""The playground of a real server, used as people use it; as a script, its picture for the docs:
+"""The playground of a real server, used as people use it; run as a script, this takes its picture for the docs:
 
 PYTHONPATH=tests python -m serving.playground_page PROFILES PICTURE
 
@@ -20,7 +20,7 @@ from serving.engines import Server, server
 
 @contextmanager
 def playground(model: Path, profiles: Path, here: Path, *options: str) -> Iterator[Server]:
-    """A server of the transformers engine with the page, which generates nothing while there is a file `here`/gate."""
+    """A server of the transformers engine with the page; it generates nothing while the file `here`/gate exists."""
     command = [sys.executable, str(Path(__file__).with_name("gated_server.py")), str(here / "gate"), str(model)]
     command += ["--profiles", str(profiles), "--engine", "transformers", "--device", "cpu", "--playground", *options]
     with server(command, here / "log", {}) as running:
@@ -28,7 +28,7 @@ def playground(model: Path, profiles: Path, here: Path, *options: str) -> Iterat
 
 
 def fill(tab: Any, prompt: str, left: str, right: str, image: Path | None = None, tokens: int = 12) -> None:
-    """Fill the form in."""
+    """Fill in the form."""
     tab.fill("#prompt", prompt)
     tab.fill("#tokens", str(tokens))
     for at, expression in enumerate((left, right)):
@@ -39,23 +39,23 @@ def fill(tab: Any, prompt: str, left: str, right: str, image: Path | None = None
 
 
 def answers(tab: Any) -> list[dict[str, str]]:
-    """Run, and give the texts that are to be seen on each side when that is over: answer, applied, wrong."""
+    """Press Run, and return the visible texts of each side when both are done: answer, applied, wrong."""
     tab.get_by_role("button", name="Run").click()
     tab.get_by_role("button", name="Run").wait_for()  # it is called "Stop" meanwhile
     return shown(tab)
 
 
 def shown(tab: Any) -> list[dict[str, str]]:
-    """What is to be seen on each side."""
-    found: list[dict[str, str]] = tab.evaluate(
+    """The visible texts of each side."""
+    texts: list[dict[str, str]] = tab.evaluate(
         "() => [...document.querySelectorAll('.side')].map(side => Object.fromEntries(['answer', 'applied', 'wrong']"
         ".map(kind => [kind, side.querySelector('.' + kind)]).map(([kind, e]) => [kind, e.hidden ? '' : e.innerText])))"
     )
-    return found
+    return texts
 
 
 def take_picture(profiles: Path, picture: Path) -> None:
-    """A PNG of the page after one run with an image, in light colours."""
+    """A PNG of the page after one run with an image, in light colors."""
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
         scene = scenes("test", 16)[-1]  # one whose answer the README's profile changes

@@ -1,4 +1,4 @@
-"""What a step's tokens should become, written plainly: one token and one neuron list at a time, no tables."""
+"""Slow twin of the scaling in a step, written plainly: one token and one neuron list at a time, no tables."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +9,7 @@ from hones_steer import Profile
 
 
 def scale_tokens(z: Tensor, slots: Sequence[int], profiles: Mapping[int, Profile], layer: int) -> Tensor:
-    """FFN activations `[tokens, I]`, token i scaled by the profile in slots[i]; slots without one change nothing.
+    """FFN activations `[tokens, I]` with token i scaled by the profile in slots[i]; a slot without one changes nothing.
 
     The product is taken in float32 and rounded once to z's own type.
     """

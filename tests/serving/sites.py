@@ -1,4 +1,4 @@
-"""Running servers of either engine, and what their answers should be."""
+"""Running servers of either engine, and the answers that they should give."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ Command = tuple[list[str], dict[str, str]]
 
 
 class Vllm:
-    """`hones serve`, and vLLM's own command with the plugin."""
+    """The vLLM engine: by `hones serve`, and by vLLM's own command with the plugin."""
 
     at_once = 8  # so many requests generate at the same time
     no_end: Mapping[str, Any] = {"ignore_eos": True}  # in a request's body: end tokens end nothing
@@ -54,31 +54,31 @@ class Vllm:
     )
 
     def serve(self, model: Path, here: Path, *options: str) -> Command:
-        """A model with its name "tiny" and any options of `hones serve`; `here` is a folder for this server."""
+        """Serve a model as "tiny" with any options of `hones serve`; `here` is a folder for this server."""
         del here
-        own = ["--max-model-len", "512", "--max-num-seqs", str(self.at_once), "--block-size", "32"]
-        command = [sys.executable, "-m", "hones_steer", "serve", str(model), "--engine", "vllm", *options, *own]
+        flags = ["--max-model-len", "512", "--max-num-seqs", str(self.at_once), "--block-size", "32"]
+        command = [sys.executable, "-m", "hones_steer", "serve", str(model), "--engine", "vllm", *options, *flags]
         return command, ENVIRONMENT
 
     def serve_for_two(self, model: Path, profiles: Path, here: Path) -> Command:
-        """A model with its names "tiny" and `TAKEN` and room for two profiles at once, nothing more."""
+        """Serve a model as "tiny" and `TAKEN`, with room for two profiles at once and no other option."""
         del here
         env = plain_env(profiles, VLLM_PLUGINS="hones", HONES_MAX_PROFILES="2")
         return [*api_server(model), "--enable-scale-out"], env
 
     def frozen(self, server: Server, here: Path) -> AbstractContextManager[None]:
-        """Within the block nothing is generated."""
+        """Hold up the engine within the block: it generates nothing."""
         del here
         return frozen(server)
 
     def answer(self, tokenizer: Any, prompt: list[int], tokens: list[int]) -> str:
-        """The text of `tokens` after `prompt`: with the space before a first word, without a character that is cut."""
+        """The text of `tokens` after `prompt`, with the space before a first word, without a character that is cut."""
         whole, known = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt + tokens, prompt))
         return whole.removeprefix(known).rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 class Transformers:
-    """`hones serve --engine transformers`, one answer at a time."""
+    """The transformers engine, by `hones serve --engine transformers`: one answer at a time."""
 
     at_once = 1
     no_end: Mapping[str, Any] = {}  # the model has no end token, see `serve`
@@ -107,7 +107,7 @@ class Transformers:
             (here / "gate").unlink()
 
     def answer(self, tokenizer: Any, prompt: list[int], tokens: list[int]) -> str:
-        """The text of `tokens` by themselves."""
+        """The text of `tokens` without the prompt before them."""
         del prompt
         text: str = tokenizer.decode(tokens, skip_special_tokens=True)
         return text
@@ -117,7 +117,7 @@ ENGINES = {"vllm": Vllm(), "transformers": Transformers()}
 
 
 def _without_end(model: Path, folder: Path) -> Path:
-    """A copy of a model for which end tokens end nothing: a request cannot ask transformers' server for that."""
+    """A copy of a model that knows no end tokens: a request cannot ask transformers' server to ignore them."""
     shutil.copytree(model, folder)
     file = folder / "generation_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": None}))
@@ -125,7 +125,7 @@ def _without_end(model: Path, folder: Path) -> Path:
 
 
 def api_server(model: Path) -> list[str]:
-    """VLLM's own command."""
+    """Start vLLM's server by its own command."""
     module = "vllm.entrypoints.openai.api_server"
     options = [
         "--served-model-name",
@@ -142,13 +142,13 @@ def api_server(model: Path) -> list[str]:
 
 
 def plain_env(profiles: Path, **more: str) -> dict[str, str]:
-    """The environment for it."""
+    """The environment variables for vLLM's own command."""
     return {**ENVIRONMENT, "HONES_PROFILES": str(profiles), "VLLM_USE_V2_MODEL_RUNNER": "0", **more}
 
 
 @dataclass(frozen=True)
 class Site:
-    """A server, and what its answers should be."""
+    """A server, and the answers that it should give."""
 
     engine: Vllm | Transformers
     server: Server
@@ -166,25 +166,25 @@ class Site:
         return client
 
     async def call(self, method: str, path: str, body: object = None, **headers: str) -> httpx.Response:
-        """A call with the key, without a client that knows better."""
+        """A plain HTTP call with the key, which no client library checks or changes."""
         headers = {"Authorization": f"Bearer {self.key}", **headers}
         async with httpx.AsyncClient(base_url=self.server.url, timeout=300, verify=False) as client:
             return await client.request(method, path, json=body, headers=headers)
 
     def frozen(self) -> AbstractContextManager[None]:
-        """Within the block what is generated stays unfinished, and what arrives stays queued."""
+        """Hold up the engine within the block: answers stay unfinished, and new requests stay queued."""
         return self.engine.frozen(self.server, self.folder.parent)
 
     async def slots_used(self) -> float:
-        """How many profiles are in use at this moment."""
+        """Number of profiles that are in use at this moment."""
         return (await scrape(self.server.url))[("hones_slots_used",)]
 
     async def admitted(self) -> float:
-        """How many requests are admitted and not yet answered to the end."""
+        """Number of requests that are admitted and not yet answered to the end."""
         return (await scrape(self.server.url))[("hones_requests_in_flight",)]
 
     async def tokens(self) -> float:
-        """How many tokens have been generated so far."""
+        """Number of tokens generated so far."""
         return await self._total("hones_tokens_total")
 
     async def _total(self, metric: str) -> float:
@@ -192,7 +192,7 @@ class Site:
         return sum(value for (name, *_), value in samples.items() if name == metric)
 
     def text(self, question: Question, expression: str, count: int = NEW_TOKENS) -> str:
-        """What transformers answers."""
+        """The answer of transformers."""
         key = question.text, id(question.image), expression, count
         if key not in self.known:
             tokens = self.reference.tokens(self._prompt(question), expression, count)
@@ -212,11 +212,11 @@ class Site:
         return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), question.image
 
     def header(self, expression: str) -> str:
-        """What X-Hones-Profile should be."""
+        """The value that X-Hones-Profile should have."""
         profile = combine(parse_expression(expression), self.profiles.__getitem__)
         return "none" if profile is None else f"{expression} ({profile.short_digest})"
 
     def check(self, answer: Answer, question: Question, expression: str, route: str, **options: int) -> None:
-        """Everything that one answer says."""
+        """Check everything that one answer says."""
         assert (answer.profile, answer.route) == (self.header(expression), route)
         assert answer.texts == [self.text(question, expression, **options)] * len(answer.texts)

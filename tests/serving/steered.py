@@ -1,4 +1,4 @@
-"""Steered vLLM engines for tests, and what transformers answers with the same profiles.
+"""Steered vLLM engines for tests, and the answers of transformers with the same profiles.
 
 Prompts are lists of token ids, or ``(text, image)`` pairs for a model with vision.
 """
@@ -37,7 +37,7 @@ def prompts(count: int, longest: int = 20) -> list[list[int]]:
 
 
 def write_profiles(model: Any, folder: Path, fraction: float = 0.3) -> dict[str, Profile]:
-    """A folder with a profile for each of TASKS, random scales for a share of all neurons; returns them."""
+    """Write a folder of profiles, one for each of TASKS, random scales for a share of all neurons; returns them."""
     folder.mkdir()
     profiles = {task: random_profile(model, seed, task, fraction) for seed, task in enumerate(TASKS)}
     for task, profile in profiles.items():
@@ -46,7 +46,7 @@ def write_profiles(model: Any, folder: Path, fraction: float = 0.3) -> dict[str,
 
 
 class Reference:
-    """What transformers answers, one request at a time, steered by `hones_steer.steer` with a folder of profiles.
+    """Answers of transformers, one request at a time, steered by `hones_steer.steer` with a folder of profiles.
 
     Made before an engine that compiles: attaching the steering makes PyTorch forget compiled code.
     """
@@ -58,14 +58,14 @@ class Reference:
         self._processor = processor
 
     def tokens(self, prompt: Prompt, expression: str | None, count: int = NEW_TOKENS) -> list[int]:
-        """The next `count` tokens, greedily."""
+        """The next `count` tokens of greedy decoding."""
         inputs = self._inputs(prompt)
         with torch.no_grad(), self.steering.task(expression or "none"):
             ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=count)
         return ids[0, inputs["input_ids"].shape[1] :].tolist()
 
     def answers(self, prompts: Sequence[Prompt], expressions: Sequence[str | None]) -> list[list[int]]:
-        """`tokens` of each request."""
+        """The tokens of each request."""
         return [self.tokens(p, e) for p, e in zip(prompts, expressions, strict=True)]
 
     def logprobs(self, ids: Sequence[int], expression: str | None) -> torch.Tensor:
@@ -84,7 +84,7 @@ class Reference:
 
 @contextmanager
 def engine(model: Path, profiles: Path | None, env: Mapping[str, str] | None = None, **options: Any) -> Iterator[Any]:
-    """`engines.offline` with HONES_PROFILES set to a folder, or with None as if hones-steer were not there."""
+    """An engine of `engines.offline`, with HONES_PROFILES set to a folder; None: without hones-steer."""
     import vllm.plugins
 
     with pytest.MonkeyPatch.context() as patch:
@@ -101,7 +101,7 @@ def engine(model: Path, profiles: Path | None, env: Mapping[str, str] | None = N
 
 
 def request(prompt: Prompt, **more: Any) -> dict[str, Any]:
-    """A prompt as vLLM takes it; `more` as its cache_salt."""
+    """A prompt as vLLM takes it; `more` has further fields, such as cache_salt."""
     if isinstance(prompt, list):
         return {"prompt_token_ids": prompt, **more}
     text, image = prompt
@@ -118,7 +118,7 @@ def sampling(expression: str | None, **options: Any) -> Any:
 
 
 def generate(llm: Any, prompts: Sequence[Prompt], expressions: Sequence[str | None], **options: Any) -> list[Any]:
-    """VLLM's outputs for one mixed batch, in order."""
+    """Outputs of vLLM for one mixed batch, in order."""
     params = [sampling(expression, **options) for expression in expressions]
     outputs: list[Any] = llm.generate([request(p) for p in prompts], params, use_tqdm=False)
     return outputs

@@ -1,4 +1,4 @@
-"""The Grafana dashboard and the page about operations name the metrics that there are, all of them."""
+"""The Grafana dashboard and the page about operations name all metrics that exist, and no others."""
 
 import json
 import re
@@ -15,7 +15,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def real_metrics(folder):
-    """Every metric's name as Prometheus stores it, and its labels."""
+    """Name of every metric as Prometheus stores it -> its labels."""
     identity = ModelIdentity("", None, "llama", 2, 8, 32, (1.0,) * 16)
     layers = {0: (np.array([1], np.int32), np.array([2.0], np.float32))}
     save_profile(Profile("vqa", layers, identity), folder / "vqa.safetensors")

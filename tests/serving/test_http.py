@@ -1,4 +1,4 @@
-"""Steering over HTTP: real servers of both engines, called as people call them.
+"""Steering over HTTP: real servers of both engines, called as users call them.
 
 Expected texts are those of transformers, steered with the same profiles. Where it matters what is in flight when
 something changes, generation is stopped meanwhile. `-k transformers` runs one engine's.
@@ -70,7 +70,7 @@ only_transformers = pytest.mark.parametrize("engine", ["transformers"], indirect
 async def site(
     engine: Vllm | Transformers, embedded: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Site]:
-    """The embedded VLM by `hones serve`, with a key, a routing file, and permission to change profiles."""
+    """The embedded VLM, served by `hones serve` with a key, a routing file, and permission to change profiles."""
     here = tmp_path_factory.mktemp("site")
     model = AutoModelForImageTextToText.from_pretrained(embedded, dtype=torch.float32)
     folder, routing = here / "profiles", here / "routing.yaml"
@@ -114,7 +114,7 @@ EXPRESSIONS = ("vqa", "ocr@1.5", "none", "vqa@0.5+ocr", "cap@2", "vqa@-1+cap@2")
 
 @dataclass(frozen=True)
 class Sent:
-    """One request of many, and what should steer it how."""
+    """One request of many, with the expression that should steer it and the route."""
 
     question: Question
     options: dict[str, Any]
@@ -123,7 +123,7 @@ class Sent:
 
 
 def named(way: str, expression: str) -> tuple[dict[str, Any], str, str]:
-    """A request that names its steering in some way: what to call the client with, the expression, the route."""
+    """A request that names its steering in one of the ways: options of the client's call, the expression, the route."""
     return {
         "body": ({"extra_body": {"hones_task": expression}}, expression, "body"),
         "xargs": ({"extra_body": {"vllm_xargs": {"hones_task": expression}}}, expression, "body"),
@@ -145,7 +145,7 @@ def named(way: str, expression: str) -> tuple[dict[str, Any], str, str]:
 
 
 def mixed(count: int, forms: Sequence[Form]) -> list[Sent]:
-    """Every form and every way of naming, with changing expressions and questions."""
+    """Requests of every form and every way of naming steering, with changing expressions and questions."""
     ways = ("body", "xargs", "header", "alias", "all", "rule", "rule for none", "default", "header")
     requests = []
     for i in range(count):
@@ -158,7 +158,7 @@ def mixed(count: int, forms: Sequence[Form]) -> list[Sent]:
 
 @dataclass(frozen=True)
 class Burst:
-    """64 requests that were sent at once, and the metrics before and after."""
+    """A burst of 64 requests that were sent at once, and the metrics before and after."""
 
     sent: list[Sent]
     answers: list[Answer]
@@ -279,7 +279,7 @@ async def test_what_the_engine_refuses_is_neither_steered_nor_counted(site: Site
 
 
 async def test_other_routes_that_generate_say_that_they_are_unsteered_and_count(site: Site) -> None:
-    """Also where the routing file has a default."""
+    """Checks that a default in the routing file does not change that."""
     before, tokens = await scrape(site.server.url), await site.tokens()
     for path, body in site.engine.elsewhere:
         response = await site.call("POST", path, {"model": "tiny", **body})
@@ -362,13 +362,13 @@ async def load(site: Site, path: str, name: str = "vqa") -> httpx.Response:
 
 @contextmanager
 def broken_profiles(site: Site) -> Iterator[dict[str, str]]:
-    """Files that must not be loaded: path -> words of the refusal."""
+    """Profile files that must not be loaded: path -> words of the refusal."""
     folder = site.folder / "bad"
     folder.mkdir()
     (folder / "broken.safetensors").write_bytes((site.folder / "vqa.safetensors").read_bytes()[:-7])
     (folder / "pickle.safetensors").write_bytes(b"\x80\x04N.")
-    other = AutoModelForCausalLM.from_pretrained(make_llama(folder / "llama"))
-    save_profile(random_profile(other, 0, "vqa"), folder / "other.safetensors")
+    another_model = AutoModelForCausalLM.from_pretrained(make_llama(folder / "llama"))
+    save_profile(random_profile(another_model, 0, "vqa"), folder / "other.safetensors")
     outside = site.folder.parent / "outside.safetensors"
     shutil.copy(site.folder / "vqa.safetensors", outside)
     (folder / "link.safetensors").symlink_to(outside)
@@ -411,7 +411,7 @@ async def test_bad_profiles_are_refused_and_the_server_lives(site: Site, client:
 async def running(
     site: Site, client: Client, group: asyncio.TaskGroup, model: str, count: int
 ) -> AsyncIterator[list[asyncio.Task[Answer]]]:
-    """Requests that have brought some of their LONG tokens, and the engine stopped in the midst of them."""
+    """Start requests and stop the engine when each has brought some of its LONG tokens."""
     so_far = await site.admitted()
     started = [asyncio.Event() for _ in range(count)]
     options: dict[str, Any] = {"model": model, "stream": True, "count": LONG}
@@ -426,7 +426,7 @@ async def running(
 
 
 async def test_a_replaced_profile_steers_only_what_comes_after(site: Site, client: Client) -> None:
-    """What runs, what waits in the engine's queue, and what is sent afterwards, all unfinished when it is replaced."""
+    """Replaces a profile while requests run and wait in the engine's queue, and sends others afterwards."""
 
     def send() -> list[asyncio.Task[Answer]]:
         return [group.create_task(ask(client, question, model="tiny:vqa")) for question in PICTURES]
@@ -531,7 +531,7 @@ def start_client(site: Site, **body: Any) -> "subprocess.Popen[str]":
 
 
 async def test_a_killed_client_leaks_no_slot(site: Site, client: Client) -> None:
-    """The engine stands still meanwhile: a slot cannot come back because its request has finished."""
+    """Holds up the engine meanwhile, so that a slot cannot come back because its request has finished."""
     so_far, tokens = await site.admitted(), await site.tokens()
     with ExitStack() as clients:
         with site.frozen():
@@ -584,7 +584,7 @@ async def test_who_has_left_before_its_turn_has_none(site: Site, client: Client,
 
 @pytest.fixture(scope="module")
 def plain(engine: Vllm | Transformers, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """A Llama with room for two profiles at once, by the engine's own command where it has one."""
+    """A Llama with room for two profiles at once, served by the engine's own command where it has one."""
     here = tmp_path_factory.mktemp("plain")
     model, folder = AutoModelForCausalLM.from_pretrained(llama), here / "profiles"
     profiles = write_profiles(model, folder)
@@ -648,7 +648,7 @@ async def test_nothing_can_be_changed_unless_it_was_allowed(plain: Site) -> None
 
 
 def refusal(command: list[str], env: dict[str, str]) -> str:
-    """What a server says that ends with an error, and leaves no process behind: those would keep the pipe open."""
+    """The output of a server that ends with an error and leaves no process behind, which would keep the pipe open."""
     done = subprocess.run(
         [*command, "--port", str(free_port())],
         env={**os.environ, **env},
@@ -663,7 +663,7 @@ def refusal(command: list[str], env: dict[str, str]) -> str:
 
 @only_vllm
 async def test_routes_that_take_whole_sampling_parameters_cannot_be_steered(plain: Site) -> None:
-    """Whatever is named in there comes past the middleware."""
+    """Sends steering in sampling parameters, which do not pass the middleware."""
     for extra, status in (({"mine": 1}, 200), ({"hones_task": "vqa"}, 400), ({"hones_ticket": "0" * 32}, 400)):
         params = {"max_tokens": 2, "extra_args": extra}
         body = {"model": "tiny", "token_ids": [17, 42], "sampling_params": params}
@@ -685,10 +685,10 @@ def test_without_its_http_side_the_server_does_not_start(llama: Path, plain: Sit
 def test_with_a_profile_of_another_model_the_server_does_not_start(
     engine: Vllm | Transformers, llama: Path, tmp_path: Path
 ) -> None:
-    other = AutoModelForCausalLM.from_pretrained(make_llama(tmp_path / "other", seed=1))
+    another_model = AutoModelForCausalLM.from_pretrained(make_llama(tmp_path / "other", seed=1))
     profiles = tmp_path / "profiles"
     profiles.mkdir()
-    save_profile(random_profile(other, 0, "vqa"), profiles / "vqa.safetensors")
+    save_profile(random_profile(another_model, 0, "vqa"), profiles / "vqa.safetensors")
     # Of the same shapes: only the loaded weights tell.
     said = refusal(*engine.serve_for_two(llama, profiles, tmp_path))
     assert "vqa.safetensors: the profile belongs to another model" in said

@@ -1,4 +1,4 @@
-"""What Prometheus sees."""
+"""The metrics as Prometheus sees them."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ def registry(folder):
 
 
 def scraped(collector):
-    """Sample name and labels -> value, as a Prometheus server reads them; without the creation times."""
+    """Samples as a Prometheus server reads them, without creation times: name and labels -> value."""
     families = text_string_to_metric_families(generate_latest(collector).decode())
     return {
         (sample.name, *sorted(sample.labels.items())): sample.value
@@ -103,7 +103,7 @@ os._exit(0)  # as where a process is killed: nothing is tidied up
 
 
 def test_where_processes_share_a_folder_the_gauges_are_those_of_the_last(folder):
-    """With PROMETHEUS_MULTIPROC_DIR set, whoever answers a scrape reads files, also of processes that have ended."""
+    """Sets PROMETHEUS_MULTIPROC_DIR, so that a scrape reads files, also those of processes that have ended."""
     shared = folder / "shared"
     shared.mkdir()
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(shared)}

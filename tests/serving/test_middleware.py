@@ -45,7 +45,7 @@ VQA, OCR = profile("vqa", 2.0), profile("ocr", 3.0)
 
 
 class Engine:
-    """Serves "m" and the LoRA adapter "m:lora".
+    """An engine that serves the model "m" and the LoRA adapter "m:lora".
 
     A request can ask it to wait (`gate`), to fail (`explode`), to `refuse` with a status, or to send a stream's bytes
     a few at a time (`pieces`).
@@ -84,7 +84,7 @@ class Engine:
             self.calls.notify_all()
 
     def settle(self, calls=0):
-        """Wait until the middleware is done with `calls` requests or more, and with all that it has begun."""
+        """Wait until the middleware has finished `calls` requests or more, and all that it has begun."""
         with self.calls:
             assert self.calls.wait_for(lambda: self.started == self.ended >= calls, TIMEOUT)
 
@@ -150,7 +150,7 @@ class Engine:
         return JSONResponse({"length": len(data), "got": data.decode("latin-1")})
 
     async def other(self, request):
-        """A route that cannot be steered and generates as `how` says: not at all, before, in or after its answer."""
+        """A route that cannot be steered, and generates as `how` says: not at all, before, in or after its answer."""
         how = json.loads(await request.body())["how"]
         if how == "refused":
             generating()
@@ -172,7 +172,7 @@ class Engine:
 
 @contextlib.contextmanager
 def serving(app, **options):
-    """The address of a real server; connections wait in its socket until it is up."""
+    """Start a real server and yield its address; connections wait in its socket until it is up."""
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none", timeout_keep_alive=600, **options))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -207,7 +207,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def engine(running, folder):
-    """The engine with two profiles, no routing file, updates allowed, room for two profiles."""
+    """The engine with two profiles, room for two, no routing file, and updates allowed."""
     engine = running
     engine.forget()
     engine.collector = CollectorRegistry()
@@ -271,7 +271,7 @@ def shown(each, asked=None):
 
 
 def counts(engine):
-    """All that hones_requests_total says: (profile, route) -> how many."""
+    """All samples of hones_requests_total: (profile, route) -> number of requests."""
     (family,) = [family for family in engine.collector.collect() if family.name == "hones_requests"]
     return {
         (sample.labels["profile"], sample.labels["route"]): sample.value
@@ -306,7 +306,7 @@ def test_the_task_can_stand_in_vllm_xargs(client):
 
 
 def test_vllm_xargs_that_held_nothing_else_are_taken_out(client):
-    """Other engines know no such field."""
+    """Engines other than vLLM know no such field."""
     assert "vllm_xargs" not in said(ask(client, vllm_xargs={"hones_task": "none"}))["got"]
     assert said(ask(client, vllm_xargs={"hones_task": "none", "mine": 1}))["got"]["vllm_xargs"] == {"mine": 1}
     assert said(ask(client, hones_task="none", vllm_xargs={"mine": 1}))["got"]["vllm_xargs"] == {"mine": 1}
@@ -429,7 +429,7 @@ def test_every_event_of_a_stream_names_the_model_as_asked_and_none_waits_for_the
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_alias_that_did_not_decide_is_not_claimed(client, engine, stream):
-    """Behind a proxy that drops headers, the model's name is all that says what steered an answer."""
+    """The model's name is all that says what steered an answer, behind a proxy that drops headers."""
     for way in ({"hones_task": "ocr"}, {"headers": {"X-Hones-Task": "none"}}):
         assert '"model":"m"' in ask(client, model="m:vqa", stream=stream, **way).text.replace(" ", "")
     engine.service.registry.enabled = False
@@ -626,7 +626,7 @@ def test_beyond_the_slots_is_429(client, engine):
 
 @contextlib.contextmanager
 def concurrent(client, **body):
-    """Ask in another thread; yields a function that waits for the response."""
+    """Ask in another thread, and yield a function that waits for the response."""
     responses = queue.Queue()
     thread = threading.Thread(target=lambda: responses.put(ask(client, **body)))
     thread.start()
@@ -723,14 +723,14 @@ def test_other_methods_and_kinds_of_connection_pass(client):
 
 
 def test_it_works_under_a_root_path(engine):
-    other = Engine()
-    other.service = engine.service
-    with serving(other.app, root_path="/api") as address, browsing(address) as client:
+    mounted = Engine()
+    mounted.service = engine.service
+    with serving(mounted.app, root_path="/api") as address, browsing(address) as client:
         assert steering(ask(client, CHAT, hones_task="vqa")) == (shown(VQA), "body")
         assert len(client.get("/v1/hones/profiles").json()["data"]) == 2
         assert [model["id"] for model in client.get("/v1/models").json()["data"]][2:] == ["m:ocr", "m:vqa"]
         refused(client.post("/v1/embeddings", json={"hones_task": "vqa"}), 400)
-        other.settle()
+        mounted.settle()
 
 
 @pytest.mark.parametrize("default", ["none", "vqa"])
@@ -765,7 +765,7 @@ def test_a_session_that_generates_is_counted_once(engine):
 
 
 def test_what_is_steered_is_never_counted_as_unsteered(engine):
-    """Also in the context of a request that was not: as uvicorn runs those that came in one go."""
+    """Covers a request in the context of an unsteered one: uvicorn runs pipelined requests like that."""
     scope = {"type": "http", "method": "POST", "path": "/v1/other", "headers": []}
     counted = []
 
@@ -813,7 +813,7 @@ def test_a_name_that_reads_like_an_alias_is_reported_when_it_becomes_one(client,
 
 
 def reports(caplog):
-    """The names that were reported since the last call."""
+    """The names that were logged since the last call."""
     names = {record.args[0] for record in caplog.records if record.name == "hones_serving.middleware"}
     assert all(repr(name) in record.getMessage() for record in caplog.records for name in record.args[:1])
     caplog.clear()

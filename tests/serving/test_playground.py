@@ -28,7 +28,7 @@ SCENE = scenes("test", 1)[0]
 
 @dataclass(frozen=True)
 class Site:
-    """A server with a key, the embedded model and a routing file, and what it should answer."""
+    """A server with a key, the embedded model and a routing file, and the answers that it should give."""
 
     url: str
     profiles: dict[str, Profile]
@@ -37,7 +37,7 @@ class Site:
     picture: Path
 
     def text(self, expression: str, image: bool = True) -> str:
-        """What transformers answers to the scene's question, steered so."""
+        """The answer of transformers to the scene's question, steered by an expression."""
         content = [*([{"type": "image"}] if image else []), {"type": "text", "text": SCENE.prompt("vqa")}]
         messages = [{"role": "user", "content": content}]
         chat = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -65,7 +65,7 @@ def site(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 @pytest.fixture(scope="module")
 def hostile(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server without a key whose model can say nothing but markup, as do its name and its profile's description."""
+    """A server without a key whose model generates only markup; its name and its profile's description are markup."""
     here = tmp_path_factory.mktemp("hostile")
     shutil.copytree(llama, here / "model")
     file = here / "model" / "tokenizer.json"
@@ -85,7 +85,7 @@ def hostile(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 
 
 def opened(browser: Any, url: str, key: str | None = None, width: int = 1280, scheme: str = "light") -> Opened:
-    """The page, with its list of profiles there where that needs no key or this is the key."""
+    """Open the page, and wait for its list of profiles where that needs no key or the key is given."""
     page = Opened(browser, f"{url}/hones", width, scheme)
     if key is not None:
         page.tab.get_by_label("API key").fill(key)
@@ -95,7 +95,7 @@ def opened(browser: Any, url: str, key: str | None = None, width: int = 1280, sc
 
 
 def until_listed(page: Opened) -> list[str]:
-    """The rows of the table of profiles, once there are some."""
+    """The rows of the table of profiles, as soon as it has any."""
     page.tab.locator("#profiles tr").first.wait_for()
     rows: list[str] = page.tab.locator("#profiles tr").all_inner_texts()
     return rows
@@ -262,7 +262,7 @@ def test_it_fits_and_can_be_read(site: Site, browser: Any, width: int, scheme: s
 
 
 def test_light_and_dark_differ(site: Site, browser: Any) -> None:
-    colours = "() => ['background-color', 'color'].map(name => getComputedStyle(document.body)[name])"
-    light, dark = (opened(browser, site.url, scheme=scheme).ask(colours) for scheme in ("light", "dark"))
+    colors = "() => ['background-color', 'color'].map(name => getComputedStyle(document.body)[name])"
+    light, dark = (opened(browser, site.url, scheme=scheme).ask(colors) for scheme in ("light", "dark"))
     assert light[0] != dark[0]
     assert light[1] != dark[1]

@@ -1,4 +1,4 @@
-"""The profiles a server knows, how they are replaced, and who uses which."""
+"""The profiles that a server knows, their replacement, and the requests that use them."""
 
 import threading
 
@@ -68,8 +68,8 @@ def test_no_server_with_a_broken_profile(folder):
 
 
 def test_no_server_with_a_profile_of_another_model(folder):
-    other = ModelIdentity("", None, "llama", 2, 8, 32, (5.0,) * 16)
-    save_profile(profile("vqa", identity=other), folder / "vqa.safetensors")
+    another_model = ModelIdentity("", None, "llama", 2, 8, 32, (5.0,) * 16)
+    save_profile(profile("vqa", identity=another_model), folder / "vqa.safetensors")
     with pytest.raises(MismatchError, match=r"vqa\.safetensors: the profile belongs to another model.*made for$"):
         registry(folder)
 
@@ -142,8 +142,8 @@ def test_contents_that_change_their_names_are_not_mixed_up(folder):
 def test_profiles_that_each_fit_the_model_can_be_mixed(folder):
     for task, factor in (("low", 0.9905), ("high", 1.0095)):
         sketch = tuple(factor * value for value in IDENTITY.sketch)
-        other = ModelIdentity("", None, "llama", 2, 8, 32, sketch)
-        save_profile(profile(task, identity=other), folder / f"{task}.safetensors")
+        another_model = ModelIdentity("", None, "llama", 2, 8, 32, sketch)
+        save_profile(profile(task, identity=another_model), folder / f"{task}.safetensors")
     assert resolved(registry(folder), "low+high") is not None
 
 
@@ -208,8 +208,8 @@ def test_a_path_that_names_no_file_is_an_error_and_no_more(folder, path):
 
 
 def test_a_file_that_cannot_be_used_leaves_the_old_profile(folder):
-    other = ModelIdentity("", None, "llama", 4, 8, 32, None)
-    save_profile(profile("vqa", identity=other), folder / "other")
+    another_model = ModelIdentity("", None, "llama", 4, 8, 32, None)
+    save_profile(profile("vqa", identity=another_model), folder / "other")
     (folder / "broken").write_bytes((folder / "vqa.safetensors").read_bytes()[:-1])
     known = registry(folder)
     with pytest.raises(MismatchError, match="num_layers is 4 in the profile and 2"):

@@ -1,4 +1,4 @@
-"""Which steering a request gets, and what is wrong with a routing file, by line."""
+"""Routing decisions, and the refusal of wrong routing files by line."""
 
 from __future__ import annotations
 
@@ -403,8 +403,8 @@ def test_a_conversation_keeps_its_key_and_the_system_message_is_not_it() -> None
 
 
 @given(st.text(st.characters(), max_size=20), st.floats(0, 100), st.floats(0, 100))
-def test_who_is_in_at_some_percent_is_in_at_more(key: str, one: float, other: float) -> None:
-    low, high = sorted((one, other))
+def test_who_is_in_at_some_percent_is_in_at_more(key: str, percent: float, other_percent: float) -> None:
+    low, high = sorted((percent, other_percent))
     assert Canary("vqa", "ocr", low).takes(key) <= Canary("vqa", "ocr", high).takes(key)
     assert not Canary("vqa", "ocr", 0).takes(key)
     assert Canary("vqa", "ocr", 100).takes(key)
@@ -419,10 +419,10 @@ def test_the_share_is_the_percent_asked_for(percent: float) -> None:
 
 def test_two_canaries_draw_independently_and_spelling_does_not_matter() -> None:
     keys = [f"user-{i}" for i in range(4000)]
-    one, other = Canary("vqa", "ocr", 50), Canary("vqa", "cap", 50)
-    both = sum(one.takes(key) and other.takes(key) for key in keys) / len(keys)
+    to_ocr, to_cap = Canary("vqa", "ocr", 50), Canary("vqa", "cap", 50)
+    both = sum(to_ocr.takes(key) and to_cap.takes(key) for key in keys) / len(keys)
     assert abs(both - 0.25) < 0.04
-    assert all(one.takes(key) == Canary("vqa@1", "ocr@1.0", 50).takes(key) for key in keys[:200])
+    assert all(to_ocr.takes(key) == Canary("vqa@1", "ocr@1.0", 50).takes(key) for key in keys[:200])
 
 
 def test_who_is_in_never_changes_between_releases() -> None:

@@ -1,4 +1,4 @@
-"""`hones route`: what it says about a request, and that the docs show what it says."""
+"""`hones route`: its output for a request, which is also the output that the docs show."""
 
 import json
 from pathlib import Path
@@ -106,15 +106,15 @@ def test_each_route(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     key = ["--key", "user 1"]  # who is not in the canary, see below
-    found = told(capsys, *arguments, *key, "--routing", routing, "--profiles", profiles)
-    assert (found["task"], found["route"], found["rule"]) == (task, way, rule)
+    report = told(capsys, *arguments, *key, "--routing", routing, "--profiles", profiles)
+    assert (report["task"], report["route"], report["rule"]) == (task, way, rule)
     steering = ProfileStore(profiles).resolve(task)
-    assert found["digest"] == (steering.digest if steering else None)
+    assert report["digest"] == (steering.digest if steering else None)
 
 
 def test_the_canary_draws_by_key(routing: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = [told(capsys, "hi", "--routing", routing, "--key", f"user {i}") for i in range(20)]
-    drawn = [(one["canary"]["takes"], one["task"], one["route"]) for one in found]
+    reports = [told(capsys, "hi", "--routing", routing, "--key", f"user {i}") for i in range(20)]
+    drawn = [(report["canary"]["takes"], report["task"], report["route"]) for report in reports]
     assert set(drawn) == {(True, "cap@2", "canary"), (False, "cap", "default")}
     assert drawn[1][2] == "default"
     taken = [one[0] for one in drawn].index(True)

@@ -1,4 +1,4 @@
-"""`hones serve`: what it refuses at once, and the process it becomes."""
+"""`hones serve`: arguments that it refuses at once, and the process that it becomes."""
 
 import json
 import socket
@@ -40,7 +40,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What `hones serve` with these arguments says on its one line of error, when it exits with 2."""
+    """The one line of error of `hones serve` with these arguments, which exits with 2."""
     assert main(["serve", *map(str, arguments)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("hones serve: error: ")
@@ -199,22 +199,22 @@ ENGINES = pytest.mark.parametrize("engine", ["vllm", "transformers"])
 @ENGINES
 @pytest.mark.parametrize("port", ["99999", "65536", "0", "-1", "abc", "80.0", "08", "\u0668\u0660", ""])
 def test_a_port_that_is_none(port: str, engine: str, profiles: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The operating system would take 99999 for 34463."""
+    """Names port 99999, which the operating system would take for 34463."""
     said = refusal(capsys, "m", "--profiles", profiles, "--engine", engine, f"--port={port}")
     assert f"argument --port: {port!r} is not a port, a whole number from 1 to 65535" in said
 
 
 @ENGINES
 def test_a_port_in_use(engine: str, model: Path, profiles: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
         for host in ("127.0.0.1", "0.0.0.0"):
             said = refusal(capsys, model, "--profiles", profiles, "--engine", engine, "--host", host, "--port", port)
             assert f"cannot listen on port {port} of {host}: Address already in use; name another one" in said
 
 
 def test_of_two_servers_that_loaded_at_the_same_time_one_listens() -> None:
-    """The system lets both bind the port."""
+    """Both can bind the port, so only listening tells them apart."""
     port = free_port()
     first, second = (listening.bind("127.0.0.1", port) for _ in range(2))
     try:
@@ -247,8 +247,8 @@ def test_a_host_that_is_none(
 
 
 def test_a_socket_that_is_a_file_needs_no_port(model: Path, profiles: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        address = ("--host", "127.0.0.1", "--port", str(other.getsockname()[1]))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = ("--host", "127.0.0.1", "--port", str(listener.getsockname()[1]))
         check_address([str(model), "--profiles", str(profiles), *address, "--uds", "/tmp/hones.sock"])
         with pytest.raises(DataError, match="Address already in use"):
             check_address([str(model), "--profiles", str(profiles), *address])
@@ -299,7 +299,7 @@ def test_what_the_transformers_engine_does_not_do(
 
 
 def test_a_model_that_transformers_cannot_serve(profiles: Path, tmp_path: Path) -> None:
-    """Found in the new process, which ends like the command would."""
+    """The new process finds this out, and ends as the command would."""
     model = tmp_path / "clip"
     model.mkdir()
     (model / "config.json").write_text(json.dumps({"model_type": "clip"}))

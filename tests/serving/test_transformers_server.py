@@ -1,4 +1,4 @@
-"""What only the transformers engine has to do: see `test_http.py` for what both do alike."""
+"""Behavior that only the transformers engine has; `test_http.py` tests what both engines share."""
 
 import asyncio
 import base64
@@ -57,14 +57,14 @@ async def client_of(manager: ModelManager, profiles: Path) -> AsyncIterator[http
 
 @pytest.fixture(scope="module")
 async def text(llama: Path, profiles: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """A Llama's server."""
+    """A server of a Llama."""
     async with client_of(pinned(str(llama), device="cpu"), profiles) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 async def vlm(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[httpx.AsyncClient]:
-    """The embedded model's server, which has no profiles yet."""
+    """A server of the embedded model, without profiles at first."""
     async with client_of(pinned(str(embedded), device="cpu"), tmp_path_factory.mktemp("none")) as client:
         yield client
 
@@ -79,7 +79,7 @@ async def chat(client: httpx.AsyncClient, content: Any = WORDS, **body: Any) -> 
 
 
 def said(response: httpx.Response, status: int) -> str:
-    """The message of an error."""
+    """The message in a response's error."""
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert error["code"] == status
@@ -263,7 +263,7 @@ ANSWER = 40  # tokens
 async def gated(
     model: Path, profiles: Path, here: Path, *options: str, prefix: tuple[str, ...] = ()
 ) -> AsyncIterator[tuple[Server, httpx.AsyncClient]]:
-    """A server that `ENGINE.frozen` stops from generating, and a client of it."""
+    """A server that `ENGINE.frozen` can keep from generating, and a client of it."""
     command, env = ENGINE.serve(model, here, "--profiles", str(profiles), "--served-model-name", "tiny", *options)
     with server([*prefix, *command], here / "log", env) as running:
         async with httpx.AsyncClient(base_url=running.url, timeout=300) as client:
@@ -271,7 +271,7 @@ async def gated(
 
 
 async def stream(client: httpx.AsyncClient, begun: asyncio.Event, **body: Any) -> list[Any]:
-    """The events of a stream of ANSWER tokens; sets `begun` when its status is there, which is when its turn begins."""
+    """The events of a stream of ANSWER tokens; sets `begun` when its status arrives, which is when its turn begins."""
     body = {"model": "tiny", "prompt": WORDS, "max_tokens": ANSWER, "stream": True, **body}
     async with client.stream("POST", COMPLETIONS, json=body) as response:
         assert response.status_code == 200
@@ -315,7 +315,7 @@ async def test_told_to_stop_it_finishes_the_answer_and_refuses_who_waits(
 async def test_an_answer_that_takes_longer_than_the_limit_is_cut_off(
     llama: Path, profiles: Path, tmp_path: Path
 ) -> None:
-    """By a signal that was ignored where the server was started, as SIGINT is in a shell's background."""
+    """Stops the server with a signal that was ignored where it was started, as SIGINT is in a shell's background."""
     begun = asyncio.Event()
     ignoring = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
     async with gated(llama, profiles, tmp_path, "--shutdown-timeout", "0", prefix=ignoring) as (running, client):
@@ -372,7 +372,7 @@ stopping.serve(app, sockets, 0)
 
 
 async def test_a_server_that_hangs_ends_all_the_same() -> None:
-    """As transformers' does that fetches an image in the event loop, and as a forward pass does that never returns."""
+    """Blocks the event loop, as transformers' server does while it fetches an image; nothing can cut that off."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", HANGING], **pipes) as process:
         assert process.stdout is not None

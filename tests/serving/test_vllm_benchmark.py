@@ -1,4 +1,4 @@
-"""benchmarks/vllm_serving.py runs, and says what it promises to say. What it measures here means nothing."""
+"""benchmarks/vllm_serving.py runs and prints the lines that it promises; its numbers mean nothing here."""
 
 import json
 import os

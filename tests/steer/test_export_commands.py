@@ -58,12 +58,12 @@ def test_a_merged_checkpoint(files, capsys):
     AutoModelForCausalLM.from_pretrained(files / "new" / "merged")
 
 
-def test_a_quantised_checkpoint_takes_an_adapter_but_no_merge(files):
+def test_a_quantized_checkpoint_takes_an_adapter_but_no_merge(files):
     config = json.loads((files / "base" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (files / "base" / "config.json").write_text(json.dumps(config))
     assert export(["vqa.safetensors", "base", "--to", "peft", "--out", "ia3"]) == 0
-    with pytest.raises(HonesError, match=r"is quantised \(gptq\)"):
+    with pytest.raises(HonesError, match=r"is quantized \(gptq\)"):
         export(["vqa.safetensors", "base", "--to", "merged", "--out", "merged"])
     assert not (files / "merged").exists()
 

@@ -167,7 +167,7 @@ def test_scales_of_one_take_no_rank(model, tmp_path):
     assert export_lora(Profile("vqa", layers, full.base_model), model, tmp_path / "lora").ranks == {1: 1}
 
 
-def quantise(model):
+def quantize(model):
     for layer in model.model.layers:
         weight = layer.mlp.down_proj.weight.to(torch.float8_e4m3fn)
         layer.mlp.down_proj.weight = nn.Parameter(weight, requires_grad=False)
@@ -177,7 +177,7 @@ def offload(model):
     model.model.layers[0].mlp.down_proj.to("meta")
 
 
-@pytest.mark.parametrize(("change", "message"), [(quantise, "is quantised"), (offload, r"offloaded \(meta\)")])
+@pytest.mark.parametrize(("change", "message"), [(quantize, "is quantized"), (offload, r"offloaded \(meta\)")])
 def test_weights_that_cannot_be_read_are_refused(model, tmp_path, change, message):
     profile = few_layers(model)
     change(model)

@@ -146,11 +146,11 @@ def drop_layer_0(folder):
 
 
 BAD = {
-    "quantised": (
+    "quantized": (
         lambda folder: edit_config(folder, quantization_config={"quant_method": "gptq"}),
-        r"quantised \(gptq\)",
+        r"quantized \(gptq\)",
     ),
-    "float8 tensors": (to_float8, "is stored as F8_E4M3: a quantised checkpoint"),
+    "float8 tensors": (to_float8, "is stored as F8_E4M3: a quantized checkpoint"),
     "no safetensors": (lambda folder: (folder / INDEX).unlink(), "has no model.safetensors"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "truncated": (truncate, "cannot be read"),

@@ -201,7 +201,7 @@ def test_the_card_says_what_it_is(adapter):
     assert "a \\| b" in text
 
 
-def test_a_quantised_base_can_carry_it(model, tmp_path):
+def test_a_quantized_base_can_carry_it(model, tmp_path):
     """The names are all that is needed, so the weights may be anything."""
     profile = few_layers(model)
     for layer in model.model.layers:

@@ -115,7 +115,7 @@ def test_nothing_to_fold_is_refused(model):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with weights rounded to 8 bits, as a quantisation library would put in."""
+    """A linear layer with weights rounded to 8 bits, as a quantization library would put in."""
 
     def __init__(self, linear):
         super().__init__()
@@ -127,7 +127,7 @@ class Int8Linear(nn.Module):
         return x @ (self.weight.float() * self.scale).t()
 
 
-def quantise(model):
+def quantize(model):
     for layer in model.model.layers:
         layer.mlp.down_proj = Int8Linear(layer.mlp.down_proj)
 
@@ -136,7 +136,7 @@ def share(model):
     model.model.layers[2].mlp.down_proj.weight = model.model.layers[1].mlp.down_proj.weight
 
 
-@pytest.mark.parametrize(("change", "message"), [(quantise, "quantisation"), (share, "layers.1: .* shares its weight")])
+@pytest.mark.parametrize(("change", "message"), [(quantize, "quantization"), (share, "layers.1: .* shares its weight")])
 def test_weights_that_cannot_be_changed_in_place_are_refused_untouched(model, change, message):
     with torch.no_grad():
         change(model)

@@ -209,7 +209,7 @@ class TestPartsReplacedAfterSteer:
 
 
 class TestRecordedPrograms:
-    """They would be steered for ever as they were recorded, or never."""
+    """They would be steered forever as they were recorded, or never."""
 
     @pytest.fixture(autouse=True)
     def fresh_compiler(self):

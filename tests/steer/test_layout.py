@@ -1,4 +1,4 @@
-"""What `find_layout` recognises, and how it refuses the rest."""
+"""What `find_layout` recognizes, and how it refuses the rest."""
 
 import pytest
 import tiny_models
@@ -93,7 +93,7 @@ def test_mixtures_of_experts_are_refused():
 
 
 def test_models_that_are_no_decoders_are_refused():
-    with pytest.raises(LayoutError, match=r"'Linear' is not recognised: no text decoder.*register_layout"):
+    with pytest.raises(LayoutError, match=r"'Linear' is not recognized: no text decoder.*register_layout"):
         find_layout(nn.Linear(3, 4))
 
 
@@ -115,7 +115,7 @@ def test_an_unknown_name_is_found_by_shape(model):
     ["mamba", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("falcon_mamba", "zamba"))],
 )
 def test_a_state_space_mixer_is_no_ffn(architecture):
-    with pytest.raises(LayoutError, match=r"layers.0 \(.* has no recognised FFN, and its .*\(\w+Mixer\) is none"):
+    with pytest.raises(LayoutError, match=r"layers.0 \(.* has no recognized FFN, and its .*\(\w+Mixer\) is none"):
         find_layout(getattr(unusual_models, architecture)())
 
 
@@ -132,7 +132,7 @@ def wide_mixer():
 def test_attention_of_another_name_is_no_ffn(wide_mixer):
     for layer in wide_mixer.model.layers:
         del layer.mlp
-    with pytest.raises(LayoutError, match=r"no recognised FFN, and its mixer \(LlamaAttention\) is none"):
+    with pytest.raises(LayoutError, match=r"no recognized FFN, and its mixer \(LlamaAttention\) is none"):
         find_layout(wide_mixer)
 
 
@@ -215,7 +215,7 @@ def test_an_unknown_structure_is_refused_until_registered(model):
         layer.add_module("other", nn.Linear(96, 32))
         del layer.mlp
     with pytest.raises(
-        LayoutError, match=r"model.layers.0 \(LlamaDecoderLayer\) has no recognised FFN.*register_layout"
+        LayoutError, match=r"model.layers.0 \(LlamaDecoderLayer\) has no recognized FFN.*register_layout"
     ):
         find_layout(model)
     register_layout("llama", down_proj="down")

@@ -1,4 +1,4 @@
-"""Tasks and threads: who gets steered, who does not, and nobody waits for ever."""
+"""Tasks and threads: who gets steered, who does not, and nobody waits forever."""
 
 import asyncio
 import contextlib

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hones_offline.attribution.write_in import mean_write_in
 from hones_offline.data.neurons import Importance, NeuronIndex
-from hones_offline.running.decoder import Rows, batches
+from hones_offline.running.batching import PrefixBatch, batches
 from hones_offline.running.evaluation import mean_log_probabilities
 from hones_offline.running.execution import Execution
 from hones_offline.running.hooks import ffn_inputs, recorded_ffn
@@ -39,9 +39,9 @@ def _mean_of_z(prepared: Prepared, execution: Execution, function: Callable[[Ten
     prompts = [prompt for prompt, _ in prepared.pairs()]
     total = np.zeros(index.size)
     for numbers in batches([len(prompt) for prompt in prompts], execution.batch_size):
-        rows = Rows(decoder, [prompts[i] for i in numbers], [1] * len(numbers))
-        with torch.no_grad(), recorded_ffn(decoder.layout, rows.ends - 1) as recorded:
-            rows.run(decoder.run)
+        batch = PrefixBatch([prompts[i] for i in numbers], [1] * len(numbers), decoder.device)
+        with torch.no_grad(), recorded_ffn(decoder.layout, batch.ends - 1) as recorded:
+            batch.run(decoder.run)
         for layer, z in recorded.items():
             total[index.layer(layer)] += function(z).sum(0, dtype=torch.float64).cpu().numpy()
     return Importance(index, (total / len(prompts)).astype(np.float32))

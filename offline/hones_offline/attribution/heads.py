@@ -1,15 +1,23 @@
-"""Head scores: how much a task loses when one attention head's output is replaced (paper section 3.1, design 2.1)."""
+"""Head scores: how much a task loses when one attention head's output is replaced (HONES, arXiv 2604.17941, 3.1).
 
-from collections.abc import Callable, Iterator, Sequence
+1. The task's items, examples or (prompt, answer) pairs, are put in batches (`ScoredItems`).
+2. For each batch, statistics [items, k] are taken with every head in place and with each head replaced (`ablation.py`);
+   some heads on one batch are a step, which a run folder keeps and one process does.
+3. The statistics of all items make up the utility P, and a head's score is how much of it is lost.
+"""
+
+from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from hones_offline.attribution.ablation import Generation, HeadRuns, LogProbabilities, Ranking
+from hones_offline.attribution.ablation import HeadAblation
+from hones_offline.attribution.generated import GeneratedText, batches_at_once
+from hones_offline.attribution.measurements import AnswerLogProbability, YesNoMargins
 from hones_offline.data.metrics import FloatArray, mean_of_rows
-from hones_offline.running.decoder import batches
+from hones_offline.running.batching import batches
 from hones_offline.running.evaluation import most_candidates
 from hones_offline.running.execution import Execution
 from hones_offline.running.hooks import Head
@@ -23,7 +31,7 @@ _ROWS = 4096  # (head, item) pairs of a step: enough to decode together, few eno
 
 
 def head_count(layer: DecoderLayer) -> int:
-    """How many attention heads a layer has; raises LayoutError if there is no other to replace one by."""
+    """The number of a layer's attention heads; raises LayoutError if there is no other to replace one by."""
     if layer.num_heads is None or layer.num_heads < 2:
         raise LayoutError(
             f"layer {layer.index} has {layer.num_heads} attention head(s); replacing one by the others needs two"
@@ -31,33 +39,46 @@ def head_count(layer: DecoderLayer) -> int:
     return layer.num_heads
 
 
-def head_runs(
-    prepared: Prepared, head_metric: HeadMetric, execution: Execution, among: Sequence[int] | None = None
-) -> Iterator[tuple[list[int], Callable[[], HeadRuns]]]:
-    """The task's items, a few at a time, each in exactly one result; nothing runs before these are called.
+class Statistics(Protocol):
+    """Statistics of some items, float64 [items, k], with every head in place and with heads replaced."""
 
-    Items are the examples, or for log-probabilities the (prompt, answer) pairs; with them come their numbers. Only the
-    items `among` are run where that is given.
-    """
-    batch_size = execution.batch_size
-    if head_metric == "logprob":
-        pairs = prepared.pairs()
-        for items in _batches_among([len(prompt) + len(answer) for prompt, answer in pairs], batch_size, among):
-            yield items, cache(partial(LogProbabilities, prepared, [pairs[i] for i in items], execution))
-        return
-    kind: type[Ranking | Generation]
-    if prepared.task.kind == "rank":
-        kind, rows = Ranking, max(1, batch_size // most_candidates(prepared))
-    else:
-        kind, rows = Generation, batch_size * Generation.batches_at_once(prepared, execution)
-    for items in _batches_among([len(encoded.shared) for encoded in prepared.encoded], rows, among):
-        yield items, cache(partial(kind, prepared, items, execution))
+    def undisturbed(self) -> FloatArray:
+        """The statistics with every head in place."""
+
+    def ablated(self, heads: Sequence[Head]) -> list[FloatArray]:
+        """The statistics with each of `heads` replaced."""
 
 
-def _batches_among(lengths: Sequence[int], rows: int, among: Sequence[int] | None) -> Iterator[list[int]]:
-    among = range(len(lengths)) if among is None else among
-    for chosen in batches([lengths[i] for i in among], rows):
-        yield [among[i] for i in chosen]
+class ScoredItems:
+    """The items that heads are scored on: the examples, or for log-probabilities their (prompt, answer) pairs."""
+
+    def __init__(self, prepared: Prepared, head_metric: HeadMetric, execution: Execution) -> None:
+        self.prepared, self.execution = prepared, execution
+        self.pairs = prepared.pairs() if head_metric == "logprob" else None
+
+    def batches(self, among: Sequence[int] | None = None) -> list[list[int]]:
+        """The items, or those `among` them, as numbers in batches of similar length."""
+        rows = self.execution.batch_size
+        if self.pairs is not None:
+            lengths = [len(prompt) + len(answer) for prompt, answer in self.pairs]
+        else:
+            lengths = [len(encoded.shared) for encoded in self.prepared.encoded]
+            if self.prepared.task.kind == "rank":
+                rows = max(1, rows // most_candidates(self.prepared))
+            else:
+                rows *= batches_at_once(self.prepared, self.execution)
+        among = range(len(lengths)) if among is None else among
+        return [[among[i] for i in chosen] for chosen in batches([lengths[i] for i in among], rows)]
+
+    def statistics(self, items: Sequence[int]) -> Statistics:
+        """The statistics of the items with these numbers; answers to be generated are generated once right away."""
+        prepared, execution = self.prepared, self.execution
+        if self.pairs is not None:
+            pairs = [self.pairs[i] for i in items]
+            return HeadAblation(prepared.decoder, AnswerLogProbability(prepared, pairs, execution), execution)
+        if prepared.task.kind == "rank":
+            return HeadAblation(prepared.decoder, YesNoMargins(prepared, items, execution), execution)
+        return GeneratedText(prepared, items, execution)
 
 
 def all_heads(prepared: Prepared) -> list[list[Head]]:
@@ -76,7 +97,8 @@ def base_statistics(prepared: Prepared, head_metric: HeadMetric, execution: Exec
 
     The process that calls this computes all of them, and keeps them in no run folder.
     """
-    return np.concatenate([runs().base() for _, runs in head_runs(prepared, head_metric, execution)])
+    scored = ScoredItems(prepared, head_metric, execution)
+    return np.concatenate([scored.statistics(items).undisturbed() for items in scored.batches()])
 
 
 def statistics_of(
@@ -90,47 +112,47 @@ def statistics_of(
 ) -> tuple[FloatArray, list[FloatArray]]:
     """The items' statistics: with all heads in place [items, k], and with each of a layer's `heads` replaced.
 
-    These are [heads, items, k] for each layer. The items are those `among`, in ascending order, or all. A few layers'
-    heads on some items are one resumable step, whose name begins with `step`. Each process does some of the steps,
-    which are the same for any number of them, and all have all results.
+    The latter are [heads, items, k] for each layer. The items are those `among`, in ascending order, or all. A few
+    layers' heads on some items are one resumable step, whose name begins with `step`. Each process does some of the
+    steps, which are the same for any number of them, and all have all results.
     """
-    processes = execution.processes
-    chosen = [items for items, _ in head_runs(prepared, head_metric, execution, among)]
-    blocks = _blocks(heads, max(map(len, chosen)))
-    parts = processes.parts(len(chosen), len(blocks))
+    scored, processes = ScoredItems(prepared, head_metric, execution), execution.processes
+    item_batches = scored.batches(among)
+    blocks = _blocks(heads, max(map(len, item_batches)))
+    parts = processes.parts(len(item_batches), len(blocks))
 
     def mine(number: int, block: int) -> bool:  # costs fall with the layer, so parts take turns at blocks
         return processes.owns(number * parts + block % parts)
 
     total = sum(
         len(of_block) * len(items)
-        for number, items in enumerate(chosen)
+        for number, items in enumerate(item_batches)
         for block, of_block in enumerate(blocks)
         if mine(number, block)
     )
-    own: dict[tuple[str, int, int], FloatArray] = {}
+    computed: dict[tuple[str, int, int], FloatArray] = {}
     with progress_bar(f"{prepared.task.name}: {step}", total, show=execution.progress and processes.rank == 0) as bar:
-        for number, (_, runs) in enumerate(head_runs(prepared, head_metric, execution, among)):
+        for number, items in enumerate(item_batches):
+            opened = cache(partial(scored.statistics, items))  # for the first step that the run folder does not hold
             if mine(number, 0):
-                own["base", number, 0] = _statistics(execution, f"{step}-{number:05d}-base", runs)
+                computed["base", number, 0] = _step(execution, f"{step}-{number:05d}-base", opened)
             for block, of_block in enumerate(blocks):
                 if mine(number, block):
                     name = f"{step}-{number:05d}-{block:03d}-of-{len(blocks):03d}"
-                    some = _statistics(execution, name, runs, of_block)
-                    own["replaced", number, block] = some
-                    bar.update(some.shape[0] * some.shape[1])
-    found = {key: value for of_process in processes.share(own) for key, value in of_process.items()}
+                    computed["replaced", number, block] = _step(execution, name, opened, of_block)
+                    bar.update(len(of_block) * len(items))
+    shared = {key: value for of_process in processes.share(computed) for key, value in of_process.items()}
 
     def joined(kind: str, block: int) -> FloatArray:
-        return np.concatenate([found[kind, number, block] for number in range(len(chosen))], axis=-2)
+        return np.concatenate([shared[kind, number, block] for number in range(len(item_batches))], axis=-2)
 
-    ascending = np.argsort(np.concatenate(chosen))
+    ascending = np.argsort(np.concatenate(item_batches))
     replaced = np.concatenate([joined("replaced", block) for block in range(len(blocks))])[:, ascending]
     return joined("base", 0)[ascending], np.split(replaced, np.cumsum([len(of_layer) for of_layer in heads])[:-1])
 
 
 def _blocks(heads: Sequence[Sequence[Head]], items: int) -> list[list[Head]]:
-    """Whole layers' heads, together until they make `_ROWS` (head, item) rows: many rows decode together."""
+    """Heads of whole layers, together until they make `_ROWS` (head, item) rows: many rows decode together."""
     blocks: list[list[Head]] = [[]]
     for of_layer in heads:
         if len(blocks[-1]) * items >= _ROWS:
@@ -139,28 +161,28 @@ def _blocks(heads: Sequence[Sequence[Head]], items: int) -> list[list[Head]]:
     return [block for block in blocks if block]
 
 
-def _statistics(
-    execution: Execution, step: str, runs: Callable[[], HeadRuns], heads: Sequence[Head] | None = None
+def _step(
+    execution: Execution, name: str, opened: Callable[[], Statistics], heads: Sequence[Head] | None = None
 ) -> FloatArray:
-    """[items, k] with every head in place, or [heads, items, k] with each replaced: a step of the run."""
+    """A step: statistics with every head in place [items, k], or with each of `heads` replaced [heads, items, k]."""
 
     def compute() -> dict[str, FloatArray]:
-        return {"statistics": runs().base() if heads is None else np.stack(runs().results(heads))}
+        return {"statistics": opened().undisturbed() if heads is None else np.stack(opened().ablated(heads))}
 
-    return execution.arrays(step, compute)["statistics"]
+    return execution.arrays(name, compute)["statistics"]
 
 
 def head_scores(
     prepared: Prepared, head_metric: HeadMetric, base: FloatArray, replaced: FloatArray
 ) -> tuple[float, npt.NDArray[np.float32]]:
-    """P(θ), and S(h) = P(θ) − P(θ_Ih) for every head, [L, H], from `head_statistics` of all items or of some."""
+    """Utility P(θ) and scores S(h) = P(θ) − P(θ_Ih), [L, H], from `head_statistics` of all items or of some."""
     whole = utility(prepared, head_metric, base)
     scores = [[whole - utility(prepared, head_metric, head) for head in layer] for layer in replaced]
     return whole, np.array(scores, dtype=np.float32)
 
 
 def utility(prepared: Prepared, head_metric: HeadMetric, statistics: FloatArray) -> float:
-    """P: the task's metric, or the mean log-probability of the answers, from the rows [items, k] of all items."""
+    """Utility P: the task's metric, or the mean log-probability of the answers, from all items' rows [items, k]."""
     aggregate = mean_of_rows if head_metric == "logprob" else prepared.task.aggregate
     return float(aggregate(statistics.sum(axis=0), len(statistics)))
 

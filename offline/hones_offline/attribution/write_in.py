@@ -1,8 +1,12 @@
-"""Write-in and head-guided importance of FFN neurons (paper sections 3.2-3.3, design 2.2-2.3)."""
+"""Write-in and head-guided importance of FFN neurons (HONES, arXiv 2604.17941, sections 3.2 and 3.3).
+
+docs/methods.md has the definitions, also of the variants. For each batch of prompts the write-in is summed with every
+head in place and with each head replaced (`ablation.py`); the sums of all batches give the means.
+"""
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Literal
 
@@ -12,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hones_offline.attribution.ablation import HeadRuns, Parts
+from hones_offline.attribution.ablation import HeadAblation, Resumption
 from hones_offline.data.metrics import FloatArray
-from hones_offline.running.decoder import Run, Segment, batches
+from hones_offline.running.batching import Run, Segment, batches
+from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.execution import Execution
-from hones_offline.running.hooks import Entering, Head, recorded_ffn
+from hones_offline.running.hooks import Head, recorded_ffn
+from hones_offline.running.length_buckets import LengthBuckets
 from hones_offline.running.prompts import Prepared
 from hones_steer.errors import DataError
 from hones_steer.layout import down_weight
@@ -31,13 +37,14 @@ HeadWeights = Literal["score", "rank"]
 
 
 def target_directions(prepared: Prepared, target: Target = "paper") -> Tensor:
-    """u_y of every example's first prompt: unit vectors, float32 [examples, hidden].
+    """Target directions u_y of every example's first prompt: unit vectors, float32 [examples, hidden].
 
-    The sum of the unembedding rows of the tokens of the task's `target_texts`, joined, special tokens dropped, the
-    first 128; for a task with `idf_weighted` each row is weighted by the token's smoothed IDF over these examples.
+    u_y is the sum of the unembedding rows of the tokens of the task's `target_texts`, joined, special tokens dropped,
+    the first 128; for a task with `idf_weighted` each row is weighted by the token's smoothed IDF over these examples.
 
-    "centred": of the rows less their mean over the vocabulary, which every token has in common. "contrastive": the
-    paper's u_y less the mean of the other examples', normalised again: what tells this answer from the task's others.
+    With "centred", the rows are taken less their mean over the vocabulary, which every token has in common. With
+    "contrastive", u_y is the paper's less the mean of the other examples', normalized again: the direction that tells
+    this answer from the task's others.
 
     Raises:
         DataError: a target has no token, or "contrastive" of targets that are all the same.
@@ -55,11 +62,14 @@ def target_directions(prepared: Prepared, target: Target = "paper") -> Tensor:
     return _apart(prepared, units) if target == "contrastive" else units
 
 
-_SAME = 1e-4  # a length that rounding gives the difference of equal unit vectors, at most
+_SAME = 1e-4  # the length that rounding gives the difference of equal unit vectors, at most
 
 
 def _apart(prepared: Prepared, units: Tensor) -> Tensor:
-    """Each unit vector less the mean of the others, normalised; that is the direction of u less the mean of all."""
+    """Each unit vector less the mean of the others, normalized; this is the direction of u less the mean of all.
+
+    Raises DataError, naming the task, if all are the same.
+    """
     differences = units - units.mean(0)
     if differences.norm(dim=-1).max() < _SAME:
         raise DataError(
@@ -92,19 +102,21 @@ def importance(
     *,
     positive_part: PositivePart = "mean",
 ) -> npt.NDArray[np.float32]:
-    """I_{l,i} = Σ_h w_h·[mean c(θ) − mean c(θ_Ih)]_+ / Σ_h w_h, float32 [L, I]; `heads` are (layer, head, w).
+    """The importance of every neuron, I_{l,i} = Σ_h w_h·[mean c(θ) − mean c(θ_Ih)]_+ / Σ_h w_h, float32 [L, I].
 
-    With the positive part of each "example": Σ_h w_h·mean [c(θ) − c(θ_Ih)]_+ / Σ_h w_h, so that a neuron that serves
-    some answers is not cancelled by what it does to the others.
+    `heads` are (layer, head, w). With the positive part of each "example" it is Σ_h w_h·mean [c(θ) − c(θ_Ih)]_+ / Σ_h
+    w_h, so that a neuron that serves some answers is not cancelled by what it does to the others.
     """
     replaced = [(layer, head) for layer, head, _ in heads]
-    kind = WriteInDrops if positive_part == "example" else WriteIn
-    base, *changed = _means(kind, prepared, directions, replaced, execution)
-    drops = changed if positive_part == "example" else [(base - mean).clip(min=0) for mean in changed]
+    drops: list[FloatArray]
+    if positive_part == "example":
+        drops = list(_mean_over_examples(prepared, directions, execution, partial(_drops, heads=replaced), len(heads)))
+    else:
+        base, *changed = mean_write_in(prepared, directions, execution, replaced)
+        drops = [(base - mean).clip(min=0) for mean in changed]
     weights = [weight for _, _, weight in heads]
     weighed = [weight * drop for weight, drop in zip(weights, drops, strict=True)]
-    result: npt.NDArray[np.float32] = (sum(weighed) / sum(weights)).astype(np.float32)
-    return result
+    return np.asarray(sum(weighed) / sum(weights), dtype=np.float32)
 
 
 def weigh(heads: Sequence[tuple[int, int, float]], weights: HeadWeights) -> list[tuple[int, int, float]]:
@@ -115,93 +127,123 @@ def weigh(heads: Sequence[tuple[int, int, float]], weights: HeadWeights) -> list
 
 
 def mean_write_in(
-    prepared: Prepared,
-    directions: Tensor,
-    execution: Execution,
-    heads: Sequence[Head] = (),
+    prepared: Prepared, directions: Tensor, execution: Execution, heads: Sequence[Head] = ()
 ) -> FloatArray:
     """Mean over examples of c_{l,i} = z_i·⟨W_down[:,i], u_y⟩ at the first prompt's last token.
 
-    That is float64 [1 + heads, L, I], first with every head in place, then with each of `heads` replaced. Each
-    process of `execution` runs some of the batches.
+    The result is float64 [1 + heads, L, I], first with every head in place, then with each of `heads` replaced. Each
+    process of the execution runs some of the batches.
     """
-    return _means(WriteIn, prepared, directions, heads, execution)
+    return _mean_over_examples(prepared, directions, execution, partial(_sums, heads=heads), 1 + len(heads))
 
 
-def _means(
-    kind: "type[WriteIn]",
+def _mean_over_examples(
     prepared: Prepared,
     directions: Tensor,
-    heads: Sequence[Head],
     execution: Execution,
+    batch_sums: Callable[["WriteInForwards", Execution], FloatArray],
+    count: int,
 ) -> FloatArray:
-    """The mean over examples of what `kind` sums, [1 + heads, L, I]."""
-    layout = prepared.decoder.layout
+    """The mean over examples of `batch_sums`, which are sums over a batch's examples, float64 [count, L, I]."""
+    decoder = prepared.decoder
     prompts = [encoded.prompt(0) for encoded in prepared.encoded]
 
-    def of_batch(chosen: list[int]) -> FloatArray:
-        some = [prompts[i] for i in chosen]
-        runs = kind(prepared, some, directions[chosen], execution)
-        return np.stack([runs.base(), *runs.results(heads)])
+    def of_batch(items: list[int]) -> FloatArray:
+        forwards = WriteInForwards(decoder, [prompts[i] for i in items], directions[items], execution)
+        return batch_sums(forwards, execution)
 
-    units = [partial(of_batch, chosen) for chosen in batches([len(prompt) for prompt in prompts], execution.batch_size)]
-    shape = (1 + len(heads), len(layout.layers), layout.intermediate_size)
+    units = [partial(of_batch, items) for items in batches([len(prompt) for prompt in prompts], execution.batch_size)]
+    shape = (count, len(decoder.layout.layers), decoder.layout.intermediate_size)
     return execution.processes.sum(units, shape) / len(prompts)
 
 
-class WriteIn(HeadRuns):
-    """Items are prompts with their target directions [items, hidden]; the result is Σ c_{l,i}, float64 [L, I]."""
+def _sums(forwards: "WriteInForwards", execution: Execution, heads: Sequence[Head]) -> FloatArray:
+    """Σ c over the prompts, with every head in place and with each of `heads` replaced, [1 + heads, L, I]."""
+    ablation = HeadAblation(forwards.decoder, WriteInSums(forwards), execution)
+    return np.stack([ablation.undisturbed(), *ablation.ablated(heads)])
+
+
+def _drops(forwards: "WriteInForwards", execution: Execution, heads: Sequence[Head]) -> FloatArray:
+    """Σ [c(θ) − c(θ_Ih)]_+ over the prompts for each of `heads`, [heads, L, I]."""
+    return np.stack(HeadAblation(forwards.decoder, WriteInDrops(forwards), execution).ablated(heads))
+
+
+class WriteInForwards:
+    """Forwards of some prompts that give the write-in c_{l,i} towards each prompt's target direction."""
 
     def __init__(
-        self, prepared: Prepared, prompts: Sequence[Segment], directions: Tensor, execution: Execution
+        self, decoder: TextDecoder, prompts: Sequence[Segment], directions: Tensor, execution: Execution
     ) -> None:
-        self.layout = prepared.decoder.layout
-        self.parts = Parts(prepared.decoder, prompts, [1] * len(prompts), execution)
+        """Prepare the prompts; `directions` are their u_y, [prompts, hidden]."""
+        self.decoder, self.layout = decoder, decoder.layout
+        self.buckets = LengthBuckets(decoder, prompts, [1] * len(prompts), execution)
         weights = [down_weight(layer) for layer in self.layout.layers]
-        self.alignments = [directions.to(weight.device) @ weight.float() for weight in weights]  # [items, I]
-        super().__init__(prepared, execution, copies=self.parts.copies, tokens=self.parts.tokens)
+        self.alignments = [directions.to(weight.device) @ weight.float() for weight in weights]
+        """⟨W_down[:,i], u_y⟩ of each layer, [prompts, I]."""
 
-    def undisturbed(self) -> FloatArray:
-        nothing = np.zeros((1, len(self.alignments), self.layout.intermediate_size))
-        sums: FloatArray = self._sums(self.decoder.run, nothing)[0]
-        return sums
-
-    def replaced(self, heads: Sequence[Head], states: Sequence[Entering]) -> Sequence[FloatArray]:
-        unchanged = self._base[None].repeat(len(heads), axis=0)
-        return list(self._sums(self.resuming(heads, states), unchanged, first=states[0].layer))
-
-    def _sums(self, run: Run, unchanged: FloatArray, *, first: int = 0) -> FloatArray:
-        """Σ over the items for each copy of the rows, [copies, L, I]; layers below `first` do not run and stay so."""
-        sums: dict[int, Tensor] = {}
-        for layer, items, written in self._written(run, len(unchanged), first=first):
-            of_part = self._counted(layer, items, written).sum(1, dtype=torch.float64)
-            sums[layer] = sums[layer] + of_part if layer in sums else of_part
-        for layer, total in sums.items():
-            unchanged[:, layer] = total.cpu().numpy()
-        return unchanged
-
-    def _written(self, run: Run, copies: int, *, first: int = 0) -> Iterator[tuple[int, list[int], Tensor]]:
-        """Layers from `first` on, some items and their c: [copies, items, I]."""
-        begun = self.parts.begin(run)
-        for items, rows in self.parts:
-            with recorded_ffn(self.layout, (rows.ends - 1).repeat(copies), first=first) as recorded:
-                rows.go_on(run, begun)
-            for layer, z in recorded.items():  # [copies·items, I]
+    def run(self, run: Run, copies: int = 1, first: int = 0) -> Iterator[tuple[int, list[int], Tensor]]:
+        """Run the prompts: (layer, prompts' numbers, c [copies, n, I]) for each bucket and layer from `first` on."""
+        prefix_cache = self.buckets.run_prefix(run)
+        for items, batch in self.buckets:
+            with recorded_ffn(self.layout, (batch.ends - 1).repeat(copies), first=first) as recorded:
+                batch.run_rest(run, prefix_cache)
+            for layer, z in recorded.items():  # [copies·n, I]
                 yield layer, items, z.unflatten(0, (copies, -1)) * self.alignments[layer][items]
 
-    def _counted(self, _layer: int, _items: list[int], written: Tensor) -> Tensor:
-        """What is summed."""
-        return written
+    def zeros(self, copies: int) -> FloatArray:
+        """Sums over no prompt, float64 [copies, L, I]."""
+        return np.zeros((copies, len(self.layout.layers), self.layout.intermediate_size))
 
 
-class WriteInDrops(WriteIn):
-    """The result with a head replaced is Σ [c(θ) − c(θ_Ih)]_+ over the items, float64 [L, I]; undisturbed it is 0."""
+class WriteInSums:
+    """Measures Σ c_{l,i} over the prompts, float64 [L, I]."""
 
-    def undisturbed(self) -> FloatArray:
-        self._whole = [torch.zeros_like(alignments) for alignments in self.alignments]
-        for layer, items, written in self._written(self.decoder.run, 1):
-            self._whole[layer][items] = written[0]
-        return np.zeros((len(self.alignments), self.layout.intermediate_size))
+    def __init__(self, forwards: WriteInForwards) -> None:
+        self.forwards = forwards
+        self.copies, self.token_count = forwards.buckets.copies, forwards.buckets.token_count
 
-    def _counted(self, layer: int, items: list[int], written: Tensor) -> Tensor:
-        return (self._whole[layer][items] - written).clamp(min=0)
+    def undisturbed(self, run: Run) -> FloatArray:
+        """Run the prompts with every head in place: the sums."""
+        sums: FloatArray = _add_up(self.forwards.zeros(1), ((layer, c) for layer, _, c in self.forwards.run(run)))[0]
+        return sums
+
+    def ablated(self, resumption: Resumption, base: FloatArray) -> list[FloatArray]:
+        """Run them with heads replaced: the sums for each head, those of `base` in layers below the head's."""
+        copies = len(resumption.heads)
+        contributions = self.forwards.run(resumption.run, copies, resumption.layer)
+        return list(_add_up(base[None].repeat(copies, axis=0), ((layer, c) for layer, _, c in contributions)))
+
+
+class WriteInDrops:
+    """Measures Σ [c(θ) − c(θ_Ih)]_+ over the prompts, float64 [L, I]; undisturbed, each layer's c(θ) [prompts, I]."""
+
+    def __init__(self, forwards: WriteInForwards) -> None:
+        self.forwards = forwards
+        self.copies, self.token_count = forwards.buckets.copies, forwards.buckets.token_count
+
+    def undisturbed(self, run: Run) -> list[Tensor]:
+        """Run the prompts with every head in place: c(θ) of every layer."""
+        base = [torch.zeros_like(alignments) for alignments in self.forwards.alignments]
+        for layer, items, c in self.forwards.run(run):
+            base[layer][items] = c[0]
+        return base
+
+    def ablated(self, resumption: Resumption, base: Sequence[Tensor]) -> list[FloatArray]:
+        """Run them with heads replaced: the drops' sums for each head, 0 in layers below the head's."""
+        copies = len(resumption.heads)
+        drops = (
+            (layer, (base[layer][items] - c).clamp(min=0))
+            for layer, items, c in self.forwards.run(resumption.run, copies, resumption.layer)
+        )
+        return list(_add_up(self.forwards.zeros(copies), drops))
+
+
+def _add_up(sums: FloatArray, terms: Iterable[tuple[int, Tensor]]) -> FloatArray:
+    """`sums` [copies, L, I] with each layer that has terms [copies, n, I] replaced by their sum over all n."""
+    totals: dict[int, Tensor] = {}
+    for layer, values in terms:
+        total = values.sum(1, dtype=torch.float64)
+        totals[layer] = totals[layer] + total if layer in totals else total
+    for layer, total in totals.items():
+        sums[:, layer] = total.cpu().numpy()
+    return sums

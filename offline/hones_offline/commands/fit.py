@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         "--state", type=Path, metavar="DIR", help="folder for resuming (default: fit-METHOD inside --bank)"
     )
     parser.add_argument("--description", default="", help="text for the profile")
-    parser.add_argument("--license", default="", help="licence of the profile, e.g. apache-2.0")
+    parser.add_argument("--license", default="", help="license of the profile, e.g. apache-2.0")
     _add_fit_arguments(parser)
     return parser
 

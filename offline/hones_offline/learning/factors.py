@@ -19,7 +19,8 @@ from torch import Tensor
 from hones_offline.data.examples import Example
 from hones_offline.data.neurons import Bank, NeuronIndex
 from hones_offline.data.tasks import Task
-from hones_offline.running.decoder import Segment, TextDecoder, pad_answers
+from hones_offline.running.batching import Segment
+from hones_offline.running.decoder import TextDecoder, pad_answers
 from hones_offline.running.execution import Execution
 from hones_offline.running.hooks import scaled_ffn
 from hones_offline.running.progress import progress_bar
@@ -77,7 +78,7 @@ def fit(
 ) -> Profile:
     """Learn z' = (1 + λ)·z for the neurons of a bank, from λ = 0, on a task's examples.
 
-    Minimises the mean answer-token cross-entropy + β·KL(original ‖ scaled) on the answer tokens + l2·Σλ², the answer
+    Minimizes the mean answer-token cross-entropy + β·KL(original ‖ scaled) on the answer tokens + l2·Σλ², the answer
     including its end token; the teacher of the KL is the same model unscaled. AdamW without decay, cosine to 10% of
     `lr`, λ clamped to ±`clamp`.
 
@@ -162,7 +163,7 @@ def bank_profile(prepared: Prepared, bank: Bank, scales: npt.NDArray[np.float32]
 
 
 class _Learner:
-    """The optimisation as a function from state to state, so that it can stop and go on at any chunk."""
+    """The optimization as a function from state to state, so that it can stop and go on at any chunk."""
 
     def __init__(self, prepared: Prepared, bank: Bank, settings: FitSettings) -> None:
         self.decoder: TextDecoder = prepared.decoder

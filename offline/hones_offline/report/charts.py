@@ -59,7 +59,7 @@ def heat_map(scores: Sequence[Sequence[float]], chosen: Collection[tuple[int, in
             mark = _add(frame, "rect", class_=_sign(score), fill_opacity=math.sqrt(abs(score) / largest), **cell)
             is_chosen = (layer, head) in chosen
             _title(mark, f"layer {layer}, head {head}: {change(score, 4)}{', chosen' if is_chosen else ''}")
-    for layer, head in sorted(chosen):  # last, so that no neighbour paints over the ring
+    for layer, head in sorted(chosen):  # last, so that no neighbor paints over the ring
         box = {"x": left + head * width + 1, "y": top + layer * height + 1, "width": width - 2, "height": height - 2}
         _add(frame, "rect", class_="ring", **box)
     for layer in _spaced(layers, (bottom - top) / 14):

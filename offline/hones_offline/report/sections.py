@@ -184,7 +184,7 @@ SECTIONS = (
         seeds="rows",
         figures=figures.head_maps,
         tables=tables.head_tables,
-        notes=lambda _: ("Each map has its own scale, below it. Colours grow with the square root of the score.",),
+        notes=lambda _: ("Each map has its own scale, below it. Colors grow with the square root of the score.",),
     ),
     Specification(
         "neurons",

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hones_offline.running.decoder import Rows, Segment, TextDecoder
+from hones_offline.running.batching import PrefixBatch, Segment
+from hones_offline.running.decoder import TextDecoder
 from hones_steer.errors import LayoutError
 from hones_steer.layout import unwrap
 
@@ -47,9 +48,9 @@ def check_agreement(decoder: TextDecoder, samples: Sequence[Sample]) -> None:
     logits, real = decoder.answer_logits(prompts, answers)
     _compare(decoder, "run on rows padded on the left", logits[real], torch.cat(expected))
     segments = [decoder.answered(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    rows = Rows(decoder, segments, [len(answer) for answer in answers])
-    hidden, _ = rows.run(decoder.run)
-    read = [hidden[i, end - len(answers[i]) : end] for i, end in enumerate(rows.ends.tolist())]
+    batch = PrefixBatch(segments, [len(answer) for answer in answers], decoder.device)
+    hidden, _ = batch.run(decoder.run)
+    read = [hidden[i, end - len(answers[i]) : end] for i, end in enumerate(batch.ends.tolist())]
     _compare(decoder, "run on rows padded on the right", decoder.logits(torch.cat(read)), torch.cat(expected))
     if all(len(segment) > 1 for segment in segments):
         halves = [segment.split(len(segment) // 2) for segment in segments]

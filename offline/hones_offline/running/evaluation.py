@@ -14,7 +14,8 @@ from hones_offline.data.examples import Example
 from hones_offline.data.metrics import FloatArray, bootstrap_interval, paired_bootstrap_interval
 from hones_offline.data.neurons import Bank, NeuronIndex
 from hones_offline.data.tasks import Output, Task
-from hones_offline.running.decoder import TextDecoder, in_batches
+from hones_offline.running.batching import in_batches
+from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.hooks import dense_scales, scaled_ffn
 from hones_offline.running.prompts import Encoded, Prepared, prepare
 from hones_steer.errors import DataError

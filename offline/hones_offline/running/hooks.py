@@ -1,8 +1,11 @@
-"""The hooks attribution needs, as context managers that place all or none.
+"""The hooks that attribution needs on a decoder's layers, as context managers that place all of them or none.
 
-Reading (`capture_call`, `recorded_ffn`, `ffn_inputs`, `recorded_states`), intervening (`replaced_heads`,
-`scaled_ffn`) and resuming in the middle (`resumed`) on a decoder's layers. Nothing here recomputes what the model
-computes anyway: every hook reads or replaces an input the model has just produced.
+- Reading: `capture_call`, `recorded_ffn`, `ffn_inputs`, `recorded_states`.
+- Intervening: `replaced_heads`, `scaled_ffn`.
+- Running less: `resumed` starts a forward at a middle layer, `last_ffn_at` runs the last FFN where it is read.
+
+Nothing here recomputes what the model computes anyway: every hook reads or replaces an input that the model has just
+produced.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +32,11 @@ class _Captured(Exception):  # noqa: N818 - control flow: leaves the model's for
 
 
 def capture_call(module: nn.Module, run: Callable[[], object]) -> dict[str, Any]:
-    """The keyword arguments `module` is called with during `run()`, which is left at that point."""
+    """Run `run()` up to the call of `module`, and return the keyword arguments of that call.
+
+    Raises:
+        RuntimeError: `run()` ends without the call.
+    """
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if args:
@@ -54,9 +61,9 @@ Shape = tuple[int, int]
 def _hooked(
     layout: Layout, hooks: Iterable[tuple[DecoderLayer, nn.Module, Callable[[Tensor, Shape], Tensor]]]
 ) -> Iterator[None]:
-    """Within the block, each module's input becomes what its function makes of it and of the forward's shape.
+    """Within the block, replace each module's input by its function of the input and of the forward's shape.
 
-    Raises LayoutError, naming the layer, when a forward of the decoder ends that has passed one of the modules by.
+    A forward of the decoder that does not call one of the modules raises LayoutError, naming the layer.
     """
     hooks = list(hooks)
     modules = [(layer, module) for layer, module, _ in hooks]
@@ -111,8 +118,8 @@ def _by_row(x: Tensor, rows: int, layer: DecoderLayer) -> Tensor:
 def recorded_ffn(layout: Layout, columns: Tensor, *, first: int = 0) -> Iterator[dict[int, Tensor]]:
     """Record z = act(gate(x))·up(x) of each row at its column, `columns` [rows], per layer: float32 [rows, I].
 
-    Of the layers from `first` on, and only of forwards with that many rows: a beginning that rows share has none of
-    their columns. Where the last FFN is run at one column of each row only (`last_ffn_at`), it is that one.
+    Recorded are the layers from `first` on, in forwards with that many rows: a prefix that rows share has none of their
+    columns. Where the last FFN runs at one column of each row only (`last_ffn_at`), that column is the row's.
     """
     recorded: dict[int, Tensor] = {}
 
@@ -140,7 +147,7 @@ def recorded_ffn(layout: Layout, columns: Tensor, *, first: int = 0) -> Iterator
 
 @contextmanager
 def ffn_inputs(layout: Layout) -> Iterator[dict[int, Tensor]]:
-    """Record z at every position of a forward, per layer: [rows, T, I], as part of the gradients' graph."""
+    """Record z at every position of a forward, per layer: [rows, T, I], part of the graph of gradients."""
     recorded: dict[int, Tensor] = {}
 
     def recorder(layer: DecoderLayer) -> Callable[[Tensor, Shape], Tensor]:
@@ -155,74 +162,78 @@ def ffn_inputs(layout: Layout) -> Iterator[dict[int, Tensor]]:
 
 
 @dataclass(frozen=True)
-class Entering:
-    """What a layer is resumed from, of one undisturbed forward.
+class LayerInput:
+    """The state from which a forward can be resumed at a layer, recorded in an undisturbed forward.
 
-    `hidden` [rows, T, hidden] entered it; `heads` [rows, T, heads·head_dim] is what its attention heads put out, the
-    same whichever of them is replaced, or None where the attention must run again (`_Recorder`).
+    `hidden` [rows, T, hidden] entered the layer; `heads` [rows, T, heads·head_dim] is what its attention heads put out,
+    the same whichever of them is replaced, or None where the attention must run again (`_Recorder`).
     """
 
     layer: int
     hidden: Tensor
     heads: Tensor | None = None
 
-    def repeat(self, copies: int) -> "Entering":
-        """Copy after copy of the rows."""
+    def repeat(self, copies: int) -> "LayerInput":
+        """Copies of the rows, copy after copy: [copies·rows, T, ...]."""
         heads = None if self.heads is None else self.heads.repeat(copies, 1, 1)
-        return Entering(self.layer, self.hidden.repeat(copies, 1, 1), heads)
+        return LayerInput(self.layer, self.hidden.repeat(copies, 1, 1), heads)
 
     @property
     def unchanged(self) -> int:
-        """How many layers, from the lowest on, have the keys and values they have undisturbed."""
+        """Number of layers, from the lowest on, whose keys and values are the undisturbed ones after resuming."""
         return self.layer if self.heads is None else self.layer + 1
 
 
 @contextmanager
-def recorded_states(layout: Layout, layers: Collection[int]) -> Iterator[dict[int, list[Entering]]]:
-    """Record what each of `layers` can be resumed from, once per forward."""
+def recorded_states(layout: Layout, layers: Collection[int]) -> Iterator[dict[int, list[LayerInput]]]:
+    """Record, for each of `layers`, the state it can be resumed from in each forward, in the forwards' order."""
     recorders = {index: _Recorder(layout.layers[index]) for index in layers}
     with ExitStack() as stack:
         for recorder in recorders.values():
             recorder.place(stack)
-        yield {index: recorder.found for index, recorder in recorders.items()}
+        yield {index: recorder.inputs for index, recorder in recorders.items()}
 
 
 class _Recorder:
-    """Of one layer. What the heads put out is enough where attention returns (the output projection's result, weights).
+    """Records a layer's input and its heads' output in every forward.
 
-    Weights, the attention probabilities, are only for show: no layer computes with them. An attention that flattens
-    its rows is run again, because copies of the rows are made along a dimension of their own.
+    The attention need not run again if it returns exactly (output projection of the heads' output, weights). Weights,
+    the attention probabilities, are only for show: no layer computes with them. An attention that flattens its rows is
+    run again, because copies of the rows are made along a dimension of their own.
     """
 
     def __init__(self, layer: DecoderLayer) -> None:
-        self.layer, self.found = layer, list[Entering]()
+        self.layer, self.inputs = layer, list[LayerInput]()
         self._hidden = self._heads = self._projected = torch.empty(0)
 
     def place(self, stack: ExitStack) -> None:
         """Set the hooks, which are removed with the stack."""
-        stack.enter_context(input_hooks([(self.layer.module, self._enters)]))
+        stack.enter_context(input_hooks([(self.layer.module, self._note_input)]))
         assert self.layer.attn_out is not None  # Layout.require_attribution has been called
         for module, hook in (
-            (self.layer.attn_out, self._projects),
-            (_parent(self.layer, self.layer.attn_out), self._attends),
+            (self.layer.attn_out, self._note_heads),
+            (_parent(self.layer, self.layer.attn_out), self._record),
         ):
             stack.callback(module.register_forward_hook(hook).remove)
 
-    def _enters(self, hidden: Tensor) -> Tensor:
+    def _note_input(self, hidden: Tensor) -> Tensor:
         self._hidden = hidden.detach()
         return hidden
 
-    def _projects(self, _module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
+    def _note_heads(self, _module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
         self._heads, self._projected = args[0].detach(), result
 
-    def _attends(self, _module: nn.Module, _args: tuple[Any, ...], result: Any) -> None:
-        enough = isinstance(result, tuple) and len(result) == 2 and result[0] is self._projected
-        enough = enough and self._heads.shape[:-1] == self._hidden.shape[:-1]
-        self.found.append(Entering(self.layer.index, self._hidden, self._heads if enough else None))
+    def _record(self, _module: nn.Module, _args: tuple[Any, ...], result: Any) -> None:
+        plain = isinstance(result, tuple) and len(result) == 2 and result[0] is self._projected
+        plain = plain and self._heads.shape[:-1] == self._hidden.shape[:-1]
+        self.inputs.append(LayerInput(self.layer.index, self._hidden, self._heads if plain else None))
 
 
 def _parent(layer: DecoderLayer, part: nn.Module | None) -> nn.Module:
-    """The layer's attention or FFN, of which `part` is the output projection, or the layer itself if it has it."""
+    """The module that holds `part`, an output projection: the layer's attention or FFN, or the layer itself.
+
+    Raises LayoutError, naming the layer, if none does.
+    """
     parents = (m for m in layer.module.modules() if any(child is part for child in m.children()))
     if (parent := next(parents, None)) is None:
         raise LayoutError(
@@ -236,8 +247,8 @@ def _parent(layer: DecoderLayer, part: nn.Module | None) -> nn.Module:
 def last_ffn_at(layout: Layout, columns: Tensor | None) -> Iterator[None]:
     """Within the block, the last layer's FFN runs at these columns of each row only, [rows, n]; elsewhere it adds 0.
 
-    Positions are looked at by later layers' attention only, so what the last one writes elsewhere serves nothing. An
-    FFN that is not a module called with states [rows, T, ...] alone runs everywhere, as with `columns` None.
+    Only a later layer's attention reads other positions, and there is no later layer. An FFN that is not a module
+    called with states [rows, T, ...] alone runs everywhere, as with `columns` None.
     """
     layer = layout.layers[-1]
     ffn = _parent(layer, layer.down_proj)
@@ -265,48 +276,51 @@ def last_ffn_at(layout: Layout, columns: Tensor | None) -> Iterator[None]:
 
 
 @contextmanager
-def resumed(layout: Layout, entering: Entering) -> Iterator[None]:
-    """Within the block, forwards of the decoder begin at the layer that `entering` was recorded of.
+def resumed(layout: Layout, layer_input: LayerInput) -> Iterator[None]:
+    """Within the block, forwards of the decoder begin at the layer that `layer_input` was recorded at.
 
-    Of its attention only the output projection runs, where what the heads put out is known. The decoder itself runs as
-    always, so that masks, position embeddings and caches are its own for any architecture.
+    If its heads' output is known, only the output projection of its attention runs. The decoder itself runs as always,
+    so that masks, position embeddings and caches are its own for any architecture.
     """
-    layer = layout.layers[entering.layer]
+    layer = layout.layers[layer_input.layer]
 
     def skip(hidden_states: Tensor, *_args: object, **_kwargs: object) -> Tensor:
         return hidden_states
 
     def project(*_args: object, **_kwargs: object) -> tuple[Tensor, None]:
         assert layer.attn_out is not None
-        return layer.attn_out(entering.heads), None
+        return layer.attn_out(layer_input.heads), None
 
     with ExitStack() as stack:
-        for below in layout.layers[: entering.layer]:
+        for below in layout.layers[: layer_input.layer]:
             _assign_forward(stack, below.module, skip)
-        if entering.heads is not None:
+        if layer_input.heads is not None:
             _assign_forward(stack, _parent(layer, layer.attn_out), project)
-        stack.enter_context(input_hooks([(layer.module, lambda _: entering.hidden)]))
+        stack.enter_context(input_hooks([(layer.module, lambda _: layer_input.hidden)]))
         yield
 
 
 def _assign_forward(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Until the stack is left; what was assigned to the instance before (accelerate does) is there again then."""
+    """Give a module instance another `forward` until the stack is left.
+
+    One that was assigned to the instance before (accelerate does) is there again then.
+    """
     stack.callback(_restore_forward, module, module.__dict__.get("forward"))
     module.forward = forward
 
 
-def _restore_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:
-    """`own` is what was assigned to the instance before (accelerate does), or None."""
+def _restore_forward(module: nn.Module, assigned: Callable[..., Any] | None) -> None:
     del module.forward
-    if own is not None:
-        module.forward = own
+    if assigned is not None:
+        module.forward = assigned
 
 
 @contextmanager
 def replaced_heads(layout: Layout, heads: Sequence[Head]) -> Iterator[None]:
     """Intervention I_h: in row r, at every position, head `heads[r]`'s output becomes the mean of its layer's others.
 
-    Acts on the input of the attention output projection, [rows, T, heads·head_dim] (paper, section 3; design 2.1).
+    Acts on the input of the attention output projection, [rows, T, heads·head_dim] (HONES, arXiv 2604.17941,
+    section 3.1).
     """
     rows_of: dict[int, list[int]] = {}
     for row, (layer, _) in enumerate(heads):
@@ -317,11 +331,11 @@ def replaced_heads(layout: Layout, heads: Sequence[Head]) -> Iterator[None]:
         chosen = torch.tensor([heads[row][1] for row in rows_of[layer.index]])
 
         def replace(x: Tensor, _shape: Shape) -> Tensor:
-            slices = _by_row(x, len(heads), layer).unflatten(-1, (count, -1)).clone()  # [rows, T, heads, head_dim]
-            own = slices[rows, :, chosen].float()
-            total = slices.sum(-2, dtype=torch.float32)[rows]
-            slices[rows, :, chosen] = ((total - own) / (count - 1)).to(x.dtype)
-            joined: Tensor = slices.reshape(x.shape)
+            outputs = _by_row(x, len(heads), layer).unflatten(-1, (count, -1)).clone()  # [rows, T, heads, head_dim]
+            output = outputs[rows, :, chosen].float()
+            total = outputs.sum(-2, dtype=torch.float32)[rows]
+            outputs[rows, :, chosen] = ((total - output) / (count - 1)).to(x.dtype)
+            joined: Tensor = outputs.reshape(x.shape)
             return joined
 
         return replace

@@ -11,7 +11,8 @@ from torch import Tensor
 from hones_offline.data.examples import Example
 from hones_offline.data.tasks import Task
 from hones_offline.running.agreement import Sample, check_agreement
-from hones_offline.running.decoder import Segment, TextDecoder
+from hones_offline.running.batching import Segment
+from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.hooks import capture_call
 from hones_steer._transformers import CACHE_NAMES
 from hones_steer.errors import DataError, LayoutError

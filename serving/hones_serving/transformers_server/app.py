@@ -24,8 +24,9 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import BaseHandler, GenerateManager, GenerationState
 
 from hones_serving import playground, signatures
+from hones_serving.asgi import App, Message, Receive, Scope, Send, error_content
 from hones_serving.metrics import Metrics
-from hones_serving.middleware import App, HonesMiddleware, Message, Receive, Scope, Send, Service, error_content
+from hones_serving.middleware import HonesMiddleware, Service
 from hones_serving.registry import Admission, ProfileRegistry
 from hones_serving.routing import RoutingPlan
 from hones_serving.routing_file import load_plan
@@ -40,10 +41,11 @@ from hones_steer.loading import load_model, loading
 from hones_steer.profile import ModelIdentity
 
 TESTED = "5.19"
-# Of transformers' routes. Others load, drop or list models of the client's choice, or answer unsteered.
+# The routes of transformers' server that stay. Others load, drop or list models of the client's choice, or answer
+# unsteered.
 _KEPT = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/health"}
 _KEPT |= {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
-_OPEN = {"/health", "/metrics", playground.PATH}  # without the key
+_OPEN = {"/health", "/metrics", playground.PATH}  # routes that need no key
 
 
 def build_app(
@@ -56,10 +58,13 @@ def build_app(
 ) -> FastAPI:
     """Steer the model that `manager` holds (see `pinned`) and build the application that serves it.
 
-    Its `state.turns` are the requests that wait or generate; `stopping.serve` drains them.
+    `served` are the names of the model; `collector` gets the metrics. The application's `state.turns` are the requests
+    that wait or generate; `stopping.serve` drains them.
 
     Raises:
-        HonesError: the model cannot be steered, a profile does not fit it, or the routing file is wrong.
+        LayoutError: the model cannot be steered.
+        ProfileError, MismatchError: a profile is broken, or was made for another model.
+        RoutingError: the routing file is wrong.
         StateError: this transformers version is not supported.
     """
     signatures.check(_overridden(), f"transformers {transformers.__version__}", TESTED)
@@ -72,7 +77,7 @@ def build_app(
     )
     plan = load_plan(settings.routing, registry.tasks()) if settings.routing else RoutingPlan()
     metrics = Metrics(registry, collector)
-    # Profiles come one by one, as they were admitted: the registry has checked them against this model.
+    # The registry has checked the profiles against this model; each is loaded when a request that it steers runs.
     state = OneGeneration(steer(model, {}, allow_mismatch=True), metrics)
     handlers: dict[str, Any] = {
         "chat_handler": Chat(manager, state, registry, served),
@@ -96,28 +101,17 @@ def build_app(
         playground=settings.playground,
         stamp=_stamp,
     )
-    app.state.turns = turns = Turns()
-    app.add_middleware(LeavingMiddleware, turns=turns)
-    app.add_middleware(HonesMiddleware, service=lambda: service)
-    app.add_middleware(StoppingMiddleware, turns=turns)
-    if api_key:
-        app.add_middleware(KeyMiddleware, key=api_key)
-    if allowed_origins:  # browsers ask without a key whether they may; what is added last comes first
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=allowed_origins,
-            allow_methods=["*"],
-            allow_headers=["*"],
-            expose_headers=["X-Hones-Profile", "X-Hones-Route"],
-        )
+    app.state.turns = Turns()
+    _add_middleware(app, service, api_key, allowed_origins)
     return app
 
 
 def pinned(name: str, *, dtype: str = "auto", device: str = "auto") -> ModelManager:
-    """Transformers' model manager with one model, every weight of which was found, that is never unloaded.
+    """Load a model with its processor into a transformers model manager that never unloads it.
 
     Raises:
-        DataError: there is no such model or device, or it is of a kind that transformers' server cannot run.
+        DataError: the model or the device does not exist, the model's checkpoint lacks weights, or transformers' server
+            cannot run a model of this kind.
     """
     model = load_model(name, dtype=dtype, device=device)
     with loading(f"the processor of {name!r}"):
@@ -137,7 +131,7 @@ def pinned(name: str, *, dtype: str = "auto", device: str = "auto") -> ModelMana
 
 
 def _overridden() -> Iterator[tuple[Callable[..., Any], tuple[str, ...]]]:
-    """What of transformers' server is overridden, and the parameters it must begin with."""
+    """Yield (function of transformers' server that is overridden, names of the parameters it must begin with)."""
     yield GenerateManager.generate_streaming, ("self", "model", "processor", "inputs", "gen_config")
     yield GenerateManager.generate_non_streaming, ("self", "model", "processor", "inputs", "gen_config")
     yield GenerationState.get_manager, ("self", "model_id", "use_cb")
@@ -165,8 +159,26 @@ def _add_routes(app: FastAPI, served: Sequence[str], collector: CollectorRegistr
         return Response(generate_latest(collector), media_type=CONTENT_TYPE_LATEST)
 
 
+def _add_middleware(app: FastAPI, service: Service, api_key: str | None, allowed_origins: Sequence[str]) -> None:
+    """Wrap the routes, innermost first: the middleware that is added last sees a request first."""
+    turns: Turns = app.state.turns
+    app.add_middleware(LeavingMiddleware, turns=turns)
+    app.add_middleware(HonesMiddleware, service=lambda: service)
+    app.add_middleware(StoppingMiddleware, turns=turns)
+    if api_key:
+        app.add_middleware(KeyMiddleware, key=api_key)
+    if allowed_origins:  # outside the key, because browsers ask without one whether they may call
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Hones-Profile", "X-Hones-Route"],
+        )
+
+
 def _add_error_handlers(app: FastAPI) -> None:
-    """Errors look as OpenAI's do, and as vLLM's."""
+    """Give errors the JSON that OpenAI's API and vLLM give them."""
 
     @app.exception_handler(HTTPException)
     def refused(_request: Request, error: HTTPException) -> Response:
@@ -190,14 +202,14 @@ def _error(status: int, message: str, **headers: str) -> Response:
 
 
 class KeyMiddleware:
-    """Lets through who sends ``Authorization: Bearer <key>``, and everybody to /health, /metrics and /hones."""
+    """Answers 401 to requests without ``Authorization: Bearer <key>``, but for /health, /metrics and /hones."""
 
     def __init__(self, app: App, key: str) -> None:
         self._app = app
         self._digest = _digest(key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one connection; the lifespan passes through."""
+        """Handle one request; the lifespan passes through."""
         if scope["type"] == "lifespan" or scope["path"] in _OPEN or self._has_key(scope):
             await self._app(scope, receive, send)
         else:
@@ -211,14 +223,14 @@ class KeyMiddleware:
 
 
 class LeavingMiddleware:
-    """Cancels what a client that has left was waiting for; transformers' server would go on generating for nobody."""
+    """Cancels the request of a client that has left, for whom transformers' server would go on generating."""
 
     def __init__(self, app: App, turns: Turns) -> None:
         self._app = app
         self._turns = turns
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one connection; all but HTTP passes through."""
+        """Handle one request; anything but HTTP passes through."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -242,7 +254,7 @@ class LeavingMiddleware:
         handling = asyncio.ensure_future(self._app(scope, received.get, watched))
         try:
             await asyncio.wait((leaving, handling), return_when=asyncio.FIRST_COMPLETED)
-            if not answered:  # the end of an answer is also told as if the client had left
+            if not answered:  # servers report the end of an answer as if the client had left
                 turn.leave()
                 handling.cancel()
             await asyncio.wait((handling,))
@@ -254,4 +266,4 @@ class LeavingMiddleware:
 
 
 def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()  # of one length, whatever is sent
+    return hashlib.sha256(key).digest()  # always of one length, so that comparing takes always the same time

@@ -20,7 +20,7 @@ SHUTDOWN_SECONDS = 20  # Kubernetes kills after 30
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The options of `hones serve` that this engine sees. Exits with 2, naming what it does not know."""
+    """Parse the options of `hones serve` that this engine gets. An unknown one ends the process with 2, naming it."""
     parser = argparse.ArgumentParser(
         prog="hones serve",
         usage="hones serve MODEL --engine transformers --profiles DIR [options] [--dtype TYPE] [--device DEVICE]",
@@ -55,12 +55,12 @@ def _origins(text: str) -> list[str]:
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
-    """Load the model, then serve it until the process is told to stop, which ends it with 0.
+    """Load the model, then serve it until SIGTERM or SIGINT, which end the process with 0.
 
-    SIGTERM or SIGINT while it loads ends the process at once, with 128 + the signal's number.
+    While the model loads, these signals end the process at once, with 128 + the signal's number.
 
     Raises:
-        HonesError: what is wrong, before anything listens.
+        HonesError: an option, the model, a profile or the routing file is wrong; nothing listens by then.
     """
     for number in (signal.SIGTERM, signal.SIGINT):  # the first process of a container is not ended by them by default
         signal.signal(number, _stop_loading)

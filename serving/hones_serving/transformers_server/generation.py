@@ -1,7 +1,7 @@
-"""In the generation thread: each request is steered as it was admitted.
+"""The generation thread, in which each request is steered as it was admitted.
 
-Transformers' server generates in one thread of its own, one request after the other. A new thread knows nothing of
-who submits to it, so the admission is taken from the submitting request's context and carried along.
+Transformers' server generates in one thread of its own, one request after the other. That thread does not have the
+context of the request that submits to it, so the admission is taken from there and carried along.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from hones_steer.errors import StateError
 from hones_steer.huggingface import Steering
 from hones_steer.profile import Profile
 
-# Of the request that is being handled; None: it is not steered, or its route cannot be.
+# The admission of the request that is being handled; None: it is not steered, or its route cannot be.
 ADMISSION: ContextVar[Admission | None] = ContextVar("hones_admission", default=None)
 
 
 class OneGeneration(GenerationState):
-    """What transformers' handlers ask for a generation thread: there is one, whatever the model is called."""
+    """Transformers' table of generation threads, with the one thread there is, whatever the model is called."""
 
     def __init__(self, steering: Steering, metrics: Metrics) -> None:
         super().__init__()
         self._manager = SteeredGeneration(steering, metrics)
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> GenerateManager:  # noqa: ARG002
-        """The thread."""
+        """The one generation thread."""
         return self._manager
 
 
 class SteeredGeneration(GenerateManager):
-    """Transformers' generation thread; what is submitted runs under the admission of who submits."""
+    """Transformers' generation thread; a request runs under the admission in the context that submits it."""
 
     def __init__(self, steering: Steering, metrics: Metrics) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -48,7 +48,7 @@ class SteeredGeneration(GenerateManager):
         self._metrics = metrics
 
     def generate_streaming(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', and the stream ends with an error where the server stops before it is complete.
+        """Generate as transformers does, but end the stream with an error if the server stops before it is complete.
 
         Raises:
             StateError: `model` is not the one that is steered.
@@ -64,7 +64,7 @@ class SteeredGeneration(GenerateManager):
         return queue, streamer
 
     async def generate_non_streaming(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; generation goes on when this is cancelled, until the turn is given up.
+        """Generate as transformers does. If this is cancelled, generation goes on until the turn is given up.
 
         Raises:
             StateError: `model` is not the one that is steered.
@@ -83,7 +83,10 @@ class SteeredGeneration(GenerateManager):
 
 
 class SteeredModel:
-    """A model whose `generate` takes one request's turn and is steered by its admission; otherwise the model itself."""
+    """Stand-in for a model whose `generate` takes one request's turn and is steered by its admission.
+
+    All its other attributes are the model's.
+    """
 
     def __init__(
         self, model: Any, steering: Steering, admission: Admission | None, turn: Turn, metrics: Metrics
@@ -99,13 +102,13 @@ class SteeredModel:
         return getattr(self._model, name)
 
     def generate(self, *, input_ids: Tensor, streamer: Any = None, **inputs: Any) -> Tensor:
-        """The model's `generate`, counting the tokens that it makes: `[1, prompt + new]`, of prompts `[1, prompt]`.
+        """Generate token ids `[1, prompt + new]` from `input_ids` `[1, prompt]`, and count the new ones.
 
         Raises:
             StateError: nobody waits for the answer any more, so nothing was generated.
         """
         if not self._turn.begin():
-            raise StateError("nobody waits for this answer any more")
+            raise StateError("nobody waits for this answer any more; send the request again")
         try:
             return self._generate(input_ids, streamer, inputs)
         finally:
@@ -117,7 +120,7 @@ class SteeredModel:
                 sequences: Tensor = self._model.generate(
                     input_ids=input_ids, streamer=streamer, stopping_criteria=[self._is_abandoned], **inputs
                 )
-            finally:  # a stream that nobody reads any more ends with an exception
+            finally:  # generation for a stream that nobody reads any more ends with an exception
                 if streamer is not None:
                     self._metrics.tokens(self._label, streamer.total_tokens)
         if streamer is None:
@@ -129,7 +132,10 @@ class SteeredModel:
 
     @contextmanager
     def _steering_by(self, profile: Profile | None) -> Iterator[None]:
-        """Steer with contents, not with whatever has the task's name by now."""
+        """Steer, within the block, with the contents of this profile (None: not at all), under its digest as name.
+
+        The task's name may have other contents by now.
+        """
         if profile is None:
             yield
             return

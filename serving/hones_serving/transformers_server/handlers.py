@@ -1,7 +1,7 @@
 """Transformers' request handlers for one model under its served names.
 
-Transformers' server ignores fields of OpenAI's that it does not implement, drops images a model cannot see, and opens
-image files of its own machine. Here all that is a 400 that names it.
+Transformers' server ignores fields of OpenAI's API that it does not implement, drops images that a model cannot see,
+and opens image files on its own machine. Here each of these is answered with 400 and a message that names it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from hones_steer.errors import StateError
 
 TICKET = "hones_ticket"  # in the body of a steered request; clients cannot send names that begin with hones_
 
-# Of the fields that transformers' server ignores: those that are nothing to an answer, ...
+# Fields that transformers' server ignores: those that do not matter to an answer, ...
 _HARMLESS = {"metadata", "parallel_tool_calls", "prediction", "service_tier", "store", "stream_options", "user"}
-# ... and the values of others that ask for nothing.
+# ... and values of other fields that ask for nothing.
 _NOTHING = {
     "best_of": 1,
     "echo": False,
@@ -46,12 +46,12 @@ _PARTS = {
     Modality.MULTIMODAL: _TEXT | _SEEN | {"input_audio", "audio_url"},
 }
 
-# What transformers raises on a request that it cannot make sense of: fields of wrong types, an image that is none, ...
+# Errors of transformers on a request that it cannot make sense of: fields of wrong types, broken images, ...
 _MALFORMED = (TypeError, AttributeError, ValueError, LookupError, OSError, TemplateError)
 
 
 class _Served(BaseHandler):
-    """What all three handlers have in common. `served` are the names of the one model."""
+    """Base of the three handlers, all of one model, whose names are `served`."""
 
     def __init__(self, manager: Any, state: GenerationState, registry: ProfileRegistry, served: Sequence[str]) -> None:
         super().__init__(manager, state)
@@ -62,7 +62,7 @@ class _Served(BaseHandler):
         """Answer as transformers does, steered by the admission whose ticket the middleware has put into the body.
 
         Raises:
-            HTTPException: 404 for another model, 400 or 422 for what transformers cannot do or read.
+            HTTPException: 404 for another model, 400 or 422 for a request that transformers cannot fulfill or read.
             StateError: the ticket is no longer valid, or the model is not steered.
             StoppingError: the server stops before it has answered.
         """
@@ -91,7 +91,7 @@ class _Served(BaseHandler):
                 raise HTTPException(400, f"{name!r} is not supported by the transformers engine; leave it out")
 
     def _resolve_model(self, body: dict[str, Any]) -> Any:
-        """The name to answer with, the model and its processor."""
+        """The model's name as the request has it, the model, its processor. Raises HTTPException if it is unknown."""
         requested = self._served[0] if body.get("model") is None else body["model"]
         if requested not in self._served:
             raise HTTPException(404, f"the model {requested!r} does not exist; this server has {self._served[0]!r}")
@@ -107,7 +107,11 @@ class _Served(BaseHandler):
 
     @staticmethod
     def get_processor_inputs_from_messages(messages: list[dict[str, Any]], modality: Modality) -> Any:
-        """As transformers does, unless that would lose a part of a message or read a file of the server's."""
+        """Convert messages as transformers does, but lose no part of one and read no file of the server's machine.
+
+        Raises:
+            HTTPException: 400, naming the part.
+        """
         for message in messages:
             parts = message.get("content") if isinstance(message, dict) else None
             for part in parts if isinstance(parts, list) else ():

@@ -1,7 +1,7 @@
 """Turns: requests generate one after the other, and each must hear when its turn begins or will not come.
 
-Transformers' server queues whatever is submitted and generates all of it, also for clients that have left and after it
-was told to stop. Here every request has a turn. All happens in the event loop, but for `begin` and `end`, which the
+Transformers' server queues every request and generates all of them, also for clients that have left and after it was
+told to stop. Here every request has a turn. Everything runs in the event loop, except `begin` and `end`, which the
 generation thread calls.
 """
 
@@ -18,16 +18,16 @@ from hones_steer.errors import StateError
 
 T = TypeVar("T")
 
-LOGGER = logging.getLogger("uvicorn.error")  # the server's own log
+LOGGER = logging.getLogger("uvicorn.error")  # the log of the HTTP server
 STOPPING = "the server is stopping; send the request to another one, or again later"
 
 
 class StoppingError(StateError):
-    """The server stops before it has answered; another server can."""
+    """The server stops before it has answered; another server can answer."""
 
 
 class Turns:
-    """The turns that have been asked for and are not over, and whether the server is stopping."""
+    """The turns that were asked for and are not over; `stopping` says whether the server is stopping."""
 
     def __init__(self) -> None:
         self.stopping = False
@@ -46,7 +46,7 @@ class Turns:
         self._changed.set()
 
     async def drain(self, seconds: float) -> None:
-        """Refuse those that wait; let finish what runs, or cut it off with an error after `seconds`."""
+        """Refuse the turns that wait; let the one that runs finish, or cut it off with an error after `seconds`."""
         self.stopping = True
         waiting = [turn for turn in self._open if not turn.running]
         for turn in waiting:
@@ -64,7 +64,11 @@ class Turns:
 
 
 class Turn:
-    """One request's turn, made in the event loop that handles the request."""
+    """One request's turn, made in the event loop that handles the request.
+
+    It waits once `ask` was called, is `running` from `begin` to `end`, and is `abandoned` when the server refuses it or
+    the client has left.
+    """
 
     def __init__(self, turns: Turns) -> None:
         self.running = False
@@ -86,7 +90,11 @@ class Turn:
             await self.or_refused(self._begun)
 
     async def or_refused(self, awaited: Awaitable[T]) -> T:
-        """What is awaited. Raises StoppingError as soon as the server ends the turn; what is awaited goes on then."""
+        """Await and return the result of `awaited`.
+
+        Raises:
+            StoppingError: the server ends the turn first; `awaited` goes on then.
+        """
         answer = asyncio.ensure_future(awaited)
         answer.add_done_callback(_retrieve)
         await asyncio.wait((answer, self._refused), return_when=asyncio.FIRST_COMPLETED)
@@ -116,7 +124,7 @@ class Turn:
             self._turns.remove(self)
 
     def begin(self) -> bool:
-        """In the generation thread: begin the turn. False if nobody waits for it; `end` must not be called then."""
+        """Begin the turn; the generation thread calls this. False: nobody waits for it; `end` must not be called."""
         if self.abandoned.is_set():
             return False
         self.running = True
@@ -124,11 +132,11 @@ class Turn:
         return True
 
     def end(self) -> None:
-        """In the generation thread: the turn is over."""
+        """End the turn; the generation thread calls this."""
         self._loop.call_soon_threadsafe(self._turns.remove, self)
 
 
-TURN: ContextVar[Turn] = ContextVar("hones_turn")  # of the request that is being handled
+TURN: ContextVar[Turn] = ContextVar("hones_turn")  # the turn of the request that is being handled
 
 
 def _set(future: asyncio.Future[None]) -> None:
@@ -137,6 +145,6 @@ def _set(future: asyncio.Future[None]) -> None:
 
 
 def _retrieve(answer: asyncio.Future[T]) -> None:
-    """Asyncio complains about errors that nobody asks for; here nobody waits for them any more."""
+    """Retrieve a task's error: asyncio would log it where nobody does, and here nobody waits for it any more."""
     if not answer.cancelled():
         answer.exception()

@@ -6,8 +6,9 @@ worker.py    in the worker: scale tables, each token's slot, the scaled activati
 endpoint.py  the HTTP side of the API server
 
 `hones serve` runs the API server, which starts the engine core as a process of its own. There is one worker for each
-tensor-parallel rank: a single one lives in the engine core's process, several have a process each. A request takes
-this path; names without a package are modules of `hones_serving.vllm`:
+tensor-parallel rank: a single one lives in the engine core's process, several have a process each. From a profile's
+file to the multiplied activation, and back to the response's headers, through `hones_serving.middleware` and
+`.registry`, the modules of this package, and `hones_steer.slots`:
 
 At start
     worker       1. `worker.attach`, after vLLM's `Worker.load_model`: gives every layer a table of scales and
@@ -15,8 +16,8 @@ At start
     API server   2. `front.attach`, from `Endpoint.init_state`: asks the workers for their model's identity; its
                     `ProfileRegistry` reads every profile file of the folder and checks it against that identity
 For each request
-    API server   3. `hones_serving.middleware._admit`: `routing.decide` chooses the expression, `registry.resolve` makes
-                    it one profile, `registry.admit` reserves room and issues a ticket
+    API server   3. `middleware._admit`: `routing.decide` chooses the expression, `ProfileRegistry.resolve` makes it one
+                    profile, `ProfileRegistry.admit` reserves room and issues a ticket
                  4. `endpoint._stamp`: writes the ticket into the body's `vllm_xargs`, of which vLLM makes
                     `SamplingParams.extra_args`
                  5. `Front.steer`, after `InputProcessor.process_inputs`: replaces the ticket with the profile's bytes
@@ -30,9 +31,9 @@ For each step
                     (`TokenSlots.write`)
                  9. `SteeredActivation.forward`, once per layer: activation(x) * table[slot of each token]
 For each request
-    API server  10. `middleware._labels`, as the response starts: the headers X-Hones-Profile and X-Hones-Route
+    API server  10. `middleware._steering_headers`, as the response starts: X-Hones-Profile and X-Hones-Route
                 11. `Front.leave`, after `OutputProcessor._finish_request`: counts the tokens and gives the slot back
-                12. `ProfileRegistry.leave`, after the response's last byte: the ticket is void
+                12. `ProfileRegistry.leave`, after the response's end: the ticket is void
 
 `LLM(...)` has no steps 3, 4, 10 and 12: `LLMEngine` calls `front.attach` itself, and in step 5 `Front.steer` resolves
 the expression `hones_task` from the request's `extra_args`. A profile's contents travel inside the request, so workers

@@ -258,7 +258,8 @@ def _shard(ffns: Sequence[Any], intermediate_size: int) -> slice:
     if len(shards) != 1 or next(iter(shards))[2] != intermediate_size:
         raise LayoutError(
             f"the FFNs' shards (first neuron, width, neurons in all) are {sorted(shards)}, "
-            f"which do not make up {intermediate_size} neurons in every layer"
+            f"which do not make up {intermediate_size} neurons in every layer; "
+            "hones-steer supports no other sharding in this version"
         )
     start, width, _ = shards.pop()
     return slice(start, start + width)
@@ -284,7 +285,7 @@ def _max_tokens(config: Any) -> int:
 
 
 def _runs_eagerly(config: Any) -> bool:
-    """Whether vLLM neither compiles the model nor captures graphs of it."""
+    """Read vLLM's config; true if it neither compiles the model nor captures graphs of it."""
     from vllm.config import CompilationMode, CUDAGraphMode
 
     compilation = config.compilation_config

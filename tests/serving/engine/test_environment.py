@@ -1,4 +1,4 @@
-"""vLLM without steering says what transformers says, token for token: what differs in other tests is steering."""
+"""Unsteered, vLLM and transformers generate the same tokens, so that a difference in other tests is due to steering."""
 
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,14 @@ def _without_steering(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def by_transformers(model: Any, inputs: Any) -> list[int]:
-    """Greedy tokens for a batch of one; end tokens end nothing."""
+    """Greedy tokens of transformers for one prompt; an end token does not end them."""
     model.generation_config.eos_token_id = None
     tokens = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
     return tokens[0, inputs["input_ids"].shape[1] :].tolist()
 
 
 def by_vllm(folder: Path, prompts: list[Any]) -> list[list[int]]:
-    """Greedy tokens for all prompts at once."""
+    """Greedy tokens of vLLM for all prompts at once."""
     from vllm import SamplingParams
 
     with offline(folder) as llm:
@@ -65,8 +65,8 @@ def test_llama(llama: Path) -> None:
 
 
 def test_the_embedded_llava(embedded: Path) -> None:
-    some = scenes("test", 3)
-    check_with_images(embedded, [scene.image() for scene in some], [scene.prompt("caption") for scene in some])
+    drawn = scenes("test", 3)
+    check_with_images(embedded, [scene.image() for scene in drawn], [scene.prompt("caption") for scene in drawn])
 
 
 @pytest.mark.matrix

@@ -1,4 +1,4 @@
-"""What engines remember is never used under another steering: blocks of the prefix cache, compiled code."""
+"""Caches of engines, which never serve another steering: blocks of the prefix cache, and compiled code."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from hones_offline.data.scenes import scenes
-from serving.engines import own_cache
+from serving.engines import fresh_cache
 from serving.steered import (
     MIXED,
     Reference,
@@ -33,7 +33,7 @@ SEQUENCE = (None, "vqa", "ocr", "vqa", "none")
 
 @pytest.fixture(scope="module")
 def profiles(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The usual profiles, and `twin` with the contents of `vqa`."""
+    """Folder of the usual profiles, and of `twin` with the contents of `vqa`."""
     folder = tmp_path_factory.mktemp("llama_profiles") / "profiles"
     vqa = write_profiles(AutoModelForCausalLM.from_pretrained(llama), folder)["vqa"]
     save_profile(dataclasses.replace(vqa, task="twin", description="another text"), folder / "twin.safetensors")
@@ -60,23 +60,23 @@ def test_the_same_image_under_several_tasks(embedded: Path, tmp_path: Path) -> N
 
 
 def test_compiled_code_is_not_shared_with_an_engine_without_hones(llama: Path, profiles: Path, tmp_path: Path) -> None:
-    """With the compiler that production runs, and its cache on disk.
+    """Runs the compiler that production runs, with its cache on disk.
 
     On a CPU vLLM stores compiled code, fails to load it and compiles again, so it is not enough to look at tokens.
     """
-    some = prompts(len(MIXED))
+    batch = prompts(len(MIXED))
     reference = Reference(AutoModelForCausalLM.from_pretrained(llama), profiles)
-    unsteered = reference.answers(some, [None] * len(MIXED))
-    steered = reference.answers(some, MIXED)
+    unsteered = reference.answers(batch, [None] * len(MIXED))
+    steered = reference.answers(batch, MIXED)
     assert changed(steered, unsteered, MIXED) >= 0.8
     reference.steering.detach()
-    env = {"VLLM_CPU_CI_ENV": "0", "VLLM_CACHE_ROOT": own_cache(tmp_path)}
+    env = {"VLLM_CPU_CI_ENV": "0", "VLLM_CACHE_ROOT": fresh_cache(tmp_path)}
     stored = tmp_path / "torch_compile_cache" / "torch_aot_compile"  # one folder per key
     with engine(llama, None, env, enforce_eager=False) as llm:
-        assert answers(llm, some, [None] * len(MIXED)) == unsteered
+        assert answers(llm, batch, [None] * len(MIXED)) == unsteered
     assert len(list(stored.iterdir())) == 1
     with engine(llama, profiles, env, enforce_eager=False) as llm:
-        assert answers(llm, some, MIXED) == steered
+        assert answers(llm, batch, MIXED) == steered
     assert len(list(stored.iterdir())) == 2
 
 
@@ -100,13 +100,13 @@ def one_engine(
 
 @pytest.fixture
 def llm(one_engine: Any) -> Any:
-    """An engine with nothing in its cache."""
+    """An engine whose prefix cache is empty."""
     assert one_engine.reset_prefix_cache()
     return one_engine
 
 
 def ask(llm: Any, expression: str | None, **salt: str) -> tuple[list[int], int]:
-    """The answer to PROMPT and how much of the prompt was in the cache."""
+    """The answer to PROMPT, and the number of the prompt's tokens that were in the cache."""
     (output,) = llm.generate([request(PROMPT, **salt)], sampling(expression), use_tqdm=False)
     return list(output.outputs[0].token_ids), output.num_cached_tokens
 

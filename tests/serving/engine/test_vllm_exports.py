@@ -1,4 +1,4 @@
-"""What `hones export` writes, in a stock vLLM without our plugin: it answers as transformers steered by the runtime.
+"""Exports of `hones export` in a stock vLLM without our plugin, whose answers are those of steered transformers.
 
 All requests of a batch have the adapter: on a CPU, vLLM gives requests without one its output too.
 """
@@ -30,7 +30,7 @@ def case(
     embedded: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
-    """A checkpoint, a model loaded from it, a profile, requests, and the steered tokens for them."""
+    """A checkpoint, a model loaded from it, a profile, requests, and their steered tokens."""
     folder = tmp_path_factory.mktemp("profiles") / "profiles"
     if request.param == "llama":
         base, model, processor = llama, AutoModelForCausalLM.from_pretrained(llama), None

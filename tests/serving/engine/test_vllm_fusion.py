@@ -1,9 +1,9 @@
-"""What Inductor makes of the scaling in a compiled vLLM engine (design 6.7)."""
+"""The code that Inductor generates for the scaling in a compiled vLLM engine."""
 
 import re
 from pathlib import Path
 
-from serving.engines import own_cache
+from serving.engines import fresh_cache
 from serving.steered import engine
 from tiny_models import random_profile
 from transformers import AutoModelForCausalLM
@@ -15,11 +15,11 @@ CALL = re.compile(r"^\s*(cpp_fused\w*)\(", re.MULTILINE)
 
 
 def test_the_scaling_is_fused_with_the_activation(llama: Path, tmp_path: Path) -> None:
-    """Reads the code that Inductor has generated: each layer's activation kernel looks the scales up itself."""
+    """Checks in the generated code that each layer's activation kernel looks the scales up itself."""
     (tmp_path / "profiles").mkdir()
     model = AutoModelForCausalLM.from_pretrained(llama)
     save_profile(random_profile(model, 0, "vqa"), tmp_path / "profiles" / "vqa.safetensors")
-    env = {"VLLM_CPU_CI_ENV": "0", "VLLM_CACHE_ROOT": own_cache(tmp_path)}
+    env = {"VLLM_CPU_CI_ENV": "0", "VLLM_CACHE_ROOT": fresh_cache(tmp_path)}
     with engine(llama, tmp_path / "profiles", env, enforce_eager=False):
         pass
     codes = [file.read_text() for file in tmp_path.rglob("*.py")]

@@ -1,4 +1,4 @@
-"""What cannot be steered is refused by name, when the engine starts or before a request enters it."""
+"""Settings and requests that cannot be steered are refused by name, at the start or before they enter the engine."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,13 +26,6 @@ from hones_steer.errors import DataError, LayoutError, MismatchError, ProfileErr
 from serving import checkpoints
 
 PROMPTS = prompts(2)
-
-
-@pytest.fixture(scope="module")
-def profiles(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama_profiles") / "profiles"
-    write_profiles(AutoModelForCausalLM.from_pretrained(llama), folder)
-    return folder
 
 
 # Without HONES_PROFILES (first: nothing has been wrapped yet) ----------------------------------------
@@ -120,7 +113,7 @@ def test_an_engine_with_a_refused_setting_does_not_start(llama: Path, profiles: 
 
 
 def test_a_server_without_its_http_side_does_not_start(llama: Path, profiles: Path) -> None:
-    """With VLLM_PLUGINS unset vLLM loads the plugin for the engine, but not the one for the API server."""
+    """If VLLM_PLUGINS is unset, vLLM loads the plugin for the engine, but not the one for the API server."""
     from hones_serving.vllm import register
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -168,8 +161,8 @@ def test_ungated_ffns(profiles: Path, tmp_path: Path) -> None:
 
 def test_profiles_that_cannot_be_used(llama: Path, profiles: Path, tmp_path: Path) -> None:
     """The engine does not start; the message names the file."""
-    other = checkpoints.llama(tmp_path / "other", seed=1)
-    write_profiles(AutoModelForCausalLM.from_pretrained(other), tmp_path / "of_another")
+    another_llama = checkpoints.llama(tmp_path / "other", seed=1)
+    write_profiles(AutoModelForCausalLM.from_pretrained(another_llama), tmp_path / "of_another")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "vqa.safetensors").write_bytes((profiles / "vqa.safetensors").read_bytes()[:-3])
     for folder, error, message in (
@@ -226,7 +219,7 @@ class TestRequests:
         assert llm.llm_engine.input_processor.hones_front.registry.slots_used() == 0
 
     def test_a_server_takes_no_expressions_past_its_middleware(self, llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        """As routes of vLLM's that take whole sampling parameters could give it."""
+        """Gives the engine an expression, as vLLM's routes that take whole sampling parameters could."""
         from vllm import SamplingParams
 
         front = llm.llm_engine.input_processor.hones_front
@@ -252,12 +245,12 @@ class TestRequests:
 
 
 def test_a_changed_vllm_is_refused(llama: Path, profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is wrapped takes other parameters: the engine does not start, and the message says which."""
+    """The engine does not start if a wrapped function takes other parameters, and the message names them."""
     import hones_serving.vllm
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     def _prepare_inputs(self: Any, batch: Any) -> None:
-        """Not what it was."""
+        """A method whose parameters are not those that the plugin was written for."""
 
     monkeypatch.setattr(hones_serving.vllm, "_registered", False)
     monkeypatch.setattr(GPUModelRunner, "_prepare_inputs", _prepare_inputs)

@@ -1,4 +1,4 @@
-"""Steering beside the settings that people run in production: each works as it does in transformers, or is refused."""
+"""Steering under settings of production: each gives the results of transformers, or is refused."""
 
 import json
 import shutil
@@ -23,7 +23,6 @@ from serving.steered import (
     sampling,
     tokens_of,
     words,
-    write_profiles,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,22 +31,15 @@ UNSTEERED = [None] * len(MIXED)
 
 
 @pytest.fixture(scope="module")
-def profiles(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama_profiles") / "profiles"
-    write_profiles(AutoModelForCausalLM.from_pretrained(llama), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def reference(llama: Path, profiles: Path) -> Reference:
     return Reference(AutoModelForCausalLM.from_pretrained(llama), profiles)
 
 
-# Quantised and half precision: tokens cannot be compared with transformers', log-probabilities can ---
+# Quantized and half precision: tokens cannot be compared with transformers', log-probabilities can ---
 
 
 def prompt_logprobs(outputs: list[Any]) -> list[torch.Tensor]:
-    """Each prompt's log-probabilities of its own tokens, from the second on."""
+    """Log-probabilities `[tokens - 1]` of each prompt's tokens, from the second on."""
     return [chosen(output.prompt_token_ids[1:], output.prompt_logprobs[1:]) for output in outputs]
 
 
@@ -65,29 +57,29 @@ def distance(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
 
 
 def check_rounded_model(folder: Path, profiles: Path, reference: Reference, **options: Any) -> None:
-    """Unsteered requests are as without hones; steered ones are as far from transformers as those are.
+    """Check that unsteered requests are as without hones, and steered ones no farther from transformers than those.
 
     How far, is measured on the unsteered requests and on the same requests alone and in a batch. Steering enlarges
     errors as it enlarges activations, for which there is a factor of 3. Steering must move answers by 10 times the
     noise: below 4 an engine that does not steer, at most the noise from unsteered, could pass.
     """
-    some = [words(40, seed=i) for i in range(len(MIXED))]
+    batch = [words(40, seed=i) for i in range(len(MIXED))]
     measured = {"max_tokens": 1, "prompt_logprobs": 0}
     with engine(folder, None, **options) as llm:
-        without = generate(llm, some, UNSTEERED, **measured)
+        without = generate(llm, batch, UNSTEERED, **measured)
         tokens_without = answers(llm, PROMPTS, UNSTEERED)
     with engine(folder, profiles, **options) as llm:
-        idle = generate(llm, some, UNSTEERED, **measured)
-        mixed = prompt_logprobs(generate(llm, some, MIXED, **measured))
-        alone = [prompt_logprobs(generate(llm, [p], [e], **measured))[0] for p, e in zip(some, MIXED, strict=True)]
+        idle = generate(llm, batch, UNSTEERED, **measured)
+        mixed = prompt_logprobs(generate(llm, batch, MIXED, **measured))
+        alone = [prompt_logprobs(generate(llm, [p], [e], **measured))[0] for p, e in zip(batch, MIXED, strict=True)]
         tokens_idle = answers(llm, PROMPTS, UNSTEERED)
         tokens_mixed = answers(llm, PROMPTS, MIXED)
     assert tokens_idle == tokens_without
     assert distance(prompt_logprobs(idle), prompt_logprobs(without)) == 0
     for row in (row for row, expression in enumerate(MIXED) if expression in (None, "none")):
         assert tokens_mixed[row] == tokens_without[row]
-    unsteered = [reference_logprobs(reference, p, None) for p in some]
-    steered = [reference_logprobs(reference, p, e) for p, e in zip(some, MIXED, strict=True)]
+    unsteered = [reference_logprobs(reference, p, None) for p in batch]
+    steered = [reference_logprobs(reference, p, e) for p, e in zip(batch, MIXED, strict=True)]
     noise = max(distance(mixed, alone), distance(prompt_logprobs(without), unsteered))
     assert distance(mixed, steered) <= 3 * noise
     assert distance(unsteered, steered) > 10 * noise
@@ -99,14 +91,14 @@ def test_bfloat16(llama: Path, profiles: Path) -> None:
 
 
 def test_int8_weights_and_activations(llama: Path, profiles: Path, tmp_path: Path) -> None:
-    """In bfloat16, because vLLM's int8 kernels for CPUs with AMX take no float32."""
+    """Runs in bfloat16, because vLLM's int8 kernels for CPUs with AMX take no float32."""
     write_int8(llama, tmp_path / "int8")
     reference = Reference(AutoModelForCausalLM.from_pretrained(tmp_path / "int8", dtype=torch.bfloat16), profiles)
     check_rounded_model(tmp_path / "int8", profiles, reference, dtype="bfloat16")
 
 
 def write_int8(llama: Path, folder: Path) -> None:
-    """A checkpoint in compressed-tensors' format: int8 weights, a scale per output; activations int8 per token.
+    """Write a checkpoint in compressed-tensors' format: int8 weights, a scale per output; activations int8 per token.
 
     Weights go to 63, not 127: without VNNI, two products of bytes are added in 16 bits, which larger ones overflow.
     """
@@ -141,7 +133,7 @@ def write_int8(llama: Path, folder: Path) -> None:
 
 
 def test_lora_beside_it(llama: Path, profiles: Path, reference: Reference, tmp_path: Path) -> None:
-    """All requests of a batch have the adapter or none: on a CPU, vLLM mixes up batches with both, steered or not."""
+    """Gives the adapter to all requests of a batch or to none: on a CPU, vLLM mixes up batches with both."""
     from vllm.lora.request import LoRARequest
 
     torch.manual_seed(0)
@@ -199,7 +191,7 @@ class TestSampling:
             torch.testing.assert_close(of_prompt, expected, atol=1e-3, rtol=1e-3)
 
     def test_several_sampled_sequences(self, llm: Any, reference: Reference) -> None:
-        """Sampled tokens are the seed's; how likely each was says that it came from the steered model."""
+        """The seed fixes the sampled tokens; their log-probabilities show that the steered model gave them."""
         sampled = {"n": 2, "temperature": 1.0, "seed": 7, "logprobs": 0}
         outputs = generate(llm, PROMPTS, MIXED, **sampled)
         for output, prompt, expression in zip(outputs, PROMPTS, MIXED, strict=True):
@@ -214,7 +206,7 @@ class TestSampling:
     @pytest.mark.filterwarnings("ignore:max_rollback_tokens is deprecated:DeprecationWarning")  # vLLM sets it
     @pytest.mark.parametrize("kind", ["choice", "regex"])
     def test_structured_output(self, llm: Any, reference: Reference, llama: Path, kind: str) -> None:
-        """The likeliest of the words allowed, as the steered model sees them."""
+        """The answer is the allowed word to which the steered model gives the highest probability."""
         from vllm.sampling_params import StructuredOutputsParams
 
         allowed = ["red", "blue", "green", "circle", "square", "left", "right", "top", "cat", "dog", "city", "town"]
@@ -242,7 +234,7 @@ class TestSampling:
         assert 8 <= len(tokens) <= NEW_TOKENS
 
     def test_sleep_is_nothing_on_a_cpu(self, llm: Any, reference: Reference) -> None:
-        """VLLM's CPU worker ignores sleep mode, and so does steering."""
+        """VLLM's CPU worker ignores sleep mode, so steering stays as it is."""
         llm.sleep()
         llm.wake_up()
         assert answers(llm, PROMPTS, MIXED) == reference.answers(PROMPTS, MIXED)
@@ -251,7 +243,7 @@ class TestSampling:
 @pytest.mark.filterwarnings("ignore::numba.core.errors.NumbaPendingDeprecationWarning")
 @pytest.mark.filterwarnings("ignore:`torch.distributed.reduce_op` is deprecated:FutureWarning")
 def test_n_gram_speculation(llama: Path, profiles: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drafts are checked by the steered model, so tokens are the same as without."""
+    """The steered model checks the drafts, so tokens are the same as without speculation."""
     from vllm.triton_utils import dispatcher
 
     # vLLM looks at all objects of all modules, and numba, which proposes the drafts, has one whose __dict__ is none.

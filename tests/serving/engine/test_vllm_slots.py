@@ -35,7 +35,7 @@ STEPS = st.lists(st.lists(st.tuples(st.integers(0, SLOTS), st.integers(1, 5)), m
 
 
 def small_profile(seed: int) -> Profile:
-    """Scales for a few neurons of layer 1; layer 0 has none."""
+    """A profile with scales for a few neurons of layer 1 and none for layer 0."""
     generator = np.random.default_rng(seed)
     neurons = np.flatnonzero(generator.random(WIDTH) < 0.5).astype(np.int32)
     scales = generator.uniform(-2, 3, len(neurons)).astype(np.float32)
@@ -67,7 +67,7 @@ class Copy(nn.Module):
 def test_step_after_step_each_token_gets_its_slot(
     eager: bool, dtype: torch.dtype, chunk: int, steps: list[list[tuple[int, int]]]
 ) -> None:
-    """Steered, unsteered, longer and shorter steps; one run of equally steered tokens, a few, or many."""
+    """Tries steered and unsteered, longer and shorter steps, with one run of equally steered tokens, a few, or many."""
     tokens = TokenSlots(MAX_TOKENS, torch.device("cpu"))
     activations = [SteeredActivation(Copy(), table, tokens, eager=eager) for table in tables_of().tables]
     assert 1 < worker._FEW_RUNS < 12  # so steps have fewer runs than that, and more
@@ -97,7 +97,7 @@ def test_compiled_code_follows_the_slots_without_being_compiled_again() -> None:
 
 
 def test_shards_put_together_are_the_whole() -> None:
-    """And with another rank's shard they are not."""
+    """Compares the ranks' scaled halves with the whole, and checks that exchanged halves differ."""
     tokens = TokenSlots(MAX_TOKENS, torch.device("cpu"))
     slots = [0, 1, 2, 3, 4]
     tokens.write(slots, [1] * len(slots))
@@ -133,7 +133,7 @@ PROMPTS = prompts(len(MIXED))
 
 @pytest.fixture(scope="module")
 def profiles(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The usual profiles; in new/ one with other contents for `vqa`."""
+    """Folder of the usual profiles, with other contents for `vqa` in new/."""
     folder = tmp_path_factory.mktemp("llama_profiles") / "profiles"
     written = write_profiles(AutoModelForCausalLM.from_pretrained(llama), folder)
     (folder / "new").mkdir()
@@ -143,14 +143,14 @@ def profiles(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(llama: Path, profiles: Path) -> Reference:
-    """With the new contents of `vqa` as the task `new`."""
+    """Transformers' answers; the new contents of `vqa` are the task `new`."""
     reference = Reference(AutoModelForCausalLM.from_pretrained(llama), profiles)
     reference.steering.load("new", profiles / "new" / "vqa.safetensors")
     return reference
 
 
 class ByHand:
-    """An engine of which the test makes every step."""
+    """An engine whose steps the test makes one by one."""
 
     def __init__(self, llm: Any) -> None:
         self._engine = llm.llm_engine
@@ -175,7 +175,7 @@ class ByHand:
         self._engine.abort_request([internal], internal=True)
 
     def states(self) -> tuple[int, int]:
-        """How many requests run and how many wait."""
+        """Numbers of requests that run and that wait."""
         return len(self.scheduler.running), len(self.scheduler.waiting)
 
 
@@ -193,7 +193,7 @@ def llm(
 
 @pytest.fixture
 def by_hand(llm: Any) -> Iterator[ByHand]:
-    """Afterwards nothing is in use, and the profiles are what they were."""
+    """The engine, step by step; afterwards no profile is in use, and the folder's profiles are loaded again."""
     by_hand = ByHand(llm)
     yield by_hand
     by_hand.finish()
@@ -207,10 +207,10 @@ class TestWithASlotForEachRequest:
 
     def test_many_more_profiles_queued_than_there_are_slots(self, llm: Any, reference: Reference) -> None:
         expressions = [f"vqa@{i / 8:.3f}" for i in range(-20, 21)]
-        some = prompts(len(expressions))
-        expected = reference.answers(some, expressions)
-        assert answers(llm, some, expressions) == expected
-        assert answers(llm, some[::-1], expressions[::-1]) == expected[::-1]
+        batch = prompts(len(expressions))
+        expected = reference.answers(batch, expressions)
+        assert answers(llm, batch, expressions) == expected
+        assert answers(llm, batch[::-1], expressions[::-1]) == expected[::-1]
 
     def test_swapped_slots_are_noticed(self, llm: Any, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
         expected = reference.answers(PROMPTS, MIXED)
@@ -223,7 +223,7 @@ class TestWithASlotForEachRequest:
         assert sum(a != b for a, b in zip(wrong, expected, strict=True)) >= 4
 
     def test_replaced_while_queued(self, by_hand: ByHand, reference: Reference) -> None:
-        """Who waits or runs keeps the contents of when it came; who comes afterwards has the new ones."""
+        """A request that waits or runs keeps the contents it came with; one that comes afterwards has the new ones."""
         for i in range(4):
             by_hand.add(f"running {i}", PROMPTS[i], "vqa")
         by_hand.add("waiting", PROMPTS[4], "vqa")
@@ -267,7 +267,7 @@ class TestWithASlotForEachRequest:
         assert "waiting" not in by_hand.tokens
 
     def test_a_worker_forgets_what_has_finished(self, by_hand: ByHand, llm: Any) -> None:
-        """A request's contents stay with the worker as long as the request; a step later they are gone."""
+        """The worker keeps a request's profile as long as the request, and forgets it one step later."""
         driver = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
         by_hand.add("steered", PROMPTS[0], "vqa")
         by_hand.step()
@@ -293,9 +293,9 @@ class TestWithFewerSlotsThanRequests:
         assert registry.slots_used() == 0
 
     def test_any_number_of_requests_share_the_slots(self, llm: Any, reference: Reference) -> None:
-        some = prompts(20)
+        batch = prompts(20)
         expressions = [("vqa", "ocr", None)[i % 3] for i in range(20)]
-        assert answers(llm, some, expressions) == reference.answers(some, expressions)
+        assert answers(llm, batch, expressions) == reference.answers(batch, expressions)
 
     def test_a_slot_is_free_once_its_last_request_is_aborted(self, llm: Any, reference: Reference) -> None:
         by_hand = ByHand(llm)
@@ -313,7 +313,7 @@ class TestWithFewerSlotsThanRequests:
         assert by_hand.registry.slots_used() == 0
 
     def test_refused_requests_leave_no_trace(self, llm: Any) -> None:
-        """A request that vLLM itself refuses after its profile was found holds nothing."""
+        """A request that vLLM itself refuses, after the front has resolved its profile, holds no slot."""
         with pytest.raises(VLLMValidationError, match="maximum context length"):
             answers(llm, [words(500)], ["vqa"])
         assert ByHand(llm).registry.slots_used() == 0

@@ -1,4 +1,4 @@
-"""Mixed batches in real engines: each request's tokens are those it gets alone, and those transformers gives it."""
+"""Mixed batches in real engines: each request gets the tokens that it gets alone, and from transformers."""
 
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,8 @@ MODES = [  # eager, whole prompts: the test before
 
 
 @pytest.fixture(scope="module")
-def profiles(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama_profiles") / "profiles"
-    write_profiles(AutoModelForCausalLM.from_pretrained(llama), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def expected(llama: Path, profiles: Path) -> list[list[int]]:
-    """What transformers says to the mixed batch."""
+    """Transformers' tokens for the requests of the mixed batch."""
     return expected_tokens(Reference(AutoModelForCausalLM.from_pretrained(llama), profiles), PROMPTS)
 
 
@@ -95,7 +88,7 @@ def test_preempted_requests_come_back_steered(llama: Path, profiles: Path, expec
 def test_async_scheduling(
     llama: Path, profiles: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps are scheduled before the ones before them have finished. vLLM switches that off on a CPU; here it is on."""
+    """Schedules each step before the one before it has finished, which vLLM does not do on a CPU unless told to."""
     from vllm.platforms.cpu import CpuPlatform
 
     update = CpuPlatform.check_and_update_config
@@ -119,8 +112,8 @@ def test_tensor_parallel_in_processes_of_their_own(llama: Path, profiles: Path, 
 
 
 def test_the_embedded_llava(embedded: Path, tmp_path: Path) -> None:
-    some = scenes("test", len(MIXED))
-    texts, images = [scene.prompt("caption") for scene in some], [scene.image() for scene in some]
+    drawn = scenes("test", len(MIXED))
+    texts, images = [scene.prompt("caption") for scene in drawn], [scene.image() for scene in drawn]
     # A trained model keeps its answers under a few scales.
     check_with_images(embedded, texts, images, tmp_path / "profiles", fraction=0.9)
 
@@ -134,7 +127,7 @@ def test_qwen2_5_vl(qwen2_5_vl: Path, tmp_path: Path) -> None:
 
 
 def check_with_images(folder: Path, texts: list[str], images: list[Any], profiles: Path, fraction: float) -> None:
-    """Mixed batches with an image each: eager, in chunks of a few tokens, and compiled."""
+    """Check mixed batches with an image in each request: eager, in chunks of a few tokens, and compiled."""
     processor = AutoProcessor.from_pretrained(folder)
     requests = [
         (
