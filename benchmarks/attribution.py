@@ -1,4 +1,4 @@
-"""How fast attribution is: against doing it plainly, and against the least that has to be computed.
+"""Speed of attribution: against doing it plainly, and against the least that has to be computed.
 
     .venv/bin/python benchmarks/attribution.py
 
@@ -13,7 +13,7 @@ prints, for each,
 
 The limit is the layer-forwards that cannot be avoided times the best time of one. A head of layer l needs the layers
 from l on, for the prompt and for the answer as far as it is the undisturbed one: all these tokens are known, which is
-prefill; a beginning that all prompts share counts once. Every further token needs all layers, one token at a time:
+prefill; a prefix that all prompts share counts once. Every further token needs all layers, one token at a time:
 decode. The unembedding is a layer, too, for each token of an answer that has to be chosen or whose probability has to
 be known. The best time of one is that of the model's own layers, called one after another on unpadded copies of the
 middle-sized sequence (to decode, after as many tokens as are there on average), at the batch size that is best,
@@ -95,7 +95,7 @@ class Case:
     """How many heads the twin scores (all)."""
 
     def arguments(self) -> tuple[Any, Any, Task, list[Example]]:
-        """Of `attribute` and of the reference's functions."""
+        """The first arguments of `attribute` and of the reference's functions."""
         return self.model, self.processor, self.task, self.examples
 
 
@@ -156,7 +156,7 @@ def smollm2(args: argparse.Namespace) -> Case:
         shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
         heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
         model = LlamaForCausalLM(LlamaConfig(**{**tiny_models.TEXT, **shape, **heads, "vocab_size": 49_152})).eval()
-        randomise(model)
+        randomize(model)
         processor = tiny_processors.text_tokenizer(model.config)
     examples = list(load_jsonl(CAPITALS).examples[: args.examples])
     task = JsonlTask("capitals", "exact_match", 8)
@@ -181,14 +181,14 @@ def llava(args: argparse.Namespace) -> Case:
         vision_feature_layer=-1,
     )
     model = LlavaForConditionalGeneration(config).eval()
-    randomise(model)
+    randomize(model)
     rng = np.random.default_rng(0)
     examples = []
     for i in range(args.examples or 2):
         image = MemoryImage(Image.fromarray(rng.integers(0, 255, (224, 224, 3), dtype=np.uint8)), f"random-{i}")
         examples.append(Example(str(i), "what is the color of the square on the left", ("?",), image))
     processor = tiny_processors.llava_processor(config)
-    task = JsonlTask("colours", "anls", 8)
+    task = JsonlTask("colors", "anls", 8)
     return own_answers(Case("llava-16x512", model, processor, task, examples, twin_heads=32))
 
 
@@ -198,7 +198,7 @@ def quick(architecture: str, task: str) -> Case:
     return own_answers(Case(f"{architecture} {task}", p.model, p.processor, JsonlTask("text", "anls", 6), p.examples))
 
 
-def randomise(model: torch.nn.Module) -> None:
+def randomize(model: torch.nn.Module) -> None:
     """Weights of unit gain from a fixed seed; the generation ends with token 2."""
     tiny_models._randomise(model, 0)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
@@ -291,7 +291,7 @@ def measure(case: Case, metric: str, modes: Sequence[str], rounds: int) -> list[
 
 
 def clock() -> float:
-    """Seconds: what others do on the machine is less in the CPU time, which counts all threads."""
+    """Seconds: CPU time with one thread, in which others' work on the machine counts less; else wall time."""
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
@@ -338,7 +338,7 @@ class Twin:
         return scores.tolist(), float(np.abs(scores - ours).max())
 
     def importance(self, scores: list[list[float]], top_heads: int) -> tuple[Any, float]:
-        """[L, I], and the seconds it took."""
+        """The importance [L, I], and the seconds it took."""
         start = clock()
         with torch.no_grad():
             found = reference.importance(*self.case.arguments(), scores, top_heads).float().numpy()
@@ -385,7 +385,7 @@ class Least:
 
 
 def least(prepared: Prepared, work: Work) -> Least:
-    """What it takes to find what `work` has found."""
+    """The least that has to be computed for what `work` has found."""
     depth, budget = len(prepared.decoder.layout.layers), prepared.task.max_new_tokens
     prefill = decode = unembedded = context = 0
     counted: set[Any] = set()
@@ -443,7 +443,7 @@ def _shared(a: Tokens, b: Tokens) -> int:
 
 
 def sequences(prepared: Prepared, metric: str) -> list[Segment]:
-    """What one head's forwards are fed, generated tokens aside."""
+    """The segments that one head's forwards are fed, generated tokens aside."""
     if metric == "task":
         return [encoded.prompt(0) for encoded in prepared.encoded]
     return [prepared.decoder.answered(prompt, answer) for prompt, answer in prepared.pairs()]
@@ -512,7 +512,10 @@ class LayerTimes:
         return calls
 
     def _seconds(self, calls: Sequence[Callable[[], object]], before: Callable[[], None]) -> float:
-        """Of one call: the median of three rounds through all of them, so that weights come from memory as they do."""
+        """Seconds of one call, the median of three rounds through all calls.
+
+        Going through all of them has weights come from memory as they do in a forward.
+        """
         seconds = []
         for _ in range(3):
             before()

@@ -1,4 +1,4 @@
-"""Forwards with a head replaced start at the head's layer, and give what the whole forward gives."""
+"""Forwards with a head replaced start at the head's layer, and give the same as the whole forward."""
 
 from dataclasses import replace
 from itertools import combinations, pairwise
@@ -179,7 +179,7 @@ def test_answers_that_end_and_diverge_at_different_places(batch_size: int) -> No
 
 
 def test_the_last_token_of_an_answer_is_not_run() -> None:
-    """Nothing is asked of what would follow it."""
+    """No prediction after it is read."""
     p = problem("llama", "text")
     prepared = prepare(p.model, p.processor, p.task, p.examples)
     pairs = prepared.pairs()

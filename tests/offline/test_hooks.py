@@ -1,4 +1,4 @@
-"""Hooks know the rows and positions of whatever they read or change, or name the layer where they cannot."""
+"""Hooks know the rows and positions of all they read or change, or name the layer where they cannot."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -26,7 +26,7 @@ def asked(p: Problem) -> tuple[Any, ...]:
 
 
 class Inside(nn.Module):
-    """A module that is called with something made of its input, and whose result is put back in form."""
+    """Calls a module with a rearranged input, and rearranges its result back."""
 
     def __init__(self, inner: nn.Module, there: Callable[[Tensor], Tensor], back: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -37,12 +37,12 @@ class Inside(nn.Module):
 
 
 def flattened(inner: nn.Module) -> Inside:
-    """Called with [rows·T, features]."""
+    """Wrap a module so that it is called with [rows·T, features]."""
     return Inside(inner, lambda x: x.flatten(0, -2), lambda y, x: y.view(*x.shape[:-1], -1))
 
 
 def time_first(inner: nn.Module) -> Inside:
-    """Called with [T, rows, features]."""
+    """Wrap a module so that it is called with [T, rows, features]."""
     return Inside(inner, lambda x: x.transpose(0, 1), lambda y, _: y.transpose(0, 1))
 
 
@@ -130,7 +130,7 @@ class Fused(nn.Module):
 
 
 def test_a_down_projection_that_is_passed_by_is_refused() -> None:
-    """Nothing would be found there, masked or learned."""
+    """Attribution, masking and learning would have no effect there."""
     p = problem("llama", "text")
     layer = p.model.model.layers[1]
     layer.mlp = Fused(layer.mlp)

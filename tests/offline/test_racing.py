@@ -1,4 +1,4 @@
-"""Racing finds the heads that running every head on every example finds, as often as stated, from fewer evaluations."""
+"""Racing finds the heads that exact scoring finds, as often as stated, from fewer evaluations."""
 
 import json
 import math

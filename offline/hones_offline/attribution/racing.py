@@ -1,15 +1,19 @@
-"""The heads that matter most from fewer evaluations: heads that have surely lost are not run on further examples.
+"""Racing: the heads that matter most, from fewer evaluations than scoring every head on every item takes.
 
-Items (examples, or prompt-answer pairs where log-probabilities are scored) are drawn in random order without
-replacement, in rounds. After each round a head is dropped if `keep` others beat it: their mean drop minus its own, on
-the items seen, exceeds what chance explains. Heads that stay are run on all items, so that their scores are those of
-the exact way, and the best are taken among them. So the heads can differ only if one of the best was dropped, and then
-it was wrongly found to be worse than one that is not better.
+1. Items (examples, or (prompt, answer) pairs for log-probabilities) are drawn in random order without replacement, in
+   rounds.
+2. In each round the heads that are left run on the items drawn. A head's drop on an item is what the item's statistic
+   loses when the head is replaced.
+3. After each round a head is dropped if `keep` others beat it: their mean drop minus its own, on the items seen,
+   exceeds what chance explains.
+4. Heads that stay run on all items, so their scores equal those of exact scoring, and the best are chosen among them.
 
-The bound is Student's for the paired difference, with the correction for drawing from finitely many, at a level of
-error / (keep · heads · rounds): the union bound over a best head, any other head and a round. It is approximate where a
-mean is not normal. It fails for a head that matters in so few examples that a first round of an eighth holds none;
-bounds that exclude that (Serfling's, with the range) drop hardly a head below thousands of examples.
+The heads can differ from those of exact scoring only if one of the best was dropped, because it wrongly appeared worse
+than a head that is not better. The bound on that is Student's for the paired difference, with the correction for
+drawing from finitely many items, at a level of error / (keep · heads · rounds): the union bound over a best head, any
+other head and a round. It is approximate where a mean is not normal. It fails for a head that matters in so few
+examples that the first round, an eighth of them, holds none; bounds that exclude this (Serfling's, with the range) drop
+hardly a head below thousands of examples.
 """
 
 import math
@@ -27,27 +31,31 @@ from hones_offline.running.prompts import Prepared
 from hones_steer.errors import DataError
 
 FIRST_ROUND = 32
-"""Items at least, for a spread to be worth anything."""
+"""The least number of items in the first round: the spread of fewer says little."""
 
 
 @dataclass(frozen=True)
 class Race:
-    """What was saved, and at what risk."""
+    """The evaluations that racing saved, and at what risk."""
 
     error: float
-    """Probability, at most and approximately, that the heads are not those of the exact way."""
+    """The probability, at most and approximately, that the heads differ from those of exact scoring."""
     evaluations: int
-    """Of one head on one item."""
+    """Head × item evaluations run."""
     of: int
-    """That the exact way takes."""
+    """Head × item evaluations that exact scoring would run."""
     finished: int
-    """Heads that were run on all items."""
+    """Number of heads that were run on all items."""
 
 
 def race(
     prepared: Prepared, head_metric: HeadMetric, execution: Execution, *, keep: int, error: float, seed: int = 3407
 ) -> tuple[float, npt.NDArray[np.float32], npt.NDArray[np.bool_], Race]:
-    """P(θ), scores [L, H], which heads were run on all items [L, H] (the others' scores are estimates), and the costs.
+    """Score heads, and drop those that have surely lost against the `keep` best.
+
+    Returns the utility P(θ), scores float32 [L, H], which heads were run on all items, bool [L, H] (the scores of the
+    others are estimates), and the costs. `error` is the probability of finding other heads than exact scoring does,
+    `seed` draws the items' order.
 
     Raises:
         DataError: the metric is not a mean over examples.
@@ -62,9 +70,11 @@ def race(
     evaluations = 0
     for number, (begin, end) in enumerate(pairwise([0, *stages])):
         drawn, seen = np.sort(order[begin:end]), np.sort(order[:end])
-        found = statistics_of(prepared, head_metric, alive, execution, among=drawn.tolist(), step=f"race-{number}")
-        base[drawn] = found[0][:, 0]
-        for of_layer, values in zip(alive, found[1], strict=True):
+        drawn_base, drawn_replaced = statistics_of(
+            prepared, head_metric, alive, execution, among=drawn.tolist(), step=f"race-{number}"
+        )
+        base[drawn] = drawn_base[:, 0]
+        for of_layer, values in zip(alive, drawn_replaced, strict=True):
             for (layer, head), value in zip(of_layer, values, strict=True):
                 replaced[layer, head, drawn] = value[:, 0]
         evaluations += len(drawn) * sum(map(len, alive))
@@ -87,15 +97,15 @@ def race(
 
 
 def rounds(items: int) -> list[int]:
-    """How many items have been seen after each round; the last holds all."""
+    """The number of items seen after each round; after the last one it is all."""
     sizes = {max(FIRST_ROUND, math.ceil(items / part)) for part in (8, 4, 2)}
     return [*sorted(size for size in sizes if size < items), items]
 
 
 def surviving(drops: FloatArray, items: int, keep: int, level: float) -> npt.NDArray[np.bool_]:
-    """Which heads are not surely worse than `keep` others, from their drops [heads, seen] on some of `items` items.
+    """Mark the heads that are not surely worse than `keep` others, bool [heads].
 
-    `level` is the probability of error of one comparison.
+    `drops` [heads, seen] are on some of `items` items; `level` is the probability of error of one comparison.
     """
     heads, seen = drops.shape
     if heads <= keep:
@@ -109,13 +119,13 @@ def surviving(drops: FloatArray, items: int, keep: int, level: float) -> npt.NDA
 
 
 def student_quantile(level: float, freedom: int) -> float:
-    """What a Student variable exceeds with probability `level` (Wallace's approximation of 1959)."""
+    """The value that a Student variable exceeds with probability `level` (Wallace's approximation of 1959)."""
     z = -NormalDist().inv_cdf(level) * (8 * freedom + 3) / (8 * freedom + 1)
     return math.sqrt(freedom * math.expm1(z * z / freedom))
 
 
 def require_mean(prepared: Prepared, head_metric: HeadMetric) -> None:
-    """Raise DataError, naming the metric, unless heads are scored by a mean over items."""
+    """Check that heads are scored by a mean over items; raises DataError, naming the metric, if they are not."""
     if head_metric == "logprob":
         return
     task, example = prepared.task, prepared.examples[0]
