@@ -9,8 +9,8 @@ Then what they print and write is compared. The columns of the table:
 
     files    result files (profiles, result.json, summary.json, pages), which must exist in both and be equal
     steps    files of run folders with the same name in both, which must be equal
-    moved    files of run folders in one tree only, with the bytes of one that is in the other tree only
-    old, new files of run folders with no counterpart: the run folder's layout may change
+    moved    files that only the old tree has, but whose tensors are all in files that only the new one has
+    old, new files of one tree only that hold anything else: the run folder's layout may change
     outcome  "same", or the first difference: file, then key, tensor and element, or line
 
 Times are removed first: `created` and `seconds` in JSON, the demo's last number. Pages are made of a summary whose
@@ -577,15 +577,26 @@ def is_result(path: str) -> bool:
 
 def _count_moved(row: Row, old: Iterable[Path], new: Iterable[Path]) -> None:
     """Count files that only one tree has; a result file among them was told as a difference already."""
-    digests = [[hashlib.sha256(file.read_bytes()).hexdigest() for file in files] for files in (old, new)]
-    left = list(digests[1])
-    for digest in digests[0]:
-        if digest in left:
-            left.remove(digest)
-            row.moved += 1
-        else:
-            row.old += 1
-    row.new = len(left)
+    old_contents, new_contents = [[_contents(file) for file in files] for files in (old, new)]
+    in_old, in_new = set().union(*old_contents), set().union(*new_contents)
+    row.moved = sum(contents <= in_new for contents in old_contents)
+    row.old = len(old_contents) - row.moved
+    row.new = sum(not contents <= in_old for contents in new_contents)
+
+
+def _contents(file: Path) -> set[str]:
+    """Digests of a file's tensors, whatever their names; of the whole file if it has none."""
+    data = file.read_bytes()
+    if file.suffix != ".safetensors":
+        return {hashlib.sha256(data).hexdigest()}
+    header, start = _header(data)
+    parts = []
+    for name, entry in header.items():
+        if name != "__metadata__":
+            first, last = entry["data_offsets"]
+            kind = json.dumps([entry["dtype"], entry["shape"]]).encode()
+            parts.append(hashlib.sha256(kind + data[start + first : start + last]).hexdigest())
+    return set(parts)
 
 
 def compare_trees(old: Tree, new: Tree, wanted: Sequence[Step]) -> list[Row]:
