@@ -9,8 +9,9 @@ Then what they print and write is compared. The columns of the table:
 
     files    result files (profiles, result.json, summary.json, pages), which must exist in both and be equal
     steps    files of run folders with the same name in both, which must be equal
-    moved    files that only the old tree has, but whose tensors are all in files that only the new one has
-    old, new files of one tree only that hold anything else: the run folder's layout may change
+    moved    tensors (or files of another kind) in files that only the old tree has, which are in files, of any name,
+             that only the new one has
+    old, new those that are in one tree only: the run folder's layout may change
     outcome  "same", or the first difference: file, then key, tensor and element, or line
 
 Times are removed first: `created` and `seconds` in JSON, the demo's last number. Pages are made of a summary whose
@@ -35,6 +36,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -576,27 +578,24 @@ def is_result(path: str) -> bool:
 
 
 def _count_moved(row: Row, old: Iterable[Path], new: Iterable[Path]) -> None:
-    """Count files that only one tree has; a result file among them was told as a difference already."""
-    old_contents, new_contents = [[_contents(file) for file in files] for files in (old, new)]
-    in_old, in_new = set().union(*old_contents), set().union(*new_contents)
-    row.moved = sum(contents <= in_new for contents in old_contents)
-    row.old = len(old_contents) - row.moved
-    row.new = sum(not contents <= in_old for contents in new_contents)
+    """Count the contents of files that only one tree has; a result file among them was told as a difference already."""
+    in_old, in_new = (Counter(part for file in files for part in _contents(file)) for files in (old, new))
+    row.moved = (in_old & in_new).total()
+    row.old, row.new = in_old.total() - row.moved, in_new.total() - row.moved
 
 
-def _contents(file: Path) -> set[str]:
-    """Digests of a file's tensors, whatever their names; of the whole file if it has none."""
+def _contents(file: Path) -> list[str]:
+    """Digests of a file's tensors, whatever their names and shapes; of the whole file if it has none."""
     data = file.read_bytes()
     if file.suffix != ".safetensors":
-        return {hashlib.sha256(data).hexdigest()}
+        return [hashlib.sha256(data).hexdigest()]
     header, start = _header(data)
     parts = []
     for name, entry in header.items():
         if name != "__metadata__":
             first, last = entry["data_offsets"]
-            kind = json.dumps([entry["dtype"], entry["shape"]]).encode()
-            parts.append(hashlib.sha256(kind + data[start + first : start + last]).hexdigest())
-    return set(parts)
+            parts.append(hashlib.sha256(entry["dtype"].encode() + data[start + first : start + last]).hexdigest())
+    return parts
 
 
 def compare_trees(old: Tree, new: Tree, wanted: Sequence[Step]) -> list[Row]:
