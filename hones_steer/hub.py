@@ -81,7 +81,9 @@ def push_profile(
     additions = [profile] if isinstance(profile, Profile) else list(profile)
     tasks = [each.task for each in additions]
     if not additions or len(set(tasks)) < len(tasks):
-        raise ProfileError(f"give profiles of different tasks to push, not {', '.join(tasks) or 'none'}")
+        raise ProfileError(
+            f"the profiles to push are for {', '.join(tasks) or 'no task'}; give one or more, one per task"
+        )
     api = HfApi(token=token)
     with _hub_errors(f"{repo}: cannot be pushed to"):
         name = api.create_repo(repo, private=private, exist_ok=True).repo_id
@@ -247,9 +249,9 @@ def _read_manifest(repo: str, file: Path) -> dict[str, Entry]:
             raise ProfileError(f"{MANIFEST} has the format {manifest['format']!r}; upgrade hones-steer")
         listed = {task: Entry(str(e["sha256"]), str(e["digest"])) for task, e in manifest["profiles"].items()}
         if invalid := [task for task in listed if not is_task_name(task)]:
-            raise ProfileError(f"{MANIFEST} lists {invalid[0]!r}, which is no task's name")
+            raise ProfileError(f"{MANIFEST} lists {invalid[0]!r}, which is no task's name; push the profiles again")
         if not listed:
-            raise ProfileError(f"{MANIFEST} lists no profiles")
+            raise ProfileError(f"{MANIFEST} lists no profiles; push one")
     except ProfileError as error:
         raise ProfileError(f"{repo}: {error}") from error
     except (KeyError, AttributeError, TypeError) as error:
@@ -306,7 +308,7 @@ def _hub_errors(what: str) -> Iterator[None]:
         raise DataError(f"{what}: access must be granted on its page first; ask there, then hf auth login") from error
     except errors.RevisionNotFoundError as error:
         raise DataError(
-            f"{what}: there is no such branch, tag or commit (of which the Hub wants all 40 letters)"
+            f"{what}: there is no such branch, tag or commit; write one that there is, a commit with all 40 letters"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise DataError(f"{what}: there is no such repository, or it is private; see hf auth login") from error

@@ -95,7 +95,10 @@ def _target(parameter: str, base: Checkpoint) -> Stored:
     """The place of a down-projection's weight; raises DataError unless it is a plain matrix of the right shape."""
     key = base.keys.get(parameter)
     if key is None:
-        raise DataError(f"{base.folder}: has no {parameter} of its own (missing, or stored in another form)")
+        raise DataError(
+            f"{base.folder}: has no {parameter} of its own (missing, or stored in another form); "
+            "save the model with save_pretrained"
+        )
     tensor = base.stored[key]
     if tensor.dtype not in DTYPES:
         raise DataError(
@@ -104,7 +107,9 @@ def _target(parameter: str, base: Checkpoint) -> Stored:
         )
     shape = (base.layout.hidden_size, base.layout.intermediate_size)
     if tensor.shape != (shape[::-1] if _transposed(base) else shape):
-        raise DataError(f"{tensor.file}: {key} has shape {list(tensor.shape)}, not config.json's")
+        raise DataError(
+            f"{tensor.file}: {key} has shape {list(tensor.shape)}, not config.json's; the two do not belong together"
+        )
     return tensor
 
 
