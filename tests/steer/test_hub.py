@@ -152,7 +152,7 @@ def test_a_private_repository(hub, monkeypatch):
 
 def test_nothing_and_two_for_one_task_are_refused(hub):
     for profiles in ([], [vqa(), make("vqa")]):
-        with pytest.raises(ProfileError, match="the profiles to push are for .*; give one or more, one per task"):
+        with pytest.raises(ProfileError, match=r"the profiles to push are for .*; give one or more, one per task"):
             push_profile(profiles, REPO)
     assert hub.requests == []
 
