@@ -61,7 +61,7 @@ def merge_into(
     targets = {layer: _target(f"{name}.weight", base) for layer, name in modules.items()}
     files = sorted({tensor.file.name for tensor in base.stored.values()})
     with new_folder(folder) as temporary:
-        _refuse_not_finite(profile, modules, targets, _transposed(base))  # before copying what may be much
+        _refuse_not_finite(profile, modules, targets, _transposed(base))  # before copying what may be large files
         _copy_others(base.folder, temporary)
         (temporary / SIDECAR).write_text(sidecar_text(profile, modules), encoding="utf-8")
         (temporary / "README.md").write_text(_merged_card(profile, checkpoint), encoding="utf-8")
