@@ -357,3 +357,27 @@ def test_the_version_is_the_distributions() -> None:
 def test_every_command_can_be_loaded() -> None:
     for point in entry_points(group="hones.commands"):
         assert callable(point.load()), point.name
+
+
+def test_what_is_large_was_looked_at() -> None:
+    """CONTRIBUTING lists modules over 400 lines and functions over 60 lines or eight parameters, with the reason."""
+    large = set()
+    for folder in PACKAGES.values():
+        for path in folder.rglob("*.py"):
+            source = path.read_text(encoding="utf-8")
+            if source.count("\n") > 400:
+                large.add(str(path.relative_to(ROOT)))
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                    count = sum(argument.arg not in ("self", "cls") for argument in arguments)
+                    if (node.end_lineno or 0) - node.lineno >= 60 or count > 8:
+                        large.add(f"{node.name} in {path.relative_to(folder)}")
+    text = (
+        (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Prose and sizes")[2].partition("\n## ")[0]
+    )
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("|")]
+    listed = {entry for row in rows for entry in re.findall(r"`([^`]+/[^`]+\.py)`$", row.strip())}
+    listed |= {f"{name} in {path}" for row in rows for name, path in re.findall(r"`(\w+)` in `([^`]+)`", row)}
+    listed -= {path for row in rows for _, path in re.findall(r"`(\w+)` in `([^`]+)`", row)}
+    assert listed == large
