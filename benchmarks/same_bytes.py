@@ -9,8 +9,9 @@ Then what they print and write is compared. The columns of the table:
 
     files    result files (profiles, result.json, summary.json, pages), which must exist in both and be equal
     steps    files of run folders with the same name in both, which must be equal
-    moved    files of run folders in one tree only, with the bytes of one that is in the other tree only
-    old, new files of run folders with no counterpart: the run folder's layout may change
+    moved    tensors (or files of another kind) in files that only the old tree has, which are in files, of any name,
+             that only the new one has
+    old, new those that are in one tree only: the run folder's layout may change
     outcome  "same", or the first difference: file, then key, tensor and element, or line
 
 Times are removed first: `created` and `seconds` in JSON, the demo's last number. Pages are made of a summary whose
@@ -35,6 +36,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -576,16 +578,24 @@ def is_result(path: str) -> bool:
 
 
 def _count_moved(row: Row, old: Iterable[Path], new: Iterable[Path]) -> None:
-    """Count files that only one tree has; a result file among them was told as a difference already."""
-    digests = [[hashlib.sha256(file.read_bytes()).hexdigest() for file in files] for files in (old, new)]
-    left = list(digests[1])
-    for digest in digests[0]:
-        if digest in left:
-            left.remove(digest)
-            row.moved += 1
-        else:
-            row.old += 1
-    row.new = len(left)
+    """Count the contents of files that only one tree has; a result file among them was told as a difference already."""
+    in_old, in_new = (Counter(part for file in files for part in _contents(file)) for files in (old, new))
+    row.moved = (in_old & in_new).total()
+    row.old, row.new = in_old.total() - row.moved, in_new.total() - row.moved
+
+
+def _contents(file: Path) -> list[str]:
+    """Digests of a file's tensors, whatever their names and shapes; of the whole file if it has none."""
+    data = file.read_bytes()
+    if file.suffix != ".safetensors":
+        return [hashlib.sha256(data).hexdigest()]
+    header, start = _header(data)
+    parts = []
+    for name, entry in header.items():
+        if name != "__metadata__":
+            first, last = entry["data_offsets"]
+            parts.append(hashlib.sha256(entry["dtype"].encode() + data[start + first : start + last]).hexdigest())
+    return parts
 
 
 def compare_trees(old: Tree, new: Tree, wanted: Sequence[Step]) -> list[Row]:

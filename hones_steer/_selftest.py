@@ -146,7 +146,7 @@ def _layers_run(layout: Layout) -> Generator[set[int]]:
 
 @contextmanager
 def _recorded(layout: Layout, *, first: bool) -> Generator[dict[int, Tensor]]:
-    """Keep, within the block, each layer's input of its down-projection: as other hooks get it, or leave it.
+    """Keep, within the block, the latest input of each layer's down-projection, by the layer's index.
 
     With `first`, the input is taken before all other hooks, else after them.
     """

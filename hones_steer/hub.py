@@ -24,7 +24,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, errors
 from huggingface_hub.file_download import repo_folder_name
 
 from hones_steer.errors import DataError, MismatchError, ProfileError
-from hones_steer.export.cards import card, describe_model, evidence_table, profiles_table
+from hones_steer.export.cards import GENERATED, hub_card
 from hones_steer.files import new_folder
 from hones_steer.profile import Profile, file_sha256, is_task_name, load_profile, serialize_profile
 from hones_steer.store import SUFFIX, ProfileStore, known_tasks
@@ -33,8 +33,6 @@ from hones_steer.strict_json import parse_object
 MANIFEST, CARD = "hones_profiles.json", "README.md"
 MANIFEST_FORMAT = 1
 
-# A card without this line was written by hand, and is left alone.
-_GENERATED = "<!-- Written by `hones push`, which replaces it. Delete this line to keep a text of your own. -->"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHORT_COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _SPEC = re.compile(r"hub:(?P<repo>[^@\s]+)(?:@(?P<revision>[^@\s]+))?")
@@ -81,7 +79,9 @@ def push_profile(
     additions = [profile] if isinstance(profile, Profile) else list(profile)
     tasks = [each.task for each in additions]
     if not additions or len(set(tasks)) < len(tasks):
-        raise ProfileError(f"give profiles of different tasks to push, not {', '.join(tasks) or 'none'}")
+        raise ProfileError(
+            f"the profiles to push are for {', '.join(tasks) or 'no task'}; give one or more, one per task"
+        )
     api = HfApi(token=token)
     with _hub_errors(f"{repo}: cannot be pushed to"):
         name = api.create_repo(repo, private=private, exist_ok=True).repo_id
@@ -94,7 +94,7 @@ def push_profile(
         profiles = {**kept_profiles, **{each.task: each for each in additions}}
         _require_one_model(name, list(profiles.values()))
         has_card = api.file_exists(name, CARD, revision=parent)
-        custom_card = has_card and _GENERATED not in _text(name, CARD, parent, token)
+        custom_card = has_card and GENERATED not in _text(name, CARD, parent, token)
         if custom_card:
             warnings.warn(f"{name}: its {CARD} is not ours and is kept; describe the new profiles there", stacklevel=2)
         files = {each.task + SUFFIX: serialize_profile(each) for each in additions}
@@ -247,9 +247,9 @@ def _read_manifest(repo: str, file: Path) -> dict[str, Entry]:
             raise ProfileError(f"{MANIFEST} has the format {manifest['format']!r}; upgrade hones-steer")
         listed = {task: Entry(str(e["sha256"]), str(e["digest"])) for task, e in manifest["profiles"].items()}
         if invalid := [task for task in listed if not is_task_name(task)]:
-            raise ProfileError(f"{MANIFEST} lists {invalid[0]!r}, which is no task's name")
+            raise ProfileError(f"{MANIFEST} lists {invalid[0]!r}, which is no task's name; push the profiles again")
         if not listed:
-            raise ProfileError(f"{MANIFEST} lists no profiles")
+            raise ProfileError(f"{MANIFEST} lists no profiles; push one")
     except ProfileError as error:
         raise ProfileError(f"{repo}: {error}") from error
     except (KeyError, AttributeError, TypeError) as error:
@@ -306,7 +306,7 @@ def _hub_errors(what: str) -> Iterator[None]:
         raise DataError(f"{what}: access must be granted on its page first; ask there, then hf auth login") from error
     except errors.RevisionNotFoundError as error:
         raise DataError(
-            f"{what}: there is no such branch, tag or commit (of which the Hub wants all 40 letters)"
+            f"{what}: there is no such branch, tag or commit; write one that there is, a commit with all 40 letters"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise DataError(f"{what}: there is no such repository, or it is private; see hf auth login") from error
@@ -357,50 +357,3 @@ def _entry(profile: Profile) -> Entry:
 def _manifest(entries: Mapping[str, Entry]) -> bytes:
     content = {"format": MANIFEST_FORMAT, "profiles": {task: asdict(entry) for task, entry in entries.items()}}
     return json.dumps(content, indent=2, sort_keys=True).encode() + b"\n"
-
-
-def hub_card(repo: str, profiles: Sequence[Profile]) -> str:
-    """Text of a repository's model card: base model, tasks, evidence, and how to use it."""
-    task, model = profiles[0].task, profiles[0].base_model.name or "BASE_MODEL"
-    return card(
-        profiles,
-        [
-            _GENERATED,
-            f"# Steering profiles: {', '.join(profile.task for profile in profiles)}",
-            f"Per-task factors for FFN neurons of {describe_model(profiles[0])}, for "
-            "hones-steer: the weights stay as they are, and a request chooses its task. The method is HONES ([arXiv 2604.17941](https://arxiv.org/abs/2604.17941)).",
-            profiles_table(profiles),
-            "## Evidence",
-            evidence_table(profiles),
-            "## Use",
-            "Pin a commit instead of `main` where the answers must stay the same.",
-            _usage(repo, model, task),
-        ],
-        library_name="hones-steer",
-    )
-
-
-def _usage(repo: str, model: str, task: str) -> str:
-    return f"""\
-Hugging Face:
-
-```python
-from hones_steer import pull_profile, steer
-
-steering = steer(model, {{"{task}": pull_profile("{repo}", "{task}", revision="main")}})
-with steering.task("{task}"):
-    model.generate(**inputs)
-```
-
-vLLM:
-
-```sh
-hones serve {model} --profiles hub:{repo}@main
-```
-
-PEFT:
-
-```sh
-hones pull {repo} --task {task} --out .
-hones export {task}.safetensors {model} --to peft --out {task}-ia3
-```"""

@@ -123,7 +123,7 @@ class Steering:
             RoutingError, StateError: as `task` does; also if the model is called with another number of rows.
         """
         if isinstance(expressions, str) or not expressions:
-            raise RoutingError(f"tasks() takes a list with one expression per row, not {expressions!r}")
+            raise RoutingError(f"tasks() got {expressions!r}; give a list with one expression per row")
         return self._routed(list(expressions), per_row=True)
 
     def wrap(self, function: Callable[P, R]) -> Callable[P, R]:

@@ -182,7 +182,7 @@ class Injection:
             RoutingError: its rows cannot be those of the block that it is in.
             StateError: the block was left, a module was replaced after `steer`, or the forward is being recorded.
         """
-        self.release()  # an interrupted forward
+        self.release()  # a forward of this thread that was interrupted
         self.lock.acquire()
         self._owner = threading.get_ident()
         try:

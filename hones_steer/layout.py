@@ -96,7 +96,7 @@ class Layout:
         ]
         if missing:
             raise LayoutError(
-                f"attribution needs {', '.join(missing)}, not found in model type {self.model_type!r}: "
+                f"attribution needs {', '.join(missing)}, not recognized in model type {self.model_type!r}; "
                 f"name it with hones_steer.register_layout({self.model_type!r}, {missing[0]}=...)"
             )
 
@@ -366,7 +366,7 @@ def _common_shape(layers: Iterable[DecoderLayer], model_type: str) -> tuple[int,
         widths = ", ".join(f"{name} has {width}→{hidden}" for (width, hidden), name in shapes.items())
         raise LayoutError(
             f"FFN widths of model type {model_type!r} differ between layers ({widths}), "
-            "but a profile has one width: this model cannot be steered"
+            "but a profile has one width; use a model whose layers are alike"
         )
     ((intermediate_size, hidden_size),) = shapes
     return hidden_size, intermediate_size

@@ -64,7 +64,7 @@ def parse_expression(text: str) -> Expression:
     """Parse an expression (grammar in the module's docstring). Names are not looked up.
 
     Raises:
-        RoutingError: naming the part that is malformed.
+        RoutingError: the text is malformed; the message names the part.
     """
     if len(text) > MAX_EXPRESSION_LENGTH:
         raise RoutingError(
@@ -119,7 +119,7 @@ def combine(
     or raises RoutingError. `allow_mismatch` combines profiles whose model types or sketches differ.
 
     Raises:
-        RoutingError: an unknown task, or scales beyond 100 in magnitude.
+        RoutingError: a task is unknown, or a scale goes beyond 100 in magnitude.
         MismatchError: the profiles belong to different models.
     """
     profiles = {name: lookup(name) for name in expression.names}
@@ -208,7 +208,7 @@ class ProfileStore:
         """The profile of a task, read anew when its file has changed.
 
         Raises:
-            RoutingError: no such task, naming the known ones, or the nearest of many.
+            RoutingError: there is no such task; the message names the known ones, or the nearest of many.
             ProfileError: its file is broken, leaves the store, or holds another task.
         """
         path = self.path(name)

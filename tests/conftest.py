@@ -16,6 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A loaded machine is no bug.
+settings.register_profile("hones", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("hones")
 
 RUN = "TESTS_RUN_FOLDER"  # the environment variable that holds the folder
 STARTED_BY_OTHERS = RUN in os.environ

@@ -1,4 +1,4 @@
-"""Who may import whom, and what `import hones_steer` and `hones --help` load.
+"""Imports: who may import whom, and what `import hones_steer` and `hones --help` load.
 
 An arrow runs from who is imported to who imports. Inside hones_steer: errors → {files, strict_json} → profile → store;
 errors → layout; profile → slots; {layout, slots} → injection → huggingface; all these → the rooms export and cli.
@@ -92,7 +92,7 @@ IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "google_re2": "re2"}
 
 
 class Import(NamedTuple):
-    """One imported module or name, and where: `function` is dotted, empty at module level."""
+    """An imported module or name, and its place: `function` is dotted, empty at module level."""
 
     package: str
     module: str

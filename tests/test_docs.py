@@ -10,9 +10,13 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from hones_offline.attribution.methods import METHODS
+from hones_offline.learning.baselines import STEERING_METHODS
+from hones_offline.learning.factors import FitSettings
 from serving.engines import ENVIRONMENT, free_port
 
 from hones_steer.cli import main
@@ -90,6 +94,19 @@ def test_headings_of_pages_that_the_code_names_exist() -> None:
             headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
             anchors = {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
             assert not anchor or anchor in anchors, f"{path}: {page}#{anchor}"
+
+
+def test_the_page_about_methods_has_every_method_and_the_defaults_of_learning() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    for name in (*METHODS, *STEERING_METHODS):
+        assert f"`{name}`" in page, name
+    learning = page.partition("## Learning")[2].partition("\n#")[0]
+    defaults: dict[str, float] = {}
+    for names, values in re.findall(r"^\| (`[^|]+`) \| ([^|]+) \|", learning, re.MULTILINE):
+        defaults |= zip(re.findall(r"`(\w+)`", names), map(float, values.split(" × ")), strict=True)
+    settings = {field.name: field.default for field in fields(FitSettings)}
+    assert settings.pop("gradient_checkpointing") is False
+    assert defaults == settings
 
 
 def test_links_inside_the_repository_lead_somewhere() -> None:

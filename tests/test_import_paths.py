@@ -147,3 +147,42 @@ assert evaluate is hones_offline.evaluate is evaluation.evaluate
     assert done.returncode == 0, done.stderr
     assert callable(hones_offline.fit)
     assert callable(hones_offline.evaluate)
+
+
+WALKS = {
+    "From an example to a neuron's importance": "offline/hones_offline",
+    "From a profile file to a multiplied activation in vLLM": "serving/hones_serving",
+}
+
+
+def defined_in(path: Path) -> set[str]:
+    """The dotted names of the functions, classes, methods and module variables in a file."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{inner.name}" for inner in node.body if hasattr(inner, "name")}
+        if isinstance(node, ast.AnnAssign | ast.Assign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
+@pytest.mark.parametrize(("heading", "package"), WALKS.items(), ids=WALKS.values())
+def test_a_walk_in_contributing_names_functions_that_exist(heading: str, package: str) -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    walk = text.partition(f"### {heading}")[2].partition("\n##")[0]
+    steps = re.findall(r"^\d+\. .*$", walk, re.MULTILINE)
+    assert 5 <= len(steps) <= 12
+    for dotted in re.findall(r"`((?:\w+\.)+\w+)`", "\n".join(steps)):
+        parts = dotted.split(".")
+        base = ROOT if parts[0] == "hones_steer" else ROOT / package
+        files = [(base.joinpath(*parts[:i]).with_suffix(".py"), ".".join(parts[i:])) for i in range(1, len(parts))]
+        found = [(file, name) for file, name in files if file.is_file()]
+        if parts[-1] in ("json", "py") or parts[0][0].isupper():  # a file, a class of vLLM's
+            continue
+        assert found, dotted
+        assert found[0][1] in defined_in(found[0][0]), dotted
+    named = [step for step in steps if re.search(r"`(?:\w+\.)+\w+`", step)]
+    assert len(named) == len(steps)

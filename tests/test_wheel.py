@@ -1,4 +1,4 @@
-"""The contents of `pip install`: three packages, their types, the embedded model, and the commands."""
+"""The wheel and the source package: three packages, their types, the embedded model, and the commands."""
 
 import json
 import os

@@ -10,6 +10,9 @@ from huggingface_hub import ModelCardData
 
 from hones_steer.profile import Profile
 
+# A card without this line was written by hand, and is left alone.
+GENERATED = "<!-- Written by `hones push`, which replaces it. Delete this line to keep a text of your own. -->"
+
 # The columns that `hones fit` and `hones demo` write come first, in this order.
 _EVIDENCE_ORDER = ("metric", "split", "n", "base", "steered", "gain_ci95", "masked")
 
@@ -62,6 +65,53 @@ def describe_model(profile: Profile) -> str:
         f"{_cell(name + revision)} ({_cell(model.model_type)}, {model.num_layers} layers × "
         f"{model.intermediate_size:,} FFN neurons, hidden size {model.hidden_size:,})"
     )
+
+
+def hub_card(repo: str, profiles: Sequence[Profile]) -> str:
+    """Text of a repository's model card: base model, tasks, evidence, and how to use it."""
+    task, model = profiles[0].task, profiles[0].base_model.name or "BASE_MODEL"
+    return card(
+        profiles,
+        [
+            GENERATED,
+            f"# Steering profiles: {', '.join(profile.task for profile in profiles)}",
+            f"Per-task factors for FFN neurons of {describe_model(profiles[0])}, for "
+            "hones-steer: the weights stay as they are, and a request chooses its task. The method is HONES ([arXiv 2604.17941](https://arxiv.org/abs/2604.17941)).",
+            profiles_table(profiles),
+            "## Evidence",
+            evidence_table(profiles),
+            "## Use",
+            "Pin a commit instead of `main` where the answers must stay the same.",
+            _hub_usage(repo, model, task),
+        ],
+        library_name="hones-steer",
+    )
+
+
+def _hub_usage(repo: str, model: str, task: str) -> str:
+    return f"""\
+Hugging Face:
+
+```python
+from hones_steer import pull_profile, steer
+
+steering = steer(model, {{"{task}": pull_profile("{repo}", "{task}", revision="main")}})
+with steering.task("{task}"):
+    model.generate(**inputs)
+```
+
+vLLM:
+
+```sh
+hones serve {model} --profiles hub:{repo}@main
+```
+
+PEFT:
+
+```sh
+hones pull {repo} --task {task} --out .
+hones export {task}.safetensors {model} --to peft --out {task}-ia3
+```"""
 
 
 def _table(rows: Sequence[Mapping[str, object]], order: Sequence[str] = ()) -> str:

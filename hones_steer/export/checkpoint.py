@@ -99,7 +99,7 @@ def _read_header(file: Path) -> dict[str, Stored]:
         with safe_open(file, framework="pt"):
             pass  # safetensors checks that the file is whole and its offsets are sound
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{file}: cannot be read: {error}") from error
+        raise DataError(f"{file}: cannot be read: {error}; get the whole checkpoint") from error
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         header = parse_object(stream.read(length), f"the header of {file}", DataError)

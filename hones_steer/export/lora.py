@@ -72,7 +72,9 @@ def export_lora(
         MismatchError: the profile is another model's.
     """
     if max_rank < 1 or truncate not in (None, "svd"):
-        raise ProfileError(f"max_rank={max_rank}, truncate={truncate!r}: give a rank of at least 1, and None or 'svd'")
+        raise ProfileError(
+            f"max_rank is {max_rank} and truncate {truncate!r}; give a rank of at least 1, and None or 'svd'"
+        )
     layout = checked_layout(profile, model, allow_mismatch)
     names = module_names(model, layout)
     counts = {index: int(np.sum(scales != 1)) for index, (_, scales) in profile.layers.items()}
@@ -106,7 +108,7 @@ def export_lora(
 
 def _check_ranks(needed: Mapping[int, int], max_rank: int, truncate: str | None) -> None:
     if not needed:
-        raise ProfileError("every scale is 1, so there is nothing for a LoRA to add")
+        raise ProfileError("every scale is 1, so there is nothing for a LoRA to add; export other scales")
     layer = max(needed, key=needed.__getitem__)
     if needed[layer] > max_rank and truncate is None:
         raise ProfileError(

@@ -61,7 +61,7 @@ def merge_into(
     targets = {layer: _target(f"{name}.weight", base) for layer, name in modules.items()}
     files = sorted({tensor.file.name for tensor in base.stored.values()})
     with new_folder(folder) as temporary:
-        _refuse_not_finite(profile, modules, targets, _transposed(base))  # before copying what may be much
+        _refuse_not_finite(profile, modules, targets, _transposed(base))  # before copying what may be large files
         _copy_others(base.folder, temporary)
         (temporary / SIDECAR).write_text(sidecar_text(profile, modules), encoding="utf-8")
         (temporary / "README.md").write_text(_merged_card(profile, checkpoint), encoding="utf-8")
@@ -95,7 +95,10 @@ def _target(parameter: str, base: Checkpoint) -> Stored:
     """The place of a down-projection's weight; raises DataError unless it is a plain matrix of the right shape."""
     key = base.keys.get(parameter)
     if key is None:
-        raise DataError(f"{base.folder}: has no {parameter} of its own (missing, or stored in another form)")
+        raise DataError(
+            f"{base.folder}: has no {parameter} of its own (missing, or stored in another form); "
+            "save the model with save_pretrained"
+        )
     tensor = base.stored[key]
     if tensor.dtype not in DTYPES:
         raise DataError(
@@ -104,7 +107,9 @@ def _target(parameter: str, base: Checkpoint) -> Stored:
         )
     shape = (base.layout.hidden_size, base.layout.intermediate_size)
     if tensor.shape != (shape[::-1] if _transposed(base) else shape):
-        raise DataError(f"{tensor.file}: {key} has shape {list(tensor.shape)}, not config.json's")
+        raise DataError(
+            f"{tensor.file}: {key} has shape {list(tensor.shape)}, not config.json's; the two do not belong together"
+        )
     return tensor
 
 

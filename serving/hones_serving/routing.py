@@ -98,7 +98,7 @@ def facts_of_completion(body: object, headers: Mapping[str, str]) -> RequestFact
     """
     prompt = _field(body, "prompt")
     prompts = prompt if isinstance(prompt, list) else [prompt]
-    text = "\n".join(each for each in prompts if isinstance(each, str))
+    text = "\n".join(entry for entry in prompts if isinstance(entry, str))
     return _facts(body, headers, has_image=False, prompt=text, system="", first=prompt)
 
 

@@ -14,7 +14,7 @@ from hones_offline.attribution.baselines import (
     mean_activation,
 )
 from hones_offline.attribution.heads import head_scores, head_statistics, top_heads
-from hones_offline.attribution.write_in import importance, target_directions, weigh
+from hones_offline.attribution.write_in import head_guided_importance, target_directions, weigh
 from hones_offline.data.neurons import Importance, NeuronIndex
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
@@ -83,13 +83,14 @@ def test_gradients_need_no_trainable_weights(case: tuple[Problem, Prepared]) -> 
 def test_the_positive_part_of_each_example(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
     units = target_directions(prepared)
-    plain = importance(prepared, units, HEADS, Execution(batch_size=9))
-    found = importance(prepared, units, HEADS, Execution(batch_size=9), positive_part="example")
+    plain = head_guided_importance(prepared, units, HEADS, Execution(batch_size=9))
+    found = head_guided_importance(prepared, units, HEADS, Execution(batch_size=9), positive_part="example")
     close(found, reference.importance_by_example(*asked(p), HEADS, [u.detach() for u in units]))
+    found, plain = np.asarray(found), np.asarray(plain)
     assert (found >= plain - 1e-6).all()  # the positive part is convex
     assert (found > plain + 1e-6).any()
     tight = Execution(batch_size=2, memory_gb=1e-9)
-    small = importance(prepared, units, HEADS, tight, positive_part="example")
+    small = head_guided_importance(prepared, units, HEADS, tight, positive_part="example")
     close(small, found)
 
 
@@ -169,7 +170,7 @@ def test_attribute_takes_every_method_and_option(tmp_path: Any) -> None:
     _, scores = head_scores(prepared, "logprob", *head_statistics(prepared, "logprob", Execution(batch_size=9)))
     heads = weigh(top_heads(scores, 4), "rank")
     varied = attribute(*asked(p), **plain, target="centred", positive_part="example", head_weights="rank")
-    expected = importance(
+    expected = head_guided_importance(
         prepared, target_directions(prepared, "centred"), heads, Execution(batch_size=9), positive_part="example"
     )
     close(varied.importance, expected)

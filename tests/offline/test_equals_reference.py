@@ -9,8 +9,8 @@ import reference
 import torch
 from hones_offline.attribution.heads import HeadMetric, head_scores, head_statistics, top_heads
 from hones_offline.attribution.measurements import AnswerLogProbability
-from hones_offline.attribution.write_in import PositivePart, importance, mean_write_in, target_directions
-from hones_offline.data.neurons import Bank
+from hones_offline.attribution.write_in import PositivePart, head_guided_importance, mean_write_in, target_directions
+from hones_offline.data.neurons import Bank, Importance, NeuronIndex
 from hones_offline.learning.factors import FitSettings, learn
 from hones_offline.running.evaluation import intervention, score
 from hones_offline.running.execution import Execution
@@ -30,6 +30,9 @@ CASES = every_architecture(
         ("qwen2_5_vl", "retrieval"),
     ]
 )
+
+
+RUN = Execution(batch_size=9)
 
 
 @pytest.fixture(params=CASES, ids="-".join, scope="module")
@@ -56,9 +59,7 @@ def test_head_scores(case: tuple[Problem, Prepared], head_metric: HeadMetric) ->
     p, prepared = case
     utility = reference.metric if head_metric == "task" else reference.mean_log_probability
     base = utility(p.model, p.processor, p.task, p.examples)
-    found_base, found = head_scores(
-        prepared, head_metric, *head_statistics(prepared, head_metric, Execution(batch_size=9))
-    )
+    found_base, found = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, RUN))
     assert found_base == pytest.approx(base, abs=1e-5)
     for head, value in enumerate(found[1]):
         with reference.head_replaced(p.model, 1, head):
@@ -72,7 +73,7 @@ def test_little_memory_and_small_batches_change_nothing(
 ) -> None:
     """States are kept of all layers or of one at a time, heads run together or alone, diverged rows wait or do not."""
     _, prepared = case
-    _, expected = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, Execution(batch_size=9)))
+    _, expected = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, RUN))
     _, found = head_scores(
         prepared, head_metric, *head_statistics(prepared, head_metric, Execution(batch_size=9, memory_gb=1e-9))
     )
@@ -93,11 +94,11 @@ def test_cut_into_buckets_by_length_nothing_changes(monkeypatch: pytest.MonkeyPa
 
     def everything() -> list[npt.NDArray[np.float32]]:
         metrics: tuple[HeadMetric, ...] = ("task", "logprob")
-        scores = [head_scores(prepared, m, *head_statistics(prepared, m, Execution(batch_size=9)))[1] for m in metrics]
+        scores = [head_scores(prepared, m, *head_statistics(prepared, m, RUN))[1] for m in metrics]
         parts: tuple[PositivePart, ...] = ("mean", "example")
         heads = top_heads(scores[1], 4)
         return scores + [
-            importance(prepared, directions, heads, Execution(batch_size=9), positive_part=part) for part in parts
+            np.asarray(head_guided_importance(prepared, directions, heads, RUN, positive_part=part)) for part in parts
         ]
 
     together = everything()
@@ -111,17 +112,18 @@ def test_cut_into_buckets_by_length_nothing_changes(monkeypatch: pytest.MonkeyPa
 def test_importance_is_the_same_within_a_ten_thousandth(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
     scores = reference.head_scores(p.model, p.processor, p.task, p.examples, reference.mean_log_probability)
-    _, found_scores = head_scores(prepared, "logprob", *head_statistics(prepared, "logprob", Execution(batch_size=9)))
+    _, found_scores = head_scores(prepared, "logprob", *head_statistics(prepared, "logprob", RUN))
     np.testing.assert_allclose(found_scores, scores, atol=1e-5)
     expected = reference.importance(p.model, p.processor, p.task, p.examples, scores, top_heads=4).numpy()
-    found = importance(prepared, target_directions(prepared), top_heads(found_scores, 4), Execution(batch_size=9))
+    found = head_guided_importance(prepared, target_directions(prepared), top_heads(found_scores, 4), RUN)
     assert (expected > 0).any()
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * expected.max())
 
 
 def test_write_in_reads_the_last_prompt_token(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
-    (found,) = mean_write_in(prepared, target_directions(prepared), Execution(batch_size=9))
+    (mean,) = mean_write_in(prepared, target_directions(prepared), RUN)
+    found = Importance(NeuronIndex.of(prepared.decoder.layout), mean)
     expected = reference.mean_write_in(p.model, p.processor, p.task, p.examples)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 

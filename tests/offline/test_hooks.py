@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hones_offline import attribute, evaluate, fit
 from hones_offline.attribution.baselines import activation_probability, gradient_activation, mean_activation
 from hones_offline.attribution.heads import head_scores, head_statistics, top_heads
-from hones_offline.attribution.write_in import importance, target_directions
+from hones_offline.attribution.write_in import head_guided_importance, target_directions
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
 from problems import Problem, problem
@@ -59,7 +59,10 @@ def everything(prepared: Prepared) -> list[Any]:
     execution, small = Execution(batch_size=9), Execution(batch_size=3)
     scores = [head_scores(prepared, m, *head_statistics(prepared, m, execution))[1] for m in ("task", "logprob")]
     units, heads = target_directions(prepared), top_heads(scores[1], 4)
-    importances = [importance(prepared, units, heads, execution, positive_part=part) for part in ("mean", "example")]
+    importances = [
+        np.asarray(head_guided_importance(prepared, units, heads, execution, positive_part=part))
+        for part in ("mean", "example")
+    ]
     baselines = (activation_probability, mean_activation, gradient_activation)
     return scores + importances + [np.asarray(baseline(prepared, small)) for baseline in baselines]
 

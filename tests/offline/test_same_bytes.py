@@ -85,9 +85,15 @@ def test_tensors_differ_in_an_element_a_type_or_a_name(benchmark: Any) -> None:
 
 def test_results_must_exist_in_both_and_steps_may_move(benchmark: Any, tmp_path: Path) -> None:
     statistics = save({"statistics": np.arange(3.0)})
+    both = save({"base": np.arange(3.0), "heads": np.arange(4.0)})
     trees = {
-        "old": {"work/heads/base.safetensors": statistics, "run.json": b'{"version": 1}', "result.json": b'{"n": 1}'},
-        "new": {"work/base.safetensors": statistics, "run.json": b'{"version": 2}', "work/more.json": b"{}"},
+        "old": {
+            "work/heads/base.safetensors": statistics,
+            "gone.json": b"[3]",
+            "run.json": b'{"version": 1}',
+            "result.json": b'{"n": 1}',
+        },
+        "new": {"work/both.safetensors": both, "run.json": b'{"version": 2}', "work/more.json": b"{}"},
     }
     for name, files in trees.items():
         for path, data in {**files, "same.safetensors": statistics, "work/vqa.json": b"[1]"}.items():
@@ -97,7 +103,8 @@ def test_results_must_exist_in_both_and_steps_may_move(benchmark: Any, tmp_path:
         (tmp_path / name / "stdout").write_bytes(b"done\n")
         (tmp_path / name / "done.json").write_text(json.dumps({"seconds": len(name)}))
     row = benchmark.compare_folders("attribute-vqa", tmp_path / "old", tmp_path / "new")
-    assert (row.files, row.steps, row.moved, row.new) == (2, 2, 1, 1)
+    assert (row.files, row.steps, row.moved) == (2, 2, 1)
+    assert (row.old, row.new) == (2, 2)  # gone.json, result.json; more.json, the heads in both.safetensors
     assert row.differences == ["run/result.json: missing in the new tree"]
     assert row.notes == ["run/run.json: version: 1 / 2"]
     (tmp_path / "new/run/work/vqa.json").write_bytes(b"[2]")

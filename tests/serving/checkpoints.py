@@ -36,8 +36,8 @@ def llama(folder: Path, seed: int = 0) -> Path:
 def qwen2_5_vl(folder: Path, seed: int = 0) -> Path:
     """Write a Qwen2.5-VL with a language model like `llama`'s. An image has one token per 8 x 8 pixels, at most 12.
 
-    vLLM needs torchvision to load it (`engines.TORCHVISION`), transformers does if it is to load the processor:
-    `tiny_processors.qwen2_5_vl_processor(config)` is the same one, for images.
+    To load it, vLLM needs torchvision (`engines.TORCHVISION`), and so does transformers for the processor:
+    `tiny_processors.qwen2_5_vl_processor(config)` makes the same processor, for images, without it.
     """
     config = Qwen2_5_VLConfig(
         text_config={**GROUPED, **TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6]}},

@@ -86,19 +86,19 @@ class Transformers:
     elsewhere: Elsewhere = RESPONSES
 
     def serve(self, model: Path, here: Path, *options: str) -> Command:
-        """As Vllm's."""
+        """Serve a model as `Vllm.serve` does."""
         launcher = [sys.executable, str(Path(__file__).with_name("gated_server.py")), str(here / "gate")]
         return [*launcher, str(_without_end(model, here / "model")), "--engine", "transformers", *options], {}
 
     def serve_for_two(self, model: Path, profiles: Path, here: Path) -> Command:
-        """As Vllm's."""
+        """Serve a model as `Vllm.serve_for_two` does."""
         return self.serve(
             model, here, "--profiles", str(profiles), "--max-profiles", "2", "--served-model-name", "tiny", TAKEN
         )
 
     @contextmanager
     def frozen(self, server: Server, here: Path) -> Iterator[None]:
-        """As Vllm's."""
+        """Hold up the engine within the block, as `Vllm.frozen` does."""
         del server
         (here / "gate").touch()
         try:

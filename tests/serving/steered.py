@@ -20,7 +20,7 @@ Prompt = list[int] | tuple[str, Image.Image]
 
 TASKS = ("cap", "ocr", "vqa")
 # A mixed batch: no task and "none", tasks, a blend, a strength, a negative strength; as one step lays them out,
-# some neighbours are steered alike.
+# some neighbors are steered alike.
 MIXED = (None, "vqa", "ocr", "vqa@0.5+ocr", "none", "cap@0.5", "vqa@-1", "vqa")
 NEW_TOKENS = 12
 KV_CACHE_BYTES = 1 << 26  # of an engine: thousands of tokens

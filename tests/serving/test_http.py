@@ -689,6 +689,6 @@ def test_with_a_profile_of_another_model_the_server_does_not_start(
     profiles = tmp_path / "profiles"
     profiles.mkdir()
     save_profile(random_profile(another_model, 0, "vqa"), profiles / "vqa.safetensors")
-    # Of the same shapes: only the loaded weights tell.
+    # A model of the same shapes: only the loaded weights tell.
     said = refusal(*engine.serve_for_two(llama, profiles, tmp_path))
     assert "vqa.safetensors: the profile belongs to another model" in said

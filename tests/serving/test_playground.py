@@ -101,7 +101,7 @@ def until_listed(page: Opened) -> list[str]:
     return rows
 
 
-# What it is for -----------------------------------------------------------------------------------
+# Use ----------------------------------------------------------------------------------------------
 
 
 def test_base_against_steered(site: Site, browser: Any) -> None:
@@ -155,7 +155,7 @@ def test_the_fields_begin_with_base_against_the_first_profile(site: Site, browse
     assert page.tab.locator("#model option").all_inner_texts() == ["tiny"]
 
 
-# What goes wrong ----------------------------------------------------------------------------------
+# Errors -------------------------------------------------------------------------------------------
 
 
 def test_the_page_is_public_but_its_calls_are_not(site: Site, browser: Any) -> None:

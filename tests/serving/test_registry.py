@@ -33,7 +33,7 @@ def resolved(known, text):
     return known.resolve(parse_expression(text))
 
 
-# What there is
+# Reading
 
 
 def test_it_knows_every_profile_of_the_folder(folder):

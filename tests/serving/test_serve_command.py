@@ -166,7 +166,7 @@ def test_a_hub_name_is_left_to_vllm(profiles: Path) -> None:
     assert flags_for_vllm(arguments) == ["--model", "llava-hf/llava-1.5-7b-hf"]
 
 
-# What it refuses at once --------------------------------------------------------------------------
+# Refusals at once ---------------------------------------------------------------------------------
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

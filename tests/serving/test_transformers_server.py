@@ -152,7 +152,7 @@ async def test_responses_are_answered_unsteered(text: httpx.AsyncClient) -> None
     assert answer["output"][0]["content"][0]["text"] == plain["choices"][0]["message"]["content"]
 
 
-# What transformers' server would ignore -----------------------------------------------------------
+# Fields that transformers' server ignores ---------------------------------------------------------
 
 IGNORED = [
     (chat, {"n": 2}),

@@ -1,4 +1,4 @@
-"""What the tests of exports share: models with their inputs, and the logits that the runtime gives."""
+"""Models with their inputs, and the logits that the runtime computes, for the tests of exports."""
 
 import tiny_models
 import torch
@@ -11,7 +11,7 @@ MODELS = {**tiny_models.FULL_MATRIX, "gpt2": tiny_models.gpt2}
 
 
 def few_layers(model, seed=1, task="vqa"):
-    """A random profile that leaves one layer alone and has some scales of exactly 1, 0 and −2."""
+    """A random profile that leaves layer 1 alone and has some scales of exactly 1, 0 and −2."""
     full = random_profile(model, seed, task)
     layers = {layer: (neurons, scales.copy()) for layer, (neurons, scales) in full.layers.items() if layer != 1}
     for _, scales in layers.values():
@@ -32,6 +32,6 @@ def logits(model, inputs):
 
 
 def steered_logits(model, profile, inputs):
-    """By the runtime; the model is as before afterwards."""
+    """Logits of the model steered by the runtime; the model is unsteered again afterwards."""
     with steer(model, {"t": profile}) as steering, steering.task("t"):
         return logits(model, inputs)

@@ -25,7 +25,7 @@ class Attack(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """One tensor as the safetensors header describes it."""
+    """A tensor as the safetensors header describes it."""
 
     dtype: str
     shape: list[int]
@@ -87,7 +87,7 @@ def build(
     metadata: str | None = None,
     entry: str | None = None,
 ) -> bytes:
-    """A safetensors file. `metadata`: JSON text of our key. `entry`: the whole `__metadata__` as JSON text."""
+    """Bytes of a safetensors file. `metadata` is the JSON text of our key, `entry` that of the whole `__metadata__`."""
     tensors = sound_tensors() if tensors is None else tensors
     metadata = json.dumps(sound_metadata(), sort_keys=True) if metadata is None else metadata
     entry = json.dumps({"hones_steer": metadata}) if entry is None else entry
@@ -109,7 +109,7 @@ def with_base_model(**changes: Any) -> bytes:
 
 
 def with_tensors(**changes: Tensor | None) -> bytes:
-    """Tensors named like `layers_1_scales`; None removes one."""
+    """The sound tensors with some replaced, named like `layers_1_scales`; None removes one."""
     named = {key.replace("_", "."): value for key, value in changes.items()}
     tensors = {**sound_tensors(), **{key: value for key, value in named.items() if value is not None}}
     return build({key: value for key, value in tensors.items() if named.get(key, value) is not None})
@@ -295,7 +295,7 @@ def tensor_attacks() -> dict[str, Attack]:
 
 
 def attacks() -> dict[str, Attack]:
-    """Every attack by file name (without suffix)."""
+    """The attacks by file name (without suffix)."""
     return {**container_attacks(), **metadata_attacks(), **base_model_attacks(), **tensor_attacks()}
 
 

@@ -43,7 +43,7 @@ def make(task: str = "vqa", scales: Mapping[int, Mapping[int, float]] | None = N
 
 
 def scales_of(profile: Profile) -> dict[tuple[int, int], float]:
-    """Every listed neuron's scale."""
+    """The scale of each listed (layer, neuron)."""
     return {
         (layer, int(neuron)): float(scale)
         for layer, (neurons, scales) in profile.layers.items()

@@ -1,4 +1,4 @@
-"""Every broken file in `attacks/` is refused with a sentence that names the file and the culprit."""
+"""Broken files (`attacks/`), each refused with a sentence that names the file and the culprit."""
 
 from __future__ import annotations
 

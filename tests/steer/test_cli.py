@@ -182,7 +182,7 @@ def test_a_warning_is_one_line(plugin: str) -> None:
 
 
 def hones(*arguments: str, redirect: str, plugin: str) -> subprocess.CompletedProcess[str]:
-    """`hones` in a process of its own, whose streams a shell redirects."""
+    """Run `hones` in another process, whose streams a shell redirects."""
     command = ["sh", "-c", f'exec "$@" {redirect}', "sh", sys.executable, "-m", "hones_steer", *arguments]
     return subprocess.run(command, env=environment(plugin), capture_output=True, text=True, check=False)
 
@@ -209,7 +209,7 @@ BROKEN = str(ATTACKS / "empty.safetensors")
     ],
 )
 def test_closed_streams_change_no_exit_code(arguments: list[str], code: int, error: str, plugin: str) -> None:
-    """As with `>&-`: whoever closes a stream does not want to read it."""
+    """A caller that closes a stream (`>&-`) does not want to read it."""
     result = hones(*arguments, redirect=">&-", plugin=plugin)
     assert (result.returncode, result.stderr) == (code, error)
     assert hones(*arguments, redirect="<&- >&- 2>&-", plugin=plugin).returncode == code

@@ -58,15 +58,15 @@ def call(function, inputs):
 
 
 def assert_switches_are_right(steering, model, compiled, inputs):
-    """Every kind of switch gives the eager result, and only the first call compiles."""
+    """Assert that every kind of switch gives the eager result, and that only the first call compiles."""
     results = []
     for step, tasks in enumerate(SWITCHES):
         with steering.tasks(tasks), torch.compiler.set_stance("force_eager"):
             expected = call(model, inputs)
         with torch._dynamo.config.patch(error_on_recompile=step > 0), steering.tasks(tasks):
-            found = call(compiled, inputs)
-        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
-        results.append(found)
+            actual = call(compiled, inputs)
+        torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-4)
+        results.append(actual)
     for one, other in itertools.pairwise(results):
         assert not torch.allclose(one, other, atol=1e-1)
     with torch._dynamo.config.patch(error_on_recompile=True), steering.task("a"):
@@ -94,7 +94,7 @@ def test_a_compiled_forward_attribute(model_and_ids):
 
 
 def test_a_steered_and_an_unsteered_model_of_one_class():
-    """Dynamo keeps code per class: what was compiled for one model must not run for the other."""
+    """Dynamo keeps code by class: code compiled for one model must not run for the other."""
     inputs = {"input_ids": text_inputs()["input_ids"], "use_cache": False}
     for steered_first in (False, True):
         plain, model = tiny_models.llama(), tiny_models.llama()
@@ -103,9 +103,9 @@ def test_a_steered_and_an_unsteered_model_of_one_class():
         for each in reversed(compiled) if steered_first else compiled:
             with steering.task("a"):
                 call(model, inputs)  # a block without a forward is an error
-                found = call(each, inputs)
+                actual = call(each, inputs)
                 expected = call(each._orig_mod, inputs)
-            torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
+            torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-4)
         steering.detach()
 
 
@@ -156,7 +156,7 @@ def test_compiled_parts_called_on_their_own_are_not_steered_by_what_came_before(
 
 
 def test_generate_with_a_static_cache_compiles_once():
-    """With a static cache transformers compiles the decoding step by itself."""
+    """Transformers compiles the decoding step by itself if the cache is static."""
     model = tiny_models.llama()
     inputs = text_inputs()
     steering = attach(model)
@@ -167,10 +167,10 @@ def test_generate_with_a_static_cache_compiles_once():
         with steering.tasks(tasks):
             expected = model.generate(**inputs, **options)
             with torch._dynamo.config.patch(error_on_recompile=step > 0):
-                found = model.generate(
+                actual = model.generate(
                     **inputs, **options, cache_implementation="static", compile_config=compile_config
                 )
-        assert new_tokens(found, inputs) == new_tokens(expected, inputs)
+        assert new_tokens(actual, inputs) == new_tokens(expected, inputs)
     assert counters["stats"]["unique_graphs"] >= 1
 
 
@@ -188,13 +188,13 @@ def test_compiled_training_steers_its_gradients():
                 loss = function(**inputs).loss
             loss.backward()
             gradients.append([p.grad.clone() for p in model.parameters()])
-        for eager, found in zip(*gradients, strict=True):
-            torch.testing.assert_close(found, eager, atol=1e-3, rtol=1e-3)
+        for eager, actual in zip(*gradients, strict=True):
+            torch.testing.assert_close(actual, eager, atol=1e-3, rtol=1e-3)
 
 
 @inductor
 def test_the_scaling_is_fused_with_the_activation():
-    """Reads Inductor's code: steered and unsteered models have the same number of kernels (design 6.7)."""
+    """Reads Inductor's code: steered and unsteered models have the same number of kernels."""
 
     def kernels(model):
         compiled = torch.compile(model, fullgraph=True)

@@ -1,4 +1,4 @@
-"""Every text and image-text model of transformers has a layout or a LayoutError that says why not."""
+"""Text and image-text models of transformers: each has a layout or a LayoutError that says why not."""
 
 import warnings
 
@@ -30,7 +30,7 @@ INCOMPLETE = (ArithmeticError, AssertionError, AttributeError, ImportError, Look
 
 
 def on_meta(model_type, name):
-    """A model of the default configuration, without memory; skips those whose defaults make no model."""
+    """A model of the default configuration on the meta device; skips the test if the defaults make no model."""
     try:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
@@ -51,7 +51,7 @@ def test_it_is_identified_or_refused(model_type, name):
 
 
 def test_most_can_be_built():
-    """Or the test above would test nothing."""
+    """If few could be built, the test above would test nothing."""
     sample = MODELS[::10]
     built = [(model_type, name) for model_type, name in sample if buildable(model_type, name)]
     assert len(built) > 0.7 * len(sample)

@@ -64,7 +64,7 @@ def test_in_bfloat16_it_is_nearer_than_bfloat16_is_to_float32(name, tmp_path):
 
 
 def test_any_reader_scales_by_one(model, tmp_path):
-    """Those that know no patterns divide lora_alpha by r; those that do, each layer's alpha by its rank."""
+    """Readers that know no patterns divide lora_alpha by r; others divide each layer's alpha by its rank."""
     done = export_lora(few_layers(model), model, tmp_path / "lora")
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == max(done.ranks.values())
@@ -73,7 +73,7 @@ def test_any_reader_scales_by_one(model, tmp_path):
 
 
 def deltas(folder):
-    """Layer -> B A `[hidden, I]`."""
+    """The product B A `[hidden, I]` of each layer."""
     tensors = load_file(folder / "adapter_model.safetensors")
     names = sorted({key.rpartition(".lora_")[0] for key in tensors})
     layers = [int(name.split(".layers.")[1].split(".")[0]) for name in names]

@@ -28,7 +28,7 @@ def load(folder):
 
 
 def tensors_of(folder):
-    """Every tensor on the disk by its key."""
+    """The tensors on the disk by their keys."""
     return {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
 
 

@@ -202,7 +202,7 @@ def test_the_card_says_what_it_is(adapter):
 
 
 def test_a_quantized_base_can_carry_it(model, tmp_path):
-    """The names are all that is needed, so the weights may be anything."""
+    """Only the names of the modules are needed, so the weights may be anything."""
     profile = few_layers(model)
     for layer in model.model.layers:
         layer.mlp.down_proj.weight = nn.Parameter(layer.mlp.down_proj.weight.to(torch.float8_e4m3fn), False)

@@ -115,7 +115,7 @@ def test_nothing_to_fold_is_refused(model):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with weights rounded to 8 bits, as a quantization library would put in."""
+    """A linear layer with weights rounded to 8 bits, as a quantization library would put it in."""
 
     def __init__(self, linear):
         super().__init__()

@@ -33,7 +33,7 @@ def logits(model):
 
 
 class Fused(nn.Module):
-    """As fused kernels do: reads the down-projection's weight instead of calling it."""
+    """An FFN that reads the down-projection's weight instead of calling it, as fused kernels do."""
 
     def __init__(self, mlp):
         super().__init__()
@@ -49,7 +49,7 @@ class Fused(nn.Module):
 
 
 class Whole(nn.Module):
-    """Stands where a module stood, which it has kept."""
+    """A module in the place of another one, which it keeps inside."""
 
     def __init__(self, inner):
         super().__init__()
@@ -119,7 +119,7 @@ class TestALayerThatRunsWithoutItsScaling:
 
     @COMPILED
     def test_a_layer_that_does_not_run_is_no_fault(self, model, compiled):
-        """Early exit, or a text prompt in a model with cross-attention layers."""
+        """Early exit does that, and a text prompt in a model with cross-attention layers."""
         steering = attach(model)
         with steering.task("a"):
             whole = logits(model)
@@ -209,7 +209,7 @@ class TestPartsReplacedAfterSteer:
 
 
 class TestRecordedPrograms:
-    """They would be steered forever as they were recorded, or never."""
+    """A recorded program would be steered forever as when it was recorded, or never."""
 
     @pytest.fixture(autouse=True)
     def fresh_compiler(self):

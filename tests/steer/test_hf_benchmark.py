@@ -1,4 +1,4 @@
-"""benchmarks/hf_runtime.py runs, and says what it promises to say. What it measures here means nothing."""
+"""benchmarks/hf_runtime.py runs, and prints what it promises to print. Its measurements here mean nothing."""
 
 import json
 import subprocess

@@ -44,7 +44,7 @@ def ocr():
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Hub that the client in this process talks to, with a cache of its own, logged in."""
+    """A Hub that the client in this process is logged in to, with an empty cache."""
     with running() as state:
         monkeypatch.setattr(constants, "ENDPOINT", state.url)
         monkeypatch.setattr(
@@ -152,7 +152,7 @@ def test_a_private_repository(hub, monkeypatch):
 
 def test_nothing_and_two_for_one_task_are_refused(hub):
     for profiles in ([], [vqa(), make("vqa")]):
-        with pytest.raises(ProfileError, match="give profiles of different tasks"):
+        with pytest.raises(ProfileError, match=r"the profiles to push are for .*; give one or more, one per task"):
             push_profile(profiles, REPO)
     assert hub.requests == []
 
@@ -389,12 +389,12 @@ except OSError:
 
 
 def heed_permissions():
-    """Before an exec: give up CAP_DAC_OVERRIDE, where that may be done, for which root is above permissions."""
+    """Give up CAP_DAC_OVERRIDE before an exec, if it can be: with it, root is above permissions."""
     ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
 
 
 def test_what_is_cached_is_served_from_a_home_that_cannot_be_written(hub, tmp_path):
-    """Pulled when an image is built, run read-only."""
+    """An image pulls the profiles when it is built, and runs read-only."""
     commit = push_profile([vqa(), ocr()], REPO)
     pull_profiles(REPO)
     hub.repos[REPO].commit({**hub.repos[REPO].files(), "vqa.safetensors": b"new"}, "next")
@@ -455,7 +455,7 @@ def test_the_commands(tmp_path, capsys):
 
 
 def test_hf_endpoint_decides_which_hub(hub, tmp_path):
-    """The environment variables that huggingface_hub reads are all it takes, and no torch."""
+    """Pulling takes only the environment variables that huggingface_hub reads, and no torch."""
     push_profile(vqa(), REPO)
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
     env |= {"HF_HOME": str(tmp_path / "elsewhere"), "HF_HUB_CACHE": str(tmp_path / "elsewhere" / "hub")}

@@ -38,12 +38,12 @@ def forward(model):
 
 
 def observed(model, look):
-    """What `look` sees in the middle of a forward."""
-    seen = []
-    handle = model.model.layers[1].register_forward_pre_hook(lambda *_: seen.append(look()))
+    """Call `look` in the middle of a forward; return its result."""
+    results = []
+    handle = model.model.layers[1].register_forward_pre_hook(lambda *_: results.append(look()))
     forward(model)
     handle.remove()
-    return seen[0]
+    return results[0]
 
 
 def in_another_thread(function):

@@ -1,4 +1,4 @@
-"""What `find_layout` recognizes, and how it refuses the rest."""
+"""Models that `find_layout` recognizes, and how it refuses the rest."""
 
 import pytest
 import tiny_models

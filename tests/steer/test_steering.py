@@ -1,4 +1,4 @@
-"""What a user of `steer` relies on: rows are steered as their profiles say, and the rest is untouched."""
+"""Steering a model: rows are scaled as their profiles say, and the rest is untouched."""
 
 import copy
 import gc
@@ -253,9 +253,9 @@ class TestExpressions:
         for _ in range(2):
             for task in ("a", "b", "a@0.5+b", "a"):
                 with steering.task(task):
-                    found = logits(model, inputs)
+                    actual = logits(model, inputs)
                 with scaled(model, profiles[task]):
-                    torch.testing.assert_close(found, logits(model, inputs), atol=1e-3, rtol=1e-4)
+                    torch.testing.assert_close(actual, logits(model, inputs), atol=1e-3, rtol=1e-4)
 
     def test_an_open_block_keeps_its_slot(self, model):
         inputs = text_inputs()
@@ -291,8 +291,8 @@ class TestRows:
         with steering.tasks(ROWS):
             expected = logits(model, inputs)
             embeds = model.get_input_embeddings()(inputs["input_ids"])
-            found = logits(model, {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]})
-        assert torch.equal(found, expected)
+            actual = logits(model, {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]})
+        assert torch.equal(actual, expected)
 
     def test_a_layer_that_packs_its_rows_takes_a_task_but_no_tasks(self, model):
         class Packing(torch.nn.Module):
@@ -317,11 +317,11 @@ class TestRows:
         inputs = text_inputs(rows=300, length=3)
         steering, profiles = steered(model)
         with steering.tasks([None] * 299 + ["a"]):
-            found = logits(model, inputs)
+            actual = logits(model, inputs)
         with scaled(model, profiles["a"]):
             expected = logits(model, inputs)
-        torch.testing.assert_close(found[299], expected[299], atol=1e-3, rtol=1e-4)
-        assert torch.equal(found[:299], logits(model, inputs)[:299])
+        torch.testing.assert_close(actual[299], expected[299], atol=1e-3, rtol=1e-4)
+        assert torch.equal(actual[:299], logits(model, inputs)[:299])
 
 
 class TestNeverSilentlyUnsteered:
@@ -394,13 +394,13 @@ class TestProfiles:
         inputs = text_inputs()
         profile = random_profile(model, 1, task="a")
         save_profile(profile, tmp_path / "a.safetensors")
-        found = []
+        actual = []
         for source in ({"a": profile}, {"a": tmp_path / "a.safetensors"}, str(tmp_path), ProfileStore(tmp_path)):
             with steer(model, source) as steering:
                 assert steering.names == ("a",)
                 with steering.task("a"):
-                    found.append(logits(model, inputs))
-        assert all(torch.equal(one, found[0]) for one in found)
+                    actual.append(logits(model, inputs))
+        assert all(torch.equal(one, actual[0]) for one in actual)
 
     def test_load_replaces_and_unload_forgets(self, model):
         inputs = text_inputs()
@@ -525,7 +525,7 @@ class TestGradients:
 
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_losses_steered_differently_go_back_together(self, model, reentrant):
-        """What a checkpointed forward was steered with travels with it."""
+        """A checkpointed forward is recomputed with the scales that it ran with."""
         steering, _ = steered(model)
         inputs = text_inputs()
 
@@ -613,11 +613,11 @@ class TestWrappedModels:
         steering, profiles = steered(peft_model)
         for entry in (peft_model, peft_model.base_model, model):
             with steering.tasks(ROWS):
-                found = logits(entry, inputs)
+                actual = logits(entry, inputs)
             for row, task in enumerate(ROWS):
                 with scaled(model, profiles[task]):
                     expected = logits(model, inputs)[row]
-                torch.testing.assert_close(found[row], expected, atol=1e-3, rtol=1e-4)
+                torch.testing.assert_close(actual[row], expected, atol=1e-3, rtol=1e-4)
         with steering.tasks(ROWS):
             mixed = generate(peft_model, inputs, num_beams=2)
         for row, task in enumerate(ROWS):

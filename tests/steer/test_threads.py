@@ -23,7 +23,7 @@ WAIT = 300  # seconds; a test that waits this long has failed, also on a busy ma
 
 
 class QueueStreamer(BaseStreamer):
-    """What TextIteratorStreamer does, without a tokenizer: iterate over tokens while another thread generates."""
+    """A TextIteratorStreamer without a tokenizer: iterates over tokens while another thread generates."""
 
     def __init__(self):
         self.tokens = queue.Queue()
@@ -64,7 +64,7 @@ def generate_under(steering, model, task):
 
 
 def run(function, *args):
-    """The function's result or error in a thread of its own, which a deadlock does not keep alive."""
+    """Run a function in another thread, which ends with the process; return its result or raise its error."""
     future = Future()
 
     def work():
@@ -84,8 +84,8 @@ def test_threads_with_different_tasks_do_not_mix(model):
     assert len({str(tokens) for tokens in (unsteered, *alone.values())}) == 4
     tasks = [*alone, None] * 4
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda task: generate_under(steering, model, task), tasks, timeout=WAIT))
-    assert found == [unsteered if task is None else alone[task] for task in tasks]
+        actual = list(pool.map(lambda task: generate_under(steering, model, task), tasks, timeout=WAIT))
+    assert actual == [unsteered if task is None else alone[task] for task in tasks]
 
 
 def test_a_thread_without_a_task_stays_bit_equal_beside_steered_ones(model):
@@ -126,7 +126,7 @@ def test_streaming_with_wrap(model):
 
 
 def test_threads_started_inside_a_block_belong_to_it(model):
-    """Whenever they start, and whatever starts them."""
+    """The time when they start, and the code that starts them, make no difference."""
     steering = attach(model)
     expected = generate_under(steering, model, "a")
     with steering.task("a"):
@@ -216,15 +216,15 @@ def test_contexts_that_have_nothing_to_do_with_an_open_block_stay_plain(llama):
 
 
 class TestGeneratorsThatGoOnInAnotherContext:
-    """As those that a StreamingResponse is given: every step runs in a fresh copy of the server's context."""
+    """Generators like those of a StreamingResponse: every step runs in a fresh copy of the server's context."""
 
     def steps(self, generator, threads=None):
         for _ in range(20):
             step = functools.partial(contextvars.copy_context().run, next, generator, None)
-            found = threads.submit(step).result(timeout=WAIT) if threads else step()
-            if found is None:
+            chunk = threads.submit(step).result(timeout=WAIT) if threads else step()
+            if chunk is None:
                 return
-            yield found
+            yield chunk
 
     @pytest.fixture
     def steering(self, llama):
@@ -242,8 +242,8 @@ class TestGeneratorsThatGoOnInAnotherContext:
             yield generate(llama)
 
         with ThreadPoolExecutor(2) as pool:
-            found = list(self.steps(stream(), pool if in_threads else None))
-        assert found == [expected, expected, expected, unsteered]
+            actual = list(self.steps(stream(), pool if in_threads else None))
+        assert actual == [expected, expected, expected, unsteered]
         assert generate(llama) == unsteered
         steering.fold("a")
         steering.unfold()
@@ -313,8 +313,8 @@ class TestGeneratorsThatGoOnInAnotherContext:
                 yield inner()
                 yield generate(llama)
 
-        found = list(self.steps(stream()))
-        assert found == [expected[task] for task in ("a", "a", "b", "b", "none", "a")]
+        actual = list(self.steps(stream()))
+        assert actual == [expected[task] for task in ("a", "a", "b", "b", "none", "a")]
 
     def test_two_that_take_turns_in_one_context_do_not_mix(self, llama, steering):
         expected = {task: generate_under(steering, llama, task) for task in ("a", "b")}
@@ -325,8 +325,8 @@ class TestGeneratorsThatGoOnInAnotherContext:
                     yield generate(llama)
 
         one, other = stream("a", 2), stream("b", 3)
-        found = [next(generator) for generator in (one, other, one, other)]
-        assert found == [expected[task] for task in ("a", "b", "a", "b")]
+        actual = [next(generator) for generator in (one, other, one, other)]
+        assert actual == [expected[task] for task in ("a", "b", "a", "b")]
         assert list(one) == []
         assert list(other) == [expected["b"]]
         unsteered = generate(llama)
@@ -364,8 +364,8 @@ class TestGeneratorsThatGoOnInAnotherContext:
                     yield wrapped(llama)
                     yield generate(llama)
 
-            found = list(self.steps(stream()))
-        assert found == [expected["b"], expected["a"]]
+            actual = list(self.steps(stream()))
+        assert actual == [expected["b"], expected["a"]]
 
 
 def test_asyncio_tasks_started_inside_a_block_belong_to_it(llama):
@@ -384,13 +384,13 @@ def test_asyncio_tasks_started_inside_a_block_belong_to_it(llama):
             inside = asyncio.create_task(asyncronous(start))
             start.set()
             loop = asyncio.get_running_loop()
-            found = [
+            actual = [
                 await before,
                 await inside,
                 await asyncio.to_thread(generate, llama),
                 await loop.run_in_executor(None, generate, llama),
             ]
-        return [*found, await loop.run_in_executor(None, generate, llama)]
+        return [*actual, await loop.run_in_executor(None, generate, llama)]
 
     assert asyncio.run(serve()) == [unsteered, expected, expected, expected, unsteered]
 
@@ -405,9 +405,9 @@ def test_an_async_generator_closed_from_another_context_leaves_its_block(llama):
 
     async def serve():
         chunks = stream()
-        found = [await asyncio.create_task(anext(chunks)), await asyncio.create_task(anext(chunks))]
+        actual = [await asyncio.create_task(anext(chunks)), await asyncio.create_task(anext(chunks))]
         await asyncio.create_task(chunks.aclose())
-        return found
+        return actual
 
     expected = generate_under(steering, llama, "a")
     assert asyncio.run(serve()) == [expected, expected]
@@ -433,8 +433,8 @@ def test_a_wrapped_function_may_run_in_several_threads_at_once(llama):
     expected = generate_under(steering, llama, "b")
     with steering.task("b"), ThreadPoolExecutor(3) as pool:
         wrapped = steering.wrap(generate)
-        found = [future.result(timeout=WAIT) for future in [pool.submit(wrapped, llama) for _ in range(6)]]
-    assert found == [expected] * 6
+        actual = [future.result(timeout=WAIT) for future in [pool.submit(wrapped, llama) for _ in range(6)]]
+    assert actual == [expected] * 6
 
 
 def test_a_wrapped_function_that_outlives_its_block_is_stopped(llama):

@@ -1,4 +1,4 @@
-"""`Steering.verify` says yes to what is steered rightly, and says what it has not seen."""
+"""`Steering.verify` confirms a model that is steered rightly, and names the layers that it has not seen."""
 
 import json
 
@@ -78,7 +78,7 @@ def test_given_inputs_of_other_than_two_rows_are_refused():
 
 
 def test_a_layer_that_ran_past_its_down_projection_is_a_fault():
-    """As fused kernels do."""
+    """Fused kernels do that."""
     model = tiny_models.llama()
     mlp = model.model.layers[1].mlp
     mlp.forward = lambda x: functional.linear(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), mlp.down_proj.weight)

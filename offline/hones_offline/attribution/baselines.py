@@ -50,7 +50,7 @@ def _mean_of_z(prepared: Prepared, execution: Execution, function: Callable[[Ten
 def direct_write_in(prepared: Prepared, directions: Tensor, execution: Execution) -> Importance:
     """DVP, the direct write-in or logit lens: the mean of c_{l,i} over examples; `directions` [examples, hidden]."""
     (mean,) = mean_write_in(prepared, directions, execution)
-    return Importance(NeuronIndex.of(prepared.decoder.layout), mean.reshape(-1).astype(np.float32))
+    return Importance(NeuronIndex.of(prepared.decoder.layout), mean.astype(np.float32))
 
 
 def gradient_activation(prepared: Prepared, execution: Execution) -> Importance:

@@ -19,8 +19,8 @@ from hones_offline.attribution.baselines import (
     random_importance,
 )
 from hones_offline.attribution.heads import HeadMetric
-from hones_offline.attribution.write_in import HeadWeights, PositivePart, Target, importance
-from hones_offline.data.neurons import Importance, NeuronIndex, check_fraction
+from hones_offline.attribution.write_in import HeadWeights, PositivePart, Target, head_guided_importance
+from hones_offline.data.neurons import Importance, check_fraction
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared
 from hones_offline.running.run_folder import check_seed
@@ -126,8 +126,7 @@ def _head_guided(
     execution: Execution,
 ) -> Importance:
     assert directions is not None
-    values = importance(prepared, directions, heads, execution, positive_part=options.positive_part)
-    return Importance(NeuronIndex.of(prepared.decoder.layout), values.reshape(-1))
+    return head_guided_importance(prepared, directions, heads, execution, positive_part=options.positive_part)
 
 
 def _direct(

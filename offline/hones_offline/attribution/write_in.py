@@ -11,13 +11,13 @@ from functools import partial
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hones_offline.attribution.ablation import HeadAblation, Resumption
 from hones_offline.data.metrics import FloatArray
+from hones_offline.data.neurons import Importance, NeuronIndex
 from hones_offline.running.batching import Run, Segment, batches
 from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.execution import Execution
@@ -94,15 +94,15 @@ def _smoothed_idf(documents: Sequence[Sequence[int]]) -> dict[int, float]:
     return {token: math.log((len(documents) + 1) / (df + 1)) + 1 for token, df in frequency.items()}
 
 
-def importance(
+def head_guided_importance(
     prepared: Prepared,
     directions: Tensor,
     heads: Sequence[tuple[int, int, float]],
     execution: Execution,
     *,
     positive_part: PositivePart = "mean",
-) -> npt.NDArray[np.float32]:
-    """The importance of every neuron, I_{l,i} = Σ_h w_h·[mean c(θ) − mean c(θ_Ih)]_+ / Σ_h w_h, float32 [L, I].
+) -> Importance:
+    """The importance of every neuron, I_{l,i} = Σ_h w_h·[mean c(θ) − mean c(θ_Ih)]_+ / Σ_h w_h.
 
     `heads` are (layer, head, w). With the positive part of each "example" it is Σ_h w_h·mean [c(θ) − c(θ_Ih)]_+ / Σ_h
     w_h, so that a neuron that serves some answers is not cancelled by what it does to the others.
@@ -116,7 +116,8 @@ def importance(
         drops = [(base - mean).clip(min=0) for mean in changed]
     weights = [weight for _, _, weight in heads]
     weighed = [weight * drop for weight, drop in zip(weights, drops, strict=True)]
-    return np.asarray(sum(weighed) / sum(weights), dtype=np.float32)
+    values = np.asarray(sum(weighed) / sum(weights), dtype=np.float32)
+    return Importance(NeuronIndex.of(prepared.decoder.layout), values)
 
 
 def weigh(heads: Sequence[tuple[int, int, float]], weights: HeadWeights) -> list[tuple[int, int, float]]:
@@ -131,8 +132,8 @@ def mean_write_in(
 ) -> FloatArray:
     """Mean over examples of c_{l,i} = z_i·⟨W_down[:,i], u_y⟩ at the first prompt's last token.
 
-    The result is float64 [1 + heads, L, I], first with every head in place, then with each of `heads` replaced. Each
-    process of the execution runs some of the batches.
+    The result is float64 [1 + heads, N], N being all neurons: first with every head in place, then with each of `heads`
+    replaced. Each process of the execution runs some of the batches.
     """
     return _mean_over_examples(prepared, directions, execution, partial(_sums, heads=heads), 1 + len(heads))
 
@@ -144,7 +145,7 @@ def _mean_over_examples(
     batch_sums: Callable[["WriteInForwards", Execution], FloatArray],
     count: int,
 ) -> FloatArray:
-    """The mean over examples of `batch_sums`, which are sums over a batch's examples, float64 [count, L, I]."""
+    """The mean over examples of `batch_sums`, which are sums over a batch's examples, float64 [count, N]."""
     decoder = prepared.decoder
     prompts = [encoded.prompt(0) for encoded in prepared.encoded]
 
@@ -153,18 +154,18 @@ def _mean_over_examples(
         return batch_sums(forwards, execution)
 
     units = [partial(of_batch, items) for items in batches([len(prompt) for prompt in prompts], execution.batch_size)]
-    shape = (count, len(decoder.layout.layers), decoder.layout.intermediate_size)
+    shape = (count, NeuronIndex.of(decoder.layout).size)
     return execution.processes.sum(units, shape) / len(prompts)
 
 
 def _sums(forwards: "WriteInForwards", execution: Execution, heads: Sequence[Head]) -> FloatArray:
-    """Σ c over the prompts, with every head in place and with each of `heads` replaced, [1 + heads, L, I]."""
+    """Σ c over the prompts, with every head in place and with each of `heads` replaced, [1 + heads, N]."""
     ablation = HeadAblation(forwards.decoder, WriteInSums(forwards), execution)
     return np.stack([ablation.undisturbed(), *ablation.ablated(heads)])
 
 
 def _drops(forwards: "WriteInForwards", execution: Execution, heads: Sequence[Head]) -> FloatArray:
-    """Σ [c(θ) − c(θ_Ih)]_+ over the prompts for each of `heads`, [heads, L, I]."""
+    """Σ [c(θ) − c(θ_Ih)]_+ over the prompts for each of `heads`, [heads, N]."""
     return np.stack(HeadAblation(forwards.decoder, WriteInDrops(forwards), execution).ablated(heads))
 
 
@@ -176,6 +177,7 @@ class WriteInForwards:
     ) -> None:
         """Prepare the prompts; `directions` are their u_y, [prompts, hidden]."""
         self.decoder, self.layout = decoder, decoder.layout
+        self.index = NeuronIndex.of(decoder.layout)
         self.buckets = LengthBuckets(decoder, prompts, [1] * len(prompts), execution)
         weights = [down_weight(layer) for layer in self.layout.layers]
         self.alignments = [directions.to(weight.device) @ weight.float() for weight in weights]
@@ -190,13 +192,19 @@ class WriteInForwards:
             for layer, z in recorded.items():  # [copies·n, I]
                 yield layer, items, z.unflatten(0, (copies, -1)) * self.alignments[layer][items]
 
-    def zeros(self, copies: int) -> FloatArray:
-        """Sums over no prompt, float64 [copies, L, I]."""
-        return np.zeros((copies, len(self.layout.layers), self.layout.intermediate_size))
+    def add_up(self, sums: FloatArray, terms: Iterable[tuple[int, Tensor]]) -> FloatArray:
+        """Fill in `sums` [copies, N], of each layer that has terms [copies, n, I], their sum over all n."""
+        totals: dict[int, Tensor] = {}
+        for layer, values in terms:
+            total = values.sum(1, dtype=torch.float64)
+            totals[layer] = totals[layer] + total if layer in totals else total
+        for layer, total in totals.items():
+            sums[:, self.index.layer(layer)] = total.cpu().numpy()
+        return sums
 
 
 class WriteInSums:
-    """Measures Σ c_{l,i} over the prompts, float64 [L, I]."""
+    """Measures Σ c_{l,i} over the prompts, float64 [N]."""
 
     def __init__(self, forwards: WriteInForwards) -> None:
         self.forwards = forwards
@@ -204,18 +212,20 @@ class WriteInSums:
 
     def undisturbed(self, run: Run) -> FloatArray:
         """Run the prompts with every head in place: the sums."""
-        sums: FloatArray = _add_up(self.forwards.zeros(1), ((layer, c) for layer, _, c in self.forwards.run(run)))[0]
+        terms = ((layer, c) for layer, _, c in self.forwards.run(run))
+        sums: FloatArray = self.forwards.add_up(np.zeros((1, self.forwards.index.size)), terms)[0]
         return sums
 
     def ablated(self, resumption: Resumption, base: FloatArray) -> list[FloatArray]:
         """Run them with heads replaced: the sums for each head, those of `base` in layers below the head's."""
         copies = len(resumption.heads)
         contributions = self.forwards.run(resumption.run, copies, resumption.layer)
-        return list(_add_up(base[None].repeat(copies, axis=0), ((layer, c) for layer, _, c in contributions)))
+        terms = ((layer, c) for layer, _, c in contributions)
+        return list(self.forwards.add_up(base[None].repeat(copies, axis=0), terms))
 
 
 class WriteInDrops:
-    """Measures Σ [c(θ) − c(θ_Ih)]_+ over the prompts, float64 [L, I]; undisturbed, each layer's c(θ) [prompts, I]."""
+    """Measures Σ [c(θ) − c(θ_Ih)]_+ over the prompts, float64 [N]; undisturbed, each layer's c(θ) [prompts, I]."""
 
     def __init__(self, forwards: WriteInForwards) -> None:
         self.forwards = forwards
@@ -235,15 +245,4 @@ class WriteInDrops:
             (layer, (base[layer][items] - c).clamp(min=0))
             for layer, items, c in self.forwards.run(resumption.run, copies, resumption.layer)
         )
-        return list(_add_up(self.forwards.zeros(copies), drops))
-
-
-def _add_up(sums: FloatArray, terms: Iterable[tuple[int, Tensor]]) -> FloatArray:
-    """`sums` [copies, L, I] with each layer that has terms [copies, n, I] replaced by their sum over all n."""
-    totals: dict[int, Tensor] = {}
-    for layer, values in terms:
-        total = values.sum(1, dtype=torch.float64)
-        totals[layer] = totals[layer] + total if layer in totals else total
-    for layer, total in totals.items():
-        sums[:, layer] = total.cpu().numpy()
-    return sums
+        return list(self.forwards.add_up(np.zeros((copies, self.forwards.index.size)), drops))

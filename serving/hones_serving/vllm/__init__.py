@@ -8,7 +8,7 @@ endpoint.py  the HTTP side of the API server
 `hones serve` runs the API server, which starts the engine core as a process of its own. There is one worker for each
 tensor-parallel rank: a single one lives in the engine core's process, several have a process each. From a profile's
 file to the multiplied activation, and back to the response's headers, through `hones_serving.middleware` and
-`.registry`, the modules of this package, and `hones_steer.slots`:
+`.registry`, the modules of this package, and `hones_steer.slots`; `register` has wrapped the methods of vLLM:
 
 At start
     worker       1. `worker.attach`, after vLLM's `Worker.load_model`: gives every layer a table of scales and
@@ -26,9 +26,9 @@ For each request
     engine core     vLLM's own scheduler puts new requests, `extra_args` included, into its `SchedulerOutput`
 For each step
     worker       7. `WorkerSteering.begin`, before the runner's `execute_model`: unpacks the profiles of new requests
-                 8. `WorkerSteering.fill`, before the runner's `_prepare_inputs`: takes a slot for each profile
-                    (`SlotPool.acquire`, which writes its scales with `ScaleTables.write`) and sets each token's slot
-                    (`TokenSlots.write`)
+                 8. `WorkerSteering.fill`, before the runner's `_prepare_inputs`, if the step's requests are not those
+                    of the last step: takes a slot for each profile (`SlotPool.acquire`, which writes its scales with
+                    `ScaleTables.write`) and sets each token's slot (`TokenSlots.write`)
                  9. `SteeredActivation.forward`, once per layer: activation(x) * table[slot of each token]
 For each request
     API server  10. `middleware._steering_headers`, as the response starts: X-Hones-Profile and X-Hones-Route

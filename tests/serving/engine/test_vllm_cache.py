@@ -62,7 +62,8 @@ def test_the_same_image_under_several_tasks(embedded: Path, tmp_path: Path) -> N
 def test_compiled_code_is_not_shared_with_an_engine_without_hones(llama: Path, profiles: Path, tmp_path: Path) -> None:
     """Runs the compiler that production runs, with its cache on disk.
 
-    On a CPU vLLM stores compiled code, fails to load it and compiles again, so it is not enough to look at tokens.
+    On a CPU vLLM stores compiled code, fails to load it and compiles again, so tokens alone would not show a mix-up:
+    the test counts the stored folders as well.
     """
     batch = prompts(len(MIXED))
     reference = Reference(AutoModelForCausalLM.from_pretrained(llama), profiles)

@@ -59,9 +59,9 @@ def distance(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
 def check_rounded_model(folder: Path, profiles: Path, reference: Reference, **options: Any) -> None:
     """Check that unsteered requests are as without hones, and steered ones no farther from transformers than those.
 
-    How far, is measured on the unsteered requests and on the same requests alone and in a batch. Steering enlarges
-    errors as it enlarges activations, for which there is a factor of 3. Steering must move answers by 10 times the
-    noise: below 4 an engine that does not steer, at most the noise from unsteered, could pass.
+    The noise is the larger of two distances: of the unsteered requests from transformers, and of the same requests
+    alone from those in a batch. Steering enlarges errors as it enlarges activations, which the factor of 3 allows for.
+    It must also move answers by 10 times the noise: with less than 4 an engine that does not steer could pass.
     """
     batch = [words(40, seed=i) for i in range(len(MIXED))]
     measured = {"max_tokens": 1, "prompt_logprobs": 0}
