@@ -239,13 +239,13 @@ def measure(case: Case, metric: str, modes: Sequence[str], rounds: int) -> list[
     ours: dict[str, list[float]] = {mode: [] for mode in modes}
     layers: dict[str, list[float]] = {mode: [] for mode in modes}
     limit: dict[str, list[float]] = {mode: [] for mode in modes}
-    found, plain = {}, []
+    attributions, plain = {}, []
     for number in range(rounds):
         needed = {}
         for mode in modes:
             with recorded() as work:
                 start = clock()
-                found[mode] = attribute(
+                attributions[mode] = attribute(
                     *case.arguments(),
                     top_heads=case.top_heads,
                     top_fraction=TOP_FRACTION,
@@ -260,23 +260,25 @@ def measure(case: Case, metric: str, modes: Sequence[str], rounds: int) -> list[
         for mode, minimum in needed.items():
             layers[mode].append(minimum.prefill * times.prefill + minimum.decode * times.decode)
             limit[mode].append(layers[mode][-1] + minimum.unembedded * times.unembedding)
-    scores, score_error = twin.compared(found["exact"].head_scores)
+    scores, score_error = twin.compared(attributions["exact"].head_scores)
     importance, seconds = twin.importance(scores, case.top_heads)
     plain = [scoring + seconds for scoring in plain]
-    bank = replace(found["exact"].importance, values=importance.reshape(-1)).bank(TOP_FRACTION)
+    bank = replace(attributions["exact"].importance, values=importance.reshape(-1)).bank(TOP_FRACTION)
     return [
         {
             "model": case.name,
             "metric": metric,
             "mode": mode,
-            "evaluated": race.evaluations / race.of if (race := found[mode].race) else 1.0,
+            "evaluated": race.evaluations / race.of if (race := attributions[mode].race) else 1.0,
             **spread("speedup", plain, ours[mode]),
             **spread("limit_speedup", plain, limit[mode]),
             **spread("over_limit", ours[mode], limit[mode]),
             **spread("over_layers", ours[mode], layers[mode]),
-            "same_bank": same_bank(found[mode].bank, bank),
+            "same_bank": attributions[mode].bank.pairs() == bank.pairs(),
             "score_error": score_error,
-            "importance_error": float(np.abs(np.asarray(found[mode].importance) - importance).max() / importance.max()),
+            "importance_error": float(
+                np.abs(np.asarray(attributions[mode].importance) - importance).max() / importance.max()
+            ),
             "seconds": statistics.median(ours[mode]),
             "twin_seconds": statistics.median(plain),
             "limit_seconds": statistics.median(limit[mode]),
@@ -299,11 +301,6 @@ def spread(name: str, above: Sequence[float], below: Sequence[float]) -> dict[st
     """Median, smallest and largest of the rounds' ratios."""
     ratios = [a / b for a, b in zip(above, below, strict=True)]
     return {name: statistics.median(ratios), f"{name}_min": min(ratios), f"{name}_max": max(ratios)}
-
-
-def same_bank(found: Mapping[int, Any], expected: Mapping[int, Any]) -> bool:
-    """Whether two banks hold the same neurons."""
-    return found.keys() == expected.keys() and all(np.array_equal(found[i], expected[i]) for i in found)
 
 
 class Twin:
@@ -341,8 +338,8 @@ class Twin:
         """The importance [L, I], and the seconds it took."""
         start = clock()
         with torch.no_grad():
-            found = reference.importance(*self.case.arguments(), scores, top_heads).float().numpy()
-        return found, clock() - start
+            importance = reference.importance(*self.case.arguments(), scores, top_heads).float().numpy()
+        return importance, clock() - start
 
 
 # The limit ----------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Forwards with a head replaced start at the head's layer, and give the same as the whole forward."""
 
+import gc
 from dataclasses import replace
 from itertools import combinations, pairwise
 
@@ -8,9 +9,10 @@ import pytest
 import reference
 import tiny_models
 import torch
+from hones_offline.attribution.ablation import HeadAblation, Resumption
 from hones_offline.attribution.heads import head_scores, head_statistics
 from hones_offline.attribution.measurements import AnswerLogProbability
-from hones_offline.running.batching import Batch, PrefixBatch, Segment
+from hones_offline.running.batching import Batch, PrefixBatch, Run, Segment
 from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.evaluation import score
 from hones_offline.running.execution import Execution
@@ -43,8 +45,8 @@ def test_resuming_equals_the_whole_forward(architecture: str) -> None:
     real = batch.mask.bool()
     for layer in layers:
         heads = [(layer.index, 1), (layer.index, 3)]
-        found, _ = decoder.resume(batch, states[layer.index][0], heads)
-        for head, hidden in zip(heads, found.chunk(2), strict=True):
+        resumed, _ = decoder.resume(batch, states[layer.index][0], heads)
+        for head, hidden in zip(heads, resumed.chunk(2), strict=True):
             with replaced_heads(decoder.layout, [head] * len(batch.mask)):
                 expected, _ = decoder.run(batch)
             assert not torch.allclose(expected[real], plain[real], atol=1e-3)
@@ -73,11 +75,11 @@ def test_an_attention_that_changes_what_its_output_projection_gives_runs_again()
         layer.module.self_attn.register_forward_hook(lambda _module, _args, out: (2 * out[0], out[1]))
     with recorded_states(decoder.layout, [1]) as states:
         decoder.run(batch)
-    found, _ = decoder.resume(batch, states[1][0], [(1, 2)])
+    resumed, _ = decoder.resume(batch, states[1][0], [(1, 2)])
     with replaced_heads(decoder.layout, [(1, 2)] * len(batch.mask)):
         expected, _ = decoder.run(batch)
     real = batch.mask.bool()
-    torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(resumed[real], expected[real], rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -87,10 +89,10 @@ def test_the_wanted_hidden_states_are_valid(architecture: str) -> None:
     decoder, batch = decoder_and_batch(architecture)
     columns = torch.tensor([[-1, -3]]) % batch.mask.shape[1] + torch.zeros(len(batch.mask), 1, dtype=torch.long)
     whole, _ = decoder.run(batch)
-    found, _ = decoder.run(replace(batch, wanted=columns))
+    hidden, _ = decoder.run(replace(batch, wanted=columns))
     rows = torch.arange(len(columns))[:, None]
-    torch.testing.assert_close(found[rows, columns], whole[rows, columns], rtol=1e-4, atol=1e-5)
-    assert torch.allclose(found[:, -2], whole[:, -2], atol=1e-3) == (architecture == "opt")
+    torch.testing.assert_close(hidden[rows, columns], whole[rows, columns], rtol=1e-4, atol=1e-5)
+    assert torch.allclose(hidden[:, -2], whole[:, -2], atol=1e-3) == (architecture == "opt")
 
 
 @torch.no_grad()
@@ -119,6 +121,41 @@ def test_a_forward_that_was_set_on_a_layer_is_there_again_also_after_an_error() 
         decoder.resume(batch, LayerInput(2, batch.embeds), [(2, 0)])
     assert first.forward is placed
     assert "forward" not in vars(second)
+
+
+class HiddenStates:
+    """Measures a batch's hidden states; its states are too large for those of a second layer to be kept."""
+
+    copies, token_count = 2, 2**50
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch, self.kept = batch, list[int]()
+
+    def undisturbed(self, run: Run) -> torch.Tensor:
+        self.kept.append(layer_inputs())
+        return run(self.batch, None)[0]
+
+    def ablated(self, resumption: Resumption, _base: torch.Tensor) -> list[torch.Tensor]:
+        return list(resumption.run(self.batch, None)[0].chunk(len(resumption.heads)))
+
+
+def layer_inputs() -> int:
+    return sum(type(value) is LayerInput for value in gc.get_objects())
+
+
+def test_states_are_recorded_again_where_memory_is_short_and_never_twice_at_a_time() -> None:
+    decoder, batch = decoder_and_batch("llama")
+    measurement, before = HiddenStates(batch), layer_inputs()
+    ablation = HeadAblation(decoder, measurement, Execution())
+    plain = ablation.undisturbed()
+    heads = [(2, 1), (0, 3), (1, 0), (1, 1), (1, 2), (0, 0)]
+    real = batch.mask.bool()
+    for head, hidden in zip(heads, ablation.ablated(heads), strict=True):
+        with torch.no_grad(), replaced_heads(decoder.layout, [head] * len(batch.mask)):
+            expected, _ = decoder.run(batch)
+        torch.testing.assert_close(hidden[real], expected[real], rtol=1e-4, atol=1e-4)
+    assert measurement.kept == [before] * 3  # one undisturbed forward for each layer
+    assert torch.equal(plain, ablation.undisturbed())
 
 
 @torch.no_grad()
