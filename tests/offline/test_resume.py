@@ -1,16 +1,18 @@
 """A run that was killed goes on where it stopped, ends in the same bytes, and never mixes two settings."""
 
+import inspect
 import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hones_offline import attribute, fit
 from hones_offline.data.tasks import JsonlTask
+from hones_offline.learning.factors import FitSettings
 from hones_offline.running.prompts import prepare
 from offline.killed_run import contents
 from problems import Problem, problem
@@ -223,3 +225,8 @@ def test_learning_out_of_range_is_refused_before_anything_is_done(p, tmp_path, c
     with pytest.raises(DataError, match=message):
         learning(p, tmp_path / "run", **change)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_defaults_of_fit_are_those_of_its_settings():
+    parameters = inspect.signature(fit).parameters
+    assert {name: parameters[name].default for name in asdict(FitSettings())} == asdict(FitSettings())

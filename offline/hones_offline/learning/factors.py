@@ -74,7 +74,16 @@ def fit(
     run_dir: str | Path | None = None,
     max_failures: float = 0.05,
     progress: bool = False,
-    **settings: Any,
+    epochs: int = 2,
+    lr: float = 5e-4,
+    beta_kl: float = 0.05,
+    l2: float = 1e-5,
+    clamp: float = 1.5,
+    batch_size: int = 1,
+    accumulation_steps: int = 4,
+    max_grad_norm: float = 1.0,
+    seed: int = 3407,
+    gradient_checkpointing: bool = False,
 ) -> Profile:
     """Learn z' = (1 + λ)·z for the neurons of a bank, from λ = 0, on a task's examples.
 
@@ -91,19 +100,39 @@ def fit(
         run_dir: where the state is kept every 64 steps, so that a killed run can be resumed.
         max_failures: share of examples whose image may be unusable before it is an error.
         progress: show progress bars on a terminal.
-        **settings: fields of `FitSettings`: epochs=2, lr=5e-4, beta_kl=0.05, batch_size=1, accumulation_steps=4 …
+        epochs: passes over the examples.
+        lr: AdamW's learning rate at the beginning.
+        beta_kl: β, the weight of the KL.
+        l2: weight of Σλ².
+        clamp: bound of |λ|.
+        batch_size: examples per forward and backward.
+        accumulation_steps: forwards and backwards per optimizer step.
+        max_grad_norm: the gradient's norm is clipped to it.
+        seed: order of the examples in each epoch.
+        gradient_checkpointing: recompute layers in the backward pass: less memory, more time.
 
     Raises:
         DataError: no usable example, an empty bank or one of another model, a setting out of range, or a run folder
             with other settings.
         LayoutError: the model's structure is not supported.
     """
-    chosen = FitSettings(**settings)
+    settings = FitSettings(
+        epochs=epochs,
+        lr=lr,
+        beta_kl=beta_kl,
+        l2=l2,
+        clamp=clamp,
+        batch_size=batch_size,
+        accumulation_steps=accumulation_steps,
+        max_grad_norm=max_grad_norm,
+        seed=seed,
+        gradient_checkpointing=gradient_checkpointing,
+    )
     prepared = prepare(model, processor, task, examples, max_failures=max_failures, progress=progress)
     checked = Bank(bank)
     checked.check(NeuronIndex.of(prepared.decoder.layout))
-    run = None if run_dir is None else RunFolder(run_dir, fit_run_settings(prepared, checked, chosen))
-    return learn(prepared, checked, chosen, Execution(run=run, progress=progress))
+    run = None if run_dir is None else RunFolder(run_dir, fit_run_settings(prepared, checked, settings))
+    return learn(prepared, checked, settings, Execution(run=run, progress=progress))
 
 
 def fit_run_settings(prepared: Prepared, bank: Bank, settings: FitSettings) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from hones_offline.running.agreement import Sample, check_agreement
 from hones_offline.running.batching import Segment
 from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.hooks import capture_call
+from hones_offline.running.progress import with_progress
 from hones_steer._transformers import CACHE_NAMES
 from hones_steer.errors import DataError, LayoutError
 
@@ -92,8 +93,6 @@ def prepare(
         DataError: more than the share `max_failures` of the examples failed, or no example is usable.
         LayoutError: the model's text decoder cannot be run without the rest of the model.
     """
-    from tqdm import tqdm
-
     examples = list(examples)
     if not examples:
         raise DataError(f"task {task.name!r} has no examples; give at least one")
@@ -102,8 +101,7 @@ def prepare(
     encoded: list[Encoded] = []
     failures: dict[str, str] = {}
     samples: list[Sample] = []
-    bar = tqdm(examples, f"{task.name}: encode", delay=2, leave=False, disable=None if progress else True)
-    for example in bar:
+    for example in with_progress(examples, f"{task.name}: encode", show=progress):
         try:
             image = example.image.load() if example.image else None
         except DataError as error:
