@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 from hones_offline.attribution.methods import METHODS
-from hones_offline.learning.baselines import STEERING_METHODS
 from hones_offline.learning.factors import FitSettings
+from hones_offline.learning.methods import STEERING_METHODS
 from serving.engines import ENVIRONMENT, free_port
 
 from hones_steer.cli import main

@@ -16,8 +16,8 @@ from hones_offline.comparison.study import STEERED, Study, StudySettings, study,
 from hones_offline.data.examples import Example, check_disjoint, scene_examples
 from hones_offline.data.scenes import scenes
 from hones_offline.data.tasks import TASKS
-from hones_offline.learning.baselines import STEERING_METHODS
 from hones_offline.learning.factors import FitSettings
+from hones_offline.learning.methods import STEERING_METHODS
 from hones_offline.running.embedded import load_tiny_vlm
 from hones_offline.running.models import keep_freed_memory
 from hones_offline.running.prompts import Prepared, prepare, render, tokenizer_of

@@ -211,7 +211,7 @@ def test_answers_that_end_and_diverge_at_different_places(batch_size: int) -> No
         p.model, p.processor, p.task, p.examples
     )
     expected = reference.head_scores(p.model, p.processor, p.task, p.examples, reference.metric)
-    _, found = head_scores(prepared, "task", *head_statistics(prepared, "task", Execution(batch_size=batch_size)))
+    found = head_scores(prepared, "task", *head_statistics(prepared, "task", Execution(batch_size=batch_size))).by_head
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 

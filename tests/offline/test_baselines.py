@@ -13,8 +13,8 @@ from hones_offline.attribution.baselines import (
     gradient_activation,
     mean_activation,
 )
-from hones_offline.attribution.heads import head_scores, head_statistics, top_heads
-from hones_offline.attribution.write_in import head_guided_importance, target_directions, weigh
+from hones_offline.attribution.heads import head_scores, head_statistics, top_heads, weigh
+from hones_offline.attribution.write_in import head_guided_importance, target_directions
 from hones_offline.data.neurons import Importance, NeuronIndex
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
@@ -167,7 +167,7 @@ def test_attribute_takes_every_method_and_option(tmp_path: Any) -> None:
     close(ap.importance, activation_probability(prepared, Execution(batch_size=9)))
     assert ap.base == pytest.approx(paper.base)
     assert (ap.heads, ap.head_scores.shape, ap.bank.size) == ([], (0, 0), paper.bank.size)
-    _, scores = head_scores(prepared, "logprob", *head_statistics(prepared, "logprob", Execution(batch_size=9)))
+    scores = head_scores(prepared, "logprob", *head_statistics(prepared, "logprob", Execution(batch_size=9))).by_head
     heads = weigh(top_heads(scores, 4), "rank")
     varied = attribute(*asked(p), **plain, target="centred", positive_part="example", head_weights="rank")
     expected = head_guided_importance(

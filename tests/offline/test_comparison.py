@@ -135,7 +135,7 @@ def test_heads_scored_once_for_all_seeds_find_what_a_run_on_the_draw_finds(compa
     scores = comparison.finder.scores("sizes", metric, 1)
     alone = attributed(drawn, head_metric=metric)
     assert scores.base == pytest.approx(alone.base, abs=1e-5)
-    np.testing.assert_allclose(scores.scores, alone.head_scores, atol=1e-5)
+    np.testing.assert_allclose(scores.by_head, alone.head_scores, atol=1e-5)
     if metric == "logprob":
         found = comparison.finder.attribution("sizes", "hones_logprob", 1)
         np.testing.assert_allclose(found.importance, alone.importance, rtol=1e-3, atol=1e-5)
@@ -150,7 +150,7 @@ def test_items_of_a_task_with_several_answers_are_those_of_the_examples_drawn(tm
     settings = CompareSettings(methods=("hones_logprob",), main="hones_logprob", seeds=2, attribution_examples=2)
     finder = Comparison(parts, settings).finder
     alone = attributed(finder.examples("one", 1))
-    np.testing.assert_allclose(finder.scores("one", "logprob", 1).scores, alone.head_scores, atol=1e-5)
+    np.testing.assert_allclose(finder.scores("one", "logprob", 1).by_head, alone.head_scores, atol=1e-5)
 
 
 def test_variants_are_the_options_of_attribution(comparison: Comparison) -> None:
@@ -166,7 +166,7 @@ def test_variants_are_the_options_of_attribution(comparison: Comparison) -> None
 
 
 def test_damage_divides_a_heads_score_by_its_share_of_harm_to_all_tasks(comparison: Comparison) -> None:
-    scores = {name: comparison.finder.scores(name, "logprob", 0).scores for name in TASKS}
+    scores = {name: comparison.finder.scores(name, "logprob", 0).by_head for name in TASKS}
     plain = comparison.finder.attribution("pets", "hones_logprob", 0).heads
     found = comparison.finder.attribution("pets", "hones_logprob:damage", 0).heads
     for (layer, head, weight), (*place, divided) in zip(plain, found, strict=True):
@@ -182,6 +182,12 @@ def test_heads_that_are_among_the_strongest_of_every_task_are_left_out(compariso
     found = comparison.finder.attribution("pets", "hones_logprob:leave_out", 0).heads
     assert everywhere.isdisjoint({head[:2] for head in found})
     assert {h[:2] for h in found} >= strongest[0] - everywhere
+
+
+@pytest.mark.parametrize("option", ["leave_out", "by_damage"])
+def test_options_that_compare_tasks_need_the_scores_of_all(comparison: Comparison, option: str) -> None:
+    with pytest.raises(DataError, match="leave_out and by_damage compare tasks; give the scores of all tasks"):
+        attributed(comparison.finder.examples("pets", 0), **{option: True})
 
 
 def test_a_specific_bank_has_no_neuron_of_the_other_tasks_banks(comparison: Comparison) -> None:
@@ -303,7 +309,7 @@ def test_heads_layers_overlap_and_stability(comparison: Comparison, summary: Any
     assert summary["stability"]["pets"]["dvp"] == pytest.approx(jaccard(*banks["pets"]))
     heads = summary["heads"]["pets"]
     assert (heads["metric"], heads["seeds"], heads["n"]) == ("logprob", 2, 4)
-    mean = np.mean([comparison.finder.scores("pets", "logprob", seed).scores for seed in (0, 1)], axis=0)
+    mean = np.mean([comparison.finder.scores("pets", "logprob", seed).by_head for seed in (0, 1)], axis=0)
     np.testing.assert_allclose(heads["scores"], mean, rtol=1e-5)
     assert [tuple(head) for head in heads["chosen"]] == comparison.finder.attribution("pets", "hones_logprob", 0).heads
 

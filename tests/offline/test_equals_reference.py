@@ -59,9 +59,9 @@ def test_head_scores(case: tuple[Problem, Prepared], head_metric: HeadMetric) ->
     p, prepared = case
     utility = reference.metric if head_metric == "task" else reference.mean_log_probability
     base = utility(p.model, p.processor, p.task, p.examples)
-    found_base, found = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, RUN))
-    assert found_base == pytest.approx(base, abs=1e-5)
-    for head, value in enumerate(found[1]):
+    found = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, RUN))
+    assert found.base == pytest.approx(base, abs=1e-5)
+    for head, value in enumerate(found.by_head[1]):
         with reference.head_replaced(p.model, 1, head):
             expected = base - utility(p.model, p.processor, p.task, p.examples)
         assert value == pytest.approx(expected, abs=1e-5)
@@ -73,15 +73,13 @@ def test_little_memory_and_small_batches_change_nothing(
 ) -> None:
     """States are kept of all layers or of one at a time, heads run together or alone, diverged rows wait or do not."""
     _, prepared = case
-    _, expected = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, RUN))
-    _, found = head_scores(
-        prepared, head_metric, *head_statistics(prepared, head_metric, Execution(batch_size=9, memory_gb=1e-9))
-    )
+    expected = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, RUN)).by_head
+    little = Execution(batch_size=9, memory_gb=1e-9)
+    found = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, little)).by_head
     np.testing.assert_array_equal(found, expected)
     for batch_size in (1, 3, 64):
-        _, found = head_scores(
-            prepared, head_metric, *head_statistics(prepared, head_metric, Execution(batch_size=batch_size))
-        )
+        execution = Execution(batch_size=batch_size)
+        found = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, execution)).by_head
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -94,7 +92,7 @@ def test_cut_into_buckets_by_length_nothing_changes(monkeypatch: pytest.MonkeyPa
 
     def everything() -> list[npt.NDArray[np.float32]]:
         metrics: tuple[HeadMetric, ...] = ("task", "logprob")
-        scores = [head_scores(prepared, m, *head_statistics(prepared, m, RUN))[1] for m in metrics]
+        scores = [head_scores(prepared, m, *head_statistics(prepared, m, RUN)).by_head for m in metrics]
         parts: tuple[PositivePart, ...] = ("mean", "example")
         heads = top_heads(scores[1], 4)
         return scores + [
@@ -112,7 +110,7 @@ def test_cut_into_buckets_by_length_nothing_changes(monkeypatch: pytest.MonkeyPa
 def test_importance_is_the_same_within_a_ten_thousandth(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
     scores = reference.head_scores(p.model, p.processor, p.task, p.examples, reference.mean_log_probability)
-    _, found_scores = head_scores(prepared, "logprob", *head_statistics(prepared, "logprob", RUN))
+    found_scores = head_scores(prepared, "logprob", *head_statistics(prepared, "logprob", RUN)).by_head
     np.testing.assert_allclose(found_scores, scores, atol=1e-5)
     expected = reference.importance(p.model, p.processor, p.task, p.examples, scores, top_heads=4).numpy()
     found = head_guided_importance(prepared, target_directions(prepared), top_heads(found_scores, 4), RUN)

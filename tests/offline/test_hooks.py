@@ -57,7 +57,7 @@ def wrapped() -> Iterator[Problem]:
 def everything(prepared: Prepared) -> list[Any]:
     """Head scores by both metrics, importance, and baselines."""
     execution, small = Execution(batch_size=9), Execution(batch_size=3)
-    scores = [head_scores(prepared, m, *head_statistics(prepared, m, execution))[1] for m in ("task", "logprob")]
+    scores = [head_scores(prepared, m, *head_statistics(prepared, m, execution)).by_head for m in ("task", "logprob")]
     units, heads = target_directions(prepared), top_heads(scores[1], 4)
     importances = [
         np.asarray(head_guided_importance(prepared, units, heads, execution, positive_part=part))

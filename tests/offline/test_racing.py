@@ -144,12 +144,14 @@ def test_on_a_model_the_heads_their_weights_and_the_bank_are_the_exact_ones(p: P
 def test_scores_of_finished_heads_are_exact_and_the_others_are_of_items_seen(p: Problem) -> None:
     prepared = prepare(p.model, p.processor, p.task, p.examples)
     base, replaced = head_statistics(prepared, "logprob", Execution(batch_size=8))
-    _, expected = head_scores(prepared, "logprob", base, replaced)
-    _, scores, finished, _ = race(prepared, "logprob", Execution(batch_size=8), keep=2, error=0.05, seed=1)
+    expected = head_scores(prepared, "logprob", base, replaced).by_head
+    raced = race(prepared, "logprob", Execution(batch_size=8), keep=2, error=0.05, seed=1)
+    scores, finished = raced.by_head, raced.finished
+    assert finished is not None
     np.testing.assert_allclose(scores[finished], expected[finished], atol=1e-5)
     assert not np.allclose(scores[~finished], expected[~finished], atol=1e-5)
     drawn = np.sort(np.random.default_rng(1).permutation(48)[:32])
-    _, of_seen = head_scores(prepared, "logprob", base[drawn], replaced[:, :, drawn])
+    of_seen = head_scores(prepared, "logprob", base[drawn], replaced[:, :, drawn]).by_head
     np.testing.assert_allclose(scores[~finished], of_seen[~finished], atol=1e-5)
     assert set(top_heads(expected, 2)[0][:2]) <= set(np.argwhere(finished).flatten().tolist())
 
@@ -190,7 +192,10 @@ def test_a_metric_that_is_no_mean_is_refused_by_name(tmp_path: Path) -> None:
 def test_means_of_ranking_are_taken() -> None:
     p = problem("llava", "retrieval", count=3)
     prepared = prepare(p.model, p.processor, p.task, p.examples)
-    _, _, finished, costs = race(prepared, "task", Execution(batch_size=8), keep=2, error=0.05)
+    raced = race(prepared, "task", Execution(batch_size=8), keep=2, error=0.05)
+    finished, costs = raced.finished, raced.race
+    assert finished is not None
+    assert costs is not None
     assert finished.all()  # three examples are one round
     assert costs.evaluations == costs.of
 

@@ -7,6 +7,7 @@
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Literal, Protocol
 
@@ -24,9 +25,13 @@ from hones_offline.running.hooks import Head
 from hones_offline.running.progress import progress_bar
 from hones_offline.running.prompts import Prepared
 from hones_steer.errors import DataError, LayoutError
-from hones_steer.layout import DecoderLayer
+from hones_steer.layout import DecoderLayer, Layout
 
 HeadMetric = Literal["task", "logprob"]
+HeadSearch = Literal["exact", "race"]
+HeadWeights = Literal["score", "rank"]
+WeightedHead = tuple[int, int, float]
+"""(layer, head, weight)."""
 _ROWS = 4096  # (head, item) pairs of a step: enough to decode together, few enough to lose when a run is killed
 
 
@@ -37,6 +42,44 @@ def head_count(layer: DecoderLayer) -> int:
             f"layer {layer.index} has {layer.num_heads} attention head(s); replacing one by the others needs two"
         )
     return layer.num_heads
+
+
+def require_replaceable_heads(layout: Layout) -> None:
+    """Raise LayoutError, naming the layer, if a layer has no second head to replace one by."""
+    for layer in layout.layers:
+        head_count(layer)
+
+
+@dataclass(frozen=True)
+class Race:
+    """The evaluations that racing saved, and at what risk."""
+
+    error: float
+    """The probability, at most and approximately, that the heads differ from those of exact scoring."""
+    evaluations: int
+    """Head × item evaluations run."""
+    of: int
+    """Head × item evaluations that exact scoring would run."""
+    finished: int
+    """Number of heads that were run on all items."""
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """The score of every attention head: how much replacing it costs a task."""
+
+    base: float
+    """P(θ), the utility of the untouched model: the task's metric, or the mean log-probability of the answers."""
+    by_head: npt.NDArray[np.float32]
+    """S(h), float32 [L, H]; [0, 0] for a method without heads."""
+    finished: npt.NDArray[np.bool_] | None = None
+    """With a race, which heads were run on all items, [L, H]; the scores of the others are estimates."""
+    race: Race | None = None
+
+    @classmethod
+    def none(cls, base: float) -> "HeadScores":
+        """No scores, for a method without heads."""
+        return cls(base, np.zeros((0, 0), dtype=np.float32))
 
 
 class Statistics(Protocol):
@@ -131,7 +174,7 @@ def statistics_of(
         if mine(number, block)
     )
     computed: dict[tuple[str, int, int], FloatArray] = {}
-    with progress_bar(f"{prepared.task.name}: {step}", total, show=execution.progress and processes.rank == 0) as bar:
+    with progress_bar(f"{prepared.task.name}: {step}", total, show=execution.shows_progress) as bar:
         for number, items in enumerate(item_batches):
             opened = cache(partial(scored.statistics, items))  # for the first step that the run folder does not hold
             if mine(number, 0):
@@ -172,13 +215,11 @@ def _step(
     return execution.arrays(name, compute)["statistics"]
 
 
-def head_scores(
-    prepared: Prepared, head_metric: HeadMetric, base: FloatArray, replaced: FloatArray
-) -> tuple[float, npt.NDArray[np.float32]]:
-    """Utility P(θ) and scores S(h) = P(θ) − P(θ_Ih), [L, H], from `head_statistics` of all items or of some."""
+def head_scores(prepared: Prepared, head_metric: HeadMetric, base: FloatArray, replaced: FloatArray) -> HeadScores:
+    """Utility P(θ) and scores S(h) = P(θ) − P(θ_Ih), from `head_statistics` of all items or of some."""
     whole = utility(prepared, head_metric, base)
     scores = [[whole - utility(prepared, head_metric, head) for head in layer] for layer in replaced]
-    return whole, np.array(scores, dtype=np.float32)
+    return HeadScores(whole, np.array(scores, dtype=np.float32))
 
 
 def utility(prepared: Prepared, head_metric: HeadMetric, statistics: FloatArray) -> float:
@@ -187,7 +228,7 @@ def utility(prepared: Prepared, head_metric: HeadMetric, statistics: FloatArray)
     return float(aggregate(statistics.sum(axis=0), len(statistics)))
 
 
-def top_heads(scores: npt.NDArray[np.float32], count: int) -> list[tuple[int, int, float]]:
+def top_heads(scores: npt.NDArray[np.float32], count: int) -> list[WeightedHead]:
     """The `count` heads with the highest scores that are positive, as (layer, head, weight), weight = max(S, 0).
 
     Heads with a score of zero or less have no weight in the importance, so they are left out.
@@ -201,3 +242,10 @@ def top_heads(scores: npt.NDArray[np.float32], count: int) -> list[tuple[int, in
     if not chosen:
         raise DataError("replacing a head never lowers the task's utility; use more examples or head_metric='logprob'")
     return chosen
+
+
+def weigh(heads: Sequence[WeightedHead], weights: HeadWeights) -> list[WeightedHead]:
+    """Heads, strongest first, weighted by their scores as they come, or by "rank": (K − r) / K for r = 0 … K − 1."""
+    if weights == "score":
+        return list(heads)
+    return [(layer, head, 1 - rank / len(heads)) for rank, (layer, head, _) in enumerate(heads)]

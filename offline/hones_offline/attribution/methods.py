@@ -4,9 +4,9 @@ A method is one entry of `METHODS`: commands, comparisons and reports take their
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -18,17 +18,13 @@ from hones_offline.attribution.baselines import (
     mean_activation,
     random_importance,
 )
-from hones_offline.attribution.heads import HeadMetric
-from hones_offline.attribution.write_in import HeadWeights, PositivePart, Target, head_guided_importance
+from hones_offline.attribution.heads import HeadMetric, HeadSearch, HeadWeights, WeightedHead
+from hones_offline.attribution.write_in import PositivePart, Target, head_guided_importance
 from hones_offline.data.neurons import Importance, check_fraction
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared
 from hones_offline.running.run_folder import check_seed
 from hones_steer.errors import DataError
-
-WeightedHead = tuple[int, int, float]
-"""(layer, head, weight)."""
-HeadSearch = Literal["exact", "race"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +49,7 @@ class AttributionOptions:
     error: float = 0.05
     """With `heads="race"`, the probability that it chooses other heads than "exact" does."""
     seed: int = 3407
+    """Shuffles the examples before they are batched, and draws the importances of "random"."""
     leave_out: bool = False
     """Without the heads that are among the strongest of every task."""
     by_damage: bool = False
@@ -80,13 +77,24 @@ class AttributionOptions:
                 raise DataError(f"method {self.method!r} takes no {name}; leave it out")
 
     @property
+    def decisive(self) -> dict[str, Any]:
+        """The options that decide the importance: all but the bank's size, and those of racing if heads race."""
+        without = {"top_fraction"} if self.heads == "race" else {"top_fraction", "heads", "error"}
+        return {name: value for name, value in asdict(self).items() if name not in without}
+
+    @property
+    def needs_all_tasks(self) -> bool:
+        """Whether the heads are chosen or weighed by all tasks' scores."""
+        return self.leave_out or self.by_damage
+
+    @property
     def name(self) -> str:
         """The method's name in `METHODS`."""
         return f"hones_{self.head_metric}" if self.method == "hones" else self.method
 
     @property
     def entry(self) -> "AttributionMethod":
-        """The method."""
+        """The entry of `METHODS` that is run."""
         return METHODS[self.name]
 
 

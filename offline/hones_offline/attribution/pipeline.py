@@ -6,7 +6,7 @@ methods (`hones_offline.comparison`) draws examples and calls it for each.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,26 @@ from torch import Tensor, nn
 
 from hones_offline.attribution.heads import (
     HeadMetric,
+    HeadScores,
+    HeadSearch,
+    HeadWeights,
+    Race,
+    WeightedHead,
     base_statistics,
-    head_count,
     head_scores,
     head_statistics,
+    require_replaceable_heads,
     top_heads,
     utility,
+    weigh,
 )
-from hones_offline.attribution.methods import AttributionOptions, HeadSearch, WeightedHead
-from hones_offline.attribution.racing import Race, race
+from hones_offline.attribution.methods import AttributionOptions
+from hones_offline.attribution.racing import race
 from hones_offline.attribution.write_in import (
     WRITE_IN,
-    HeadWeights,
     PositivePart,
     Target,
     target_directions,
-    weigh,
 )
 from hones_offline.data.examples import Example
 from hones_offline.data.metrics import FloatArray
@@ -41,19 +45,7 @@ from hones_offline.running.distributed import ALONE, Processes, open_run, usable
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
 from hones_offline.running.run_folder import json_bytes, run_settings
-
-
-@dataclass(frozen=True)
-class HeadScores:
-    """The score of every attention head: how much replacing it costs a task."""
-
-    base: float
-    """P(θ), the utility of the untouched model: the task's metric, or the mean log-probability of the answers."""
-    scores: npt.NDArray[np.float32]
-    """S(h), float32 [L, H]; [0, 0] for a method without heads."""
-    finished: npt.NDArray[np.bool_] | None = None
-    """With a race, which heads were run on all examples, [L, H]; the scores of the others are estimates."""
-    race: Race | None = None
+from hones_steer.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -67,7 +59,7 @@ class Attribution:
     bank: Bank
     """The neurons of the top fraction, {layer: int32 indices}."""
     heads: list[WeightedHead]
-    """The heads that guided the importance as (layer, head, weight), strongest first; none for a method without."""
+    """The heads that guided the importance as (layer, head, weight), in the order of their scores, if any did."""
     base: float
     """The utility of the untouched model on the discovery examples."""
     n: int
@@ -155,39 +147,30 @@ def attribute(
         error=error,
         seed=seed,
     )
-    shown = progress and processes.rank == 0
-    execution = Execution(batch_size, memory_gb, processes, progress=shown)
+    execution = Execution(batch_size, memory_gb, processes, progress=progress)
     order = np.random.default_rng(seed).permutation(len(examples))
     shuffled = [examples[i] for i in order]
-    prepared = prepare(model, processor, task, shuffled, max_failures=max_failures, progress=shown)
+    prepared = prepare(model, processor, task, shuffled, max_failures=max_failures, progress=execution.shows_progress)
     if processes.size > 1:
         prepared = usable_everywhere(prepared, max_failures, processes)
-    for layer in prepared.decoder.layout.layers:
-        head_count(layer)
-    others = [Bank(bank) for bank in without]
-    for bank in others:
+    if options.entry.guided:
+        require_replaceable_heads(prepared.decoder.layout)
+    other_banks = [Bank(bank) for bank in without]
+    for bank in other_banks:
         bank.check(NeuronIndex.of(prepared.decoder.layout))
-    run = open_run(run_dir, attribution_settings(prepared, options, execution), processes)
-    return find_bank(prepared, options, Execution(batch_size, memory_gb, processes, run, shown), without=others)
+    folder = open_run(run_dir, attribution_settings(prepared, options, execution), processes)
+    return find_bank(prepared, options, replace(execution, folder=folder), without=other_banks)
 
 
 def attribution_settings(prepared: Prepared, options: AttributionOptions, execution: Execution) -> dict[str, Any]:
     """Everything that decides the bytes of an attribution (the bank's size does not: it is cut from the importance)."""
-    racing = {"heads": options.heads, "error": options.error} if options.heads == "race" else {}
     return {
         "stage": "attribute",
         "write_in": WRITE_IN,
         **run_settings(prepared),
-        "top_heads": options.top_heads,
-        "head_metric": options.head_metric,
-        "seed": options.seed,
+        **options.decisive,
         "batch_size": execution.batch_size,
         "memory_gb": execution.memory_gb,
-        "method": options.method,
-        "target": options.target,
-        "positive_part": options.positive_part,
-        "head_weights": options.head_weights,
-        **racing,
     }
 
 
@@ -202,14 +185,14 @@ def find_bank(
 ) -> Attribution:
     """Find the neurons a task depends on, from its encoded examples (paper section 3; formulas in docs/methods.md).
 
-    1. Directions: the unit vector u_y that each example's answer is read from, in the model's hidden space.
+    1. Directions: the unit vector u_y of each example's answer, in the model's hidden space.
     2. Scores: S(h), what replacing each head by the mean of its layer's others costs the task.
     3. Heads: the K heads with the highest scores, each with its weight w_h.
     4. Importance: I of every neuron, Σ_h w_h · [what replacing h takes from the neuron's write-in along u_y]_+.
     5. Bank: the neurons with the highest importance.
 
-    A method without heads skips 2 and 3 (it takes the untouched model's utility only), and may need no directions; 4 is
-    then its own. What is computed is kept in the execution's run folder, in resumable steps.
+    A method without heads has none in 3, and of 2 the untouched model's utility only; it may need no directions, and 4
+    is its own. Results are kept in the execution's run folder, in resumable steps.
 
     Args:
         prepared: the examples, encoded for the model.
@@ -220,15 +203,28 @@ def find_bank(
         without: banks whose neurons are passed over.
 
     Raises:
-        DataError: no head or neuron matters, or a target has no token.
+        DataError: no head or neuron matters, a target has no token, or `all_tasks` is missing.
     """
-    directions = target_directions(prepared, options.target) if options.entry.directed else None
+    directions = answer_directions(prepared, options)
     scores = scores or score_heads(prepared, options, execution)
-    heads = guiding_heads(scores, options, all_tasks) if options.entry.guided else []
+    heads = guiding_heads(scores, options, all_tasks)
     importance = neuron_importance(prepared, directions, heads, options, execution)
     bank = importance.bank(options.top_fraction, without)
-    n, failures = len(prepared), dict(prepared.failures)
-    return Attribution(scores.scores, importance, bank, heads, scores.base, n, failures, scores.race)
+    return Attribution(
+        head_scores=scores.by_head,
+        importance=importance,
+        bank=bank,
+        heads=heads,
+        base=scores.base,
+        n=len(prepared),
+        failures=dict(prepared.failures),
+        race=scores.race,
+    )
+
+
+def answer_directions(prepared: Prepared, options: AttributionOptions) -> Tensor | None:
+    """Step 1: the target directions [examples, hidden], or None for a method that needs none."""
+    return target_directions(prepared, options.target) if options.entry.directed else None
 
 
 def score_heads(prepared: Prepared, options: AttributionOptions, execution: Execution) -> HeadScores:
@@ -239,34 +235,38 @@ def score_heads(prepared: Prepared, options: AttributionOptions, execution: Exec
         def compute(alone: Execution) -> dict[str, FloatArray]:
             return {"base": np.array([utility(prepared, metric, base_statistics(prepared, metric, alone))])}
 
-        base = execution.step_of_first("base", compute)["base"]
-        return HeadScores(float(base[0]), np.zeros((0, 0), dtype=np.float32))
+        return HeadScores.none(float(execution.step_of_first("base", compute)["base"][0]))
     if options.heads == "race":
-        return HeadScores(*race(prepared, metric, execution, keep=options.top_heads, error=options.error))
-    return HeadScores(*head_scores(prepared, metric, *head_statistics(prepared, metric, execution)))
+        return race(prepared, metric, execution, keep=options.top_heads, error=options.error)
+    return head_scores(prepared, metric, *head_statistics(prepared, metric, execution))
 
 
 def guiding_heads(
     scores: HeadScores, options: AttributionOptions, all_tasks: Sequence[HeadScores] = ()
 ) -> list[WeightedHead]:
-    """Step 3: the heads that guide the importance as (layer, head, weight), strongest first.
+    """Step 3: the heads that guide the importance as (layer, head, weight), in the order of their scores.
 
     Heads that a race dropped are not among them, nor, with `leave_out`, those that are among the strongest of every
-    task. With `by_damage` a weight is divided by the mean harm that replacing the head does to all tasks.
+    task. With `by_damage` a weight is divided by the mean harm that replacing the head does to all tasks. A method
+    without heads has none.
 
     Raises:
-        DataError: no head has a positive score.
+        DataError: no head has a positive score, or `all_tasks` is missing.
     """
-    eligible = scores.scores.copy()
+    if not options.entry.guided:
+        return []
+    if options.needs_all_tasks and not all_tasks:
+        raise DataError("leave_out and by_damage compare tasks; give the scores of all tasks")
+    eligible = scores.by_head.copy()
     if scores.finished is not None:
         eligible[~scores.finished] = -np.inf
     if options.leave_out:
-        strongest = [top_heads(task.scores, options.top_heads) for task in all_tasks]
+        strongest = [top_heads(task.by_head, options.top_heads) for task in all_tasks]
         for layer, head in set.intersection(*({head[:2] for head in heads} for heads in strongest)):
             eligible[layer, head] = 0
     heads = weigh(top_heads(eligible, options.top_heads), options.head_weights)
     if options.by_damage:
-        harm = np.mean([_relative(task.scores) for task in all_tasks], axis=0)
+        harm = np.mean([_relative(task.by_head) for task in all_tasks], axis=0)
         heads = [(layer, head, float(weight / harm[layer, head])) for layer, head, weight in heads]
     return heads
 
@@ -291,8 +291,7 @@ def neuron_importance(
     def compute(running: Execution) -> dict[str, npt.NDArray[np.float32]]:
         return {"importance": entry.importance(prepared, directions, heads, options, running).values}
 
-    decisive = [WRITE_IN, options.name, options.target, options.positive_part, options.seed, list(heads)]
-    decisive.append([example.id for example in prepared.examples])
+    decisive = [WRITE_IN, options.decisive, list(heads), [example.id for example in prepared.examples]]
     name = f"importance-{hashlib.sha256(json_bytes(decisive)).hexdigest()[:16]}"
     # Only what heads guide takes long enough to be shared among processes.
     step = execution.shared_step if entry.guided else execution.step_of_first

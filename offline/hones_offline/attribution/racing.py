@@ -17,14 +17,13 @@ hardly a head below thousands of examples.
 """
 
 import math
-from dataclasses import dataclass
 from itertools import pairwise
 from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
 
-from hones_offline.attribution.heads import HeadMetric, all_heads, statistics_of, utility
+from hones_offline.attribution.heads import HeadMetric, HeadScores, Race, all_heads, statistics_of, utility
 from hones_offline.data.metrics import FloatArray
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared
@@ -34,28 +33,12 @@ FIRST_ROUND = 32
 """The least number of items in the first round: the spread of fewer says little."""
 
 
-@dataclass(frozen=True)
-class Race:
-    """The evaluations that racing saved, and at what risk."""
-
-    error: float
-    """The probability, at most and approximately, that the heads differ from those of exact scoring."""
-    evaluations: int
-    """Head × item evaluations run."""
-    of: int
-    """Head × item evaluations that exact scoring would run."""
-    finished: int
-    """Number of heads that were run on all items."""
-
-
 def race(
     prepared: Prepared, head_metric: HeadMetric, execution: Execution, *, keep: int, error: float, seed: int = 3407
-) -> tuple[float, npt.NDArray[np.float32], npt.NDArray[np.bool_], Race]:
+) -> HeadScores:
     """Score heads, and drop those that have surely lost against the `keep` best.
 
-    Returns the utility P(θ), scores float32 [L, H], which heads were run on all items, bool [L, H] (the scores of the
-    others are estimates), and the costs. `error` is the probability of finding other heads than exact scoring does,
-    `seed` draws the items' order.
+    `error` is the probability of finding other heads than exact scoring does, `seed` draws the items' order.
 
     Raises:
         DataError: the metric is not a mean over examples.
@@ -93,7 +76,7 @@ def race(
         scores[index] = mean(base[run_on]) - mean(replaced[index][run_on])
     finished = ~np.isnan(replaced).any(axis=-1)
     costs = Race(error, evaluations, math.prod(shape) * items, int(finished.sum()))
-    return mean(base), scores, finished, costs
+    return HeadScores(mean(base), scores, finished, costs)
 
 
 def rounds(items: int) -> list[int]:

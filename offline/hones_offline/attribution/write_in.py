@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hones_offline.attribution.ablation import HeadAblation, Resumption
+from hones_offline.attribution.heads import WeightedHead
 from hones_offline.data.metrics import FloatArray
 from hones_offline.data.neurons import Importance, NeuronIndex
 from hones_offline.running.batching import Run, Segment, batches
@@ -33,7 +34,6 @@ WRITE_IN = "of the first prompt towards target_texts"
 
 Target = Literal["paper", "contrastive", "centred"]
 PositivePart = Literal["mean", "example"]
-HeadWeights = Literal["score", "rank"]
 
 
 def target_directions(prepared: Prepared, target: Target = "paper") -> Tensor:
@@ -97,7 +97,7 @@ def _smoothed_idf(documents: Sequence[Sequence[int]]) -> dict[int, float]:
 def head_guided_importance(
     prepared: Prepared,
     directions: Tensor,
-    heads: Sequence[tuple[int, int, float]],
+    heads: Sequence[WeightedHead],
     execution: Execution,
     *,
     positive_part: PositivePart = "mean",
@@ -118,13 +118,6 @@ def head_guided_importance(
     weighed = [weight * drop for weight, drop in zip(weights, drops, strict=True)]
     values = np.asarray(sum(weighed) / sum(weights), dtype=np.float32)
     return Importance(NeuronIndex.of(prepared.decoder.layout), values)
-
-
-def weigh(heads: Sequence[tuple[int, int, float]], weights: HeadWeights) -> list[tuple[int, int, float]]:
-    """Heads, strongest first, weighted by their scores as they come, or by "rank": (K − r) / K for r = 0 … K − 1."""
-    if weights == "score":
-        return list(heads)
-    return [(layer, head, 1 - rank / len(heads)) for rank, (layer, head, _) in enumerate(heads)]
 
 
 def mean_write_in(

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from hones_offline.attribution.heads import HeadMetric
-from hones_offline.attribution.methods import METHODS, SINGLE_TASK_METHODS, HeadSearch
+from hones_offline.attribution.heads import HeadMetric, HeadSearch, HeadWeights
+from hones_offline.attribution.methods import METHODS, SINGLE_TASK_METHODS
 from hones_offline.attribution.pipeline import attribute
-from hones_offline.attribution.write_in import HeadWeights, PositivePart, Target
+from hones_offline.attribution.write_in import PositivePart, Target
 from hones_offline.commands.arguments import add_data_arguments, failure_lines, load_data, show
 from hones_offline.commands.result import RESULT, attribution_result, read_bank
 from hones_offline.running.distributed import launched, own_device
@@ -135,7 +135,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
-    others = [f"{name}, {METHODS[name].meaning}" for name in SINGLE_TASK_METHODS[1:]]
+    others = [f"{name}, {METHODS[name].meaning}" for name in SINGLE_TASK_METHODS[1:] if name != "random"]
+    others.append("random, importances drawn evenly")
     parser.add_argument(
         "--method",
         choices=SINGLE_TASK_METHODS,

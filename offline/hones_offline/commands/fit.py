@@ -19,8 +19,8 @@ from hones_offline.commands.arguments import (
 from hones_offline.commands.result import read_bank
 from hones_offline.data.examples import check_disjoint
 from hones_offline.data.neurons import Bank, NeuronIndex
-from hones_offline.learning.baselines import STEERING_METHODS, SteeringInputs
 from hones_offline.learning.factors import FitSettings, fit_run_settings, learn
+from hones_offline.learning.methods import STEERING_METHODS, SteeringInputs
 from hones_offline.running.evaluation import score
 from hones_offline.running.execution import Execution
 from hones_offline.running.models import keep_freed_memory, load_model
@@ -153,7 +153,7 @@ def _fitted(
     def learn_resumable(name: str, neurons: Bank, changed: FitSettings) -> Profile:
         run = RunFolder(args.state or args.bank / f"fit-{name}", fit_run_settings(prepared, neurons, changed))
         with resumable():
-            return learn(prepared, neurons, changed, Execution(run=run, progress=True), name=name)
+            return learn(prepared, neurons, changed, Execution(folder=run, progress=True), name=name)
 
     def dev_metric(profile: Profile) -> float:
         assert dev is not None  # checked with the arguments

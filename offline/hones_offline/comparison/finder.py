@@ -1,4 +1,8 @@
-"""The bank of every task, method, size and seed: examples are drawn, and `find_bank` is called for each draw."""
+"""The bank of every task, method, size and seed: examples are drawn, and `find_bank` is called for each draw.
+
+Two methods take what it gave for others: "ape" contrasts the importances of all tasks, "random" has the main method's
+sizes.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -6,9 +10,9 @@ from functools import cache
 
 import numpy as np
 
-from hones_offline.attribution.heads import HeadMetric, head_scores, head_statistics
+from hones_offline.attribution.heads import HeadMetric, HeadScores, head_scores, head_statistics
 from hones_offline.attribution.methods import METHODS
-from hones_offline.attribution.pipeline import Attribution, HeadScores, find_bank
+from hones_offline.attribution.pipeline import Attribution, find_bank
 from hones_offline.comparison.settings import CompareSettings, parse, without_specific
 from hones_offline.comparison.splits import Splits
 from hones_offline.data.metrics import FloatArray
@@ -72,15 +76,15 @@ class Finder:
         return method.contrast({one: self.importance(one, method.single_task, seed) for one in self.tasks})[task]
 
     def _attribution(self, task: str, name: str, seed: int) -> Attribution:
-        """The attribution on a seed's draw, its bank of the main size; a step of the task's run folder."""
+        """The attribution on a seed's draw, its bank of the main size; the importance is a kept step."""
         splits = self.tasks[task]
         options = replace(parse(name).options, top_heads=self.settings.top_heads, top_fraction=self.settings.fraction)
-        execution = Execution(splits.batch_size, self.settings.memory_gb, run=splits.run, progress=self.progress)
+        execution = Execution(splits.batch_size, self.settings.memory_gb, folder=splits.run, progress=self.progress)
         with naming(f"task {task!r}, method {name!r}, seed {seed}"):
             if not options.entry.guided:
-                unscored = HeadScores(np.nan, np.zeros((0, 0), dtype=np.float32))  # nobody asks for their utility
+                unscored = HeadScores.none(np.nan)  # nobody asks for the utility: it need not be measured
                 return find_bank(self.examples(task, seed), options, execution, scores=unscored)
-            compared = self.tasks if options.leave_out or options.by_damage else ()
+            compared = self.tasks if options.needs_all_tasks else ()
             return find_bank(
                 self.examples(task, seed),
                 options,
@@ -97,7 +101,7 @@ class Finder:
         if metric == "logprob":  # items are (prompt, answer) pairs there
             firsts = np.cumsum([0, *(len(pool.task.answers(example)) for example in pool.examples)])
             items = [pair for i in items for pair in range(firsts[i], firsts[i + 1])]
-        return HeadScores(*head_scores(pool, metric, base[items], replaced[:, :, items]))
+        return head_scores(pool, metric, base[items], replaced[:, :, items])
 
     def _statistics(self, task: str, metric: HeadMetric) -> tuple[FloatArray, FloatArray]:
         """`head_statistics` of the whole pool, in a run folder of its own."""
@@ -105,5 +109,5 @@ class Finder:
         settings = {"stage": "heads", **run_settings(pool), "head_metric": metric, "batch_size": splits.batch_size}
         settings["memory_gb"] = self.settings.memory_gb
         run = RunFolder(splits.path / f"heads-{metric}-{len(pool)}", settings)
-        execution = Execution(splits.batch_size, self.settings.memory_gb, run=run, progress=self.progress)
+        execution = Execution(splits.batch_size, self.settings.memory_gb, folder=run, progress=self.progress)
         return head_statistics(pool, metric, execution)

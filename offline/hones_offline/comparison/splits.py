@@ -6,8 +6,8 @@ from typing import Literal
 
 from hones_offline.data.metrics import FloatArray
 from hones_offline.data.neurons import Bank
-from hones_offline.learning.baselines import SteeringInputs
 from hones_offline.learning.factors import FitSettings, fit_run_settings, learn
+from hones_offline.learning.methods import SteeringInputs
 from hones_offline.running.evaluation import Scores, intervention, score
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared
@@ -68,7 +68,7 @@ class Splits:
         wanted = {"name": name, **fit_run_settings(self.discovery, bank, settings)}
         digest = hashlib.sha256(json_bytes(wanted)).hexdigest()[:16]
         run = RunFolder(self.path / f"fit-{digest}", wanted)
-        return learn(self.discovery, bank, settings, Execution(run=run, progress=progress), name=name)
+        return learn(self.discovery, bank, settings, Execution(folder=run, progress=progress), name=name)
 
     def steering_inputs(
         self, bank: Bank, random_bank: Bank, settings: FitSettings, *, progress: bool = False

@@ -9,8 +9,8 @@ import numpy as np
 from hones_offline.attribution.pipeline import Attribution
 from hones_offline.comparison.splits import Splits
 from hones_offline.data.neurons import Bank, NeuronIndex
-from hones_offline.learning.baselines import STEERING_METHODS
 from hones_offline.learning.factors import FitSettings
+from hones_offline.learning.methods import STEERING_METHODS
 from hones_offline.running.evaluation import Scores
 from hones_steer.profile import Profile
 
@@ -33,7 +33,7 @@ class StudySettings:
     fractions: Sequence[float] = (0.01,)
     """Bank sizes tried on dev; the one whose masking costs most beyond random masking is taken."""
     random_banks: int = 5
-    """Random banks masked on test; the first also carries the RandNeuron baseline."""
+    """Random banks masked on test; the first also carries the baseline "random_neurons"."""
     fit: FitSettings = field(default_factory=FitSettings)
 
 

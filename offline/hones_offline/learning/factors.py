@@ -132,7 +132,7 @@ def fit(
     checked = Bank(bank)
     checked.check(NeuronIndex.of(prepared.decoder.layout))
     run = None if run_dir is None else RunFolder(run_dir, fit_run_settings(prepared, checked, settings))
-    return learn(prepared, checked, settings, Execution(run=run, progress=progress))
+    return learn(prepared, checked, settings, Execution(folder=run, progress=progress))
 
 
 def fit_run_settings(prepared: Prepared, bank: Bank, settings: FitSettings) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def learn(
     """
     learner = _Learner(prepared, bank, settings)
     state: Arrays = learner.start()
-    with progress_bar(f"{prepared.task.name}: fit {name}", learner.total_steps, show=execution.progress) as bar:
+    with progress_bar(f"{prepared.task.name}: fit {name}", learner.total_steps, show=execution.shows_progress) as bar:
         for first in range(0, learner.total_steps, CHUNK):
             steps = range(first, min(first + CHUNK, learner.total_steps))
             state = execution.arrays(f"{name}-{steps.stop:06d}", partial(learner.advance, state, steps))
@@ -169,7 +169,7 @@ def learn(
 
 
 def uniform_profile(prepared: Prepared, bank: Bank, factor: float, name: str) -> Profile:
-    """One factor for every neuron of the bank: Fixed-Amp (2.0) and the points of Grid-Search."""
+    """One factor for every neuron of the bank: "fixed_amp" (2.0) and the points of "grid_search"."""
     scales = np.full(bank.size, factor, dtype=np.float32)
     return bank_profile(prepared, bank, scales, {"name": name, "factor": factor})
 

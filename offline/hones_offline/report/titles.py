@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from hones_offline.attribution.methods import METHODS
 from hones_offline.comparison.study import STEERED
-from hones_offline.learning.baselines import STEERING_METHODS
+from hones_offline.learning.methods import STEERING_METHODS
 
 
 def method_title(method: str) -> str:

@@ -16,10 +16,12 @@ from hones_offline.data.neurons import Bank, NeuronIndex
 from hones_offline.data.tasks import Output, Task
 from hones_offline.running.batching import in_batches
 from hones_offline.running.decoder import TextDecoder
-from hones_offline.running.hooks import dense_scales, scaled_ffn
+from hones_offline.running.hooks import scaled_ffn
 from hones_offline.running.prompts import Encoded, Prepared, prepare
 from hones_steer.errors import DataError
+from hones_steer.layout import Layout
 from hones_steer.profile import ModelIdentity, Profile
+from hones_steer.slots import dense_row
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,18 @@ def intervention(prepared: Prepared, *, steering: Profile | None = None, mask: B
     layout = prepared.decoder.layout
     with ExitStack() as stack:
         if steering is not None:
-            stack.enter_context(scaled_ffn(layout, dense_scales(layout.intermediate_size, steering.layers)))
+            stack.enter_context(scaled_ffn(layout, _dense_rows(layout, steering.layers)))
         if mask is not None:
             mask.check(NeuronIndex.of(layout))
             zeros = {layer: (neurons, np.zeros(len(neurons))) for layer, neurons in mask.items()}
-            stack.enter_context(scaled_ffn(layout, dense_scales(layout.intermediate_size, zeros)))
+            stack.enter_context(scaled_ffn(layout, _dense_rows(layout, zeros)))
         yield
+
+
+def _dense_rows(layout: Layout, layers: Mapping[int, tuple[npt.ArrayLike, npt.ArrayLike]]) -> dict[int, Tensor]:
+    """{layer: (neurons [k], scales [k])} as {layer: float32 [I]}, with 1 for the neurons not listed."""
+    widths = NeuronIndex.of(layout).widths
+    return {layer: dense_row(neurons, scales, widths[layer]) for layer, (neurons, scales) in layers.items()}
 
 
 def score(prepared: Prepared, *, batch_size: int) -> Scores:

@@ -1,4 +1,4 @@
-"""The way a computation is run, apart from what it computes."""
+"""Settings of how a computation is run, apart from what it computes."""
 
 import math
 from collections.abc import Callable
@@ -28,10 +28,10 @@ class Execution:
     memory_gb: float = 4.0
     """GiB for the states that are kept to resume forwards from, and for each of two KV caches."""
     processes: Processes = ALONE
-    run: RunFolder | None = None
+    folder: RunFolder | None = None
     """Where the results of steps are kept; None keeps none."""
     progress: bool = False
-    """Show progress bars on a terminal."""
+    """Show progress bars on a terminal, those of the first process."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -39,9 +39,14 @@ class Execution:
         if not 0 < self.memory_gb < math.inf:
             raise DataError(f"memory_gb must be positive, not {self.memory_gb}")
 
+    @property
+    def shows_progress(self) -> bool:
+        """Whether this process shows progress bars."""
+        return self.progress and self.processes.rank == 0
+
     def arrays(self, step: str, compute: Callable[[], Arrays]) -> dict[str, npt.NDArray[Any]]:
         """The named arrays of a step: read if the run folder holds them, else computed, and kept if there is one."""
-        return dict(compute()) if self.run is None else self.run.arrays(step, compute)
+        return dict(compute()) if self.folder is None else self.folder.arrays(step, compute)
 
     def step_of_first(self, step: str, compute: Callable[["Execution"], Arrays]) -> dict[str, npt.NDArray[Any]]:
         """`arrays` of a step that the first process computes alone, for every process.
@@ -52,7 +57,10 @@ class Execution:
         return self.processes.from_first(lambda: alone.arrays(step, lambda: compute(alone)))
 
     def shared_step(self, step: str, compute: Callable[["Execution"], Arrays]) -> dict[str, npt.NDArray[Any]]:
-        """`arrays` of a step that all processes compute together, each getting the whole."""
-        kept = self.processes.from_first(lambda: self.run is not None and self.run.holds(step))
+        """`arrays` of a step that all processes call together, for every process.
+
+        `compute` divides the work among them itself, and gives each the whole.
+        """
+        kept = self.processes.from_first(lambda: self.folder is not None and self.folder.holds(step))
         values = {} if kept else compute(self)
         return self.processes.from_first(lambda: self.arrays(step, lambda: values))

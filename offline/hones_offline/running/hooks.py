@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from hones_steer.errors import LayoutError
 from hones_steer.injection import input_hooks, scale
 from hones_steer.layout import DecoderLayer, Layout
-from hones_steer.slots import dense_row
 
 Scales = Mapping[int, Tensor]
 Head = tuple[int, int]
@@ -364,8 +363,3 @@ def scaled_ffn(layout: Layout, scales: Scales) -> Iterator[None]:
     scaled = [(layout.layers[index], scaler(factors)) for index, factors in scales.items()]
     with _hooked(layout, [(layer, layer.down_proj, replace) for layer, replace in scaled]):
         yield
-
-
-def dense_scales(width: int, layers: Mapping[int, tuple[Any, Any]]) -> dict[int, Tensor]:
-    """{layer: (neurons [k], scales [k])} as {layer: float32 [width]} with 1 for the neurons not listed."""
-    return {index: dense_row(neurons, factors, width) for index, (neurons, factors) in layers.items()}

@@ -13,8 +13,8 @@ file to the multiplied activation, and back to the response's headers, through `
 At start
     worker       1. `worker.attach`, after vLLM's `Worker.load_model`: gives every layer a table of scales and
                     replaces its FFN's activation with a `SteeredActivation` that reads the table
-    API server   2. `front.attach`, from `Endpoint.init_state`: asks the workers for their model's identity; its
-                    `ProfileRegistry` reads every profile file of the folder and checks it against that identity
+    API server   2. `front.attach`, to which `Endpoint.init_state` gives the identity of the model, having asked the
+                    workers for it: its `ProfileRegistry` reads every profile file of the folder and checks it
 For each request
     API server   3. `middleware._admit`: `routing.decide` chooses the expression, `ProfileRegistry.resolve` makes it one
                     profile, `ProfileRegistry.admit` reserves room and issues a ticket
