@@ -142,7 +142,9 @@ class WorkerSteering:
         self._last = step
         profiles = [self._profiles.get(request_id) for request_id in request_ids]
         slots = self._pool.acquire(profiles)
-        self._pool.release(profiles)
+        self._pool.release(
+            profiles
+        )  # a slot is owed for this step only; what was written stays until it is taken again
         self._tokens.write(slots, counts)
 
 
