@@ -142,9 +142,8 @@ class WorkerSteering:
         self._last = step
         profiles = [self._profiles.get(request_id) for request_id in request_ids]
         slots = self._pool.acquire(profiles)
-        self._pool.release(
-            profiles
-        )  # a slot is owed for this step only; what was written stays until it is taken again
+        # A slot is owed for this step only; what was written stays until it is taken again.
+        self._pool.release(profiles)
         self._tokens.write(slots, counts)
 
 
