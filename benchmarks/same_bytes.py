@@ -269,7 +269,7 @@ def run_comparison(out: Path) -> None:
 
     variants = ("hones_logprob:rank+damage", "hones_task:leave_out+centred+example", "hones_task:specific")
     settings = CompareSettings(
-        methods=(*METHODS, *variants, "dvp:centred", "ap:specific"),
+        methods=(*sorted(METHODS), *variants, "dvp:centred", "ap:specific"),
         main="hones_task",
         fractions=(0.05, 0.1),
         fraction=0.1,

@@ -84,7 +84,8 @@ def _renamed_to(target: Path, parents: bool) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         temporary.replace(target)
-        _sync(target.parent)
+        with suppress(OSError):  # the file is in place; some file systems cannot sync a folder
+            _sync(target.parent)
     except BaseException:  # an interrupt leaves nothing behind either
         _remove(temporary, made)
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -77,7 +78,10 @@ def _stored_tensors(source: Path) -> dict[str, Stored]:
     """The place of each tensor of the checkpoint, by its key on the disk; only headers are read."""
     if (source / INDEX).is_file():
         with loading(f"{source / INDEX}"):
-            weight_map = parse_object((source / INDEX).read_bytes(), f"{source / INDEX}", DataError)["weight_map"]
+            index = json.loads((source / INDEX).read_bytes())  # as transformers reads it
+            if not isinstance(index, dict):
+                raise DataError(f"{source / INDEX}: is not a JSON object; get the whole checkpoint")
+            weight_map = index["weight_map"]
             names = sorted(set(weight_map.values()))
         if missing := [name for name in names if Path(name).name != name or not (source / name).is_file()]:
             raise DataError(f"{source}: {missing[0]!r}, which {INDEX} names, is not there; get the whole checkpoint")

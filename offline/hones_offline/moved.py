@@ -6,6 +6,7 @@
 
 import importlib
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MOVED: dict[str, str | tuple[str, ...]] = {
@@ -20,14 +21,14 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "embedded": "running.embedded",
     "evaluate": "running.evaluation",
     "examples": "data.examples",
-    "finding": "comparison.settings",
-    "fit": "learning.factors",
+    "finding": ("comparison.settings", "comparison.finder"),
+    "fit": ("learning.factors", "learning.methods"),
     "heads": "attribution.heads",
     "interventions": ("attribution.ablation", "attribution.measurements", "attribution.generated"),
     "metrics": "data.metrics",
     "models": "running.models",
     "negatives": "data.negatives",
-    "neurons": "attribution.write_in",
+    "neurons": ("attribution.write_in", "attribution.heads"),
     "pipeline": "attribution.pipeline",
     "prompts": "running.prompts",
     "racing": "attribution.racing",
@@ -48,6 +49,7 @@ class _Alias(ModuleType):
 
     def __init__(self, old: str, new: tuple[str, ...]) -> None:
         super().__init__(f"hones_offline.{old}", f"Moved to {', '.join(f'hones_offline.{name}' for name in new)}.")
+        self.__spec__ = ModuleSpec(self.__name__, None)
         self._new = new
 
     def __getattr__(self, name: str) -> object:

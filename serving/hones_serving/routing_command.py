@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "--profiles",
         metavar="DIR",
         type=Path,
-        help="the server's profiles: unknown tasks are errors, digests are profile_header",
+        help="the server's profiles: unknown tasks are errors, digests are shown",
     )
     names = "the server's names of its model (default: the request's, up to the first colon)"
     add("--served-model-name", metavar="NAME", nargs="+", help=names)

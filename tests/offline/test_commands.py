@@ -446,6 +446,21 @@ def test_a_number_or_name_out_of_range(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_options_of_attribution_are_checked_before_data_and_model(fails: Callable[..., str], tmp_path: Path) -> None:
+    nothing = [
+        "attribute",
+        tmp_path / "model",
+        "--task",
+        "words",
+        "--data",
+        tmp_path / "no.jsonl",
+        "--out",
+        tmp_path / "r",
+    ]
+    assert "method 'ap' takes no target" in fails(*nothing, "--method", "ap", "--target", "centred")
+    assert "top_heads must be at least 1, not 0" in fails(*nothing, "--top-heads", "0")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -203,6 +203,18 @@ def test_a_specific_bank_has_no_neuron_of_the_other_tasks_banks(comparison: Comp
     assert found.size == shared["pets"].size  # the next ones fill it up
 
 
+def test_an_attribution_has_the_bank_of_its_method_and_is_refused_without_one_of_its_own(
+    comparison: Comparison,
+) -> None:
+    finder = comparison.finder
+    specific = finder.attribution("pets", "hones_logprob:specific", 0).bank
+    assert specific.digest == finder.bank("pets", "hones_logprob:specific", 0.2, 0).digest
+    assert specific.digest != finder.attribution("pets", "hones_logprob", 0).bank.digest
+    for name in ("ape", "random"):
+        with pytest.raises(DataError, match=f"method '{name}' is not attributed on its own"):
+            finder.attribution("pets", name, 0)
+
+
 def test_entropy_takes_all_tasks_probabilities_of_the_same_seed(comparison: Comparison) -> None:
     tables = {name: activation_probability(comparison.finder.examples(name, 1), RUN) for name in TASKS}
     found = comparison.finder.importance("places", "ape", 1)

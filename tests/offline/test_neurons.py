@@ -129,8 +129,8 @@ def test_a_random_bank_is_drawn_from_all_neurons_and_differs_by_seed():
         ({1: [-1, 5]}, r"layer 1 names neurons outside \[0, 96\)"),
         ({1: [5, 5]}, "layer 1 does not name its neurons in increasing order, each once"),
         ({1: [6, 5]}, "layer 1 does not name its neurons in increasing order, each once"),
-        ({1: [0.5]}, "layer 1 does not hold neuron indices but float64 0.5"),
-        ({1: [2**31]}, "layer 1 does not hold neuron indices but int64 2147483648"),
+        ({1: [0.5]}, "layer 1 holds float64 0.5; give neuron indices"),
+        ({1: [2**31]}, "layer 1 holds int64 2147483648; give neuron indices"),
     ],
 )
 def test_a_bank_that_is_not_the_models_is_refused(bank, message):

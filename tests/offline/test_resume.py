@@ -97,6 +97,14 @@ def with_end(model):
     return model
 
 
+def test_a_run_folder_names_what_decides_an_attribution_and_nothing_else(p, tmp_path):
+    """One name more, and runs begun before are refused."""
+    attribution(p, tmp_path)
+    names = {"stage", "write_in", "task", "metric", "max_new_tokens", "prompts", "examples", "model", "dtype", "device"}
+    names |= {"top_heads", "head_metric", "seed", "batch_size", "memory_gb", "method", "target", "positive_part"}
+    assert set(json.loads((tmp_path / "run.json").read_text())) == names | {"head_weights"}
+
+
 def test_a_run_that_measured_another_write_in_is_not_gone_on_with(p, tmp_path):
     attribution(p, tmp_path)
     settings = json.loads((tmp_path / "run.json").read_text())

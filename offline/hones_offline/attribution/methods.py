@@ -4,7 +4,7 @@ A method is one entry of `METHODS`: commands, comparisons and reports take their
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, get_args
 
@@ -77,10 +77,9 @@ class AttributionOptions:
                 raise DataError(f"method {self.method!r} takes no {name}; leave it out")
 
     @property
-    def decisive(self) -> dict[str, Any]:
-        """The options that decide the importance: all but the bank's size, and those of racing if heads race."""
-        without = {"top_fraction"} if self.heads == "race" else {"top_fraction", "heads", "error"}
-        return {name: value for name, value in asdict(self).items() if name not in without}
+    def method_options(self) -> dict[str, Any]:
+        """The options that the method takes besides those of every method, by name."""
+        return {name: getattr(self, name) for name in self.entry.options}
 
     @property
     def needs_all_tasks(self) -> bool:

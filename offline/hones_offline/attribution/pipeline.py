@@ -164,13 +164,21 @@ def attribute(
 
 def attribution_settings(prepared: Prepared, options: AttributionOptions, execution: Execution) -> dict[str, Any]:
     """Everything that decides the bytes of an attribution (the bank's size does not: it is cut from the importance)."""
+    racing = {"heads": options.heads, "error": options.error} if options.heads == "race" else {}
     return {
         "stage": "attribute",
         "write_in": WRITE_IN,
         **run_settings(prepared),
-        **options.decisive,
+        "top_heads": options.top_heads,
+        "head_metric": options.head_metric,
+        "seed": options.seed,
         "batch_size": execution.batch_size,
         "memory_gb": execution.memory_gb,
+        "method": options.method,
+        "target": options.target,
+        "positive_part": options.positive_part,
+        "head_weights": options.head_weights,
+        **racing,
     }
 
 
@@ -291,7 +299,8 @@ def neuron_importance(
     def compute(running: Execution) -> dict[str, npt.NDArray[np.float32]]:
         return {"importance": entry.importance(prepared, directions, heads, options, running).values}
 
-    decisive = [WRITE_IN, options.decisive, list(heads), [example.id for example in prepared.examples]]
+    ids = [example.id for example in prepared.examples]
+    decisive = [WRITE_IN, options.name, options.method_options, options.seed, list(heads), ids]
     name = f"importance-{hashlib.sha256(json_bytes(decisive)).hexdigest()[:16]}"
     # Only what heads guide takes long enough to be shared among processes.
     step = execution.shared_step if entry.guided else execution.step_of_first

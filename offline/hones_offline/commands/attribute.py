@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from hones_offline.attribution.heads import HeadMetric, HeadSearch, HeadWeights
-from hones_offline.attribution.methods import METHODS, SINGLE_TASK_METHODS
+from hones_offline.attribution.methods import METHODS, SINGLE_TASK_METHODS, AttributionOptions
 from hones_offline.attribution.pipeline import attribute
 from hones_offline.attribution.write_in import PositivePart, Target
 from hones_offline.commands.arguments import add_data_arguments, failure_lines, load_data, show
@@ -21,6 +21,18 @@ from hones_steer.profile import ModelIdentity
 def run(argv: Sequence[str]) -> int:
     """Entry point of `hones attribute`."""
     args = _parser().parse_args(argv)
+    options = AttributionOptions(  # checked before anything is loaded
+        method=args.method,
+        head_metric=args.head_metric,
+        top_heads=args.top_heads,
+        top_fraction=args.top_fraction,
+        target=args.target,
+        positive_part=args.positive_part,
+        head_weights=args.head_weights,
+        heads=args.heads,
+        error=args.error,
+        seed=args.seed,
+    )
     with resumable(), launched() as processes:
         task, loaded = load_data(args)
         banks = [read_bank(path) for path in args.without]
@@ -31,17 +43,17 @@ def run(argv: Sequence[str]) -> int:
             processor,
             task,
             loaded.examples,
-            top_heads=args.top_heads,
-            top_fraction=args.top_fraction,
-            head_metric=args.head_metric,
-            method=args.method,
-            target=args.target,
-            positive_part=args.positive_part,
-            head_weights=args.head_weights,
-            heads=args.heads,
-            error=args.error,
+            top_heads=options.top_heads,
+            top_fraction=options.top_fraction,
+            head_metric=options.head_metric,
+            method=options.method,
+            target=options.target,
+            positive_part=options.positive_part,
+            head_weights=options.head_weights,
+            heads=options.heads,
+            error=options.error,
             without=[bank.for_model(model) for bank in banks],
-            seed=args.seed,
+            seed=options.seed,
             batch_size=args.batch_size,
             memory_gb=args.memory_gb,
             run_dir=args.out,
@@ -52,11 +64,11 @@ def run(argv: Sequence[str]) -> int:
         if processes.rank == 0:
             result = attribution_result(task, attribution, loaded.skipped, ModelIdentity.from_model(model))
             result |= {
-                "top_fraction": args.top_fraction,
-                "method": args.method,
-                "target": args.target,
-                "positive_part": args.positive_part,
-                "head_weights": args.head_weights,
+                "top_fraction": options.top_fraction,
+                "method": options.method,
+                "target": options.target,
+                "positive_part": options.positive_part,
+                "head_weights": options.head_weights,
                 "without": [str(path) for path in args.without],
             }
             write_atomically(args.out / RESULT, json_bytes(result))

@@ -44,7 +44,8 @@ class Finder:
                     "attribution_examples lower or give more discovery examples"
                 )
         self.statistics = cache(self._statistics)
-        self.attribution = cache(self._attribution)
+        self.importance = cache(self._importance)
+        self._attributed = cache(self._attribute)
 
     def drawn(self, task: str, seed: int) -> list[int]:
         """The numbers of the pool's examples that a seed draws."""
@@ -68,14 +69,26 @@ class Finder:
         with naming(f"task {task!r}, method {name!r}, seed {seed}"):
             return self.importance(task, shared, seed).bank(fraction, without)
 
-    def importance(self, task: str, name: str, seed: int) -> Importance:
+    def attribution(self, task: str, name: str, seed: int) -> Attribution:
+        """The attribution on a seed's draw, with the method's bank of the main size.
+
+        Raises:
+            DataError: the method is "random" or "ape", which take what was found by others; `bank` has their banks.
+        """
+        method = parse(name)
+        if method.base == "random" or METHODS[method.base].contrast is not None:
+            raise DataError(f"method {name!r} is not attributed on its own; its banks come from `bank`")
+        attribution = self._attributed(task, without_specific(name), seed)
+        return replace(attribution, bank=self.bank(task, name, self.settings.fraction, seed))
+
+    def _importance(self, task: str, name: str, seed: int) -> Importance:
         """The importance of every neuron by a method other than "random"."""
         method = METHODS[parse(name).base]
         if method.contrast is None:
-            return self.attribution(task, name, seed).importance
+            return self._attributed(task, name, seed).importance
         return method.contrast({one: self.importance(one, method.single_task, seed) for one in self.tasks})[task]
 
-    def _attribution(self, task: str, name: str, seed: int) -> Attribution:
+    def _attribute(self, task: str, name: str, seed: int) -> Attribution:
         """The attribution on a seed's draw, its bank of the main size; the importance is a kept step."""
         splits = self.tasks[task]
         options = replace(parse(name).options, top_heads=self.settings.top_heads, top_fraction=self.settings.fraction)

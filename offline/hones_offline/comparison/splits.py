@@ -1,8 +1,12 @@
 """A task's splits with everything that is measured or learned on them, each once."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from hones_offline.data.metrics import FloatArray
 from hones_offline.data.neurons import Bank
@@ -46,17 +50,20 @@ class Splits:
         """The examples of each split."""
         return {"discovery": self.discovery, "dev": self.dev, "test": self.test}
 
-    def measure(self, split: Split, *, steering: Profile | None = None, mask: Bank | None = None) -> Scores:
+    def measure(
+        self, split: Split, *, steering: Profile | None = None, mask: Mapping[int, npt.NDArray[np.int32]] | None = None
+    ) -> Scores:
         """The metric on a split as it is, steered or with a bank masked; the same is measured once."""
         examples = self.parts[split]
+        bank = None if mask is None else Bank(mask)
         name = f"{split}-base"
         if steering is not None:
             name = f"{split}-steered-{steering.digest[:16]}"
-        if mask is not None:
-            name = f"{split}-masked-{mask.digest}"
+        if bank is not None:
+            name = f"{split}-masked-{bank.digest}"
 
         def compute() -> dict[str, FloatArray]:
-            with intervention(examples, steering=steering, mask=mask):
+            with intervention(examples, steering=steering, mask=bank):
                 return {"statistics": score(examples, batch_size=self.batch_size).statistics}
 
         statistics = self.run.arrays(name, compute)["statistics"]

@@ -132,7 +132,7 @@ class Bank(Mapping[int, npt.NDArray[np.int32]]):
 
 def _indices(layer: int, neurons: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
     if neurons.dtype.kind not in "iu" or int(neurons.max()) > np.iinfo(np.int32).max:
-        raise DataError(f"the bank's layer {layer} does not hold neuron indices but {neurons.dtype} {neurons.max()}")
+        raise DataError(f"the bank's layer {layer} holds {neurons.dtype} {neurons.max()}; give neuron indices")
     if (np.diff(neurons.astype(np.int64)) <= 0).any():
         raise DataError(f"the bank's layer {layer} does not name its neurons in increasing order, each once")
     return neurons.astype(np.int32)
@@ -150,6 +150,8 @@ class Importance:
     """float32 [N], in the index's order."""
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        if copy is False:
+            raise ValueError("an Importance is made into a matrix by copying it")
         layers = [self.values[self.index.layer(layer)] for layer in range(len(self.index.widths))]
         return np.array(np.stack(layers), dtype=dtype)
 
