@@ -66,8 +66,9 @@ class Finder:
         if parse(name).specific:
             shared = without_specific(name)
             without = [self.bank(other, shared, fraction, seed) for other in self.tasks if other != task]
+        importance = self.importance(task, shared, seed)
         with naming(f"task {task!r}, method {name!r}, seed {seed}"):
-            return self.importance(task, shared, seed).bank(fraction, without)
+            return importance.bank(fraction, without)
 
     def attribution(self, task: str, name: str, seed: int) -> Attribution:
         """The attribution on a seed's draw, with the method's bank of the main size.
