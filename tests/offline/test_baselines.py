@@ -14,7 +14,7 @@ from hones_offline.attribution.baselines import (
     mean_activation,
 )
 from hones_offline.attribution.heads import head_scores, head_statistics, top_heads, weigh
-from hones_offline.attribution.write_in import head_guided_importance, target_directions
+from hones_offline.attribution.write_in import Target, head_guided_importance, target_directions
 from hones_offline.data.neurons import Importance, NeuronIndex
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
@@ -52,12 +52,12 @@ def test_activation_baselines_read_z_at_the_last_prompt_token(case: tuple[Proble
 
 def test_the_write_in_alone_in_all_directions(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
-    directions = {
+    directions: dict[Target, Any] = {
         "paper": reference.directions,
         "centred": reference.centred_directions,
     }
     for target, of in directions.items():
-        found = direct_write_in(prepared, target_directions(prepared, target), Execution(batch_size=3))  # type: ignore[arg-type]
+        found = direct_write_in(prepared, target_directions(prepared, target), Execution(batch_size=3))
         close(found, reference.mean_write_in(*asked(p), units=[u.detach() for u in of(*asked(p))]))
 
 

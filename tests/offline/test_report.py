@@ -142,7 +142,7 @@ def test_bars_are_as_long_as_what_they_show(full: tuple[Path, Any], browser: Any
     )
     own_drops = [(text, width) for text, width in bars if "own drop" in text and width > 5]
     assert len(own_drops) > 30
-    values = [float(re.search(r": \+([\d.]+)", text)[1]) for text, _ in own_drops]  # type: ignore[index]
+    values = [float(re.findall(r": \+([\d.]+)", text)[0]) for text, _ in own_drops]
     scales = [width / value for value, (_, width) in zip(values, own_drops, strict=True)]
     assert max(scales) == pytest.approx(min(scales), rel=0.01)
 
