@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 
+import numpy as np
 import torch
 
 from hones_steer.layout import find_layout, is_transposed
@@ -297,6 +298,27 @@ def activation_entropy(probabilities):
                 bonus = math.log(len(tasks)) if value >= threshold else 0.0
                 result[task][layer][neuron] = max(math.log(len(tasks)) - entropy, 0.0) + bonus
     return result
+
+
+def unit_importance(importance):
+    """Positive part of an importance (list of floats) over the mean of its own top 1%."""
+    positive = [max(float(value), 0.0) for value in importance]
+    top = sorted(positive, reverse=True)[: max(1, round(0.01 * len(positive)))]
+    return [value / (sum(top) / len(top)) for value in positive]
+
+
+def contrasted_bank(own, others, contrast, fraction, pool_factor=4, floor=0.05):
+    """Numbers of the neurons of a contrasted bank, ascending, neuron by neuron; importances are lists of floats."""
+    size = max(1, round(fraction * len(own)))
+    mine, theirs = unit_importance(own), [unit_importance(other) for other in others]
+    if contrast == "max":
+        value = {i: mine[i] - max(other[i] for other in theirs) for i in range(len(own))}
+    else:
+        pool = sorted((i for i in range(len(own)) if own[i] > 0), key=lambda i: (-own[i], i))
+        pool = pool[: round(pool_factor * size)]
+        value = {i: mine[i] / (max(other[i] for other in theirs) + floor * mine[pool[-1]]) for i in pool}
+    rounded = {i: float(np.float32(v)) for i, v in value.items() if v > 0}
+    return sorted(sorted(rounded, key=lambda i: (-rounded[i], i))[:size])
 
 
 def fit_loss(model, processor, task, example, index, answer, layers, beta_kl):

@@ -82,6 +82,12 @@ class AttributionOptions:
         return {name: getattr(self, name) for name in self.entry.options}
 
     @property
+    def comparable(self) -> dict[str, Any]:
+        """All that two importances must have in common to be compared over tasks: the method and its options."""
+        guided = {"head_metric": self.head_metric, "top_heads": self.top_heads} if self.entry.guided else {}
+        return {"method": self.method, **guided, **self.method_options}
+
+    @property
     def needs_all_tasks(self) -> bool:
         """Whether the heads are chosen or weighed by all tasks' scores."""
         return self.leave_out or self.by_damage
