@@ -182,7 +182,7 @@ def vqa(root: Path, tmp_path: Path) -> list[object]:
 
 
 def steps(folder: Path) -> dict[str, int]:
-    """What a run has computed, with the time of each file."""
+    """Files of what a run has computed, with the time of each."""
     times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     for name in ("result.json", "importance.safetensors"):
         del times[name]

@@ -83,7 +83,7 @@ class AttributionOptions:
 
     @property
     def comparable(self) -> dict[str, Any]:
-        """All that two importances must have in common to be compared over tasks: the method and its options."""
+        """Everything that two importances must have in common to be compared over tasks: the method and its options."""
         guided = {"head_metric": self.head_metric, "top_heads": self.top_heads} if self.entry.guided else {}
         return {"method": self.method, **guided, **self.method_options}
 

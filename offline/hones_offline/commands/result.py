@@ -1,4 +1,4 @@
-"""What a `hones attribute` run ends in: the bank that other commands take, and the importance that contrasts take."""
+"""Results of `hones attribute`: the bank, which other commands take, and the importance, which contrasts take."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

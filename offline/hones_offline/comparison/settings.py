@@ -113,9 +113,9 @@ class CompareSettings:
     """The tasks that methods with a contrast, and "ape", compare a task with (None: all others); one of them with the
     rest of them."""
     pool_factor: float = POOL_FACTOR
-    """Of the contrast "ratio": it chooses among so many times the bank's neurons."""
+    """The contrast "ratio" chooses among so many times the bank's neurons."""
     floor: float = FLOOR
-    """Of the contrast "ratio": added to the others' importance, as a share of that of the pool's last neuron."""
+    """The contrast "ratio" adds this share of the importance of the pool's last neuron to that of the others."""
 
     def __post_init__(self) -> None:
         for method in (*self.methods, self.main):
