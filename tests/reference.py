@@ -279,6 +279,35 @@ def gradient_activation(model, processor, task, examples):
     return sum(products) / len(products)
 
 
+def factor_gradients(model, processor, task, examples):
+    """Mean over an example's pairs of Σ z·∂P/∂z over all positions, prompt and answer; one [L, I] for each example."""
+    gradients = []
+    for example in examples:
+        of_pairs = []
+        for index, answer in task.answers(example):
+            with ffn_inputs_recorded(model) as recorded:
+                logits, ids = answer_logits(model, processor, example, task.prompts(example)[index], answer)
+            for z in recorded.values():
+                z.retain_grad()
+            logits.log_softmax(-1)[range(len(ids)), ids].mean().backward()
+            of_pairs.append(torch.stack([(z * z.grad).sum(0).detach() for _, z in sorted(recorded.items())]))
+            model.zero_grad()
+        gradients.append(sum(of_pairs) / len(of_pairs))
+    return gradients
+
+
+def grad_all(model, processor, task, examples):
+    """The mean of g over examples, [L, I]."""
+    gradients = factor_gradients(model, processor, task, examples)
+    return sum(gradients) / len(gradients)
+
+
+def fisher(model, processor, task, examples):
+    """The mean of g² over examples, [L, I]."""
+    gradients = factor_gradients(model, processor, task, examples)
+    return sum(g**2 for g in gradients) / len(gradients)
+
+
 def activation_entropy(probabilities):
     """LAPE's entropy from {task: [L][I] activation probabilities}: {task: importance [L][I]}, neuron by neuron."""
     tasks = list(probabilities)

@@ -69,10 +69,13 @@ class Prepared:
 
     def pairs(self) -> list[tuple[Segment, Tensor]]:
         """All (prompt, answer ids) pairs that the task learns from, in the examples' order."""
+        return [pair for pairs in self.pairs_by_example() for pair in pairs]
+
+    def pairs_by_example(self) -> list[list[tuple[Segment, Tensor]]]:
+        """The (prompt, answer ids) pairs that the task learns from, of each example."""
         return [
-            (encoded.prompt(index), self.answer_ids(answer))
+            [(encoded.prompt(index), self.answer_ids(answer)) for index, answer in self.task.answers(example)]
             for example, encoded in zip(self.examples, self.encoded, strict=True)
-            for index, answer in self.task.answers(example)
         ]
 
 
