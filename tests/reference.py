@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 
+import numpy as np
 import torch
 
 from hones_steer.layout import find_layout, is_transposed
@@ -297,6 +298,17 @@ def activation_entropy(probabilities):
                 bonus = math.log(len(tasks)) if value >= threshold else 0.0
                 result[task][layer][neuron] = max(math.log(len(tasks)) - entropy, 0.0) + bonus
     return result
+
+
+def epoch_loss(model, processor, task, examples, layers, beta_kl, seed):
+    """2.6 over an epoch of learning: the mean over examples of the mean over the pairs that its seed draws."""
+    random = np.random.default_rng(seed)
+    losses = []
+    for example in examples:
+        pairs = task.drawn_answers(example, random)
+        own = [fit_loss(model, processor, task, example, *pair, layers, beta_kl).item() for pair in pairs]
+        losses.append(sum(own) / len(own))
+    return sum(losses) / len(losses)
 
 
 def fit_loss(model, processor, task, example, index, answer, layers, beta_kl):
