@@ -348,6 +348,15 @@ def contrasted_bank(own, others, contrast, fraction, pool_factor=4, floor=0.05):
         value = {i: mine[i] / (max(other[i] for other in theirs) + floor * mine[pool[-1]]) for i in pool}
     rounded = {i: float(np.float32(v)) for i, v in value.items() if v > 0}
     return sorted(sorted(rounded, key=lambda i: (-rounded[i], i))[:size])
+def epoch_loss(model, processor, task, examples, layers, beta_kl, seed):
+    """2.6 over an epoch of learning: the mean over examples of the mean over the pairs that its seed draws."""
+    random = np.random.default_rng(seed)
+    losses = []
+    for example in examples:
+        pairs = task.drawn_answers(example, random)
+        own = [fit_loss(model, processor, task, example, *pair, layers, beta_kl).item() for pair in pairs]
+        losses.append(sum(own) / len(own))
+    return sum(losses) / len(losses)
 
 
 def fit_loss(model, processor, task, example, index, answer, layers, beta_kl):

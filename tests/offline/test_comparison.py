@@ -145,7 +145,7 @@ def test_heads_scored_once_for_all_seeds_find_what_a_run_on_the_draw_finds(compa
 
 
 def test_items_of_a_task_with_several_answers_are_those_of_the_examples_drawn(tmp_path: Path) -> None:
-    """Retrieval has two (prompt, answer) pairs for each example."""
+    """Retrieval has three (prompt, answer) pairs for some examples, four for others."""
     r = problem("llava", "retrieval", count=4)
     prepared = prepare(r.model, r.processor, r.task, r.examples)
     parts = {name: Splits(prepared, prepared, prepared, tmp_path / name, batch_size=8) for name in ("one", "two")}

@@ -133,7 +133,11 @@ def step_name(kind: str, decisive: Any) -> str:
 def run_settings(prepared: Prepared) -> dict[str, Any]:
     """Settings for `RunFolder`: everything about a model, its task and its examples that decides a result's bytes."""
     task = prepared.task
-    asked = [[task.prompts(e), task.answers(e), task.target_texts(e)] for e in prepared.examples]
+    random = np.random.default_rng(0)  # an epoch's draw stands for them all
+    asked = [
+        [task.prompts(e), task.answers(e), task.drawn_answers(e, random), task.target_texts(e)]
+        for e in prepared.examples
+    ]
     return {
         "task": task.name,
         "metric": task.metric,
