@@ -7,24 +7,20 @@ measures how much memory the longest example needs.
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hones_offline.running.batching import Batch, Segment, gib
+from hones_offline.running.batching import Batch, gib
 from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.evaluation import mean_log_probabilities
 from hones_offline.running.execution import Execution
-from hones_offline.running.hooks import ffn_factors
-from hones_offline.running.prompts import Prepared
+from hones_offline.running.hooks import calls_read, ffn_factors, ffn_inputs
+from hones_offline.running.prompts import Pair, Prepared
 from hones_steer.errors import DataError, LayoutError
-
-Pair = tuple[Segment, Tensor]
-"""A prompt and its answer's token ids [n]."""
 
 
 @contextmanager
@@ -79,11 +75,24 @@ def factor_gradients(
     return dict(zip(layers, gradients, strict=True))
 
 
-def rows_at_once(prepared: Prepared, execution: Execution) -> int:
+def activation_gradients(batch: AnsweredBatch, shares: Tensor) -> dict[int, Tensor]:
+    """The gradient ∂P/∂z of each row's utility, times its share [rows], at every position: [rows, T, I] per layer.
+
+    It is in the model's dtype. The model is to be `frozen`.
+    """
+    with torch.enable_grad(), ffn_inputs(batch.decoder.layout) as activations:
+        utilities = batch.utilities()
+        layers = sorted(activations)
+        total = (utilities * shares.to(utilities)).sum()
+        gradients = torch.autograd.grad(total, [activations[layer] for layer in layers])
+    return dict(zip(layers, gradients, strict=True))
+
+
+def rows_at_once(prepared: Prepared, execution: Execution, *, with_activations: bool = False) -> int:
     """How many pairs are run backward together: at most the batch size, and as many as fit into `memory_gb`.
 
-    What counts is what the forward keeps for the backward pass, apart from the weights. All processes get the same
-    number.
+    What counts is what the forward keeps for the backward pass, apart from the weights, and, if `with_activations`,
+    the gradients by all z's that it gives. All processes get the same number.
 
     Raises:
         LayoutError: the model cannot be run backward.
@@ -95,6 +104,10 @@ def rows_at_once(prepared: Prepared, execution: Execution) -> int:
     with frozen(decoder.model):
         require_backward(decoder, longest)
         kept = execution.processes.from_first(lambda: kept_bytes(decoder, longest))
+    if with_activations:
+        tokens, layout = len(longest[0]) + len(longest[1]), decoder.layout
+        element = next(decoder.embedding.parameters()).element_size()
+        kept += tokens * len(layout.layers) * layout.intermediate_size * element
     rows = min(execution.batch_size, gib(execution.memory_gb) // kept)
     if not rows:
         raise DataError(
@@ -140,30 +153,22 @@ def require_backward(decoder: TextDecoder, pair: Pair) -> None:
     """
     prompt, answer = pair
     parts = {*decoder.layout.decoder.modules(), decoder.unembedding}
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings(action="ignore"))
-        for name, module in decoder.model.named_modules():
-            if module in parts:
-                stack.callback(module.register_forward_hook(_passes_gradients(decoder, name)).remove)
-        try:
-            factor_gradients(decoder, [(prompt.split(2)[0], answer[:1])])
-        except RuntimeError as error:  # what torch raises for an operation without a derivative
-            raise _no_backward(decoder, str(error).splitlines()[0]) from error
+    modules = {name: module for name, module in decoder.model.named_modules() if module in parts}
 
-
-def _passes_gradients(decoder: TextDecoder, name: str) -> Any:
-    """A forward hook that raises LayoutError if the module's input gets no gradient from its output."""
-
-    def check(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        if not args or not isinstance(args[0], Tensor) or not args[0].requires_grad or not isinstance(output, Tensor):
+    def check(name: str, module: nn.Module, given: Tensor, output: Tensor) -> None:
+        if not given.requires_grad:
             return
-        given = output.requires_grad and torch.autograd.grad(
-            output.sum(), args[0], retain_graph=True, allow_unused=True
-        )
-        if not given or given[0] is None:
+        passed = output.requires_grad and torch.autograd.grad(output.sum(), given, retain_graph=True, allow_unused=True)
+        if not passed or passed[0] is None:
             raise _no_backward(decoder, f"its {name} ({type(module).__name__}) passes no gradient on")
 
-    return check
+    with warnings.catch_warnings(action="ignore"), calls_read(modules, check):
+        try:
+            factor_gradients(decoder, [(prompt.split(2)[0], answer[:1])])
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what torch raises for an operation without a derivative
+            raise _no_backward(decoder, str(error).splitlines()[0].rstrip(".")) from error
 
 
 def _no_backward(decoder: TextDecoder, reason: str) -> LayoutError:
