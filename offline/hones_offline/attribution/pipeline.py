@@ -4,7 +4,6 @@
 methods (`hones_offline.comparison`) draws examples and calls it for each.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,7 +44,7 @@ from hones_offline.data.tasks import Task
 from hones_offline.running.distributed import ALONE, Processes, open_run, usable_everywhere
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
-from hones_offline.running.run_folder import json_bytes, run_settings
+from hones_offline.running.run_folder import run_settings, step_name
 from hones_steer.errors import DataError
 
 
@@ -107,8 +106,10 @@ def attribute(
         top_fraction: the bank's share of all L·I neurons.
         head_metric: score heads by the task's metric under greedy generation ("task", the paper's) or by the mean
             log-probability of the answers ("logprob": one forward per batch, so much faster).
-        method: "hones", or a baseline without heads: "dvp" (the write-in alone), "ap" and "ma" (activation probability
-            and mean activation), "grad_act" (gradient × activation), "random".
+        method: "hones", or a method without heads: "dvp" (the write-in alone), "grad_all", "fisher" and "grad_abs"
+            (mean, mean square and absolute mean of the utility's gradient by the neuron's factor), "grad_act"
+            (gradient × activation at the last prompt token), "ap" and "ma" (activation probability and mean
+            activation), "random".
         target: the direction of the write-in: the "paper"'s, "contrastive" (less that of the other answers) or
             "centred" (of unembedding rows less their mean).
         positive_part: taken of the "mean" over examples (the paper's) or of each "example" before the mean.
@@ -126,7 +127,8 @@ def attribute(
             (LLaVA-1.5-7B in bfloat16, 16 sequences of 640 tokens: 160 MiB, so 5 GiB for its 32). With less than all
             layers need, the forward they come from is repeated, once for every so many layers as fit. With head_metric
             "task" as much again for each of two KV caches: of the undisturbed answers, and of those that wait to be
-            decoded (one batch at least). Model, activations and the KV cache of the batch being run come on top.
+            decoded (one batch at least). A method that runs the model backward runs as many pairs together as it can
+            keep the forward of in so much. Model, activations and the KV cache of the batch being run come on top.
         run_dir: folder that keeps the results of each few examples and layers, so that a killed run can be resumed.
         max_failures: share of examples whose image may be unusable before it is an error.
         progress: show progress bars on a terminal.
@@ -308,7 +310,7 @@ def neuron_importance(
 
     ids = [example.id for example in prepared.examples]
     decisive = [WRITE_IN, options.name, options.method_options, options.seed, list(heads), ids]
-    name = f"importance-{hashlib.sha256(json_bytes(decisive)).hexdigest()[:16]}"
-    # Only what heads guide takes long enough to be shared among processes.
-    step = execution.shared_step if entry.guided else execution.step_of_first
-    return Importance(NeuronIndex.of(prepared.decoder.layout), step(name, compute)["importance"])
+    # Only what heads guide, or what runs backward, takes long enough to be shared among processes.
+    step = execution.shared_step if entry.guided or entry.backward else execution.step_of_first
+    values = step(step_name("importance", decisive), compute)["importance"]
+    return Importance(NeuronIndex.of(prepared.decoder.layout), values)

@@ -130,7 +130,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="GIB",
         help="for what enters the layers and what their heads put out, kept of --batch-size sequences: sequences x "
         "tokens x 2 hidden sizes x bytes of each layer, for as many layers as fit; as much again for each of two KV "
-        "caches where answers are generated (default: %(default)s)",
+        "caches where answers are generated; for methods that run the model backward, what a forward keeps for that "
+        "(default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=3407, help="order of the examples (default: %(default)s)")
     parser.add_argument(
