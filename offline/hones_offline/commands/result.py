@@ -27,6 +27,7 @@ def attribution_result(
         "task": task.name,
         "model": asdict(model),
         "metric": task.metric,
+        "protocol": task.protocol,
         "n": attribution.n,
         "base": attribution.base,
         "heads": attribution.heads,
