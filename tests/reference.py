@@ -68,6 +68,23 @@ def neurons_scaled(model, layers):
         yield
 
 
+@contextmanager
+def neurons_set(model, layers):
+    """Z' = a constant for the listed neurons, at every position: layers = {layer: (neurons, values)}."""
+    with ExitStack() as stack:
+        for layer, (neurons, values) in layers.items():
+
+            def hook(_module, args, neurons=neurons, values=values):
+                z = args[0].clone()
+                for neuron, value in zip(neurons.tolist(), values.tolist(), strict=True):
+                    z[..., neuron] = value
+                return (z,)
+
+            handle = find_layout(model).layers[layer].down_proj.register_forward_pre_hook(hook)
+            stack.callback(handle.remove)
+        yield
+
+
 @torch.no_grad()
 def generate(model, processor, task, example):
     """Greedy text for one example by `model.generate`."""
@@ -210,6 +227,19 @@ def activations(model, processor, task, examples):
 
 
 @torch.no_grad()
+def position_means(model, processor, task, examples):
+    """Mean of z over all positions of prompt and answer, the answer's end token aside, of all pairs, [L, I]."""
+    total, positions = 0, 0
+    for example in examples:
+        for index, answer in task.answers(example):
+            with ffn_inputs_recorded(model) as recorded:
+                answer_logits(model, processor, example, task.prompts(example)[index], answer)
+            z = torch.stack([recorded[layer][:-1] for layer in sorted(recorded)])
+            total, positions = total + z.sum(1), positions + z.shape[1]
+    return total / positions
+
+
+@torch.no_grad()
 def write_ins(model, processor, task, examples, units):
     """c_{l,i} = z_i·⟨W_down[:,i], u_y⟩ at the first prompt's last token (2.2) of every example, one [L, I] each."""
     layers = find_layout(model).layers
@@ -294,6 +324,35 @@ def gradient_activation(model, processor, task, examples):
     return sum(products) / len(products)
 
 
+def factor_gradients(model, processor, task, examples):
+    """Mean over an example's pairs of Σ z·∂P/∂z over all positions, prompt and answer; one [L, I] for each example."""
+    gradients = []
+    for example in examples:
+        of_pairs = []
+        for index, answer in task.answers(example):
+            with ffn_inputs_recorded(model) as recorded:
+                logits, ids = answer_logits(model, processor, example, task.prompts(example)[index], answer)
+            for z in recorded.values():
+                z.retain_grad()
+            logits.log_softmax(-1)[range(len(ids)), ids].mean().backward()
+            of_pairs.append(torch.stack([(z * z.grad).sum(0).detach() for _, z in sorted(recorded.items())]))
+            model.zero_grad()
+        gradients.append(sum(of_pairs) / len(of_pairs))
+    return gradients
+
+
+def grad_all(model, processor, task, examples):
+    """The mean of g over examples, [L, I]."""
+    gradients = factor_gradients(model, processor, task, examples)
+    return sum(gradients) / len(gradients)
+
+
+def fisher(model, processor, task, examples):
+    """The mean of g² over examples, [L, I]."""
+    gradients = factor_gradients(model, processor, task, examples)
+    return sum(g**2 for g in gradients) / len(gradients)
+
+
 def activation_entropy(probabilities):
     """LAPE's entropy from {task: [L][I] activation probabilities}: {task: importance [L][I]}, neuron by neuron."""
     tasks = list(probabilities)
@@ -313,6 +372,27 @@ def activation_entropy(probabilities):
                 bonus = math.log(len(tasks)) if value >= threshold else 0.0
                 result[task][layer][neuron] = max(math.log(len(tasks)) - entropy, 0.0) + bonus
     return result
+
+
+def unit_importance(importance):
+    """Positive part of an importance (list of floats) over the mean of its own top 1%."""
+    positive = [max(float(value), 0.0) for value in importance]
+    top = sorted(positive, reverse=True)[: max(1, round(0.01 * len(positive)))]
+    return [value / (sum(top) / len(top)) for value in positive]
+
+
+def contrasted_bank(own, others, contrast, fraction, pool_factor=4, floor=0.05):
+    """Numbers of the neurons of a contrasted bank, ascending, neuron by neuron; importances are lists of floats."""
+    size = max(1, round(fraction * len(own)))
+    mine, theirs = unit_importance(own), [unit_importance(other) for other in others]
+    if contrast == "max":
+        value = {i: mine[i] - max(other[i] for other in theirs) for i in range(len(own))}
+    else:
+        pool = sorted((i for i in range(len(own)) if own[i] > 0), key=lambda i: (-own[i], i))
+        pool = pool[: round(pool_factor * size)]
+        value = {i: mine[i] / (max(other[i] for other in theirs) + floor * mine[pool[-1]]) for i in pool}
+    rounded = {i: float(np.float32(v)) for i, v in value.items() if v > 0}
+    return sorted(sorted(rounded, key=lambda i: (-rounded[i], i))[:size])
 
 
 def epoch_loss(model, processor, task, examples, layers, beta_kl, seed):
@@ -336,3 +416,27 @@ def fit_loss(model, processor, task, example, index, answer, layers, beta_kl):
     cross_entropy = torch.nn.functional.cross_entropy(scaled, ids)
     p, q = original.log_softmax(-1), scaled.log_softmax(-1)
     return cross_entropy + beta_kl * (p.exp() * (p - q)).sum(-1).mean()
+
+
+def drop_at(points, level):
+    """Where the line from (0, 0) through the points (x, y) first reaches x = `level`: its y, or None if it does not."""
+    before = (0.0, 0.0)
+    for point in points:
+        if point[0] >= level:
+            return before[1] + (level - before[0]) / (point[0] - before[0]) * (point[1] - before[1])
+        before = point
+    return None
+
+
+def means_of_drawn(matrix, related, drawn):
+    """Mean own drop of the drawn tasks, with repeats, and mean drop of those that are related to each and drawn.
+
+    A task without any such is left out of the second mean. Two copies of a task are not related.
+    """
+    own = [matrix[t][t] for t in drawn]
+    beside = []
+    for t in drawn:
+        others = [matrix[t][u] for u in drawn if related[t][u]]
+        if others:
+            beside.append(sum(others) / len(others))
+    return sum(own) / len(own), sum(beside) / len(beside)

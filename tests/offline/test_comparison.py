@@ -1,14 +1,22 @@
 """The comparison: every method gets the same draws, banks are masked once, and the tables say what was measured."""
 
 import json
+import re
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import reference
 from hones_offline import evaluate
-from hones_offline.attribution.baselines import activation_entropy, activation_probability, direct_write_in
+from hones_offline.attribution.baselines import (
+    activation_entropy,
+    activation_probability,
+    direct_write_in,
+    mean_activation,
+)
+from hones_offline.attribution.contrast import contrasted
 from hones_offline.attribution.methods import AttributionOptions
 from hones_offline.attribution.pipeline import Attribution, find_bank
 from hones_offline.attribution.write_in import target_directions
@@ -190,26 +198,57 @@ def test_options_that_compare_tasks_need_the_scores_of_all(comparison: Compariso
         attributed(comparison.finder.examples("pets", 0), **{option: True})
 
 
-def test_a_specific_bank_has_no_neuron_of_the_other_tasks_banks(comparison: Comparison) -> None:
+@pytest.mark.parametrize("contrast", ["max", "ratio"])
+def test_a_contrasted_bank_is_that_of_the_importances_of_the_same_seed(comparison: Comparison, contrast: Any) -> None:
     finder = comparison.finder
-    shared = {name: finder.bank(name, "hones_logprob:rank", 0.2, 0) for name in TASKS}
-    assert jaccard(*list(shared.values())[:2]) > 0  # or the test says nothing
-    found = finder.bank("pets", "hones_logprob:rank+specific", 0.2, 0)
-    for name in TASKS:
-        assert (jaccard(found, shared[name]) == 0) == (name != "pets")
-    kept = {(layer, neuron) for layer, neurons in shared["pets"].items() for neuron in neurons.tolist()}
-    kept -= {(layer, n) for name in TASKS if name != "pets" for layer, ns in shared[name].items() for n in ns.tolist()}
-    assert kept <= {(layer, neuron) for layer, neurons in found.items() for neuron in neurons.tolist()}
-    assert found.size == shared["pets"].size  # the next ones fill it up
+    own, *others = (finder.importance(name, "hones_logprob:rank", 1) for name in ("sizes", "pets", "places"))
+    found = finder.bank("sizes", f"hones_logprob:{contrast}+rank", 0.05, 1)
+    assert found.digest == contrasted(own, others, contrast, 0.05).bank(0.05).digest
+    assert found.digest != own.bank(0.05).digest
+    alone = find_bank(finder.examples("sizes", 1), AttributionOptions("ap", top_fraction=0.05), RUN)
+    others = [finder.importance(name, "ap", 1) for name in ("pets", "places")]
+    expected = contrasted(alone.importance, others, contrast, 0.05).bank(0.05)
+    assert finder.bank("sizes", f"ap:{contrast}", 0.05, 1).digest == expected.digest
+
+
+def test_tasks_can_be_named_that_enter_contrasts(p: Problem, examples: Any, out: Path) -> None:
+    """A task among them is contrasted with the rest of them, another one with all of them; "ape" goes by them too."""
+    methods = ("ape", "dvp:ratio", "hones_logprob:max")
+    changes = {"methods": methods, "main": "dvp:ratio", "contrast_tasks": ("places", "pets"), "pool_factor": 2}
+    finder = Comparison(splits(p, examples, out / "work"), with_stages(**changes)).finder
+    tables = {name: finder.importance(name, "dvp", 0) for name in TASKS}
+    for own, others in {"pets": ["places"], "places": ["pets"], "sizes": ["pets", "places"]}.items():
+        assert finder.others(own) == others
+        against = [tables[other] for other in others]
+        expected = contrasted(tables[own], against, "ratio", 0.2, pool_factor=2).bank(0.2)
+        assert finder.bank(own, "dvp:ratio", 0.2, 0).digest == expected.digest
+        entropy = activation_entropy(
+            {name: finder.importance(name, "ap", 0) for name in TASKS if name in (own, *others)}
+        )
+        np.testing.assert_array_equal(finder.importance(own, "ape", 0), entropy[own])
+
+
+@pytest.mark.parametrize("method", ["dvp:ratio", "ape", "hones_logprob:max+rank"])
+def test_a_contrast_with_nothing_is_refused_before_anything_is_done(
+    p: Problem, examples: Any, tmp_path: Path, method: str
+) -> None:
+    tasks = splits(p, examples, tmp_path / "work")
+    before = list(tmp_path.rglob("*"))
+    settings = with_stages(methods=(method,), main=method, contrast_tasks=("pets",))
+    with pytest.raises(DataError, match=f"method '{re.escape(method)}' has no task to contrast 'pets' with; name"):
+        Comparison(tasks, settings)
+    with pytest.raises(DataError, match="contrast_tasks names cats, which is not among the tasks pets, sizes, places"):
+        Comparison(tasks, with_stages(contrast_tasks=("pets", "cats")))
+    assert list(tmp_path.rglob("*")) == before
 
 
 def test_an_attribution_has_the_bank_of_its_method_and_is_refused_without_one_of_its_own(
     comparison: Comparison,
 ) -> None:
     finder = comparison.finder
-    specific = finder.attribution("pets", "hones_logprob:specific", 0).bank
-    assert specific.digest == finder.bank("pets", "hones_logprob:specific", 0.2, 0).digest
-    assert specific.digest != finder.attribution("pets", "hones_logprob", 0).bank.digest
+    ratio = finder.attribution("pets", "hones_logprob:ratio", 0).bank
+    assert ratio.digest == finder.bank("pets", "hones_logprob:ratio", 0.2, 0).digest
+    assert ratio.digest != finder.attribution("pets", "hones_logprob", 0).bank.digest
     for name in ("ape", "random"):
         with pytest.raises(DataError, match=f"method '{name}' is not attributed on its own"):
             finder.attribution("pets", name, 0)
@@ -235,8 +274,11 @@ def test_a_random_bank_has_the_main_methods_sizes_per_layer(comparison: Comparis
         "hones_task:best",
         "ap:rank",
         "dvp:rank",
-        "random:specific",
+        "random:ratio",
+        "hones_task:specific",
         "hones_task:contrastive+centred",
+        "dvp:max+ratio",
+        "ap:max+max",
     ],
 )
 def test_an_unknown_method_is_refused(name: str) -> None:
@@ -254,7 +296,13 @@ def test_an_unknown_method_is_refused(name: str) -> None:
         ({"main": "random"}, "main must be one of the methods other than random"),
         ({"main": "ma"}, "main must be one of the methods other than random"),
         ({"stages": ("mask",)}, "unknown stages mask; choose from masking"),
+        ({"pool_factor": 0}, "pool_factor must be 1 or more, not 0"),
+        ({"floor": -1}, "floor must be positive, not -1"),
         ({"group_seeds": 3}, "group_seeds must lie between 1 and seeds, not 3"),
+        ({"ablations": ("noise",)}, "unknown ablations noise; choose from zero, mean"),
+        ({"ablations": ()}, "ablations is empty; choose from zero, mean"),
+        ({"own_drop_levels": (0.0,)}, r"own_drop_levels must lie in \(0, 1\], not 0.0"),
+        ({"reference": "ma"}, "reference must be one of the methods, not 'ma'"),
     ],
 )
 def test_a_setting_out_of_range_is_refused(change: dict[str, Any], message: str) -> None:
@@ -267,8 +315,13 @@ def test_too_few_examples_for_the_seeds_and_a_single_task_are_refused(p: Problem
     with pytest.raises(DataError, match="'pets' has 6 examples to draw from, so that each seed would draw the same"):
         Comparison(tasks, with_stages(attribution_examples=6))
     Comparison(tasks, with_stages(attribution_examples=6, seeds=1, group_seeds=1))
-    with pytest.raises(DataError, match="selectivity compares tasks; give at least two"):
+    with pytest.raises(DataError, match="selectivity compares tasks; give at least two that are measured"):
         Comparison({"pets": tasks["pets"]}, SETTINGS)
+    with pytest.raises(DataError, match="give at least two that are measured"):
+        Comparison(tasks, with_stages(measured=("pets",)))
+    for name in ("measured", "contrast_tasks"):
+        with pytest.raises(DataError, match=f"{name} names moods, which is not among the tasks pets, sizes, places"):
+            Comparison(tasks, with_stages(**{name: ("pets", "moods")}))
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -299,6 +352,78 @@ def test_a_masking_row_is_what_evaluate_measures(
         for name in ("own_drop", "selectivity"):
             low, high = row[f"{name}_ci95"]
             assert low <= row[name] <= high
+
+
+@pytest.fixture(scope="module")
+def found(p: Problem, examples: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The finding study of two of the tasks; the third enters contrasts only."""
+    folder = tmp_path_factory.mktemp("finding")
+    settings = with_stages(
+        methods=("random", "dvp", "ma"),
+        main="dvp",
+        stages=("masking", "finding"),
+        measured=("pets", "places"),
+        contrast_tasks=("sizes",),
+        ablations=("zero", "mean"),
+        own_drop_levels=(0.1,),
+        reference="ma",
+    )
+    return folder, compare(splits(p, examples, folder / "work"), settings, folder, title="two of three")
+
+
+def test_the_finding_study_measures_the_measured_tasks_under_both_ablations(
+    p: Problem, examples: Any, comparison: Comparison, found: tuple[Path, Any]
+) -> None:
+    _, summary = found
+    section = summary["finding"]
+    assert section["bystanders"] == {"pets": ["places"], "places": ["pets"]}
+    rows = {(row["task"], row["method"], row["fraction"], row["ablation"]): row for row in section["rows"]}
+    assert list(rows) == [
+        (t, m, f, a)
+        for t in ("pets", "places")
+        for a in ("zero", "mean")
+        for m in ("random", "dvp", "ma")
+        for f in SETTINGS.fractions
+    ]
+    for row in summary["masking"]:  # what is the same in both
+        same = rows[row["task"], row["method"], row["fraction"], "zero"]
+        kept = ("own_drop", "own_drop_ci95", "selectivity", "selectivity_ci95", "other_drops", "relative_drop", "n")
+        assert {name: same[name] for name in kept} == {name: row[name] for name in kept}
+        assert row["relative_drop"] == pytest.approx(row["own_drop"] / summary["tasks"][row["task"]]["base"])
+    tasks = {name: prepare(p.model, p.processor, task(name), examples[name]["discovery"]) for name in TASKS}
+    means = sum(reference.position_means(p.model, p.processor, t.task, t.examples) for t in tasks.values()) / 3
+    row, drops = rows["pets", "ma", 0.05, "mean"], []
+    for seed in (0, 1):
+        bank = mean_activation(comparison.finder.examples("pets", seed), RUN).bank(0.05)
+        for name in ("pets", "places"):
+            test = examples[name]["test"]
+            filled = {layer: (neurons, means[layer][neurons]) for layer, neurons in bank.items()}
+            plain = reference.metric(p.model, p.processor, task(name), test)
+            with reference.neurons_set(p.model, filled):
+                drops.append(plain - reference.metric(p.model, p.processor, task(name), test))
+    assert 0 < max(drops) <= 1
+    assert row["by_seed"]["own_drop"] == pytest.approx(drops[::2])
+    assert row["by_seed"]["bystander_drop"] == pytest.approx(drops[1::2])
+    assert any(row["by_seed"] != rows[(*key[:3], "zero")]["by_seed"] for key, row in rows.items())
+    cell = next(
+        row for row in section["means"] if (row["method"], row["fraction"], row["ablation"]) == ("ma", 0.2, "mean")
+    )
+    for name in ("own_drop", "bystander_drop", "selectivity"):
+        assert cell[name] == pytest.approx(np.mean([rows[t, "ma", 0.2, "mean"][name] for t in ("pets", "places")]))
+        assert cell["difference"][name] == 0
+    assert {(row["method"], row["ablation"]) for row in section["matched"]} == {
+        (method, ablation) for method in ("random", "dvp", "ma") for ablation in ("zero", "mean")
+    }
+
+
+def test_tasks_that_are_not_measured_are_only_compared_with(found: tuple[Path, Any]) -> None:
+    folder, summary = found
+    assert list(summary["tasks"]) == list(TASKS)
+    assert {row["task"] for row in summary["masking"]} == set(summary["cross"]["drops"]) == {"pets", "places"}
+    masked = {name: len([*(folder / "work" / name).glob("*masked*")]) for name in TASKS}
+    assert masked["sizes"] == 0
+    assert masked["pets"] == masked["places"] > 0
+    assert all((folder / "work" / name / "discovery-position-means.safetensors").exists() for name in TASKS)
 
 
 def test_the_cross_matrix_is_the_main_methods(summary: Any) -> None:

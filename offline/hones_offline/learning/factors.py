@@ -20,6 +20,7 @@ from torch import Tensor
 from hones_offline.data.examples import Example
 from hones_offline.data.neurons import Bank, NeuronIndex
 from hones_offline.data.tasks import Task
+from hones_offline.running.backward import frozen
 from hones_offline.running.decoder import TextDecoder, pad_answers
 from hones_offline.running.execution import Execution
 from hones_offline.running.hooks import scaled_ffn
@@ -216,7 +217,7 @@ class _Learner:
             "exp_avg": torch.tensor(state["exp_avg"]),
             "exp_avg_sq": torch.tensor(state["exp_avg_sq"]),
         }
-        with _frozen(self.decoder, checkpointing=self.settings.gradient_checkpointing):
+        with frozen(self.decoder.model), _checkpointed(self.decoder, self.settings.gradient_checkpointing):
             for step in steps:
                 self._step(step, offsets, optimizer)
         moments = optimizer.state[offsets]
@@ -287,27 +288,23 @@ def _cosine(progress: float) -> float:
 
 
 @contextmanager
-def _frozen(decoder: TextDecoder, *, checkpointing: bool) -> Iterator[None]:
-    """No gradients for the model's own weights, and its layers recomputed in the backward pass if asked for.
+def _checkpointed(decoder: TextDecoder, wanted: bool) -> Iterator[None]:
+    """The decoder's layers recomputed in the backward pass, if that is wanted.
 
     transformers checkpoints a layer only in training mode; only the layers' own flag is raised, so that dropout inside
     them stays off.
     """
-    parameters = [(p, p.requires_grad) for p in decoder.model.parameters()]
+    if not wanted:
+        yield
+        return
     layers = [layer.module for layer in decoder.layout.layers]
     modes = [layer.training for layer in layers]
-    for parameter, _ in parameters:
-        parameter.requires_grad_(False)
-    if checkpointing:
-        enable_checkpointing(decoder.model)
-        for layer in layers:
-            layer.training = True
+    enable_checkpointing(decoder.model)
+    for layer in layers:
+        layer.training = True
     try:
         yield
     finally:
-        for parameter, required in parameters:
-            parameter.requires_grad_(required)
-        if checkpointing:
-            disable_checkpointing(decoder.model)
-            for layer, mode in zip(layers, modes, strict=True):
-                layer.training = mode
+        disable_checkpointing(decoder.model)
+        for layer, mode in zip(layers, modes, strict=True):
+            layer.training = mode

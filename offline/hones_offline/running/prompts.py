@@ -73,9 +73,11 @@ class Prepared:
 
     def pairs(self) -> list[Pair]:
         """The pairs of the task's `answers`, in the examples' order: what attribution measures."""
-        return [
-            pair for i, example in enumerate(self.examples) for pair in self.pairs_of(i, self.task.answers(example))
-        ]
+        return [pair for pairs in self.pairs_by_example() for pair in pairs]
+
+    def pairs_by_example(self) -> list[list[Pair]]:
+        """The pairs of the task's `answers`, of each example."""
+        return [self.pairs_of(i, self.task.answers(example)) for i, example in enumerate(self.examples)]
 
     def pairs_of(self, number: int, answers: Answers) -> list[Pair]:
         """The pairs of the example with this number that have the given (prompt index, answer)s."""
