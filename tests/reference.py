@@ -91,7 +91,22 @@ def generate(model, processor, task, example):
     tokenizer = getattr(processor, "tokenizer", processor)
     inputs = prompt_inputs(processor, example, task.prompts(example)[0])
     out = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=task.max_new_tokens)
-    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    text = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return first_line(text) if task.first_line else text
+
+
+def first_line(text):
+    """The first line that is not blank, less "Answer:" before it, then less the quotes that it begins and ends with."""
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if not lines:
+        return ""
+    before, colon, after = lines[0].partition(":")
+    line = after.strip() if colon and before.strip().lower() == "answer" else lines[0]
+    while line and line[0] in "\"'":
+        line = line[1:]
+    while line and line[-1] in "\"'":
+        line = line[:-1]
+    return line.strip()
 
 
 @torch.no_grad()
