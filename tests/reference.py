@@ -142,6 +142,36 @@ def head_scores(model, processor, task, examples, utility):
     return scores
 
 
+def head_estimates(model, processor, task, examples):
+    """S(h) by log-probability to first order: mean over pairs of Σ_positions ⟨x_h − x_h', ∂P/∂x_h⟩, [L][H]."""
+    layers = find_layout(model).layers
+    total, pairs = [[0.0] * layer.num_heads for layer in layers], 0
+    for example in examples:
+        for index, answer in task.answers(example):
+            recorded = {}
+            with ExitStack() as stack:
+                for layer in layers:
+
+                    def hook(_module, args, layer=layer, recorded=recorded):
+                        args[0].retain_grad()
+                        recorded[layer.index] = args[0]
+
+                    stack.callback(layer.attn_out.register_forward_pre_hook(hook).remove)
+                logits, ids = answer_logits(model, processor, example, task.prompts(example)[index], answer)
+            logits.log_softmax(-1)[range(len(ids)), ids].mean().backward()
+            for layer in layers:
+                x = recorded[layer.index]
+                slices = x.detach().split(x.shape[-1] // layer.num_heads, dim=-1)
+                gradients = x.grad.split(x.shape[-1] // layer.num_heads, dim=-1)
+                for head in range(layer.num_heads):
+                    others = [other for j, other in enumerate(slices) if j != head]
+                    loss = slices[head] - sum(others) / len(others)
+                    total[layer.index][head] += (loss * gradients[head]).sum().item()
+            model.zero_grad()
+            pairs += 1
+    return [[value / pairs for value in row] for row in total]
+
+
 def directions(model, processor, task, examples):
     """u_y (2.2) of every example's first prompt, towards the task's `target_texts`."""
     tokenizer = getattr(processor, "tokenizer", processor)

@@ -33,6 +33,7 @@ def attribution_result(
         "bank": attribution.bank.to_json(),
         "failures": {**skipped, **attribution.failures},
         **({"race": asdict(attribution.race)} if attribution.race else {}),
+        **({"preselection": asdict(attribution.preselection)} if attribution.preselection else {}),
     }
 
 

@@ -1,6 +1,6 @@
 """The hooks that attribution needs on a decoder's layers, as context managers that place all of them or none.
 
-- Reading: `capture_call`, `recorded_ffn`, `ffn_inputs`, `recorded_states`.
+- Reading: `capture_call`, `recorded_ffn`, `ffn_inputs`, `head_outputs`, `recorded_states`.
 - Intervening: `replaced_heads`, `scaled_ffn`.
 - Running less: `resumed` starts a forward at a middle layer, `last_ffn_at` runs the last FFN where it is read.
 
@@ -157,6 +157,32 @@ def ffn_inputs(layout: Layout) -> Iterator[dict[int, Tensor]]:
         return record
 
     with _hooked(layout, [(layer, layer.down_proj, recorder(layer)) for layer in layout.layers]):
+        yield recorded
+
+
+@contextmanager
+def head_outputs(layout: Layout) -> Iterator[dict[int, Tensor]]:
+    """Record what the heads put out at every position of a forward, per layer: [rows, T, heads, head_dim].
+
+    It is part of the graph of gradients.
+    """
+    recorded: dict[int, Tensor] = {}
+
+    def recorder(layer: DecoderLayer, count: int) -> Callable[[Tensor, Shape], Tensor]:
+        def record(x: Tensor, shape: Shape) -> Tensor:
+            outputs: Tensor = _by_row(x, shape[0], layer).unflatten(-1, (count, -1))
+            recorded[layer.index] = outputs
+            return outputs.reshape(x.shape)
+
+        return record
+
+    def hooks() -> Iterator[tuple[DecoderLayer, nn.Module, Callable[[Tensor, Shape], Tensor]]]:
+        for layer in layout.layers:
+            assert layer.attn_out is not None  # Layout.require_attribution has been called
+            assert layer.num_heads is not None
+            yield layer, layer.attn_out, recorder(layer, layer.num_heads)
+
+    with _hooked(layout, hooks()):
         yield recorded
 
 
