@@ -1,7 +1,7 @@
 """The hooks that attribution needs on a decoder's layers, as context managers that place all of them or none.
 
-- Reading: `capture_call`, `recorded_ffn`, `ffn_inputs`, `head_outputs`, `recorded_states`.
-- Intervening: `replaced_heads`, `scaled_ffn`.
+- Reading: `capture_call`, `recorded_ffn`, `ffn_inputs`, `recorded_states`.
+- Intervening: `replaced_heads`, `moved_heads`, `scaled_ffn`, `ffn_factors`.
 - Running less: `resumed` starts a forward at a middle layer, `last_ffn_at` runs the last FFN where it is read.
 
 Nothing here recomputes what the model computes anyway: every hook reads or replaces an input that the model has just
@@ -157,32 +157,6 @@ def ffn_inputs(layout: Layout) -> Iterator[dict[int, Tensor]]:
         return record
 
     with _hooked(layout, [(layer, layer.down_proj, recorder(layer)) for layer in layout.layers]):
-        yield recorded
-
-
-@contextmanager
-def head_outputs(layout: Layout) -> Iterator[dict[int, Tensor]]:
-    """Record what the heads put out at every position of a forward, per layer: [rows, T, heads, head_dim].
-
-    It is part of the graph of gradients.
-    """
-    recorded: dict[int, Tensor] = {}
-
-    def recorder(layer: DecoderLayer, count: int) -> Callable[[Tensor, Shape], Tensor]:
-        def record(x: Tensor, shape: Shape) -> Tensor:
-            outputs: Tensor = _by_row(x, shape[0], layer).unflatten(-1, (count, -1))
-            recorded[layer.index] = outputs
-            return outputs.reshape(x.shape)
-
-        return record
-
-    def hooks() -> Iterator[tuple[DecoderLayer, nn.Module, Callable[[Tensor, Shape], Tensor]]]:
-        for layer in layout.layers:
-            assert layer.attn_out is not None  # Layout.require_attribution has been called
-            assert layer.num_heads is not None
-            yield layer, layer.attn_out, recorder(layer, layer.num_heads)
-
-    with _hooked(layout, hooks()):
         yield recorded
 
 
@@ -377,6 +351,35 @@ def replaced_heads(layout: Layout, heads: Sequence[Head]) -> Iterator[None]:
 
 
 @contextmanager
+def moved_heads(layout: Layout, share: float) -> Iterator[dict[int, Tensor]]:
+    """Move every head's output, at every position, by a share of the way to what `replaced_heads` puts in its place.
+
+    Gradients can be taken by the shares, float32 [rows, heads] per layer; they are those of the latest forward. With
+    shares of 0 it stays bit-equal.
+    """
+    shares: dict[int, Tensor] = {}
+
+    def mover(layer: DecoderLayer, count: int) -> Callable[[Tensor, Shape], Tensor]:
+        def move(x: Tensor, shape: Shape) -> Tensor:
+            outputs = _by_row(x, shape[0], layer).unflatten(-1, (count, -1))  # [rows, T, heads, head_dim]
+            own = shares[layer.index] = torch.full((len(outputs), count), share, device=x.device, requires_grad=True)
+            way = count / (count - 1) * (outputs.mean(-2, keepdim=True) - outputs)
+            moved: Tensor = outputs + scale(way, own[:, None, :, None])
+            return moved.reshape(x.shape)
+
+        return move
+
+    def hooks() -> Iterator[tuple[DecoderLayer, nn.Module, Callable[[Tensor, Shape], Tensor]]]:
+        for layer in layout.layers:
+            assert layer.attn_out is not None  # Layout.require_attribution has been called
+            assert layer.num_heads is not None
+            yield layer, layer.attn_out, mover(layer, layer.num_heads)
+
+    with _hooked(layout, hooks()):
+        yield shares
+
+
+@contextmanager
 def scaled_ffn(layout: Layout, scales: Scales) -> Iterator[None]:
     """Multiply the FFN activations of layer l by scales[l], float32 [I]; zeros mask, layers not named are untouched.
 
@@ -389,3 +392,29 @@ def scaled_ffn(layout: Layout, scales: Scales) -> Iterator[None]:
     scaled = [(layout.layers[index], scaler(factors)) for index, factors in scales.items()]
     with _hooked(layout, [(layer, layer.down_proj, replace) for layer, replace in scaled]):
         yield
+
+
+@contextmanager
+def ffn_factors(layout: Layout, columns: Tensor | None = None) -> Iterator[dict[int, Tensor]]:
+    """Multiply z of each row by factors of 1 that gradients can be taken by, per layer: float32 [rows, I].
+
+    They act at every position of the row, or at its one of `columns` [rows]. The forward stays bit-equal; the factors
+    are those of the latest forward.
+    """
+    factors: dict[int, Tensor] = {}
+
+    def multiplier(layer: DecoderLayer) -> Callable[[Tensor, Shape], Tensor]:
+        def multiply(x: Tensor, shape: Shape) -> Tensor:
+            z = _by_row(x, shape[0], layer)
+            factor = factors[layer.index] = torch.ones(len(z), z.shape[-1], device=z.device, requires_grad=True)
+            if columns is None:
+                z = scale(z, factor[:, None])
+            else:
+                at = torch.arange(len(z)), columns
+                z = z.index_put(at, scale(z[at], factor))
+            return z.reshape(x.shape)
+
+        return multiply
+
+    with _hooked(layout, [(layer, layer.down_proj, multiplier(layer)) for layer in layout.layers]):
+        yield factors
