@@ -143,31 +143,39 @@ def head_scores(model, processor, task, examples, utility):
     return scores
 
 
-def head_estimates(model, processor, task, examples):
-    """S(h) by log-probability to first order: mean over pairs of Σ_positions ⟨x_h − x_h', ∂P/∂x_h⟩, [L][H]."""
+def head_estimates(model, processor, task, examples, share):
+    """Mean over pairs of Σ_positions ⟨x_h − x_h', ∂P/∂x_h⟩ with every head `share` of the way to x_h', [L][H]."""
     layers = find_layout(model).layers
     total, pairs = [[0.0] * layer.num_heads for layer in layers], 0
     for example in examples:
         for index, answer in task.answers(example):
-            recorded = {}
+            ways, recorded = {}, {}
             with ExitStack() as stack:
                 for layer in layers:
 
-                    def hook(_module, args, layer=layer, recorded=recorded):
-                        args[0].retain_grad()
-                        recorded[layer.index] = args[0]
+                    def hook(_module, args, layer=layer, ways=ways, recorded=recorded):
+                        x = args[0]
+                        slices = x.split(x.shape[-1] // layer.num_heads, dim=-1)
+                        others = [
+                            sum(s for j, s in enumerate(slices) if j != head) / (layer.num_heads - 1)
+                            for head in range(layer.num_heads)
+                        ]
+                        ways[layer.index] = [s - other for s, other in zip(slices, others, strict=True)]
+                        moved = torch.cat(
+                            [s + share * (other - s) for s, other in zip(slices, others, strict=True)], -1
+                        )
+                        moved.retain_grad()
+                        recorded[layer.index] = moved
+                        return (moved,)
 
                     stack.callback(layer.attn_out.register_forward_pre_hook(hook).remove)
                 logits, ids = answer_logits(model, processor, example, task.prompts(example)[index], answer)
             logits.log_softmax(-1)[range(len(ids)), ids].mean().backward()
             for layer in layers:
                 x = recorded[layer.index]
-                slices = x.detach().split(x.shape[-1] // layer.num_heads, dim=-1)
                 gradients = x.grad.split(x.shape[-1] // layer.num_heads, dim=-1)
-                for head in range(layer.num_heads):
-                    others = [other for j, other in enumerate(slices) if j != head]
-                    loss = slices[head] - sum(others) / len(others)
-                    total[layer.index][head] += (loss * gradients[head]).sum().item()
+                for head, (way, gradient) in enumerate(zip(ways[layer.index], gradients, strict=True)):
+                    total[layer.index][head] += (way * gradient).sum().item()
             model.zero_grad()
             pairs += 1
     return [[value / pairs for value in row] for row in total]
@@ -378,6 +386,8 @@ def contrasted_bank(own, others, contrast, fraction, pool_factor=4, floor=0.05):
         value = {i: mine[i] / (max(other[i] for other in theirs) + floor * mine[pool[-1]]) for i in pool}
     rounded = {i: float(np.float32(v)) for i, v in value.items() if v > 0}
     return sorted(sorted(rounded, key=lambda i: (-rounded[i], i))[:size])
+
+
 def epoch_loss(model, processor, task, examples, layers, beta_kl, seed):
     """2.6 over an epoch of learning: the mean over examples of the mean over the pairs that its seed draws."""
     random = np.random.default_rng(seed)

@@ -10,8 +10,9 @@ import reference
 import torch
 from hones_offline import attribute
 from hones_offline.attribution.heads import head_scores, head_statistics, top_heads
-from hones_offline.attribution.patching import estimated_scores, preselect
+from hones_offline.attribution.patching import SHARE, estimated_scores, preselect
 from hones_offline.running.execution import Execution
+from hones_offline.running.hooks import moved_heads
 from hones_offline.running.prompts import Prepared, prepare
 from offline.killed_run import contents
 from offline.several_processes import writes_its_targets
@@ -19,7 +20,6 @@ from problems import Problem, every_architecture, problem
 
 from hones_steer.cli import main
 from hones_steer.errors import DataError
-from hones_steer.layout import find_layout
 
 CASES = every_architecture(
     [
@@ -43,7 +43,7 @@ def prepared_of(p: Problem) -> Prepared:
 def test_estimates_equal_one_backward_pass_at_a_time(names: tuple[str, str]) -> None:
     p = problem(*names)
     prepared = prepared_of(p)
-    expected = np.array(reference.head_estimates(p.model, p.processor, p.task, p.examples))
+    expected = np.array(reference.head_estimates(p.model, p.processor, p.task, p.examples, SHARE))
     required = [parameter.requires_grad for parameter in p.model.parameters()]
     for batch_size in (1, 4):
         found = estimated_scores(prepared, Execution(batch_size=batch_size))
@@ -52,28 +52,20 @@ def test_estimates_equal_one_backward_pass_at_a_time(names: tuple[str, str]) -> 
     assert all(parameter.grad is None for parameter in p.model.parameters())
 
 
-def test_estimates_are_the_slope_of_the_utility_on_the_way_to_the_replacement() -> None:
-    p = problem("llama", "text", count=3)
-    found = estimated_scores(prepared_of(p), RUN)
-    step = 1e-2
-    for layer, head in [(0, 1), (1, 3), (2, 0)]:
-        part = find_layout(p.model).layers[layer]
-        utilities = []
-        for share in (-step, step):
-
-            def hook(_module: Any, args: Any, head: int = head, share: float = share) -> Any:
-                heads = args[0].unflatten(-1, (4, -1)).clone()
-                others = (heads.sum(-2) - heads[..., head, :]) / 3
-                heads[..., head, :] += share * (others - heads[..., head, :])
-                return (heads.flatten(-2),)
-
-            assert part.attn_out is not None
-            handle = part.attn_out.register_forward_pre_hook(hook)
-            with torch.no_grad():
-                utilities.append(reference.mean_log_probability(p.model, p.processor, p.task, p.examples))
-            handle.remove()
-        slope = (utilities[1] - utilities[0]) / (2 * step)
-        assert found[layer, head] == pytest.approx(-slope, rel=2e-3)
+def test_estimates_over_all_shares_add_up_to_what_replacing_all_heads_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the slopes of the utility on the way there (Gauss-Legendre quadrature of the way)."""
+    p = problem("gpt2", "text", count=3)
+    prepared = prepared_of(p)
+    total, points = 0.0, np.polynomial.legendre.leggauss(8)
+    for point, weight in zip(*points, strict=True):
+        monkeypatch.setattr("hones_offline.attribution.patching.SHARE", float(point + 1) / 2)
+        total += weight / 2 * estimated_scores(prepared, RUN).sum()
+    utilities = []
+    for share in (0.0, 1.0):
+        with torch.no_grad(), moved_heads(prepared.decoder.layout, share):
+            utilities.append(reference.mean_log_probability(p.model, p.processor, p.task, p.examples))
+    assert abs(utilities[0] - utilities[1]) > 0.1
+    assert total == pytest.approx(utilities[0] - utilities[1], rel=0.01)
 
 
 def test_heads_that_are_run_have_the_scores_of_exact_scoring_and_the_others_their_estimates() -> None:

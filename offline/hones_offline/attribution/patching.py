@@ -1,33 +1,36 @@
-"""Attribution patching: the heads that matter most, preselected by one forward and one backward pass of every item.
+"""Heads by preselection: those that matter most, found by one forward and one backward pass of every item.
 
-1. Replacing head h turns its output x_h into x_h', the mean of its layer's other heads. To first order it costs the
-   utility Σ_positions ⟨x_h − x_h', ∂P/∂x_h⟩, P being the mean log-probability of an answer's tokens. One backward pass
-   gives that for all heads at once (Nanda 2023; AtP in Kramár et al., arXiv 2403.00745).
+1. Replacing head h moves its output x_h to x_h', the mean of its layer's other heads. With every head a share of the
+   way there, what moving h further costs the utility is Σ_positions ⟨x_h − x_h', ∂P/∂x_h⟩, P being the mean
+   log-probability of an answer's tokens. One backward pass gives that for all heads at once. With a share of 0 this is
+   attribution patching (Nanda 2023; AtP in Kramár et al., arXiv 2403.00745).
 2. The heads with the highest estimates, as many as are wanted and a margin more, are run on all items. So their scores
    are those of exact scoring, and the best are chosen among them.
 
 The heads differ from those of exact scoring where one of the best was estimated so low that the margin leaves it out.
-docs/scaling.md has how often that is, and why neither of AtP*'s corrections is here.
+docs/scaling.md has how often that is, and what else was tried.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from hones_offline.attribution.heads import HeadMetric, HeadScores, Preselection, all_heads, statistics_of, utility
 from hones_offline.data.metrics import FloatArray
+from hones_offline.running.backward import AnsweredBatch, Pair, frozen, rows_at_once
 from hones_offline.running.batching import batches
-from hones_offline.running.evaluation import mean_log_probabilities
+from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.execution import Execution
-from hones_offline.running.hooks import head_outputs
+from hones_offline.running.hooks import moved_heads
 from hones_offline.running.progress import progress_bar
 from hones_offline.running.prompts import Prepared
 from hones_steer.errors import DataError
+
+SHARE = 0.5
+"""How far every head is moved where the slope is taken. At 0 a model that is sure of its answers has hardly a slope."""
 
 
 def preselect(
@@ -39,7 +42,8 @@ def preselect(
     it too, and else have no score (NaN).
 
     Raises:
-        DataError: an estimate is not finite.
+        DataError: an estimate is not finite, or the longest pair needs more memory than the execution has.
+        LayoutError: the model cannot be run backward.
     """
     estimates = estimated_scores(prepared, execution)
     shape, count = estimates.shape, math.ceil(keep * (1 + margin))
@@ -61,23 +65,24 @@ def estimated_scores(prepared: Prepared, execution: Execution) -> FloatArray:
     """Estimates of S(h) by log-probability, float64 [L, H]; a batch of pairs is a resumable step of one process.
 
     Raises:
-        DataError: an estimate is not finite.
+        DataError: an estimate is not finite, or the longest pair needs more memory than the execution has.
+        LayoutError: the model cannot be run backward.
     """
-    lengths = [len(prompt) + len(answer) for prompt, answer in prepared.pairs()]
-    pair_batches = list(batches(lengths, execution.batch_size))
-    mine = [number for number in range(len(pair_batches)) if execution.processes.owns(number)]
+    pairs, processes = prepared.pairs(), execution.processes
+    rows = rows_at_once(prepared, execution, partial(moved_heads, share=SHARE))
+    lengths = [len(prompt) + len(answer) for prompt, answer in pairs]
+    mine = [(n, items) for n, items in enumerate(batches(lengths, rows)) if processes.owns(n)]
     computed: dict[int, FloatArray] = {}
-    with progress_bar(f"{prepared.task.name}: estimate", len(mine), show=execution.shows_progress) as bar:
-        for number in mine:
+    with progress_bar(f"{prepared.task.name}: estimates", len(mine), show=execution.shows_progress) as bar:
+        for number, items in mine:
 
             def compute(items: Sequence[int]) -> dict[str, FloatArray]:
-                return {"estimates": estimates_of(prepared, items).sum(axis=0)}
+                return {"estimates": estimates_of(prepared.decoder, [pairs[i] for i in items]).sum(axis=0)}
 
-            step = execution.arrays(f"estimates-{number:05d}", partial(compute, pair_batches[number]))
-            computed[number] = step["estimates"]
+            computed[number] = execution.arrays(f"estimates-{number:05d}", partial(compute, items))["estimates"]
             bar.update(1)
-    shared = {number: sums for of_process in execution.processes.share(computed) for number, sums in of_process.items()}
-    mean: FloatArray = np.sum([shared[number] for number in range(len(pair_batches))], axis=0) / len(lengths)
+    shared = {number: sums for of_process in processes.share(computed) for number, sums in of_process.items()}
+    mean: FloatArray = np.sum([shared[number] for number in sorted(shared)], axis=0) / len(pairs)
     if not np.isfinite(mean).all():
         raise DataError(
             f"task {prepared.task.name!r}: the gradients that heads are estimated by are not finite; "
@@ -86,22 +91,9 @@ def estimated_scores(prepared: Prepared, execution: Execution) -> FloatArray:
     return mean
 
 
-def estimates_of(prepared: Prepared, items: Sequence[int]) -> FloatArray:
-    """What replacing each head costs each of some pairs' log-probabilities, to first order: float64 [pairs, L, H]."""
-    decoder, pairs = prepared.decoder, prepared.pairs()
-    prompts, answers = zip(*(pairs[i] for i in items), strict=True)
-    batch = decoder.collate([decoder.answered(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)])
-    with torch.enable_grad(), head_outputs(decoder.layout) as recorded:
-        # The weights may be frozen; the graph then begins at the embeddings.
-        hidden, _ = decoder.run(replace(batch, embeds=batch.embeds.requires_grad_()))
-        ends = torch.full((len(hidden),), hidden.shape[1])
-        utilities = mean_log_probabilities(decoder, hidden, ends, answers)
-        gradients = torch.autograd.grad(utilities.sum(), list(recorded.values()))
-    real = batch.mask.bool()[..., None, None]
-    of_layers: list[npt.NDArray[np.float64]] = []
-    for x, gradient in zip(recorded.values(), gradients, strict=True):  # [pairs, T, heads, head_dim]
-        outputs, count = x.detach().float(), x.shape[-2]
-        losses = count / (count - 1) * (outputs - outputs.mean(-2, keepdim=True))  # x_h − x_h'
-        products = (losses * gradient.float()).where(real.to(losses.device), 0)
-        of_layers.append(products.sum((1, 3)).double().cpu().numpy())
-    return np.stack(of_layers, axis=1)
+def estimates_of(decoder: TextDecoder, pairs: Sequence[Pair]) -> FloatArray:
+    """What replacing each head costs each pair's log-probability, estimated: float64 [pairs, L, H]."""
+    with frozen(decoder.model), torch.enable_grad(), moved_heads(decoder.layout, SHARE) as shares:
+        utilities = AnsweredBatch(decoder, pairs).utilities()
+        gradients = torch.autograd.grad(utilities.sum(), [shares[layer] for layer in sorted(shares)])
+    return -np.stack([of_layer.double().cpu().numpy() for of_layer in gradients], axis=1)
