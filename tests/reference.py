@@ -68,6 +68,23 @@ def neurons_scaled(model, layers):
         yield
 
 
+@contextmanager
+def neurons_set(model, layers):
+    """Z' = a constant for the listed neurons, at every position: layers = {layer: (neurons, values)}."""
+    with ExitStack() as stack:
+        for layer, (neurons, values) in layers.items():
+
+            def hook(_module, args, neurons=neurons, values=values):
+                z = args[0].clone()
+                for neuron, value in zip(neurons.tolist(), values.tolist(), strict=True):
+                    z[..., neuron] = value
+                return (z,)
+
+            handle = find_layout(model).layers[layer].down_proj.register_forward_pre_hook(hook)
+            stack.callback(handle.remove)
+        yield
+
+
 @torch.no_grad()
 def generate(model, processor, task, example):
     """Greedy text for one example by `model.generate`."""
@@ -230,6 +247,19 @@ def activations(model, processor, task, examples):
         for example in examples
         for index, _answer in task.answers(example)
     ]
+
+
+@torch.no_grad()
+def position_means(model, processor, task, examples):
+    """Mean of z over all positions of prompt and answer, the answer's end token aside, of all pairs, [L, I]."""
+    total, positions = 0, 0
+    for example in examples:
+        for index, answer in task.answers(example):
+            with ffn_inputs_recorded(model) as recorded:
+                answer_logits(model, processor, example, task.prompts(example)[index], answer)
+            z = torch.stack([recorded[layer][:-1] for layer in sorted(recorded)])
+            total, positions = total + z.sum(1), positions + z.shape[1]
+    return total / positions
 
 
 @torch.no_grad()
@@ -409,3 +439,27 @@ def fit_loss(model, processor, task, example, index, answer, layers, beta_kl):
     cross_entropy = torch.nn.functional.cross_entropy(scaled, ids)
     p, q = original.log_softmax(-1), scaled.log_softmax(-1)
     return cross_entropy + beta_kl * (p.exp() * (p - q)).sum(-1).mean()
+
+
+def drop_at(points, level):
+    """Where the line from (0, 0) through the points (x, y) first reaches x = `level`: its y, or None if it does not."""
+    before = (0.0, 0.0)
+    for point in points:
+        if point[0] >= level:
+            return before[1] + (level - before[0]) / (point[0] - before[0]) * (point[1] - before[1])
+        before = point
+    return None
+
+
+def means_of_drawn(matrix, related, drawn):
+    """Mean own drop of the drawn tasks, with repeats, and mean drop of those that are related to each and drawn.
+
+    A task without any such is left out of the second mean. Two copies of a task are not related.
+    """
+    own = [matrix[t][t] for t in drawn]
+    beside = []
+    for t in drawn:
+        others = [matrix[t][u] for u in drawn if related[t][u]]
+        if others:
+            beside.append(sum(others) / len(others))
+    return sum(own) / len(own), sum(beside) / len(beside)

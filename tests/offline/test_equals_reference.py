@@ -13,7 +13,7 @@ from hones_offline.attribution.measurements import AnswerLogProbability
 from hones_offline.attribution.write_in import PositivePart, head_guided_importance, mean_write_in, target_directions
 from hones_offline.data.neurons import Bank, Importance, NeuronIndex
 from hones_offline.learning.factors import FitSettings, fit_run_settings, learn
-from hones_offline.running.evaluation import intervention, score
+from hones_offline.running.evaluation import intervention, position_means, score
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
 from hones_offline.running.run_folder import RunFolder, read_arrays
@@ -144,6 +144,28 @@ def test_masking_and_steering_equal_plain_multiplication(case: tuple[Problem, Pr
     else:
         assert list(found) == expected
     assert str(score(prepared, batch_size=9).outputs) == str(plain)  # nothing stays behind
+
+
+def test_mean_ablation_equals_setting_neurons_to_their_means(case: tuple[Problem, Prepared]) -> None:
+    p, prepared = case
+    means = position_means(prepared, batch_size=3)
+    expected_means = reference.position_means(p.model, p.processor, p.task, p.examples)
+    found_means = Importance(NeuronIndex.of(prepared.decoder.layout), means.astype(np.float32))
+    np.testing.assert_allclose(found_means, expected_means, rtol=1e-4, atol=1e-5 * float(expected_means.abs().max()))
+    bank = Bank({1: np.arange(0, 40, 2), 2: np.arange(5, 30)})
+    with intervention(prepared, mask=bank, fill=50 * means):  # far from what the model does, so that outputs change
+        found = score(prepared, batch_size=9).outputs
+    filled = {layer: (neurons, 50 * np.asarray(found_means)[layer][neurons]) for layer, neurons in bank.items()}
+    with reference.neurons_set(p.model, filled):
+        expected = reference.outputs(p.model, p.processor, p.task, p.examples)
+    with intervention(prepared, mask=bank):
+        zeros = score(prepared, batch_size=9).outputs
+    assert str(found) != str(zeros)
+    if p.task.kind == "rank":
+        for got, want in zip(found, expected, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    else:
+        assert list(found) == expected
 
 
 def test_learning_follows_the_gradient_of_the_plain_loss(case: tuple[Problem, Prepared]) -> None:

@@ -1,6 +1,7 @@
 """Attribution patching estimates what its plain twin does, and the heads it preselects have their exact scores."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from offline.several_processes import writes_its_targets
 from problems import Problem, every_architecture, problem
 
 from hones_steer.cli import main
-from hones_steer.errors import DataError
+from hones_steer.errors import DataError, LayoutError
 
 CASES = every_architecture(
     [
@@ -158,6 +159,20 @@ def test_gradients_that_are_not_finite_are_refused() -> None:
         prepared.decoder.unembedding.weight[3] = torch.inf
     with pytest.raises(DataError, match="not finite; use --dtype bfloat16 or float32, or --heads exact"):
         estimated_scores(prepared, RUN)
+
+
+def test_too_little_memory_and_a_model_without_a_backward_pass_are_refused_before_the_work(tmp_path: Path) -> None:
+    p = problem("llama", "text")
+    arguments = (p.model, p.processor, p.task, p.examples)
+    with pytest.raises(DataError, match=r"memory_gb=1e-06; --memory-gb 0\.01 is enough"):
+        attribute(*arguments, heads="patch", memory_gb=1e-6, run_dir=tmp_path / "little", **SETTINGS)
+    with warnings.catch_warnings(action="ignore"):
+        p.model.model = torch.ao.quantization.quantize_dynamic(p.model.model, {"layers.0.self_attn.o_proj"})
+    message = r"its model\.layers\.0\.self_attn\.o_proj .* no gradient on; .* \(with heads exact or race\)"
+    with pytest.raises(LayoutError, match=message):
+        attribute(*arguments, heads="patch", run_dir=tmp_path / "quantized", **SETTINGS)
+    for run in ("little", "quantized"):
+        assert [file.name for file in (tmp_path / run).iterdir()] == ["run.json"]
 
 
 @pytest.mark.parametrize("margin", [-0.5, float("nan"), float("inf")])

@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
-import torch
 
 from hones_offline.attribution.heads import HeadMetric, HeadScores, Preselection, all_heads, statistics_of, utility
 from hones_offline.data.metrics import FloatArray
-from hones_offline.running.backward import AnsweredBatch, Pair, frozen, rows_at_once
+from hones_offline.running.backward import AnsweredBatch, Pair, frozen, gradients_by, rows_at_once
 from hones_offline.running.batching import batches
 from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.execution import Execution
@@ -93,7 +92,6 @@ def estimated_scores(prepared: Prepared, execution: Execution) -> FloatArray:
 
 def estimates_of(decoder: TextDecoder, pairs: Sequence[Pair]) -> FloatArray:
     """What replacing each head costs each pair's log-probability, estimated: float64 [pairs, L, H]."""
-    with frozen(decoder.model), torch.enable_grad(), moved_heads(decoder.layout, SHARE) as shares:
-        utilities = AnsweredBatch(decoder, pairs).utilities()
-        gradients = torch.autograd.grad(utilities.sum(), [shares[layer] for layer in sorted(shares)])
-    return -np.stack([of_layer.double().cpu().numpy() for of_layer in gradients], axis=1)
+    with frozen(decoder.model):
+        slopes = gradients_by(partial(moved_heads, share=SHARE), AnsweredBatch(decoder, pairs))
+    return -np.stack([of_layer.double().cpu().numpy() for of_layer in slopes.values()], axis=1)
