@@ -309,3 +309,15 @@ def fit_loss(model, processor, task, example, index, answer, layers, beta_kl):
     cross_entropy = torch.nn.functional.cross_entropy(scaled, ids)
     p, q = original.log_softmax(-1), scaled.log_softmax(-1)
     return cross_entropy + beta_kl * (p.exp() * (p - q)).sum(-1).mean()
+
+
+def fit_penalty(model, layers, l2):
+    """L2 · the mean over all FFN neurons of λ², λ = scale − 1 of those listed and 0 of the others."""
+    offsets = [
+        torch.zeros(layer.down_proj.weight.numel() // model.config.get_text_config().hidden_size)
+        for layer in find_layout(model).layers
+    ]
+    for layer, (neurons, scales) in layers.items():
+        for neuron, scale in zip(neurons.tolist(), scales.tolist(), strict=True):
+            offsets[layer][neuron] = scale - 1
+    return l2 * torch.cat(offsets).square().mean()
