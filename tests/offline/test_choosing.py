@@ -12,7 +12,7 @@ import torch
 from hones_offline.comparison.splits import Splits
 from hones_offline.data.neurons import Bank, NeuronIndex
 from hones_offline.learning.choosing import DevScore, FitGrid, choose, dev_log_probabilities
-from hones_offline.learning.factors import FitSettings, answer_loss, learn, learned_by_epoch
+from hones_offline.learning.factors import FitSettings, learn, learned_by_epoch, losses_of
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
 from problems import Problem, problem
@@ -145,16 +145,21 @@ def test_what_is_chosen_is_the_best_on_dev_and_is_done_once(splits: Splits) -> N
 @pytest.mark.parametrize("kept", [True, False])
 def test_the_loss_is_the_plain_one(p: Problem, prepared: Prepared, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts that begin alike, whose beginning runs once; the original's log-probabilities kept or not."""
-    monkeypatch.setattr("hones_offline.learning.loss.TEACHER_BYTES", 2**30 if kept else 0)
+    monkeypatch.setattr("hones_offline.learning.loss.ORIGINAL_BYTES", 2**30 if kept else 0)
     layers = {layer: (neurons, np.linspace(0.2, 2, len(neurons))) for layer, neurons in BANK.items()}
-    every = [(e, i, a) for e in p.examples for i, a in p.task.answers(e)]
     for whole in (False, True):
-        loss = answer_loss(prepared, replace(SETTINGS, beta_kl=0.5, gradient_checkpointing=whole))
-        for chosen in ([4, 0, 9], [3], range(len(every))):
+        losses = losses_of(prepared, replace(SETTINGS, beta_kl=0.5, gradient_checkpointing=whole))
+        for seed, chosen in enumerate(([4, 0, 9], [3], range(len(p.examples)))):
+            loss = losses.of_epoch(seed)
             original = loss.original(chosen)
             with torch.no_grad(), reference.neurons_scaled(p.model, layers):
                 found = float(loss(chosen, original))
-            plain = [reference.fit_loss(p.model, p.processor, p.task, *every[i], layers, 0.5) for i in chosen]
+            drawn = prepared.drawn_answers(seed)
+            plain = [
+                reference.fit_loss(p.model, p.processor, p.task, p.examples[i], *pair, layers, 0.5)
+                for i in chosen
+                for pair in drawn[i]
+            ]
             assert found == pytest.approx(float(torch.stack(plain).detach().mean()), abs=1e-5)
 
 
@@ -169,7 +174,7 @@ def test_a_shared_beginning_runs_once(prepared: Prepared) -> None:
         learn(prepared, BANK, replace(SETTINGS, epochs=1, batch_size=12), Execution())
     finally:
         hook.remove()
-    # Twice a prefix of one row and the rest of twelve: the original's, and one optimizer step.
+    # Twice a prefix of one row and the rest of twelve: the original, and one optimizer step.
     assert [rows for rows, _ in shapes] == [1, 12, 1, 12]
     assert shapes[0][1] > 2 * shapes[1][1]
 

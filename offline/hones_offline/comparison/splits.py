@@ -12,7 +12,7 @@ import numpy.typing as npt
 from hones_offline.data.metrics import FloatArray
 from hones_offline.data.neurons import Bank
 from hones_offline.learning.choosing import DevScore, FitGrid, choose_fit, dev_log_probabilities
-from hones_offline.learning.factors import FitSettings, answer_loss, fit_run_settings, learn, learned_by_epoch
+from hones_offline.learning.factors import FitSettings, fit_run_settings, learn, learned_by_epoch, losses_of
 from hones_offline.learning.methods import SteeringInputs
 from hones_offline.running.evaluation import Scores, intervention, score
 from hones_offline.running.execution import Execution
@@ -93,11 +93,11 @@ class Splits:
 
         The table of all trials is kept in the run folder, as `trials-NAME-DIGEST.json`.
         """
-        loss = answer_loss(self.discovery, settings)
+        losses = losses_of(self.discovery, settings)
 
         def learn_at(changed: FitSettings) -> Generator[tuple[int, Profile]]:
             execution = self._execution(name, bank, changed, progress=progress)
-            return learned_by_epoch(self.discovery, bank, changed, execution, name=name, loss=loss)
+            return learned_by_epoch(self.discovery, bank, changed, execution, name=name, losses=losses)
 
         choice = choose_fit(grid, settings, learn_at, self.dev_score)
         wanted = {"name": name, "grid": asdict(grid), **fit_run_settings(self.discovery, bank, settings)}

@@ -19,7 +19,8 @@ from torch import Tensor
 from hones_offline.data.examples import Example
 from hones_offline.data.neurons import Bank, NeuronIndex
 from hones_offline.data.tasks import Task
-from hones_offline.learning.loss import AnswerLoss
+from hones_offline.learning.loss import EpochLoss, Losses
+from hones_offline.running.backward import frozen
 from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.execution import Execution
 from hones_offline.running.hooks import scaled_ffn
@@ -93,7 +94,8 @@ def fit(
 
     Minimizes the mean answer-token cross-entropy + β·KL(original ‖ scaled) on the answer tokens + l2·Σλ²/N, where the
     answer includes its end token and N is the number of all FFN neurons; the teacher of the KL is the same model
-    unscaled. AdamW without decay, cosine to 10% of `lr`, λ clamped to ±`clamp`.
+    unscaled. An example with several (prompt, answer) pairs counts as their mean. AdamW without decay, cosine to 10% of
+    `lr`, λ clamped to ±`clamp`.
 
     Args:
         model: a Hugging Face causal LM or VLM, in eval mode; its weights are not changed.
@@ -112,7 +114,7 @@ def fit(
         batch_size: examples per forward and backward.
         accumulation_steps: forwards and backwards per optimizer step.
         max_grad_norm: the gradient's norm is clipped to it.
-        seed: order of the examples in each epoch.
+        seed: order of the examples, and what the task's `drawn_answers` draws, in each epoch.
         keep: how many of the bank's neurons keep a factor; the others are pruned while learning. None prunes none.
         gradient_checkpointing: recompute layers in the backward pass: less memory, more time.
 
@@ -169,18 +171,18 @@ def learned_by_epoch(
     execution: Execution,
     *,
     name: str = "hones",
-    loss: AnswerLoss | None = None,
+    losses: Losses | None = None,
 ) -> Generator[tuple[int, Profile]]:
     """`learn`, giving (number, from 1; profile) after each epoch.
 
     An epoch is learned when its profile is asked for; the learning rate falls over all of `settings.epochs`, however
-    many that are. Epochs before the end of pruning (`settings.keep`) give no profile. `loss` is what `answer_loss`
+    many that are. Epochs before the end of pruning (`settings.keep`) give no profile. `losses` is what `losses_of`
     gives, made once for several runs on the same examples.
 
     Raises:
         DataError: more neurons are to be kept than the bank has.
     """
-    learner = _Learner(prepared, bank, settings, loss or answer_loss(prepared, settings))
+    learner = _Learner(prepared, bank, settings, losses or losses_of(prepared, settings))
     state: Arrays = learner.start()
     title = f"{prepared.task.name}: fit {name}"
     with progress_bar(title, learner.total_steps, show=execution.shows_progress) as bar:
@@ -197,9 +199,9 @@ def learned_by_epoch(
                 yield epoch + 1, bank_profile(prepared, bank.only(kept), scales, {**method, **asdict(settings)})
 
 
-def answer_loss(prepared: Prepared, settings: FitSettings) -> AnswerLoss:
-    """The loss of a task's pairs under these settings."""
-    return AnswerLoss(
+def losses_of(prepared: Prepared, settings: FitSettings) -> Losses:
+    """What learning on these examples under these settings minimizes, but for the penalty."""
+    return Losses(
         prepared,
         beta_kl=settings.beta_kl,
         batch_size=settings.batch_size,
@@ -233,13 +235,14 @@ def bank_profile(prepared: Prepared, bank: Bank, scales: npt.NDArray[np.float32]
 class _Learner:
     """The optimization as a function from state to state, so that it can stop and go on at any chunk."""
 
-    def __init__(self, prepared: Prepared, bank: Bank, settings: FitSettings, loss: AnswerLoss) -> None:
+    def __init__(self, prepared: Prepared, bank: Bank, settings: FitSettings, losses: Losses) -> None:
         if settings.keep is not None and settings.keep > bank.size:
             raise DataError(f"{settings.keep} neurons are to be kept, but the bank has {bank.size}; give a larger bank")
         self.decoder: TextDecoder = prepared.decoder
         self.index = NeuronIndex.of(self.decoder.layout)
-        self.bank, self.settings, self.loss = bank, settings, loss
-        self.steps_per_epoch = math.ceil(len(loss) / (settings.batch_size * settings.accumulation_steps))
+        self.bank, self.settings, self.losses = bank, settings, losses
+        self.examples = len(prepared)
+        self.steps_per_epoch = math.ceil(self.examples / (settings.batch_size * settings.accumulation_steps))
         self.total_steps = settings.epochs * self.steps_per_epoch
 
     def start(self) -> Arrays:
@@ -257,7 +260,7 @@ class _Learner:
             "exp_avg": torch.tensor(state["exp_avg"]),
             "exp_avg_sq": torch.tensor(state["exp_avg_sq"]),
         }
-        with _frozen(self.decoder, checkpointing=self.settings.gradient_checkpointing):
+        with frozen(self.decoder.model), _checkpointed(self.decoder, self.settings.gradient_checkpointing):
             for step in steps:
                 self._step(step, offsets, kept, optimizer)
                 kept = self._pruned(step, offsets, kept)
@@ -285,9 +288,10 @@ class _Learner:
         settings = self.settings
         optimizer.param_groups[0]["lr"] = settings.lr * _cosine(step / self.total_steps)
         chosen = self._examples_of(step)
+        loss = self.losses.of_epoch(settings.seed + step // self.steps_per_epoch)
         for start in range(0, len(chosen), settings.batch_size):
             batch = chosen[start : start + settings.batch_size]
-            self._accumulate(batch, offsets, share=len(batch) / len(chosen))
+            self._accumulate(loss, batch, offsets, share=len(batch) / len(chosen))
         with torch.enable_grad():
             (settings.l2 * offsets.square().sum() / self.index.size).backward()
         assert offsets.grad is not None
@@ -315,16 +319,16 @@ class _Learner:
     def _examples_of(self, step: int) -> list[int]:
         epoch, within = divmod(step, self.steps_per_epoch)
         generator = torch.Generator().manual_seed(self.settings.seed + epoch)
-        order = torch.randperm(len(self.loss), generator=generator).tolist()
+        order = torch.randperm(self.examples, generator=generator).tolist()
         size = self.settings.batch_size * self.settings.accumulation_steps
         return order[within * size : (within + 1) * size]
 
-    def _accumulate(self, batch: Sequence[int], offsets: Tensor, share: float) -> None:
-        """Add share · the gradient of the loss of these pairs."""
-        original = self.loss.original(batch)
+    def _accumulate(self, loss: EpochLoss, batch: Sequence[int], offsets: Tensor, share: float) -> None:
+        """Add share · the gradient of the loss of these examples."""
+        original = loss.original(batch)
         with torch.enable_grad(), scaled_ffn(self.decoder.layout, self._scales(offsets)):
             # Inside the block: checkpointed layers are run again here, and must be scaled again.
-            (self.loss(batch, original) * share).backward()
+            (loss(batch, original) * share).backward()
 
     def _scales(self, offsets: Tensor) -> dict[int, Tensor]:
         parts = offsets.split([len(neurons) for neurons in self.bank.values()])
@@ -340,27 +344,23 @@ def _cosine(progress: float) -> float:
 
 
 @contextmanager
-def _frozen(decoder: TextDecoder, *, checkpointing: bool) -> Iterator[None]:
-    """No gradients for the model's own weights, and its layers recomputed in the backward pass if asked for.
+def _checkpointed(decoder: TextDecoder, wanted: bool) -> Iterator[None]:
+    """The decoder's layers recomputed in the backward pass, if that is wanted.
 
     transformers checkpoints a layer only in training mode; only the layers' own flag is raised, so that dropout inside
     them stays off.
     """
-    parameters = [(p, p.requires_grad) for p in decoder.model.parameters()]
+    if not wanted:
+        yield
+        return
     layers = [layer.module for layer in decoder.layout.layers]
     modes = [layer.training for layer in layers]
-    for parameter, _ in parameters:
-        parameter.requires_grad_(False)
-    if checkpointing:
-        enable_checkpointing(decoder.model)
-        for layer in layers:
-            layer.training = True
+    enable_checkpointing(decoder.model)
+    for layer in layers:
+        layer.training = True
     try:
         yield
     finally:
-        for parameter, required in parameters:
-            parameter.requires_grad_(required)
-        if checkpointing:
-            disable_checkpointing(decoder.model)
-            for layer, mode in zip(layers, modes, strict=True):
-                layer.training = mode
+        disable_checkpointing(decoder.model)
+        for layer, mode in zip(layers, modes, strict=True):
+            layer.training = mode
