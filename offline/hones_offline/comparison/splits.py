@@ -1,7 +1,7 @@
 """A task's splits with everything that is measured or learned on them, each once."""
 
 import hashlib
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from hones_offline.data.metrics import FloatArray
 from hones_offline.data.neurons import Bank
 from hones_offline.learning.choosing import DevScore, FitGrid, choose_fit, dev_log_probabilities
-from hones_offline.learning.factors import FitSettings, fit_run_settings, learn, learned_by_epoch, losses_of
+from hones_offline.learning.factors import FitSettings, fit_run_settings, learn
 from hones_offline.learning.methods import SteeringInputs
 from hones_offline.running.evaluation import Scores, intervention, score
 from hones_offline.running.execution import Execution
@@ -83,7 +83,7 @@ class Splits:
 
     def learned(self, name: str, bank: Bank, settings: FitSettings, *, progress: bool = False) -> Profile:
         """`learn` on the discovery examples, kept in a folder of its own; the same is learned once."""
-        execution = self._execution(name, bank, settings, progress=progress)
+        execution = Execution(folder=self._fit_folder(name, bank, settings), progress=progress)
         return learn(self.discovery, bank, settings, execution, name=name)
 
     def learned_on_dev(
@@ -93,21 +93,24 @@ class Splits:
 
         The table of all trials is kept in the run folder, as `trials-NAME-DIGEST.json`.
         """
-        losses = losses_of(self.discovery, settings)
-
-        def learn_at(changed: FitSettings) -> Generator[tuple[int, Profile]]:
-            execution = self._execution(name, bank, changed, progress=progress)
-            return learned_by_epoch(self.discovery, bank, changed, execution, name=name, losses=losses)
-
-        choice = choose_fit(grid, settings, learn_at, self.dev_score)
+        choice = choose_fit(
+            self.discovery,
+            bank,
+            settings,
+            grid,
+            self.dev_score,
+            folder=lambda changed: self._fit_folder(name, bank, changed),
+            name=name,
+            progress=progress,
+        )
         wanted = {"name": name, "grid": asdict(grid), **fit_run_settings(self.discovery, bank, settings)}
         self.run.json(f"trials-{name}-{_digest(wanted)}", choice.table)
         return choice.chosen
 
-    def _execution(self, name: str, bank: Bank, settings: FitSettings, *, progress: bool) -> Execution:
-        """How factors are learned: with their states in a folder that belongs to these settings."""
+    def _fit_folder(self, name: str, bank: Bank, settings: FitSettings) -> RunFolder:
+        """Where the states of this learning are kept, and of no other."""
         wanted = {"name": name, **fit_run_settings(self.discovery, bank, settings)}
-        return Execution(folder=RunFolder(self.path / f"fit-{_digest(wanted)}", wanted), progress=progress)
+        return RunFolder(self.path / f"fit-{_digest(wanted)}", wanted)
 
     def steering_inputs(
         self,
