@@ -333,7 +333,7 @@ def test_attribute_against_an_old_result_which_the_same_command_completes(
     assert hones(*vqa, "--against", old)[0] == 0
 
 
-@pytest.mark.parametrize("method", ["hones", "hones_no_kl", "random_neurons", "fixed_amp", "grid_search"])
+@pytest.mark.parametrize("method", ["hones", "hones_no_kl", "random_neurons", "sparse", "fixed_amp", "grid_search"])
 def test_fit_writes_a_profile_with_its_evidence(
     hones: Run, root: Path, found: Path, tmp_path: Path, method: str
 ) -> None:
@@ -349,18 +349,19 @@ def test_fit_writes_a_profile_with_its_evidence(
     assert (fitted.task, fitted.description, fitted.license) == ("cats", "cats, red", "cc0-1.0")
     assert fitted.evidence["n"] == 4
     assert fitted.evidence["split"] == "dev"
-    assert {str(layer): len(neurons) for layer, (neurons, _) in fitted.layers.items()} == {
-        layer: len(neurons) for layer, neurons in bank.items()
-    }
+    sizes = {str(layer): len(neurons) for layer, (neurons, _) in fitted.layers.items()}
+    assert fitted.num_neurons == sum(map(len, bank.values()))
+    assert sizes == {layer: len(neurons) for layer, neurons in bank.items()} or method == "sparse"
+    assert (result["warning"] is None) == (method == "fixed_amp")
     same = all(neurons.tolist() == bank[str(layer)] for layer, (neurons, _) in fitted.layers.items())
-    assert same == (method != "random_neurons")
+    assert same == (method not in ("random_neurons", "sparse"))
     scales = np.concatenate([scales for _, scales in fitted.layers.values()])
     if method in ("fixed_amp", "grid_search"):
         assert len(set(scales.tolist())) == 1
         assert (scales == fitted.method["factor"]).all()
     else:
         assert (scales != 1).all()
-    assert fitted.method.get("beta_kl", 0) == (0.05 if method in ("hones", "random_neurons") else 0)
+    assert fitted.method.get("beta_kl", 0) == (0.05 if method in ("hones", "random_neurons", "sparse") else 0)
 
     code, out, error = hones("inspect", path)
     assert (code, error) == (0, "")
@@ -375,6 +376,53 @@ def test_fit_again_gives_the_same_bytes_at_once(hones: Run, root: Path, found: P
     assert code == 0
     assert "on 4 dev examples" in out
     assert profile.read_bytes() == before
+
+
+def test_fit_chooses_on_dev_and_has_its_evidence_from_test(hones: Run, root: Path, tmp_path: Path) -> None:
+    path, state = tmp_path / "p.safetensors", tmp_path / "state"
+    data = [root / "text", "--task", "words", "--data", root / "text.jsonl"]
+    assert hones("attribute", *data, "--out", tmp_path / "run", *QUICK)[0] == 0
+    test = write_jsonl(tmp_path / "test.jsonl", [{"prompt": "big is", "targets": ["blue"]}] * 3)
+    command = ["fit", *data, "--bank", tmp_path / "run", "--out", path, "--state", state]
+    command += ["--dev", root / "text-dev.jsonl", "--test", test]
+    command += ["--lr", "0.01", "0.1", "--epochs", "3", "--patience", "1", "--strengths", "1", "2"]
+    code, out, error = hones(*command, "--json")
+    assert (code, error) == (0, "")
+    result = json.loads(out)
+    trials = json.loads((state / "trials.json").read_bytes())
+    assert result["trials"] == trials
+    assert {trial["lr"] for trial in trials} == {0.01, 0.1}
+    assert {trial["strength"] for trial in trials} == {1, 2}
+    best = max(trials, key=lambda trial: (trial["metric"], trial["log_probability"]))
+    method = load_profile(path).method
+    assert (method["lr"], method["epoch"], method["chosen_on_dev"]["strength"]) == (
+        best["lr"],
+        best["epoch"],
+        best["strength"],
+    )
+    assert load_profile(path).evidence == result["evidence"]
+    assert (result["evidence"]["split"], result["evidence"]["n"], result["warning"]) == ("test", 3, None)
+    before, written = path.read_bytes(), listing(state)
+    code, out, _ = hones(*command)
+    assert (path.read_bytes(), listing(state)) == (before, written)
+    assert f"chosen on dev in {len(trials)} trials: learning rate {best['lr']:g}, epoch {best['epoch']}, " in out
+    assert "on 3 test examples" in out
+    assert "note:" not in out
+    # Without test data dev's own number is shown, with a warning.
+    code, out, _ = hones(*(part for part in command if part not in ("--test", test)))
+    assert code == 0
+    assert "on 4 dev examples" in out
+    assert "note: dev chose this profile, so its gain there is optimistic" in out
+
+
+def test_a_strength_is_given_without_dev(hones: Run, root: Path, found: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cats.safetensors"
+    command = ["fit", root / "vlm", "--task", "cats", "--data", root / "cats.jsonl", "--bank", found, "--out", path]
+    command += [*FIT, "--state", tmp_path / "state"]
+    assert hones(*command)[0] == 0
+    once = load_profile(path)
+    assert hones(*command, "--strengths", "2")[0] == 0
+    assert load_profile(path).digest == (once * 2).digest
 
 
 def test_evaluate_measures_steering_and_masking(hones: Run, root: Path, found: Path, profile: Path) -> None:
@@ -648,6 +696,15 @@ def test_usage_errors_name_what_is_missing(hones: Run, root: Path, found: Path, 
     code, _, error = hones("fit", *common, "--bank", found, "--out", tmp_path / "p", "--method", "grid_search")
     assert code == 2
     assert error.endswith("hones fit: error: grid_search chooses its factor on --dev data\n")
+    fit = ["fit", *common, "--bank", found, "--out", tmp_path / "p"]
+    for option, message in (
+        (["--lr", "0.1", "0.2"], "--lr has several values to choose from on --dev data; give that, or one value"),
+        (["--strengths", "1", "2"], "--strengths has several values to choose from on --dev data; give that, or one"),
+        (["--patience", "3"], "--patience counts epochs on --dev data; give that, or leave it out"),
+    ):
+        code, _, error = hones(*fit, *option)
+        assert code == 2
+        assert f"hones fit: error: {message}" in error
     code, _, error = hones("evaluate", *common, "--random-banks", "3")
     assert code == 2
     assert error.endswith("hones evaluate: error: --random-banks stand beside the bank of a --mask\n")
@@ -662,6 +719,10 @@ def test_dev_data_that_shares_an_image_with_the_data_is_refused(
     command = ["fit", root / "vlm", "--task", "cats", "--data", root / "cats.jsonl", "--bank", found]
     error = fails(*command, "--dev", root / "cats.jsonl", "--out", tmp_path / "p.safetensors")
     assert "Splits 'data' and 'dev' share image" in error
+    error = fails(
+        *command, "--dev", root / "dev.jsonl", "--test", root / "dev.jsonl", "--out", tmp_path / "p.safetensors"
+    )
+    assert "Splits 'dev' and 'test' share image" in error
 
 
 def test_test_data_that_shares_an_image_with_other_data_is_refused(
