@@ -28,7 +28,7 @@ from hones_offline.running.evaluation import score
 from hones_offline.running.models import keep_freed_memory, load_model
 from hones_offline.running.prompts import Prepared, prepare
 
-from examples.smollm2.make_data import SPLITS, TASKS
+from examples.smollm2.make_data import DEV_TASKS, SPLITS, TASKS
 
 DATA = Path(__file__).parent / "data"
 MAX_NEW_TOKENS = 8  # no answer has more than 6, and the line ends after it
@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, metavar="DIR", help="what get_model wrote")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run folder")
-    parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS), metavar="TASK")
+    parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(DEV_TASKS), metavar="TASK")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help="see docs/methods.md")
     parser.add_argument("--main", default="hones_logprob", metavar="METHOD", help="grouped and steered (%(default)s)")
     parser.add_argument("--seeds", type=int, default=5, metavar="N")
