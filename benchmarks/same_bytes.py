@@ -118,7 +118,7 @@ def _attribute_steps() -> list[Step]:
         ),
         _attribute("attribute-dvp", "vqa", "--method", "dvp", quick=True),
         _attribute("attribute-dvp-contrastive", "caption", "--method", "dvp", "--target", "contrastive"),
-        _attribute("attribute-without", "vqa", "--without", "attribute-caption/run", quick=True),
+        _attribute("attribute-against", "vqa", "--against", "attribute-caption/run", quick=True),
         _attribute("attribute-same-again", "vqa", "--out", "attribute-vqa/run"),
     ]
 
@@ -267,9 +267,9 @@ def run_comparison(out: Path) -> None:
     from hones_offline.study import Splits
     from hones_offline.tasks import TASKS as TASKS_BY_NAME
 
-    variants = ("hones_logprob:rank+damage", "hones_task:leave_out+centred+example", "hones_task:specific")
+    variants = ("hones_logprob:rank+damage", "hones_task:leave_out+centred+example", "hones_task:ratio")
     settings = CompareSettings(
-        methods=(*sorted(METHODS), *variants, "dvp:centred", "ap:specific"),
+        methods=(*sorted(METHODS), *variants, "dvp:centred", "ap:max"),
         main="hones_task",
         fractions=(0.05, 0.1),
         fraction=0.1,

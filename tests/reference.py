@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 
+import numpy as np
 import torch
 
 from hones_steer.layout import find_layout, is_transposed
@@ -308,6 +309,35 @@ def gradient_activation(model, processor, task, examples):
     return sum(products) / len(products)
 
 
+def factor_gradients(model, processor, task, examples):
+    """Mean over an example's pairs of Σ z·∂P/∂z over all positions, prompt and answer; one [L, I] for each example."""
+    gradients = []
+    for example in examples:
+        of_pairs = []
+        for index, answer in task.answers(example):
+            with ffn_inputs_recorded(model) as recorded:
+                logits, ids = answer_logits(model, processor, example, task.prompts(example)[index], answer)
+            for z in recorded.values():
+                z.retain_grad()
+            logits.log_softmax(-1)[range(len(ids)), ids].mean().backward()
+            of_pairs.append(torch.stack([(z * z.grad).sum(0).detach() for _, z in sorted(recorded.items())]))
+            model.zero_grad()
+        gradients.append(sum(of_pairs) / len(of_pairs))
+    return gradients
+
+
+def grad_all(model, processor, task, examples):
+    """The mean of g over examples, [L, I]."""
+    gradients = factor_gradients(model, processor, task, examples)
+    return sum(gradients) / len(gradients)
+
+
+def fisher(model, processor, task, examples):
+    """The mean of g² over examples, [L, I]."""
+    gradients = factor_gradients(model, processor, task, examples)
+    return sum(g**2 for g in gradients) / len(gradients)
+
+
 def activation_entropy(probabilities):
     """LAPE's entropy from {task: [L][I] activation probabilities}: {task: importance [L][I]}, neuron by neuron."""
     tasks = list(probabilities)
@@ -327,6 +357,38 @@ def activation_entropy(probabilities):
                 bonus = math.log(len(tasks)) if value >= threshold else 0.0
                 result[task][layer][neuron] = max(math.log(len(tasks)) - entropy, 0.0) + bonus
     return result
+
+
+def unit_importance(importance):
+    """Positive part of an importance (list of floats) over the mean of its own top 1%."""
+    positive = [max(float(value), 0.0) for value in importance]
+    top = sorted(positive, reverse=True)[: max(1, round(0.01 * len(positive)))]
+    return [value / (sum(top) / len(top)) for value in positive]
+
+
+def contrasted_bank(own, others, contrast, fraction, pool_factor=4, floor=0.05):
+    """Numbers of the neurons of a contrasted bank, ascending, neuron by neuron; importances are lists of floats."""
+    size = max(1, round(fraction * len(own)))
+    mine, theirs = unit_importance(own), [unit_importance(other) for other in others]
+    if contrast == "max":
+        value = {i: mine[i] - max(other[i] for other in theirs) for i in range(len(own))}
+    else:
+        pool = sorted((i for i in range(len(own)) if own[i] > 0), key=lambda i: (-own[i], i))
+        pool = pool[: round(pool_factor * size)]
+        value = {i: mine[i] / (max(other[i] for other in theirs) + floor * mine[pool[-1]]) for i in pool}
+    rounded = {i: float(np.float32(v)) for i, v in value.items() if v > 0}
+    return sorted(sorted(rounded, key=lambda i: (-rounded[i], i))[:size])
+
+
+def epoch_loss(model, processor, task, examples, layers, beta_kl, seed):
+    """2.6 over an epoch of learning: the mean over examples of the mean over the pairs that its seed draws."""
+    random = np.random.default_rng(seed)
+    losses = []
+    for example in examples:
+        pairs = task.drawn_answers(example, random)
+        own = [fit_loss(model, processor, task, example, *pair, layers, beta_kl).item() for pair in pairs]
+        losses.append(sum(own) / len(own))
+    return sum(losses) / len(losses)
 
 
 def fit_loss(model, processor, task, example, index, answer, layers, beta_kl):

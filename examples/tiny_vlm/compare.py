@@ -25,7 +25,7 @@ from hones_offline.running.embedded import load_tiny_vlm
 from hones_offline.running.models import keep_freed_memory
 from hones_offline.running.prompts import prepare
 
-VARIANTS = ("hones_task:specific", "dvp:specific", "grad_act:specific", "hones_task:leave_out")
+VARIANTS = ("hones_task:ratio", "dvp:ratio", "grad_act:ratio", "hones_task:leave_out")
 
 
 def main() -> None:

@@ -69,17 +69,6 @@ def test_gradient_times_activation(case: tuple[Problem, Prepared]) -> None:
     assert all(parameter.grad is None for parameter in p.model.parameters())
 
 
-def test_gradients_need_no_trainable_weights(case: tuple[Problem, Prepared]) -> None:
-    p, prepared = case
-    expected = gradient_activation(prepared, Execution(batch_size=3))
-    p.model.requires_grad_(False)
-    try:
-        found = gradient_activation(prepared, Execution(batch_size=64))
-    finally:
-        p.model.requires_grad_(True)
-    close(found, expected)
-
-
 def test_the_positive_part_of_each_example(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
     units = target_directions(prepared)
@@ -185,7 +174,10 @@ def test_attribute_takes_every_method_and_option(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "lape"}, "method must be one of hones, dvp, grad_act, ma, ap, random, not 'lape'"),
+        (
+            {"method": "lape"},
+            "method must be one of hones, dvp, fisher, grad_all, grad_abs, grad_act, ma, ap, random, not 'lape'",
+        ),
         ({"target": "mean"}, "target must be one of paper, contrastive, centred, not 'mean'"),
         ({"positive_part": "no"}, "positive_part must be one of mean, example, not 'no'"),
         ({"head_weights": "one"}, "head_weights must be one of score, rank, not 'one'"),

@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
+from hones_offline.attribution.contrast import contrasted
+from hones_offline.data.neurons import Importance, NeuronIndex
 from hones_offline.data.scenes import scenes
 from hones_offline.running.embedded import checkpoint
 from PIL import Image
 from problems import problem
+from safetensors.numpy import load_file, save_file
 from tiny_processors import text_tokenizer
 from transformers import MambaConfig, MambaForCausalLM
 
@@ -148,7 +151,7 @@ def test_attribute_by_another_method_says_which(hones: Run, root: Path, tmp_path
     assert code == 0
     assert "strongest heads" not in out
     result = json.loads((tmp_path / "dvp" / "result.json").read_bytes())
-    assert (result["method"], result["target"], result["heads"]) == ("dvp", "centred", [])
+    assert (result["method"], result["options"], result["heads"]) == ("dvp", {"target": "centred"}, [])
     options = ["--target", "centred", "--positive-part", "example", "--head-weights", "rank"]
     assert hones(*command, "--out", tmp_path / "hones", *options)[0] == 0
     varied = json.loads((tmp_path / "hones" / "result.json").read_bytes())
@@ -159,23 +162,144 @@ def test_attribute_by_another_method_says_which(hones: Run, root: Path, tmp_path
     assert "method 'ap' takes no target; leave it out" in error
 
 
-def test_attribute_without_another_tasks_neurons(
-    hones: Run, fails: Callable[..., str], root: Path, found: Path, tmp_path: Path
+@pytest.fixture(scope="module")
+def dogs(root: Path) -> Path:
+    """The run folder of `hones attribute` on the VLM and another task, other questions about the same images."""
+    lines = [json.loads(line) for line in (root / "cats.jsonl").read_text().splitlines()]
+    records = [{**line, "prompt": f"{line['prompt']} like", "targets": ["a dog"]} for line in lines]
+    data, folder = write_jsonl(root / "dogs.jsonl", records), root / "runs" / "dogs"
+    command = ["attribute", root / "vlm", "--task", "dogs", "--data", data, "--out", folder, *QUICK]
+    assert main([str(argument) for argument in command]) == 0
+    return folder
+
+
+@pytest.fixture
+def vqa(root: Path, tmp_path: Path) -> list[object]:
+    """`hones attribute` on a third task of the VLM."""
+    records = [{"image": f"images/dev-{i}.png", "prompt": "what is it", "targets": ["red"]} for i in range(4)]
+    data = write_jsonl(root / "vqa.jsonl", records)
+    return ["attribute", root / "vlm", "--task", "vqa", "--data", data, "--out", tmp_path / "vqa", *QUICK]
+
+
+def steps(folder: Path) -> dict[str, int]:
+    """Files of what a run has computed, with the time of each."""
+    times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    for name in ("result.json", "importance.safetensors"):
+        del times[name]
+    assert any(name.startswith("importance-") for name in times)  # or the test says nothing
+    return times
+
+
+def test_attribute_against_other_tasks(hones: Run, found: Path, dogs: Path, vqa: list[object], tmp_path: Path) -> None:
+    assert hones(*vqa)[0] == 0
+    result = json.loads((tmp_path / "vqa" / "result.json").read_bytes())
+    assert (result["against"], result["contrast"], len(result["examples"])) == ({}, None, 4)
+    paths = [tmp_path / "vqa", found, dogs]
+    index = NeuronIndex((96,) * 3)
+    own, *others = (Importance(index, load_file(path / "importance.safetensors")["importance"]) for path in paths)
+    assert own.bank(0.05).to_json() == result["bank"]
+    before = steps(tmp_path / "vqa")
+    digests = [own.bank(0.05).digest]
+    for contrast, options in {
+        "ratio": ["--against", found, dogs],
+        "max": ["--against", found, "--against", dogs, "--contrast", "max"],
+    }.items():
+        code, out, error = hones(*vqa, *options)
+        assert (code, error) == (0, "")
+        assert f"contrast: {contrast} to cats, dogs" in out
+        result = json.loads((tmp_path / "vqa" / "result.json").read_bytes())
+        expected = contrasted(own, others, contrast, 0.05).bank(0.05)
+        assert result["bank"] == expected.to_json()
+        assert (result["against"], result["contrast"]) == ({"cats": str(found), "dogs": str(dogs)}, contrast)
+        digests.append(expected.digest)
+    assert len(set(digests)) == 3
+    # Nothing was computed again, and what the run is contrasted by itself is as it was.
+    assert steps(tmp_path / "vqa") == before
+    np.testing.assert_array_equal(load_file(tmp_path / "vqa" / "importance.safetensors")["importance"], own.values)
+    code, out, error = hones(*vqa, "--against", found, "--top-fraction", "0.1", "--json")
+    assert (code, error) == (0, "")
+    assert json.loads(out)["bank"] == contrasted(own, others[:1], "ratio", 0.1).bank(0.1).to_json()
+
+
+def test_attribute_against_a_run_that_cannot_be_compared(
+    fails: Callable[..., str], hones: Run, root: Path, found: Path, dogs: Path, vqa: list[object], tmp_path: Path
 ) -> None:
-    command = ["attribute", root / "vlm", "--task", "vqa", "--data", root / "cats.jsonl", "--out", tmp_path, *QUICK]
+    def copy(name: str, **changes: object) -> Path:
+        folder = shutil.copytree(found, tmp_path / name)
+        result = json.loads((folder / "result.json").read_bytes())
+        (folder / "result.json").write_text(json.dumps(result | changes))
+        return folder
 
-    def neurons(result: str) -> set[tuple[str, int]]:
-        return {(layer, n) for layer, of_layer in json.loads(result)["bank"].items() for n in of_layer}
+    def refused(*options: object) -> str:
+        message = fails(*vqa, *options)
+        assert not (tmp_path / "vqa").exists()  # before any work
+        return message
 
-    taken, banks = neurons((found / "result.json").read_text()), []
-    for without in ([], ["--without", found]):  # the second time nothing is computed again
-        code, out, error = hones(*command, *without, "--json")
-        assert code == 0, error
-        banks.append(neurons(out))
-    assert banks[0] & taken  # or the test says nothing
-    assert not banks[1] & taken
-    assert banks[0] - taken <= banks[1]
-    assert "result.json is missing" in fails(*command, "--without", tmp_path.parent)
+    other = copy("other")
+    same_task = "are runs of the same task, 'cats'; name one of them in --against"
+    assert f"{found} and {other} {same_task}" in refused("--against", found, dogs, other)
+    assert f"{found} and {found} {same_task}" in refused("--against", found, "--against", found)
+    own = tmp_path / "vqa" / ".." / "vqa"
+    message = refused("--against", found, own)
+    assert f"--against names {own}, the folder of this run (--out); name runs of other tasks" in message
+    assert "result.json is missing; the run that should have written it is not finished" in refused(
+        "--against", tmp_path
+    )
+    assert "is a run of the same task, 'vqa'; name runs of other tasks in --against" in refused(
+        "--against", copy("same", task="vqa")
+    )
+    assert "--contrast says how to compare with other runs; name them with --against" in refused("--contrast", "max")
+    assert "was found with method 'hones' and this run has 'dvp'; importances of different methods" in refused(
+        "--against", found, "--method", "dvp"
+    )
+    for option, value, message in (
+        ("--head-metric", "task", "was found with head_metric 'logprob' and this run has 'task'; importances of diff"),
+        ("--target", "centred", "was found with target 'paper' and this run has 'centred'; importances of different"),
+        ("--top-heads", "5", "was found with top_heads 4 and this run has 5; importances of different options cannot"),
+    ):
+        assert message in refused("--against", found, option, value)
+    assert "method 'random' draws its importances" in refused("--against", found, "--method", "random")
+    lines = [*(root / "vqa.jsonl").read_text().splitlines(), (root / "cats.jsonl").read_text().splitlines()[1]]
+    (root / "mixed.jsonl").write_text("\n".join(lines))
+    assert (
+        f"1 of the 5 examples in --data are those of {found} as well (the first has the id '5': same image, prompt and "
+        "targets); give each task examples of its own"
+    ) in refused("--against", dogs, found, "--data", root / "mixed.jsonl")
+    for content in ("[]", '{"task": "cats", "bank": {}, "options": 3, "examples": []}'):
+        (other / "result.json").write_text(content)
+        assert "result.json is no result of `hones attribute`; run it again" in refused("--against", other)
+    damaged = copy("damaged")
+    for array in (np.zeros(287, np.float32), np.zeros(288), np.full(288, np.nan, np.float32)):
+        save_file({"importance": array}, damaged / "importance.safetensors")
+        assert "importance.safetensors is damaged (it holds no importance, float32 [288])" in refused(
+            "--against", damaged
+        )
+    (damaged / "importance.safetensors").unlink()
+    assert "importance.safetensors is missing" in refused("--against", damaged)
+    text = ["--task", "words", "--data", root / "text.jsonl", "--out", tmp_path / "words", *QUICK]
+    assert hones("attribute", root / "text", *text)[0] == 0
+    assert f"{tmp_path / 'words'} holds the importance of another model; run" in refused(
+        "--against", tmp_path / "words"
+    )
+
+
+def test_attribute_against_an_old_result_which_the_same_command_completes(
+    fails: Callable[..., str], hones: Run, root: Path, vqa: list[object], tmp_path: Path
+) -> None:
+    old = tmp_path / "old"
+    command = ["attribute", root / "vlm", "--task", "cats", "--data", root / "cats.jsonl", "--out", old, *QUICK]
+    assert hones(*command)[0] == 0
+    complete = {path.name: path.read_bytes() for path in old.iterdir()}
+    result = json.loads(complete["result.json"])
+    (old / "result.json").write_text(json.dumps({k: v for k, v in result.items() if k not in ("options", "examples")}))
+    computed = steps(old)
+    (old / "importance.safetensors").unlink()
+    message = fails(*vqa, "--against", old)
+    assert f"{old} holds the result of an older version, without its importance; run its `hones attribute`" in message
+    assert hones(*command)[0] == 0
+    assert {path.name: path.read_bytes() for path in old.iterdir()} == complete
+    assert steps(old) == computed
+    assert hones(*vqa, "--against", old)[0] == 0
 
 
 @pytest.mark.parametrize("method", ["hones", "hones_no_kl", "random_neurons", "fixed_amp", "grid_search"])

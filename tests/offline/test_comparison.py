@@ -1,6 +1,7 @@
 """The comparison: every method gets the same draws, banks are masked once, and the tables say what was measured."""
 
 import json
+import re
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hones_offline.attribution.baselines import (
     direct_write_in,
     mean_activation,
 )
+from hones_offline.attribution.contrast import contrasted
 from hones_offline.attribution.methods import AttributionOptions
 from hones_offline.attribution.pipeline import Attribution, find_bank
 from hones_offline.attribution.write_in import target_directions
@@ -149,7 +151,7 @@ def test_heads_scored_once_for_all_seeds_find_what_a_run_on_the_draw_finds(compa
 
 
 def test_items_of_a_task_with_several_answers_are_those_of_the_examples_drawn(tmp_path: Path) -> None:
-    """Retrieval has two (prompt, answer) pairs for each example."""
+    """Retrieval has three (prompt, answer) pairs for some examples, four for others."""
     r = problem("llava", "retrieval", count=4)
     prepared = prepare(r.model, r.processor, r.task, r.examples)
     parts = {name: Splits(prepared, prepared, prepared, tmp_path / name, batch_size=8) for name in ("one", "two")}
@@ -196,26 +198,57 @@ def test_options_that_compare_tasks_need_the_scores_of_all(comparison: Compariso
         attributed(comparison.finder.examples("pets", 0), **{option: True})
 
 
-def test_a_specific_bank_has_no_neuron_of_the_other_tasks_banks(comparison: Comparison) -> None:
+@pytest.mark.parametrize("contrast", ["max", "ratio"])
+def test_a_contrasted_bank_is_that_of_the_importances_of_the_same_seed(comparison: Comparison, contrast: Any) -> None:
     finder = comparison.finder
-    shared = {name: finder.bank(name, "hones_logprob:rank", 0.2, 0) for name in TASKS}
-    assert jaccard(*list(shared.values())[:2]) > 0  # or the test says nothing
-    found = finder.bank("pets", "hones_logprob:rank+specific", 0.2, 0)
-    for name in TASKS:
-        assert (jaccard(found, shared[name]) == 0) == (name != "pets")
-    kept = {(layer, neuron) for layer, neurons in shared["pets"].items() for neuron in neurons.tolist()}
-    kept -= {(layer, n) for name in TASKS if name != "pets" for layer, ns in shared[name].items() for n in ns.tolist()}
-    assert kept <= {(layer, neuron) for layer, neurons in found.items() for neuron in neurons.tolist()}
-    assert found.size == shared["pets"].size  # the next ones fill it up
+    own, *others = (finder.importance(name, "hones_logprob:rank", 1) for name in ("sizes", "pets", "places"))
+    found = finder.bank("sizes", f"hones_logprob:{contrast}+rank", 0.05, 1)
+    assert found.digest == contrasted(own, others, contrast, 0.05).bank(0.05).digest
+    assert found.digest != own.bank(0.05).digest
+    alone = find_bank(finder.examples("sizes", 1), AttributionOptions("ap", top_fraction=0.05), RUN)
+    others = [finder.importance(name, "ap", 1) for name in ("pets", "places")]
+    expected = contrasted(alone.importance, others, contrast, 0.05).bank(0.05)
+    assert finder.bank("sizes", f"ap:{contrast}", 0.05, 1).digest == expected.digest
+
+
+def test_tasks_can_be_named_that_enter_contrasts(p: Problem, examples: Any, out: Path) -> None:
+    """A task among them is contrasted with the rest of them, another one with all of them; "ape" goes by them too."""
+    methods = ("ape", "dvp:ratio", "hones_logprob:max")
+    changes = {"methods": methods, "main": "dvp:ratio", "contrast_tasks": ("places", "pets"), "pool_factor": 2}
+    finder = Comparison(splits(p, examples, out / "work"), with_stages(**changes)).finder
+    tables = {name: finder.importance(name, "dvp", 0) for name in TASKS}
+    for own, others in {"pets": ["places"], "places": ["pets"], "sizes": ["pets", "places"]}.items():
+        assert finder.others(own) == others
+        against = [tables[other] for other in others]
+        expected = contrasted(tables[own], against, "ratio", 0.2, pool_factor=2).bank(0.2)
+        assert finder.bank(own, "dvp:ratio", 0.2, 0).digest == expected.digest
+        entropy = activation_entropy(
+            {name: finder.importance(name, "ap", 0) for name in TASKS if name in (own, *others)}
+        )
+        np.testing.assert_array_equal(finder.importance(own, "ape", 0), entropy[own])
+
+
+@pytest.mark.parametrize("method", ["dvp:ratio", "ape", "hones_logprob:max+rank"])
+def test_a_contrast_with_nothing_is_refused_before_anything_is_done(
+    p: Problem, examples: Any, tmp_path: Path, method: str
+) -> None:
+    tasks = splits(p, examples, tmp_path / "work")
+    before = list(tmp_path.rglob("*"))
+    settings = with_stages(methods=(method,), main=method, contrast_tasks=("pets",))
+    with pytest.raises(DataError, match=f"method '{re.escape(method)}' has no task to contrast 'pets' with; name"):
+        Comparison(tasks, settings)
+    with pytest.raises(DataError, match="contrast_tasks names cats, which is not among the tasks pets, sizes, places"):
+        Comparison(tasks, with_stages(contrast_tasks=("pets", "cats")))
+    assert list(tmp_path.rglob("*")) == before
 
 
 def test_an_attribution_has_the_bank_of_its_method_and_is_refused_without_one_of_its_own(
     comparison: Comparison,
 ) -> None:
     finder = comparison.finder
-    specific = finder.attribution("pets", "hones_logprob:specific", 0).bank
-    assert specific.digest == finder.bank("pets", "hones_logprob:specific", 0.2, 0).digest
-    assert specific.digest != finder.attribution("pets", "hones_logprob", 0).bank.digest
+    ratio = finder.attribution("pets", "hones_logprob:ratio", 0).bank
+    assert ratio.digest == finder.bank("pets", "hones_logprob:ratio", 0.2, 0).digest
+    assert ratio.digest != finder.attribution("pets", "hones_logprob", 0).bank.digest
     for name in ("ape", "random"):
         with pytest.raises(DataError, match=f"method '{name}' is not attributed on its own"):
             finder.attribution("pets", name, 0)
@@ -241,8 +274,11 @@ def test_a_random_bank_has_the_main_methods_sizes_per_layer(comparison: Comparis
         "hones_task:best",
         "ap:rank",
         "dvp:rank",
-        "random:specific",
+        "random:ratio",
+        "hones_task:specific",
         "hones_task:contrastive+centred",
+        "dvp:max+ratio",
+        "ap:max+max",
     ],
 )
 def test_an_unknown_method_is_refused(name: str) -> None:
@@ -260,6 +296,8 @@ def test_an_unknown_method_is_refused(name: str) -> None:
         ({"main": "random"}, "main must be one of the methods other than random"),
         ({"main": "ma"}, "main must be one of the methods other than random"),
         ({"stages": ("mask",)}, "unknown stages mask; choose from masking"),
+        ({"pool_factor": 0}, "pool_factor must be 1 or more, not 0"),
+        ({"floor": -1}, "floor must be positive, not -1"),
         ({"group_seeds": 3}, "group_seeds must lie between 1 and seeds, not 3"),
         ({"ablations": ("noise",)}, "unknown ablations noise; choose from zero, mean"),
         ({"ablations": ()}, "ablations is empty; choose from zero, mean"),

@@ -1,5 +1,6 @@
 """The fast path (batched, images encoded once, decoder run alone) equals the method done one example at a time."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ from hones_offline.attribution.heads import HeadMetric, head_scores, head_statis
 from hones_offline.attribution.measurements import AnswerLogProbability
 from hones_offline.attribution.write_in import PositivePart, head_guided_importance, mean_write_in, target_directions
 from hones_offline.data.neurons import Bank, Importance, NeuronIndex
-from hones_offline.learning.factors import FitSettings, learn
+from hones_offline.learning.factors import FitSettings, fit_run_settings, learn
 from hones_offline.running.evaluation import intervention, position_means, score
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
+from hones_offline.running.run_folder import RunFolder, read_arrays
 from problems import Problem, every_architecture, problem
 
 from hones_steer.errors import LayoutError
@@ -174,20 +176,46 @@ def test_learning_follows_the_gradient_of_the_plain_loss(case: tuple[Problem, Pr
     profile = learn(prepared, bank, settings, Execution())
     flat = np.concatenate([scales for _, scales in profile.layers.values()])
 
-    def loss(values: np.ndarray) -> float:
-        parts = np.split(values, [3])
-        layers = {layer: (bank[layer], part) for layer, part in zip(bank, parts, strict=True)}
-        pairs = [(e, i, a) for e in p.examples for i, a in p.task.answers(e)]
-        with torch.no_grad():
-            losses = [reference.fit_loss(p.model, p.processor, p.task, *pair, layers, 0.05) for pair in pairs]
-        return float(torch.stack(losses).double().mean())
-
-    for i, scale in enumerate(flat):
-        step = np.zeros(5)
-        step[i] = 0.05
-        slope = (loss(np.ones(5) + step) - loss(np.ones(5) - step)) / 0.1
+    for scale, slope in zip(flat, slopes(p, bank, settings.seed), strict=True):
         if abs(slope) > 1e-4:
             assert scale == pytest.approx(1 - 1e-2 * np.sign(slope), abs=1e-4)
+
+
+def slopes(p: Problem, bank: Bank, seed: int) -> npt.NDArray[np.float64]:
+    """The slopes of the reference's loss over an epoch by the factor of each neuron of the bank, at 1."""
+
+    def loss(factors: npt.NDArray[np.float64]) -> float:
+        parts = np.split(factors, np.cumsum([len(neurons) for neurons in bank.values()])[:-1])
+        layers = {layer: (bank[layer], part) for layer, part in zip(bank, parts, strict=True)}
+        with torch.no_grad():
+            return float(reference.epoch_loss(p.model, p.processor, p.task, p.examples, layers, 0.05, seed))
+
+    steps = 0.05 * np.eye(bank.size)
+    return np.array([(loss(1 + step) - loss(1 - step)) / 0.1 for step in steps])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("task", ["caption", "retrieval"])
+def test_an_epochs_gradient_is_of_the_drawn_pairs_averaged_over_each_example(
+    tmp_path: Path, task: str, batch_size: int
+) -> None:
+    """Examples of retrieval have three pairs or four here, and count alike; a caption has one reference of two."""
+    p = problem("llava", task)
+    prepared = prepare(p.model, p.processor, p.task, p.examples)
+    bank = Bank({0: [1, 7, 20], 2: [3, 11]})
+    settings = FitSettings(epochs=1, batch_size=batch_size, accumulation_steps=5, l2=0, max_grad_norm=1e6, seed=3)
+    learn(prepared, bank, settings, Execution(folder=RunFolder(tmp_path, fit_run_settings(prepared, bank, settings))))
+    (state,) = (read_arrays(file) for file in tmp_path.glob("hones-*.safetensors"))
+    expected = slopes(p, bank, settings.seed)
+    gradient = state["exp_avg"] / (1 - 0.9)  # Adam's first moment after one step
+    np.testing.assert_allclose(gradient, expected, rtol=0.02, atol=0.01 * np.abs(expected).max())
+
+
+def test_a_seed_draws_the_same_answers_and_another_one_other_references(case: tuple[Problem, Prepared]) -> None:
+    _, prepared = case
+    epochs = [prepared.drawn_answers(seed) for seed in range(8)]
+    assert epochs == [prepared.drawn_answers(seed) for seed in range(8)]
+    assert any(epoch != epochs[0] for epoch in epochs) == (prepared.task.metric == "BLEU-4")
 
 
 def test_gradient_checkpointing_learns_the_same() -> None:

@@ -19,10 +19,10 @@ IMPORTANCE = hnp.arrays(
 FRACTIONS = st.floats(0, 1, exclude_min=True)
 
 
-def select_bank(importance, fraction, without=()):
+def select_bank(importance, fraction):
     """The bank of an importance given as [L, I]."""
     index = NeuronIndex((importance.shape[1],) * importance.shape[0])
-    return Importance(index, importance.reshape(-1)).bank(fraction, without)
+    return Importance(index, importance.reshape(-1)).bank(fraction)
 
 
 def as_lists(bank):

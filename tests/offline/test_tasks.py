@@ -1,5 +1,6 @@
 """Tasks have the paper's prompts word for word, the right answers, and scores of outputs."""
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from hones_offline import attribute
 from hones_offline.data.examples import Example, scene_examples
 from hones_offline.data.scenes import scenes
 from hones_offline.data.tasks import TASKS, JsonlTask, Task, get_task
+from hones_offline.running.prompts import prepare
 from problems import problem
 
 from hones_steer import find_layout
@@ -62,7 +64,7 @@ def test_the_embedded_model_was_trained_on_the_same_prompts(name: str) -> None:
     assert get_task(name).prompts(example) == tuple(scene.prompt(name, c) for c in candidates)
 
 
-def test_answers_are_what_learning_aims_at() -> None:
+def test_answers_are_what_attribution_measures() -> None:
     answers = {name: get_task(name).answers(example) for name, example in EXAMPLES.items() if name != "retrieval"}
     assert answers == {
         "vqa": ((0, "sneakers"),),
@@ -71,11 +73,45 @@ def test_answers_are_what_learning_aims_at() -> None:
     }
 
 
-def test_retrieval_learns_the_positive_and_every_kind_of_negative() -> None:
-    example = scene_examples("retrieval", scenes("dev", 1), negatives=4)[0]
-    answers = [get_task("retrieval").answers(replace(example, id=str(i))) for i in range(40)]
-    assert {positive for positive, _ in answers} == {(0, "Yes")}
-    assert {negative for _, negative in answers} == {(i, "No") for i in range(1, 5)}
+def drawn(task: Task, example: Example, seeds: int) -> list[Any]:
+    return [task.drawn_answers(example, np.random.default_rng(seed)) for seed in range(seeds)]
+
+
+@pytest.mark.parametrize("task", [get_task("caption"), JsonlTask("poems", "bleu4")], ids=["caption", "bleu4"])
+def test_learning_draws_one_of_the_references_and_a_seed_draws_the_same(task: Task) -> None:
+    example = EXAMPLES["caption"]
+    answers = drawn(task, example, 60)
+    assert {len(pairs) for pairs in answers} == {1}
+    counts = Counter(text for ((_, text),) in answers)
+    assert set(counts) == set(CAPTIONS)
+    assert min(counts.values()) > 10  # of 20 to be expected
+    assert answers == drawn(task, example, 60)
+    assert task.answers(example) == ((0, CAPTIONS[0]),)
+
+
+@pytest.mark.parametrize("task", [*map(get_task, ("vqa", "ocr")), *(JsonlTask("own", m) for m in ("vqa", "anls"))])
+def test_learning_takes_the_answers_where_there_are_no_references_to_draw_from(task: Task) -> None:
+    example = EXAMPLES["vqa"]
+    assert set(drawn(task, example, 20)) == {task.answers(example)}
+
+
+def test_retrieval_has_the_positive_and_four_of_the_negatives() -> None:
+    example = scene_examples("retrieval", scenes("dev", 1), negatives=9)[0]
+    answers = [get_task("retrieval").answers(replace(example, id=str(i))) for i in range(60)]
+    assert {positive for positive, *_ in answers} == {(0, "Yes")}
+    assert {len(set(negatives)) for _, *negatives in answers} == {4}
+    counts = Counter(negative for _, *negatives in answers for negative in negatives)
+    assert set(counts) == {(i, "No") for i in range(1, 10)}
+    assert min(counts.values()) > 10  # of 60·4/9 to be expected
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_retrieval_with_few_negatives_has_all_there_are(count: int) -> None:
+    example = Example("7", "", ("Yes",), None, tuple(f"caption {i}" for i in range(1 + count)))
+    assert sorted(get_task("retrieval").answers(example)) == [(0, "Yes"), *((i, "No") for i in range(1, 1 + count))]
+    assert get_task("retrieval").drawn_answers(example, np.random.default_rng(0)) == get_task("retrieval").answers(
+        example
+    )
 
 
 def test_target_texts_are_what_write_in_aims_at() -> None:
@@ -215,6 +251,43 @@ def test_a_task_of_ones_own_is_one_small_class() -> None:
     assert task.target_texts(example) == ("blue",)
     rows = [task.statistics(example, text) for text in (" Blue, I think", "gray")]
     assert task.aggregate(np.sum(rows, axis=0), len(rows)) == 0.5
+
+
+class Both(Task):
+    """A user's task with an answer of its own, or pairs of its own, that learning is to take."""
+
+    name = "both"
+
+    def answer(self, example: Example) -> str:
+        return example.targets[-1]
+
+
+class Pairs(Both):
+    def prompts(self, example: Example) -> tuple[str, ...]:
+        return (example.prompt, example.prompt + " Say more.")
+
+    def answers(self, example: Example) -> tuple[tuple[int, str], ...]:
+        return ((1, example.targets[0]), (0, self.answer(example)))
+
+
+def test_answers_of_ones_own_are_learned_as_they_are() -> None:
+    example = Example("1", "Sky?", ("blue", "azure"), None)
+    assert set(drawn(Both(), example, 5)) == {((0, "azure"),)}
+    assert set(drawn(Pairs(), example, 5)) == {((1, "blue"), (0, "azure"))}
+
+
+class Nothing(Both):
+    def drawn_answers(self, example: Example, random: np.random.Generator) -> tuple[tuple[int, str], ...]:
+        return ((0, "blue"),) if example.id == "0" and random.random() < 1 else ()
+
+
+def test_a_task_that_draws_nothing_for_an_example_is_an_error_that_names_both() -> None:
+    p = problem("llava", "vqa")
+    prepared = prepare(p.model, p.processor, Nothing(), p.examples)
+    with pytest.raises(
+        DataError, match=r"task 'both' has nothing to learn of example '\d'; let its drawn_answers give"
+    ):
+        prepared.drawn_answers(seed=0)
 
 
 def test_a_task_of_ones_own_is_scored_by_exact_match_unless_it_says_otherwise() -> None:

@@ -6,19 +6,20 @@ steering act on and what every architecture has. In a gated FFN it is act(gate(x
 calls an active neuron, act(gate(x)) > 0.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hones_offline.attribution.write_in import mean_write_in
+from hones_offline.data.metrics import FloatArray
 from hones_offline.data.neurons import Importance, NeuronIndex
+from hones_offline.running.backward import factor_gradients, frozen, rows_at_once
 from hones_offline.running.batching import PrefixBatch, batches
-from hones_offline.running.evaluation import mean_log_probabilities
 from hones_offline.running.execution import Execution
-from hones_offline.running.hooks import ffn_inputs, recorded_ffn
+from hones_offline.running.hooks import recorded_ffn
 from hones_offline.running.prompts import Prepared
 from hones_steer.errors import DataError
 
@@ -56,27 +57,26 @@ def direct_write_in(prepared: Prepared, directions: Tensor, execution: Execution
 def gradient_activation(prepared: Prepared, execution: Execution) -> Importance:
     """Gradient × activation: the mean of z·∂P/∂z over pairs, P the answer's mean token log-probability.
 
-    It is signed, as in attribution patching: to first order what P loses when z is set to 0, which is what masking
-    does. The forward holds all layers' z, so memory grows with the batch size as in learning.
+    It is signed, as in attribution patching: to first order what P loses when z is set to 0 there.
+
+    Raises:
+        LayoutError: the model cannot be run backward.
+        DataError: the longest pair needs more memory than the execution has.
     """
     decoder, pairs = prepared.decoder, prepared.pairs()
     index = NeuronIndex.of(decoder.layout)
-    total = np.zeros(index.size)
-    for numbers in batches([len(prompt) + len(answer) for prompt, answer in pairs], execution.batch_size):
-        prompts, answers = zip(*(pairs[i] for i in numbers), strict=True)
-        batch = decoder.collate(
-            [decoder.answered(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        )
-        with torch.enable_grad(), ffn_inputs(decoder.layout) as recorded:
-            # The weights may be frozen; the graph then begins at the embeddings.
-            hidden, _ = decoder.run(replace(batch, embeds=batch.embeds.requires_grad_()))
-            ends = torch.full((len(hidden),), hidden.shape[1])
-            utility = mean_log_probabilities(decoder, hidden, ends, answers).sum()
-            gradients = torch.autograd.grad(utility, list(recorded.values()))
-        rows, last = range(len(answers)), [-len(answer) for answer in answers]
-        for (layer, z), gradient in zip(recorded.items(), gradients, strict=True):
-            products = z.detach()[rows, last].double() * gradient[rows, last].double()
-            total[index.layer(layer)] += products.sum(0).cpu().numpy()
+    rows = rows_at_once(prepared, execution)
+
+    def of_batch(numbers: Sequence[int]) -> FloatArray:
+        total = np.zeros(index.size)
+        gradients = factor_gradients(decoder, [pairs[i] for i in numbers], last_prompt_token=True)
+        for layer, of_layer in gradients.items():
+            total[index.layer(layer)] = of_layer.sum(0, dtype=torch.float64).cpu().numpy()
+        return total
+
+    units = [partial(of_batch, numbers) for numbers in batches([len(p) + len(a) for p, a in pairs], rows)]
+    with frozen(decoder.model):
+        total = execution.processes.sum(units, (index.size,))
     return Importance(index, (total / len(pairs)).astype(np.float32))
 
 

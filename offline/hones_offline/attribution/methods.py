@@ -18,6 +18,7 @@ from hones_offline.attribution.baselines import (
     mean_activation,
     random_importance,
 )
+from hones_offline.attribution.gradients import absolute_gradient, fisher, gradient
 from hones_offline.attribution.heads import HeadMetric, HeadSearch, HeadWeights, WeightedHead
 from hones_offline.attribution.write_in import PositivePart, Target, head_guided_importance
 from hones_offline.data.neurons import Importance, check_fraction
@@ -82,6 +83,12 @@ class AttributionOptions:
         return {name: getattr(self, name) for name in self.entry.options}
 
     @property
+    def comparable(self) -> dict[str, Any]:
+        """Everything that two importances must have in common to be compared over tasks: the method and its options."""
+        guided = {"head_metric": self.head_metric, "top_heads": self.top_heads} if self.entry.guided else {}
+        return {"method": self.method, **guided, **self.method_options}
+
+    @property
     def needs_all_tasks(self) -> bool:
         """Whether the heads are chosen or weighed by all tasks' scores."""
         return self.leave_out or self.by_damage
@@ -114,6 +121,8 @@ class AttributionMethod:
     """Fields of `AttributionOptions` that it takes, besides those of every method."""
     guided: bool = False
     """Whether heads guide it: their scores are found first."""
+    backward: bool = False
+    """Whether it runs the model backward."""
     contrast: Callable[[Mapping[str, Importance]], Mapping[str, Importance]] | None = None
     """For a method that compares tasks: the function from every task's importance by `single_task` to its own."""
     single_task: str = ""
@@ -163,10 +172,29 @@ METHODS: Mapping[str, AttributionMethod] = MappingProxyType(
             _direct,
             options=("target",),
         ),
+        "fisher": AttributionMethod(
+            "Fisher",
+            "mean square of the gradient by the neuron's factor, over all positions",
+            _undirected(fisher),
+            backward=True,
+        ),
+        "grad_all": AttributionMethod(
+            "grad (all positions)",
+            "gradient of the answers' log-probability by the neuron's factor, over all positions",
+            _undirected(gradient),
+            backward=True,
+        ),
+        "grad_abs": AttributionMethod(
+            "|grad|",
+            "absolute value of grad_all",
+            _undirected(absolute_gradient),
+            backward=True,
+        ),
         "grad_act": AttributionMethod(
             "grad × act",
-            "gradient of the answers' log-probability times activation",
+            "gradient of the answers' log-probability times activation, at the last prompt token",
             _undirected(gradient_activation),
+            backward=True,
         ),
         "ma": AttributionMethod("MA", "mean activation", _undirected(mean_activation)),
         "ap": AttributionMethod(

@@ -4,7 +4,6 @@
 methods (`hones_offline.comparison`) draws examples and calls it for each.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from hones_offline.attribution.contrast import Contrast, check_contrast, contrasted
 from hones_offline.attribution.heads import (
     HeadMetric,
     HeadScores,
@@ -44,7 +44,7 @@ from hones_offline.data.tasks import Task
 from hones_offline.running.distributed import ALONE, Processes, open_run, usable_everywhere
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
-from hones_offline.running.run_folder import json_bytes, run_settings
+from hones_offline.running.run_folder import run_settings, step_name
 from hones_steer.errors import DataError
 
 
@@ -55,9 +55,9 @@ class Attribution:
     head_scores: npt.NDArray[np.float32]
     """S(h), float32 [L, H]; [0, 0] for a method without heads."""
     importance: Importance
-    """I_{l,i}; `numpy.asarray` gives float32 [L, I]."""
+    """I_{l,i}, not contrasted; `numpy.asarray` gives float32 [L, I]."""
     bank: Bank
-    """The neurons of the top fraction, {layer: int32 indices}."""
+    """The neurons of the top fraction, by contrast where it was asked for, {layer: int32 indices}."""
     heads: list[WeightedHead]
     """The heads that guided the importance as (layer, head, weight), in the order of their scores, if any did."""
     base: float
@@ -85,7 +85,8 @@ def attribute(
     head_weights: HeadWeights = "score",
     heads: HeadSearch = "exact",
     error: float = 0.05,
-    without: Sequence[Bank] = (),
+    against: Sequence[Importance] = (),
+    contrast: Contrast = "ratio",
     seed: int = 3407,
     batch_size: int = 16,
     memory_gb: float = 4.0,
@@ -105,8 +106,10 @@ def attribute(
         top_fraction: the bank's share of all L·I neurons.
         head_metric: score heads by the task's metric under greedy generation ("task", the paper's) or by the mean
             log-probability of the answers ("logprob": one forward per batch, so much faster).
-        method: "hones", or a baseline without heads: "dvp" (the write-in alone), "ap" and "ma" (activation probability
-            and mean activation), "grad_act" (gradient × activation), "random".
+        method: "hones", or a method without heads: "dvp" (the write-in alone), "grad_all", "fisher" and "grad_abs"
+            (mean, mean square and absolute mean of the utility's gradient by the neuron's factor), "grad_act"
+            (gradient × activation at the last prompt token), "ap" and "ma" (activation probability and mean
+            activation), "random".
         target: the direction of the write-in: the "paper"'s, "contrastive" (less that of the other answers) or
             "centred" (of unembedding rows less their mean).
         positive_part: taken of the "mean" over examples (the paper's) or of each "example" before the mean.
@@ -114,8 +117,9 @@ def attribute(
         heads: "exact" runs every head on every example; "race" stops running a head once it has surely lost (see
             `racing`, which also says when it should not be trusted).
         error: with "race", the probability that it finds other heads than "exact" does.
-        without: banks of other tasks on this model, whose neurons are passed over: the bank then holds neurons that
-            are this task's alone, as many as without.
+        against: the importance of other tasks (`Attribution.importance`) by the same method on this model; the bank
+            then holds neurons that matter to this task and not to them.
+        contrast: how it is told, by "max" or "ratio" (see `contrast`); nothing without `against`.
         seed: shuffles the examples before they are batched.
         batch_size: sequences run at a time.
         memory_gb: GiB for the hidden states that enter the layers and what their heads put out, of the sequences taken
@@ -123,7 +127,8 @@ def attribute(
             (LLaVA-1.5-7B in bfloat16, 16 sequences of 640 tokens: 160 MiB, so 5 GiB for its 32). With less than all
             layers need, the forward they come from is repeated, once for every so many layers as fit. With head_metric
             "task" as much again for each of two KV caches: of the undisturbed answers, and of those that wait to be
-            decoded (one batch at least). Model, activations and the KV cache of the batch being run come on top.
+            decoded (one batch at least). A method that runs the model backward runs as many pairs together as it can
+            keep the forward of in so much. Model, activations and the KV cache of the batch being run come on top.
         run_dir: folder that keeps the results of each few examples and layers, so that a killed run can be resumed.
         max_failures: share of examples whose image may be unusable before it is an error.
         progress: show progress bars on a terminal.
@@ -147,6 +152,7 @@ def attribute(
         error=error,
         seed=seed,
     )
+    check_contrast(contrast)
     execution = Execution(batch_size, memory_gb, processes, progress=progress)
     order = np.random.default_rng(seed).permutation(len(examples))
     shuffled = [examples[i] for i in order]
@@ -155,11 +161,11 @@ def attribute(
         prepared = usable_everywhere(prepared, max_failures, processes)
     if options.entry.guided:
         require_replaceable_heads(prepared.decoder.layout)
-    other_banks = [Bank(bank) for bank in without]
-    for bank in other_banks:
-        bank.check(NeuronIndex.of(prepared.decoder.layout))
+    for other in against:
+        if other.index != NeuronIndex.of(prepared.decoder.layout):
+            raise DataError("an importance in `against` has other neurons than the model; find it on the same model")
     folder = open_run(run_dir, attribution_settings(prepared, options, execution), processes)
-    return find_bank(prepared, options, replace(execution, folder=folder), without=other_banks)
+    return find_bank(prepared, options, replace(execution, folder=folder), against=against, contrast=contrast)
 
 
 def attribution_settings(prepared: Prepared, options: AttributionOptions, execution: Execution) -> dict[str, Any]:
@@ -189,7 +195,8 @@ def find_bank(
     *,
     scores: HeadScores | None = None,
     all_tasks: Sequence[HeadScores] = (),
-    without: Sequence[Bank] = (),
+    against: Sequence[Importance] = (),
+    contrast: Contrast = "ratio",
 ) -> Attribution:
     """Find the neurons a task depends on, from its encoded examples (paper section 3; formulas in docs/methods.md).
 
@@ -197,7 +204,7 @@ def find_bank(
     2. Scores: S(h), what replacing each head by the mean of its layer's others costs the task.
     3. Heads: the K heads with the highest scores, each with its weight w_h.
     4. Importance: I of every neuron, Σ_h w_h · [what replacing h takes from the neuron's write-in along u_y]_+.
-    5. Bank: the neurons with the highest importance.
+    5. Bank: the neurons with the highest importance, or with the highest contrast to that of other tasks.
 
     A method without heads has none in 3, and of 2 the untouched model's utility only; it may need no directions, and 4
     is its own. Results are kept in the execution's run folder, in resumable steps.
@@ -208,20 +215,22 @@ def find_bank(
         execution: how it is run.
         scores: the result of 2 where it is known already.
         all_tasks: the scores of all tasks, this one included, for the options `leave_out` and `by_damage`.
-        without: banks whose neurons are passed over.
+        against: the importance of other tasks by the same method, to choose the bank by contrast.
+        contrast: how it is told that a neuron matters more to this task than to those.
 
     Raises:
-        DataError: no head or neuron matters, a target has no token, or `all_tasks` is missing.
+        DataError: no head or neuron matters, or none matters more to this task than to the others, a target has no
+            token, or `all_tasks` is missing.
     """
     directions = answer_directions(prepared, options)
     scores = scores or score_heads(prepared, options, execution)
     heads = guiding_heads(scores, options, all_tasks)
     importance = neuron_importance(prepared, directions, heads, options, execution)
-    bank = importance.bank(options.top_fraction, without)
+    chosen = contrasted(importance, against, contrast, options.top_fraction) if against else importance
     return Attribution(
         head_scores=scores.by_head,
         importance=importance,
-        bank=bank,
+        bank=chosen.bank(options.top_fraction),
         heads=heads,
         base=scores.base,
         n=len(prepared),
@@ -301,7 +310,7 @@ def neuron_importance(
 
     ids = [example.id for example in prepared.examples]
     decisive = [WRITE_IN, options.name, options.method_options, options.seed, list(heads), ids]
-    name = f"importance-{hashlib.sha256(json_bytes(decisive)).hexdigest()[:16]}"
-    # Only what heads guide takes long enough to be shared among processes.
-    step = execution.shared_step if entry.guided else execution.step_of_first
-    return Importance(NeuronIndex.of(prepared.decoder.layout), step(name, compute)["importance"])
+    # Only what heads guide, or what runs backward, takes long enough to be shared among processes.
+    step = execution.shared_step if entry.guided or entry.backward else execution.step_of_first
+    values = step(step_name("importance", decisive), compute)["importance"]
+    return Importance(NeuronIndex.of(prepared.decoder.layout), values)

@@ -5,16 +5,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from hones_offline.attribution.contrast import Contrast
 from hones_offline.attribution.heads import HeadMetric, HeadSearch, HeadWeights
 from hones_offline.attribution.methods import METHODS, SINGLE_TASK_METHODS, AttributionOptions
 from hones_offline.attribution.pipeline import attribute
 from hones_offline.attribution.write_in import PositivePart, Target
 from hones_offline.commands.arguments import add_data_arguments, failure_lines, load_data, show
-from hones_offline.commands.result import RESULT, attribution_result, read_bank
+from hones_offline.commands.result import read_others, write_result
 from hones_offline.running.distributed import launched, own_device
 from hones_offline.running.models import keep_freed_memory, load_model
-from hones_offline.running.run_folder import json_bytes, resumable
-from hones_steer.files import write_atomically
+from hones_offline.running.run_folder import resumable
+from hones_steer.errors import DataError
 from hones_steer.profile import ModelIdentity
 
 
@@ -33,11 +34,16 @@ def run(argv: Sequence[str]) -> int:
         error=args.error,
         seed=args.seed,
     )
+    if args.contrast and not args.against:
+        raise DataError("--contrast says how to compare with other runs; name them with --against, or leave it out")
+    if args.against and options.method == "random":
+        raise DataError("method 'random' draws its importances, which no contrast changes; leave --against out")
     with resumable(), launched() as processes:
         task, loaded = load_data(args)
-        banks = [read_bank(path) for path in args.without]
+        others = read_others(args.against, args.out, task, loaded.examples, options)
         keep_freed_memory()
         model, processor = load_model(args.model, dtype=args.dtype, device=own_device(args.device))
+        contrast: Contrast = args.contrast or "ratio"
         attribution = attribute(
             model,
             processor,
@@ -52,7 +58,8 @@ def run(argv: Sequence[str]) -> int:
             head_weights=options.head_weights,
             heads=options.heads,
             error=options.error,
-            without=[bank.for_model(model) for bank in banks],
+            against=[other.for_model(model) for other in others],
+            contrast=contrast,
             seed=options.seed,
             batch_size=args.batch_size,
             memory_gb=args.memory_gb,
@@ -62,16 +69,8 @@ def run(argv: Sequence[str]) -> int:
             processes=processes,
         )
         if processes.rank == 0:
-            result = attribution_result(task, attribution, loaded.skipped, ModelIdentity.from_model(model))
-            result |= {
-                "top_fraction": options.top_fraction,
-                "method": options.method,
-                "target": options.target,
-                "positive_part": options.positive_part,
-                "head_weights": options.head_weights,
-                "without": [str(path) for path in args.without],
-            }
-            write_atomically(args.out / RESULT, json_bytes(result))
+            identity = ModelIdentity.from_model(model)
+            result = write_result(args.out, task, loaded, options, attribution, identity, others, contrast)
             show(args.json, result, _result_lines(result, args.out))
     return 0
 
@@ -85,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "accelerate launch starts one process for each (docs/scaling.md).",
         epilog="examples: hones attribute llava-hf/llava-1.5-7b-hf --task vqa --data vqa.jsonl --out runs/vqa   |   "
         "hones attribute MODEL --task ocr --data coco.json --images coco/ --out runs/ocr --head-metric logprob   |   "
+        "hones attribute MODEL --task vqa --data vqa.jsonl --out runs/vqa --against runs/ocr runs/caption   |   "
         "torchrun --nproc-per-node 8 -m hones_steer attribute MODEL --task vqa --data vqa.jsonl --out runs/vqa",
     )
     add_data_arguments(parser)
@@ -130,17 +130,27 @@ def _parser() -> argparse.ArgumentParser:
         metavar="GIB",
         help="for what enters the layers and what their heads put out, kept of --batch-size sequences: sequences x "
         "tokens x 2 hidden sizes x bytes of each layer, for as many layers as fit; as much again for each of two KV "
-        "caches where answers are generated (default: %(default)s)",
+        "caches where answers are generated; for methods that run the model backward, what a forward keeps for that "
+        "(default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=3407, help="order of the examples (default: %(default)s)")
     parser.add_argument(
-        "--without",
+        "--against",
         type=Path,
-        action="append",
+        nargs="+",
+        action="extend",
         default=[],
-        metavar="DIR",
-        help="pass over the neurons in the bank of this run, another task's on the same model; the next ones take "
-        "their place (repeatable; what was found before with the same other arguments is not computed again)",
+        metavar="RUN",
+        help="choose the neurons that matter to this task and not to the tasks of these runs: folders that `hones "
+        "attribute` has finished on the same model by the same method, each with data of its own. Attribute every task "
+        "without it first; the same command with --against then computes nothing again (repeatable)",
+    )
+    parser.add_argument(
+        "--contrast",
+        choices=get_args(Contrast),
+        help="with --against: ratio takes, of the task's most important neurons, those that are most times as "
+        "important to it as to any other task; max those that are most above any other task, of all neurons "
+        "(default: ratio)",
     )
     _add_method_arguments(parser)
     return parser
@@ -182,10 +192,15 @@ def _result_lines(result: Mapping[str, Any], out: Path) -> list[str]:
     return [
         f"{result['task']}: {sum(map(len, bank.values()))} neurons in {len(bank)} layers, from {result['n']} examples",
         *([f"strongest heads (layer.head): {heads}"] if heads else []),
+        *([_contrast_line(result)] if result["against"] else []),
         *([_race_line(result["race"])] if "race" in result else []),
         *failure_lines(result["failures"]),
         f"results: {out}",
     ]
+
+
+def _contrast_line(result: Mapping[str, Any]) -> str:
+    return f"contrast: {result['contrast']} to {', '.join(result['against'])}"
 
 
 def _race_line(race: Mapping[str, Any]) -> str:

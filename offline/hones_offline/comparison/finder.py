@@ -1,7 +1,7 @@
 """The bank of every task, method, size and seed: examples are drawn, and `find_bank` is called for each draw.
 
-Two methods take what it gave for others: "ape" contrasts the importances of all tasks, "random" has the main method's
-sizes.
+Some take what it gave for others: a contrast, and "ape", compare the importances of several tasks, and "random" has the
+main method's sizes.
 """
 
 from collections.abc import Mapping
@@ -10,10 +10,11 @@ from functools import cache
 
 import numpy as np
 
+from hones_offline.attribution.contrast import contrasted
 from hones_offline.attribution.heads import HeadMetric, HeadScores, head_scores, head_statistics
 from hones_offline.attribution.methods import METHODS
 from hones_offline.attribution.pipeline import Attribution, find_bank
-from hones_offline.comparison.settings import CompareSettings, parse, without_specific
+from hones_offline.comparison.settings import CompareSettings, parse, uncontrasted
 from hones_offline.comparison.splits import Splits
 from hones_offline.data.metrics import FloatArray
 from hones_offline.data.neurons import Bank, Importance, NeuronIndex
@@ -31,7 +32,8 @@ class Finder:
     run once on every example that may be drawn (the pool); importances are steps of the task's run folder.
 
     Raises:
-        DataError: there are so few discovery examples that all seeds would draw the same ones.
+        DataError: there are so few discovery examples that all seeds would draw the same ones, or a method compares
+            tasks and has none to compare with.
     """
 
     def __init__(self, tasks: Mapping[str, Splits], settings: CompareSettings, *, progress: bool = False) -> None:
@@ -43,6 +45,16 @@ class Finder:
                     f"task {task!r} has {len(pool)} examples to draw from, so that each seed would draw the same; set "
                     "attribution_examples lower or give more discovery examples"
                 )
+        if unknown := set(settings.contrast_tasks or ()) - set(tasks):
+            raise DataError(
+                f"contrast_tasks names {', '.join(sorted(unknown))}, which is not among the tasks {', '.join(tasks)}"
+            )
+        for name in settings.methods:
+            for task in tasks:
+                if parse(name).compares_tasks and not self.others(task):
+                    raise DataError(
+                        f"method {name!r} has no task to contrast {task!r} with; name another one in contrast_tasks"
+                    )
         self.statistics = cache(self._statistics)
         self.importance = cache(self._importance)
         self._attributed = cache(self._attribute)
@@ -57,18 +69,24 @@ class Finder:
         """The examples that a seed draws."""
         return self.pools[task].only(self.drawn(task, seed))
 
+    def others(self, task: str) -> list[str]:
+        """The tasks that a method with a contrast compares this one with, in their order."""
+        chosen = self.settings.contrast_tasks
+        return [other for other in self.tasks if other != task and (chosen is None or other in chosen)]
+
     def bank(self, task: str, name: str, fraction: float, seed: int) -> Bank:
         """A method's bank; a random one has as many neurons in each layer as the main method's."""
         if name == "random":
             index = NeuronIndex.of(self.tasks[task].discovery.decoder.layout)
             return self.bank(task, self.settings.main, fraction, seed).random(index, seed)
-        shared, without = name, list[Bank]()
-        if parse(name).specific:
-            shared = without_specific(name)
-            without = [self.bank(other, shared, fraction, seed) for other in self.tasks if other != task]
-        importance = self.importance(task, shared, seed)
+        settings, contrast, plain = self.settings, parse(name).contrast, uncontrasted(name)
+        importance = self.importance(task, plain, seed)
+        others = [self.importance(other, plain, seed) for other in self.others(task)] if contrast else []
         with naming(f"task {task!r}, method {name!r}, seed {seed}"):
-            return importance.bank(fraction, without)
+            if contrast is not None:
+                parameters = {"pool_factor": settings.pool_factor, "floor": settings.floor}
+                importance = contrasted(importance, others, contrast, fraction, **parameters)
+            return importance.bank(fraction)
 
     def attribution(self, task: str, name: str, seed: int) -> Attribution:
         """The attribution on a seed's draw, with the method's bank of the main size.
@@ -79,15 +97,17 @@ class Finder:
         method = parse(name)
         if method.base == "random" or METHODS[method.base].contrast is not None:
             raise DataError(f"method {name!r} is not attributed on its own; its banks come from `bank`")
-        attribution = self._attributed(task, without_specific(name), seed)
+        attribution = self._attributed(task, uncontrasted(name), seed)
         return replace(attribution, bank=self.bank(task, name, self.settings.fraction, seed))
 
     def _importance(self, task: str, name: str, seed: int) -> Importance:
-        """The importance of every neuron by a method other than "random"."""
+        """The importance of every neuron by a method other than "random", without a contrast."""
         method = METHODS[parse(name).base]
         if method.contrast is None:
             return self._attributed(task, name, seed).importance
-        return method.contrast({one: self.importance(one, method.single_task, seed) for one in self.tasks})[task]
+        compared = {task, *self.others(task)}
+        tables = {one: self.importance(one, method.single_task, seed) for one in self.tasks if one in compared}
+        return method.contrast(tables)[task]
 
     def _attribute(self, task: str, name: str, seed: int) -> Attribution:
         """The attribution on a seed's draw, its bank of the main size; the importance is a kept step."""

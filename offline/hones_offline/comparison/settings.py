@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, cast, get_args
 
 from hones_offline.attribution import methods
+from hones_offline.attribution.contrast import FLOOR, POOL_FACTOR, Contrast, check_contrast
 from hones_offline.attribution.heads import HeadMetric
 from hones_offline.attribution.methods import AttributionOptions
 from hones_offline.data.neurons import check_fraction
@@ -13,7 +14,7 @@ from hones_offline.learning.factors import FitSettings
 from hones_steer.errors import DataError
 
 METHODS: tuple[str, ...] = tuple(reversed([*methods.METHODS]))
-"""The methods compared by default. Variants follow a colon: "hones_logprob:contrastive+rank", "dvp:centred"."""
+"""The methods compared by default. Variants follow a colon: "hones_logprob:contrastive+rank", "dvp:ratio"."""
 STAGES = ("masking", "finding", "groups", "steer_groups", "steering", "strength")
 ABLATIONS = ("zero", "mean")
 """Values that a masked neuron's activation is set to: 0, or its mean over the tasks (docs/methods.md)."""
@@ -28,8 +29,13 @@ class ComparedMethod:
     """The name in `attribution.methods.METHODS`."""
     options: AttributionOptions
     """Those of attribution on one task, without what a comparison decides for all methods: heads, size, seed."""
-    specific: bool = False
-    """Without the neurons of the other tasks' banks of the same size; the next ones fill it up."""
+    contrast: Contrast | None = None
+    """How its banks are contrasted with other tasks, if they are."""
+
+    @property
+    def compares_tasks(self) -> bool:
+        """Whether a bank depends on the importance for other tasks."""
+        return self.contrast is not None or methods.METHODS[self.base].contrast is not None
 
 
 _VARIANTS: Mapping[str, Mapping[str, Any]] = {
@@ -41,7 +47,7 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "leave_out": {"leave_out": True},
 }
 """Each variant's name, and the option of attribution that it stands for."""
-_SPECIFIC = "specific"
+_CONTRASTS: tuple[str, ...] = get_args(Contrast)
 
 
 @cache
@@ -49,27 +55,28 @@ def parse(name: str) -> ComparedMethod:
     """The method that a name stands for; raises DataError for one that is unknown, naming the known ones."""
     base, colon, rest = name.partition(":")
     variants = rest.split("+") if rest else []
+    contrasts = [variant for variant in variants if variant in _CONTRASTS]
     taken = methods.METHODS[base].options if base in METHODS else ()
     allowed = {variant for variant, changes in _VARIANTS.items() if set(changes) <= set(taken)}
-    allowed |= {_SPECIFIC} if base != "random" else set()
+    allowed |= set(_CONTRASTS) if base != "random" else set()
     if base not in METHODS or (colon and not rest) or not set(variants) <= allowed:
         raise DataError(
             f"unknown method {name!r}; choose from {', '.join(METHODS)}; those of hones take variants after a colon, "
-            f"joined by '+': {', '.join((*_VARIANTS, _SPECIFIC))}; dvp takes contrastive, centred or specific, "
-            "the others specific"
+            f"joined by '+': {', '.join((*_VARIANTS, *_CONTRASTS))}; dvp takes contrastive, centred, max or ratio, "
+            "the others but random max or ratio"
         )
     changes = {key: value for variant in variants for key, value in _VARIANTS.get(variant, {}).items()}
-    if len(changes) < len(set(variants) - {_SPECIFIC}) or len(set(variants)) < len(variants):
+    if len(changes) + len(contrasts) < len(variants) or len(contrasts) > 1:
         raise DataError(f"method {name!r} asks for two variants of the same thing; choose one")
     metric: HeadMetric = "logprob" if base == "hones_logprob" else "task"
     options = AttributionOptions(method=methods.METHODS[base].single_task or base, head_metric=metric, **changes)
-    return ComparedMethod(name, base, options, _SPECIFIC in variants)
+    return ComparedMethod(name, base, options, cast(Contrast, contrasts[0]) if contrasts else None)
 
 
-def without_specific(name: str) -> str:
-    """The name of the same method without the variant "specific"."""
+def uncontrasted(name: str) -> str:
+    """The name of the same method without its contrast."""
     base, _, rest = name.partition(":")
-    variants = "+".join(variant for variant in rest.split("+") if variant != _SPECIFIC)
+    variants = "+".join(variant for variant in rest.split("+") if variant not in _CONTRASTS)
     return f"{base}:{variants}" if variants else base
 
 
@@ -95,7 +102,12 @@ class CompareSettings:
     measured: Sequence[str] | None = None
     """The tasks that get banks and are measured (None: all); those of the others are only compared with."""
     contrast_tasks: Sequence[str] | None = None
-    """The tasks whose importances enter contrasts (None: all others)."""
+    """The tasks that methods with a contrast, and "ape", compare a task with (None: all others); one of them with the
+    rest of them."""
+    pool_factor: float = POOL_FACTOR
+    """The contrast "ratio" chooses among so many times the bank's neurons."""
+    floor: float = FLOOR
+    """The contrast "ratio" adds this share of the importance of the pool's last neuron to that of the others."""
     ablations: Sequence[str] = ("zero",)
     """Some of `ABLATIONS`, for the stage "finding"; the other stages set neurons to 0."""
     own_drop_levels: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -141,5 +153,6 @@ class CompareSettings:
         for name in ("group_seeds", "learned_seeds"):
             if not 1 <= (getattr(self, name) or 1) <= self.seeds:
                 raise DataError(f"{name} must lie between 1 and seeds, not {getattr(self, name)}")
+        check_contrast("ratio", self.pool_factor, self.floor)
         if unswept := set(self.sweep or ()) - set(self.methods):
             raise DataError(f"sweep names {', '.join(sorted(unswept))}, which is not among the methods")

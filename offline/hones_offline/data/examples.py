@@ -6,6 +6,7 @@ if it is missing or damaged. `check_disjoint` keeps the splits apart.
 """
 
 import hashlib
+import json
 import math
 import re
 import struct
@@ -236,6 +237,13 @@ def check_disjoint(**splits: Sequence[Example]) -> None:
                     f"Splits '{first_split}' and '{split}' share image '{key}'{also}; "
                     "each image may be in one split only."
                 )
+
+
+def fingerprint(example: Example) -> str:
+    """12 hex digits that two examples share if all that they ask and answer is the same; ids may differ."""
+    image = example.image and [_identity(example.image.key), getattr(example.image, "box", None)]
+    content = [example.prompt, example.targets, example.candidates, image]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
 def _identity(key: str) -> str:

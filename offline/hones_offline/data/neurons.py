@@ -160,26 +160,32 @@ class Importance:
         """[L, I]."""
         return np.asarray(self).shape
 
-    def bank(self, top_fraction: float, without: Sequence[Bank] = ()) -> Bank:
-        """The most important share of all N neurons; ties go to the lower layer, then the lower neuron.
+    def bank(self, top_fraction: float) -> Bank:
+        """The most important share of all N neurons, of those with a positive importance.
 
-        Only neurons with positive importance are taken, so a bank can be smaller than asked for. Neurons of the banks
-        `without` are passed over; the next ones take their place.
+        So a bank can be smaller than asked for.
 
         Raises:
             DataError: the fraction is outside (0, 1], or no neuron has a positive importance.
         """
-        check_fraction(top_fraction)
-        values = self.values.copy()
-        for bank in without:
-            for layer, neurons in bank.items():
-                values[self.index.layer(layer)][neurons] = 0
-        count = max(1, round(top_fraction * values.size))
-        top = np.argsort(-values, kind="stable")[:count]
-        top = np.sort(top[values[top] > 0])
+        top = self.top(bank_size(top_fraction, self.index.size))
         if not len(top):
             raise DataError("no neuron has a positive importance; use more examples or more heads")
-        return self.index.bank(top)
+        return self.index.bank(np.sort(top))
+
+    def top(self, count: int) -> npt.NDArray[np.intp]:
+        """The numbers of the `count` most important neurons, or of all with a positive importance where fewer have one.
+
+        The most important comes first; ties go to the lower layer, then to the lower neuron.
+        """
+        top = np.argsort(-self.values, kind="stable")[:count]
+        return top[self.values[top] > 0]
+
+
+def bank_size(top_fraction: float, neurons: int) -> int:
+    """How many of so many neurons a share is, at least 1; raises DataError for a share outside (0, 1]."""
+    check_fraction(top_fraction)
+    return max(1, round(top_fraction * neurons))
 
 
 def check_fraction(top_fraction: float) -> None:

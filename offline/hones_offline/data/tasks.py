@@ -16,8 +16,9 @@ if a JSONL file holds its prompts and targets (`JsonlTask`). Otherwise it is one
         def score(self, example: Example, output: str) -> float:
             return float(output.strip().lower().startswith(example.targets[0]))
 
-A task with several prompts per example, or with a metric that is no mean over examples, overrides `prompts`,
-`statistics` or `aggregate` instead; see `Retrieval` and `_TextTask`, and docs/tasks.md.
+A task with several prompts or answers per example, or with a metric that is no mean over examples, overrides
+`prompts`, `answers`, `drawn_answers`, `statistics` or `aggregate`; see `Retrieval`, `Caption` and `_TextTask`, and
+docs/tasks.md.
 '''
 
 import zlib
@@ -35,6 +36,12 @@ from hones_steer.profile import is_task_name
 
 Output = str | FloatArray
 """A model's output for one example: generated text, or the candidates' Yes-No margins [num_candidates]."""
+
+Answers = tuple[tuple[int, str], ...]
+"""(prompt index, right answer) pairs of one example."""
+
+LEARNED_NEGATIVES = 4
+"""How many of an example's negatives retrieval learns to answer with "No"."""
 
 
 class Task:
@@ -57,7 +64,7 @@ class Task:
         return example.prompt
 
     def answer(self, example: Example) -> str:
-        """The answer that learning aims at; by default the first target."""
+        """The right answer; by default the first target."""
         return example.targets[0]
 
     def score(self, example: Example, output: str) -> float:
@@ -68,9 +75,16 @@ class Task:
         """All prompts of an example: one to generate from, or one per candidate to rank."""
         return (self.prompt(example),)
 
-    def answers(self, example: Example) -> tuple[tuple[int, str], ...]:
-        """The (prompt index, answer) pairs whose cross-entropy learning minimizes."""
+    def answers(self, example: Example) -> Answers:
+        """The (prompt index, answer) pairs that attribution takes the log-probabilities and gradients of."""
         return ((0, self.answer(example)),)
+
+    def drawn_answers(self, example: Example, random: np.random.Generator) -> Answers:  # noqa: ARG002
+        """The pairs whose cross-entropy learning minimizes in one epoch, drawn anew for each; by default `answers`.
+
+        Learning averages over an example's pairs, then over examples. `random` is seeded by the epoch.
+        """
+        return self.answers(example)
 
     def target_texts(self, example: Example) -> tuple[str, ...]:
         """Texts whose tokens together give the direction u_y of the write-in at the first prompt."""
@@ -140,6 +154,10 @@ class Caption(_TextTask):
     def prompt(self, example: Example) -> str:  # noqa: ARG002 (the same words for every example)
         return "Describe the image in one sentence."
 
+    def drawn_answers(self, example: Example, random: np.random.Generator) -> Answers:
+        """One of the references."""
+        return _one_reference(example, random)
+
     def target_texts(self, example: Example) -> tuple[str, ...]:
         return example.targets
 
@@ -158,10 +176,15 @@ class Retrieval(Task):
         question = "Does the candidate correctly describe the image?\nAnswer exactly Yes or No."
         return tuple(f"Candidate: {candidate}\n{question}" for candidate in example.candidates)
 
-    def answers(self, example: Example) -> tuple[tuple[int, str], ...]:
-        """A "Yes" after the positive and a "No" after one negative; the example's id decides which negative."""
-        negative = 1 + zlib.crc32(example.id.encode()) % (len(example.candidates) - 1)
-        return ((0, "Yes"), (negative, "No"))
+    def answers(self, example: Example) -> Answers:
+        """A "Yes" after the positive and a "No" after each of four negatives, or of all where there are fewer.
+
+        The four follow each other among the negatives, and after the last comes the first; the example's id decides
+        where they begin, so that over the examples every kind of negative takes part.
+        """
+        count = len(example.candidates) - 1
+        begin = zlib.crc32(example.id.encode()) % count
+        return ((0, "Yes"), *((1 + (begin + i) % count, "No") for i in range(min(LEARNED_NEGATIVES, count))))
 
     def target_texts(self, example: Example) -> tuple[str, ...]:  # noqa: ARG002
         return ("Yes",)
@@ -175,8 +198,8 @@ class Retrieval(Task):
 class JsonlTask(_TextTask):
     """A user's own task: the prompts of a JSONL file as they are (`load_jsonl`), scored by one of `METRICS`.
 
-    With the metric "vqa" the most frequent target is learned, else the first. With "bleu4" the targets are references,
-    as in `Caption`.
+    With the metric "vqa" the most frequent target is the answer, else the first. With "bleu4" the targets are
+    references, of which learning draws one for each epoch, as in `Caption`.
 
     Raises:
         DataError: the metric is unknown, the name is not allowed for a profile, or `max_new_tokens` is below 1.
@@ -200,8 +223,15 @@ class JsonlTask(_TextTask):
     def answer(self, example: Example) -> str:
         return most_frequent(example.targets) if self.metric_name == "vqa" else example.targets[0]
 
+    def drawn_answers(self, example: Example, random: np.random.Generator) -> Answers:
+        return _one_reference(example, random) if self.metric_name == "bleu4" else self.answers(example)
+
     def target_texts(self, example: Example) -> tuple[str, ...]:
         return example.targets if self.metric_name == "bleu4" else (self.answer(example),)
+
+
+def _one_reference(example: Example, random: np.random.Generator) -> Answers:
+    return ((0, example.targets[random.integers(len(example.targets))]),)
 
 
 def most_frequent(texts: tuple[str, ...]) -> str:

@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from torch import Tensor
 from hones_offline.data.examples import Example
 from hones_offline.data.neurons import Bank, NeuronIndex
 from hones_offline.data.tasks import Task
-from hones_offline.running.batching import Segment
+from hones_offline.running.backward import frozen
 from hones_offline.running.decoder import TextDecoder, pad_answers
 from hones_offline.running.execution import Execution
 from hones_offline.running.hooks import scaled_ffn
 from hones_offline.running.progress import progress_bar
-from hones_offline.running.prompts import Prepared, prepare
+from hones_offline.running.prompts import Pair, Prepared, prepare
 from hones_offline.running.run_folder import Arrays, RunFolder, check_seed, run_settings
 from hones_steer._transformers import disable_checkpointing, enable_checkpointing
 from hones_steer.errors import DataError
@@ -88,8 +89,8 @@ def fit(
     """Learn z' = (1 + λ)·z for the neurons of a bank, from λ = 0, on a task's examples.
 
     Minimizes the mean answer-token cross-entropy + β·KL(original ‖ scaled) on the answer tokens + l2·Σλ², the answer
-    including its end token; the teacher of the KL is the same model unscaled. AdamW without decay, cosine to 10% of
-    `lr`, λ clamped to ±`clamp`.
+    including its end token; the teacher of the KL is the same model unscaled. An example with several (prompt, answer)
+    pairs counts as their mean. AdamW without decay, cosine to 10% of `lr`, λ clamped to ±`clamp`.
 
     Args:
         model: a Hugging Face causal LM or VLM, in eval mode; its weights are not changed.
@@ -108,7 +109,7 @@ def fit(
         batch_size: examples per forward and backward.
         accumulation_steps: forwards and backwards per optimizer step.
         max_grad_norm: the gradient's norm is clipped to it.
-        seed: order of the examples in each epoch.
+        seed: order of the examples, and what the task's `drawn_answers` draws, in each epoch.
         gradient_checkpointing: recompute layers in the backward pass: less memory, more time.
 
     Raises:
@@ -196,10 +197,11 @@ class _Learner:
 
     def __init__(self, prepared: Prepared, bank: Bank, settings: FitSettings) -> None:
         self.decoder: TextDecoder = prepared.decoder
-        self.pairs = prepared.pairs()
+        self.prepared = prepared
+        self.answers = lru_cache(maxsize=1)(lambda epoch: prepared.drawn_answers(settings.seed + epoch))
         self.bank = bank
         self.settings = settings
-        self.steps_per_epoch = math.ceil(len(self.pairs) / (settings.batch_size * settings.accumulation_steps))
+        self.steps_per_epoch = math.ceil(len(prepared) / (settings.batch_size * settings.accumulation_steps))
         self.total_steps = settings.epochs * self.steps_per_epoch
 
     def start(self) -> Arrays:
@@ -215,7 +217,7 @@ class _Learner:
             "exp_avg": torch.tensor(state["exp_avg"]),
             "exp_avg_sq": torch.tensor(state["exp_avg_sq"]),
         }
-        with _frozen(self.decoder, checkpointing=self.settings.gradient_checkpointing):
+        with frozen(self.decoder.model), _checkpointed(self.decoder, self.settings.gradient_checkpointing):
             for step in steps:
                 self._step(step, offsets, optimizer)
         moments = optimizer.state[offsets]
@@ -230,7 +232,7 @@ class _Learner:
         optimizer.param_groups[0]["lr"] = settings.lr * _cosine(step / self.total_steps)
         chosen = self._examples_of(step)
         for start in range(0, len(chosen), settings.batch_size):
-            batch = [self.pairs[i] for i in chosen[start : start + settings.batch_size]]
+            batch = chosen[start : start + settings.batch_size]
             self._accumulate(batch, offsets, share=len(batch) / len(chosen))
         with torch.enable_grad():
             (settings.l2 * offsets.square().sum()).backward()
@@ -240,32 +242,36 @@ class _Learner:
         with torch.no_grad():
             offsets.clamp_(-settings.clamp, settings.clamp)
 
-    def _examples_of(self, step: int) -> list[int]:
+    def _examples_of(self, step: int) -> list[list[Pair]]:
+        """The pairs of each of the step's examples."""
         epoch, within = divmod(step, self.steps_per_epoch)
         generator = torch.Generator().manual_seed(self.settings.seed + epoch)
-        order = torch.randperm(len(self.pairs), generator=generator).tolist()
+        order = torch.randperm(len(self.prepared), generator=generator).tolist()
         size = self.settings.batch_size * self.settings.accumulation_steps
-        return order[within * size : (within + 1) * size]
+        chosen = order[within * size : (within + 1) * size]
+        return [self.prepared.pairs_of(i, self.answers(epoch)[i]) for i in chosen]
 
-    def _accumulate(self, batch: Sequence[tuple[Segment, Tensor]], offsets: Tensor, share: float) -> None:
-        """Add share · the gradient of the batch's loss, the mean over examples of (cross-entropy + β·KL)."""
-        prompts, answers = zip(*batch, strict=True)
+    def _accumulate(self, batch: Sequence[Sequence[Pair]], offsets: Tensor, share: float) -> None:
+        """Add share · the gradient of the loss, the mean over examples and their pairs of (cross-entropy + β·KL)."""
+        prompts, answers = zip(*chain.from_iterable(batch), strict=True)
+        weights = torch.tensor([1 / len(pairs) / len(batch) for pairs in batch for _ in pairs])
         original = None
         if self.settings.beta_kl:
             with torch.no_grad():
                 original = self.decoder.answer_logits(prompts, answers)[0].log_softmax(-1)
         with torch.enable_grad(), scaled_ffn(self.decoder.layout, self._scales(offsets)):
             logits, real = self.decoder.answer_logits(prompts, answers)
-            loss = self._loss(logits.log_softmax(-1), original, pad_answers(answers).to(logits.device), real)
+            of_pairs = self._losses(logits.log_softmax(-1), original, pad_answers(answers).to(logits.device), real)
+            loss = (of_pairs * weights.to(of_pairs)).sum()
             # Inside the block: checkpointed layers are run again here, and must be scaled again.
             (loss * share).backward()
 
-    def _loss(self, scaled: Tensor, original: Tensor | None, targets: Tensor, real: Tensor) -> Tensor:
-        """Mean over examples of the mean over their answer tokens, from log-probabilities [B, N, vocabulary]."""
+    def _losses(self, scaled: Tensor, original: Tensor | None, targets: Tensor, real: Tensor) -> Tensor:
+        """The mean over each pair's answer tokens [B], from log-probabilities [B, N, vocabulary]."""
         per_token = -scaled.gather(-1, targets[..., None])[..., 0]
         if original is not None:
             per_token = per_token + self.settings.beta_kl * (original.exp() * (original - scaled)).sum(-1)
-        return ((per_token * real).sum(1) / real.sum(1)).mean()
+        return (per_token * real).sum(1) / real.sum(1)
 
     def _scales(self, offsets: Tensor) -> dict[int, Tensor]:
         widths = NeuronIndex.of(self.decoder.layout).widths
@@ -282,27 +288,23 @@ def _cosine(progress: float) -> float:
 
 
 @contextmanager
-def _frozen(decoder: TextDecoder, *, checkpointing: bool) -> Iterator[None]:
-    """No gradients for the model's own weights, and its layers recomputed in the backward pass if asked for.
+def _checkpointed(decoder: TextDecoder, wanted: bool) -> Iterator[None]:
+    """The decoder's layers recomputed in the backward pass, if that is wanted.
 
     transformers checkpoints a layer only in training mode; only the layers' own flag is raised, so that dropout inside
     them stays off.
     """
-    parameters = [(p, p.requires_grad) for p in decoder.model.parameters()]
+    if not wanted:
+        yield
+        return
     layers = [layer.module for layer in decoder.layout.layers]
     modes = [layer.training for layer in layers]
-    for parameter, _ in parameters:
-        parameter.requires_grad_(False)
-    if checkpointing:
-        enable_checkpointing(decoder.model)
-        for layer in layers:
-            layer.training = True
+    enable_checkpointing(decoder.model)
+    for layer in layers:
+        layer.training = True
     try:
         yield
     finally:
-        for parameter, required in parameters:
-            parameter.requires_grad_(required)
-        if checkpointing:
-            disable_checkpointing(decoder.model)
-            for layer, mode in zip(layers, modes, strict=True):
-                layer.training = mode
+        disable_checkpointing(decoder.model)
+        for layer, mode in zip(layers, modes, strict=True):
+            layer.training = mode

@@ -26,7 +26,8 @@ class Execution:
     batch_size: int = 16
     """Sequences run at a time."""
     memory_gb: float = 4.0
-    """GiB for the states that are kept to resume forwards from, and for each of two KV caches."""
+    """GiB for the states that are kept to resume forwards from, for each of two KV caches, and for what a forward keeps
+    for its backward pass."""
     processes: Processes = ALONE
     folder: RunFolder | None = None
     """Where the results of steps are kept; None keeps none."""

@@ -1,7 +1,7 @@
 """The hooks that attribution needs on a decoder's layers, as context managers that place all of them or none.
 
 - Reading: `capture_call`, `recorded_ffn`, `summed_ffn`, `ffn_inputs`, `recorded_states`.
-- Intervening: `replaced_heads`, `scaled_ffn`, `set_ffn`.
+- Intervening: `replaced_heads`, `scaled_ffn`, `ffn_factors`, `set_ffn`.
 - Running less: `resumed` starts a forward at a middle layer, `last_ffn_at` runs the last FFN where it is read.
 
 Nothing here recomputes what the model computes anyway: every hook reads or replaces an input that the model has just
@@ -380,6 +380,32 @@ def scaled_ffn(layout: Layout, scales: Scales) -> Iterator[None]:
     scaled = [(layout.layers[index], scaler(factors)) for index, factors in scales.items()]
     with _hooked(layout, [(layer, layer.down_proj, replace) for layer, replace in scaled]):
         yield
+
+
+@contextmanager
+def ffn_factors(layout: Layout, columns: Tensor | None = None) -> Iterator[dict[int, Tensor]]:
+    """Multiply z of each row by factors of 1 that gradients can be taken by, per layer: float32 [rows, I].
+
+    They act at every position of the row, or at its one of `columns` [rows]. The forward stays bit-equal; the factors
+    are those of the latest forward.
+    """
+    factors: dict[int, Tensor] = {}
+
+    def multiplier(layer: DecoderLayer) -> Callable[[Tensor, Shape], Tensor]:
+        def multiply(x: Tensor, shape: Shape) -> Tensor:
+            z = _by_row(x, shape[0], layer)
+            factor = factors[layer.index] = torch.ones(len(z), z.shape[-1], device=z.device, requires_grad=True)
+            if columns is None:
+                z = scale(z, factor[:, None])
+            else:
+                at = torch.arange(len(z)), columns
+                z = z.index_put(at, scale(z[at], factor))
+            return z.reshape(x.shape)
+
+        return multiply
+
+    with _hooked(layout, [(layer, layer.down_proj, multiplier(layer)) for layer in layout.layers]):
+        yield factors
 
 
 @contextmanager

@@ -4,12 +4,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from hones_offline.data.examples import Example
-from hones_offline.data.tasks import Task
+from hones_offline.data.tasks import Answers, Task
 from hones_offline.running.agreement import Sample, check_agreement
 from hones_offline.running.batching import Segment
 from hones_offline.running.decoder import TextDecoder
@@ -21,6 +22,9 @@ from hones_steer.errors import DataError, LayoutError
 _CHECKED = 2  # examples on which the decoder is compared with the whole model
 # Arguments that a decoder may get besides embeddings and positions and that are no part of the prompt.
 _IGNORED = {"input_ids", "inputs_embeds", "position_ids", "use_cache", "cache_position", *CACHE_NAMES}
+
+Pair = tuple[Segment, Tensor]
+"""A prompt and the token ids [n] of its answer."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,33 @@ class Prepared:
         ends, end = self.decoder.end_tokens, self.tokenizer.eos_token_id
         return torch.tensor([*ids, end if end in ends else ends[0]])
 
-    def pairs(self) -> list[tuple[Segment, Tensor]]:
-        """All (prompt, answer ids) pairs that the task learns from, in the examples' order."""
-        return [
-            (encoded.prompt(index), self.answer_ids(answer))
-            for example, encoded in zip(self.examples, self.encoded, strict=True)
-            for index, answer in self.task.answers(example)
-        ]
+    def pairs(self) -> list[Pair]:
+        """The pairs of the task's `answers`, in the examples' order: what attribution measures."""
+        return [pair for pairs in self.pairs_by_example() for pair in pairs]
+
+    def pairs_by_example(self) -> list[list[Pair]]:
+        """The pairs of the task's `answers`, of each example."""
+        return [self.pairs_of(i, self.task.answers(example)) for i, example in enumerate(self.examples)]
+
+    def pairs_of(self, number: int, answers: Answers) -> list[Pair]:
+        """The pairs of the example with this number that have the given (prompt index, answer)s."""
+        return [(self.encoded[number].prompt(index), self.answer_ids(answer)) for index, answer in answers]
+
+    def drawn_answers(self, seed: int) -> list[Answers]:
+        """The task's `drawn_answers` of each example: what learning takes in an epoch with this seed.
+
+        Raises:
+            DataError: the task draws nothing for an example.
+        """
+        random = np.random.default_rng(seed)
+        drawn = [self.task.drawn_answers(example, random) for example in self.examples]
+        for example, own in zip(self.examples, drawn, strict=True):
+            if not own:
+                raise DataError(
+                    f"task {self.task.name!r} has nothing to learn of example {example.id!r}; "
+                    "let its drawn_answers give at least one pair"
+                )
+        return drawn
 
 
 def prepare(

@@ -125,10 +125,19 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
+def step_name(kind: str, decisive: Any) -> str:
+    """The name of a step: its kind, and 16 hex digits that stand for everything (JSON) that decides its result."""
+    return f"{kind}-{hashlib.sha256(json_bytes(decisive)).hexdigest()[:16]}"
+
+
 def run_settings(prepared: Prepared) -> dict[str, Any]:
     """Settings for `RunFolder`: everything about a model, its task and its examples that decides a result's bytes."""
     task = prepared.task
-    asked = [[task.prompts(e), task.answers(e), task.target_texts(e)] for e in prepared.examples]
+    random = np.random.default_rng(0)  # an epoch's draw stands for them all
+    asked = [
+        [task.prompts(e), task.answers(e), task.drawn_answers(e, random), task.target_texts(e)]
+        for e in prepared.examples
+    ]
     return {
         "task": task.name,
         "metric": task.metric,

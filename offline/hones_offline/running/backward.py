@@ -1,0 +1,173 @@
+"""Backward passes: the gradient of an answer's log-probability by factors that multiply the FFNs' neurons.
+
+Before the first one `rows_at_once` checks, on a few tokens, that every module of the decoder passes gradients on, and
+measures how much memory the longest example needs.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from hones_offline.running.batching import Batch, Segment, gib
+from hones_offline.running.decoder import TextDecoder
+from hones_offline.running.evaluation import mean_log_probabilities
+from hones_offline.running.execution import Execution
+from hones_offline.running.hooks import ffn_factors
+from hones_offline.running.prompts import Prepared
+from hones_steer.errors import DataError, LayoutError
+
+Pair = tuple[Segment, Tensor]
+"""A prompt and its answer's token ids [n]."""
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Within the block, no gradients for the model's own weights."""
+    parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for parameter, _ in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, required in parameters:
+            parameter.requires_grad_(required)
+
+
+class AnsweredBatch:
+    """Prompts with their answers in one batch, padded on the right, where no token that counts looks at padding."""
+
+    def __init__(self, decoder: TextDecoder, pairs: Sequence[Pair]) -> None:
+        """Prepare (prompt, answer ids) pairs, one a row."""
+        self.decoder, self.answers = decoder, [answer for _, answer in pairs]
+        segments = [decoder.answered(prompt, answer) for prompt, answer in pairs]
+        self.ends = torch.tensor([len(segment) for segment in segments])
+        self.batch: Batch = decoder.collate(segments, side="right")
+
+    @property
+    def last_prompt_columns(self) -> Tensor:
+        """The column of each prompt's last token, [rows]."""
+        return self.ends - torch.tensor([len(answer) for answer in self.answers])
+
+    def utilities(self) -> Tensor:
+        """The mean token log-probability of each answer, [rows]."""
+        hidden, _ = self.decoder.run(self.batch)
+        return mean_log_probabilities(self.decoder, hidden, self.ends, self.answers)
+
+
+def factor_gradients(
+    decoder: TextDecoder, pairs: Sequence[Pair], *, last_prompt_token: bool = False
+) -> dict[int, Tensor]:
+    """The gradient of each pair's utility by its neurons' factors, at 1: float32 [pairs, I] per layer.
+
+    It is Σ z·∂P/∂z over all positions, of prompt and answer, or z·∂P/∂z at the prompt's last token. Rows of a batch
+    have factors of their own and no influence on one another, so one backward pass gives every pair's own gradient.
+    The model is to be `frozen`.
+    """
+    batch = AnsweredBatch(decoder, pairs)
+    columns = batch.last_prompt_columns if last_prompt_token else None
+    with torch.enable_grad(), ffn_factors(decoder.layout, columns) as factors:
+        utility = batch.utilities().sum()
+        layers = sorted(factors)
+        gradients = torch.autograd.grad(utility, [factors[layer] for layer in layers])
+    return dict(zip(layers, gradients, strict=True))
+
+
+def rows_at_once(prepared: Prepared, execution: Execution) -> int:
+    """How many pairs are run backward together: at most the batch size, and as many as fit into `memory_gb`.
+
+    What counts is what the forward keeps for the backward pass, apart from the weights. All processes get the same
+    number.
+
+    Raises:
+        LayoutError: the model cannot be run backward.
+        DataError: the longest example alone does not fit.
+    """
+    decoder = prepared.decoder
+    pairs = prepared.pairs()
+    longest = max((prompt for prompt, _ in pairs), key=len), max((answer for _, answer in pairs), key=len)
+    with frozen(decoder.model):
+        require_backward(decoder, longest)
+        kept = execution.processes.from_first(lambda: kept_bytes(decoder, longest))
+    rows = min(execution.batch_size, gib(execution.memory_gb) // kept)
+    if not rows:
+        raise DataError(
+            f"task {prepared.task.name!r}: the backward pass of one example, of up to {len(longest[0])} + "
+            f"{len(longest[1])} tokens, keeps more than memory_gb={execution.memory_gb:g}; "
+            f"--memory-gb {math.ceil(kept / gib(1) * 100) / 100:g} is enough"
+        )
+    return rows
+
+
+def kept_bytes(decoder: TextDecoder, pair: Pair) -> int:
+    """Bytes that the forward of one pair keeps for the backward pass, weights aside.
+
+    They are counted as they come and not kept, so that this needs no more memory than a forward. A storage that is kept
+    by several operations counts once.
+    """
+    tensors = [*decoder.model.parameters(), *decoder.model.buffers()]
+    counted = {StorageWeakRef(tensor.untyped_storage()) for tensor in tensors}
+    kept = 0
+
+    def count(tensor: Tensor) -> None:
+        nonlocal kept
+        storage = tensor.untyped_storage()
+        # As long as the reference lives, no other storage can take the place of one that is freed.
+        if (reference := StorageWeakRef(storage)) not in counted:
+            counted.add(reference)
+            kept += storage.nbytes()
+
+    with torch.enable_grad(), ffn_factors(decoder.layout), saved_tensors_hooks(count, _never_run_backward):
+        AnsweredBatch(decoder, [pair]).utilities()
+    return kept
+
+
+def _never_run_backward(_kept: object) -> Tensor:
+    raise AssertionError("the forward that counts what is kept is not run backward")
+
+
+def require_backward(decoder: TextDecoder, pair: Pair) -> None:
+    """Run a few tokens backward; raises LayoutError, naming the module, if it passes no gradient on.
+
+    A quantized layer may leave its input out of the graph, raise, or warn and go on without a gradient: with the
+    residual stream around it the rest would look like one.
+    """
+    prompt, answer = pair
+    parts = {*decoder.layout.decoder.modules(), decoder.unembedding}
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
+        for name, module in decoder.model.named_modules():
+            if module in parts:
+                stack.callback(module.register_forward_hook(_passes_gradients(decoder, name)).remove)
+        try:
+            factor_gradients(decoder, [(prompt.split(2)[0], answer[:1])])
+        except RuntimeError as error:  # what torch raises for an operation without a derivative
+            raise _no_backward(decoder, str(error).splitlines()[0]) from error
+
+
+def _passes_gradients(decoder: TextDecoder, name: str) -> Any:
+    """A forward hook that raises LayoutError if the module's input gets no gradient from its output."""
+
+    def check(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        if not args or not isinstance(args[0], Tensor) or not args[0].requires_grad or not isinstance(output, Tensor):
+            return
+        given = output.requires_grad and torch.autograd.grad(
+            output.sum(), args[0], retain_graph=True, allow_unused=True
+        )
+        if not given or given[0] is None:
+            raise _no_backward(decoder, f"its {name} ({type(module).__name__}) passes no gradient on")
+
+    return check
+
+
+def _no_backward(decoder: TextDecoder, reason: str) -> LayoutError:
+    return LayoutError(
+        f"model type {decoder.layout.model_type!r} cannot be run backward: {reason}; use a checkpoint that is not "
+        "quantized, or a method without a backward pass: hones, dvp, ma, ap"
+    )
