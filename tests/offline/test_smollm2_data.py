@@ -250,7 +250,12 @@ def test_known_facts_are_those_that_the_model_answers_right(
         ]
         (tmp_path / split / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(script, "DATA", tmp_path)
-    splits = script.encode(loaded, tokenizer, "sums", 2, known=True)
+    splits = script.encode(loaded, tokenizer, "sums", 2, known=True, work=tmp_path / "work")
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.safetensors")}
+    assert len(kept) == 3
+    again = script.encode(loaded, tokenizer, "sums", 2, known=True, work=tmp_path / "work")
+    assert [part.examples for part in again.values()] == [part.examples for part in splits.values()]
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
     assert {example.id for example in splits["discovery"].examples} == {"two", "five", "six"}
     assert len(splits["dev"]) == len(splits["test"]) == 2
     assert score(splits["test"], batch_size=2).value == 1
@@ -292,6 +297,8 @@ def test_the_run_script_goes_from_base_to_strength_and_repeats_itself(model: Pat
     small = ["--seeds", 2, "--attribution-examples", 2, "--top-heads", 2, "--limit", 3]
     methods = ["--methods", "random", "dvp", "hones_logprob"]
     shares = ["--fractions", 0.05, 0.1, "--fraction", 0.05]
+    shares += ["--stages", "masking", "finding", "groups", "steering", "strength", "--contrast-tasks"]  # with no task
+    shares += ["--ablations", "zero", "mean", "--reference", "dvp", "--levels", 0.5]
     out = run(*command, *small, *methods, *shares)
     summary = json.loads((tmp_path / "run" / "summary.json").read_bytes())
     assert {task: row["n"]["test"] for task, row in summary["tasks"].items()} == {"capitals": 3, "sums": 3}
@@ -302,6 +309,9 @@ def test_the_run_script_goes_from_base_to_strength_and_repeats_itself(model: Pat
         for fraction in (0.05, 0.1)
     ]
     assert {row["seeds"] for row in (*summary["masking"], *summary["steering"])} == {2}
+    assert summary["finding"]["bystanders"] == {"capitals": ["sums"], "sums": ["capitals"]}
+    assert out.count("| dvp | mean | 10.00% | 0.00 [0.00, 0.00] | 0.00 [0.00, 0.00] |") == 1
+    assert "| random | zero | 0.5 | – | – | 0% |" in out
     assert {row["strength"] for row in summary["strength"]} == {-1, 0.5, 1, 1.5, 2}
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "work").rglob("*") if file.is_file()}
     assert run(*command, *small, *methods, *shares) == out
