@@ -20,7 +20,7 @@ from hones_offline.running import backward
 from hones_offline.running.backward import AnsweredBatch, factor_gradients, frozen, kept_bytes, rows_at_once
 from hones_offline.running.embedded import load_tiny_vlm
 from hones_offline.running.execution import Execution
-from hones_offline.running.hooks import ffn_factors, scaled_ffn
+from hones_offline.running.hooks import ffn_factors, ffn_inputs, scaled_ffn
 from hones_offline.running.prompts import Prepared, prepare
 from hones_offline.running.run_folder import RunFolder
 from problems import Problem, every_architecture, problem
@@ -189,7 +189,8 @@ def test_head_scores_guide_it(tmp_path: Any) -> None:
 # ------------------------------------------------------------------------------------------------- memory
 
 
-def test_what_a_backward_pass_keeps_is_counted_without_keeping_it(case: tuple[Problem, Prepared]) -> None:
+@pytest.mark.parametrize("leaves", [ffn_factors, ffn_inputs])
+def test_what_a_backward_pass_keeps_is_counted_without_keeping_it(case: tuple[Problem, Prepared], leaves: Any) -> None:
     p, prepared = case
     pair = prepared.pairs()[-1]
     kept: list[Tensor] = []
@@ -199,13 +200,15 @@ def test_what_a_backward_pass_keeps_is_counted_without_keeping_it(case: tuple[Pr
         return tensor
 
     with frozen(p.model):
-        with ffn_factors(prepared.decoder.layout), saved_tensors_hooks(keep, lambda tensor: tensor):
+        with leaves(prepared.decoder.layout) as taken, saved_tensors_hooks(keep, lambda tensor: tensor):
             AnsweredBatch(prepared.decoder, [pair]).utilities()
-        found = kept_bytes(prepared.decoder, pair)
+        found = kept_bytes(prepared.decoder, pair, leaves)
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*p.model.parameters(), *p.model.buffers())}
+    kept += taken.values()
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
-    assert found == sum(size for pointer, size in storages.items() if pointer not in weights)
-    assert found > 0
+    graph = sum(size for pointer, size in storages.items() if pointer not in weights)
+    assert found == graph + sum(leaf.nbytes for leaf in taken.values())
+    assert graph > 0
 
 
 def test_rows_are_as_many_as_memory_allows(case: tuple[Problem, Prepared]) -> None:
@@ -259,7 +262,7 @@ def test_a_quantized_model_is_refused(modules: Any, named: str, method: str, tmp
     p = quantized(modules)
     message = (
         rf"model type 'llama' cannot be run backward: its {named} \(Linear\) passes no gradient on; use a checkpoint "
-        "that is not quantized, or a method without a backward pass: hones, dvp, ma, ap"
+        "that is not quantized, or a method without a backward pass: hones \\(with heads exact or race\\), dvp, ma, ap"
     )
     with pytest.raises(LayoutError, match=message):
         attribute(*asked(p), method=method, head_metric="logprob", run_dir=tmp_path / "run")

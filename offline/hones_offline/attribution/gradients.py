@@ -20,14 +20,14 @@ from hones_offline.data.metrics import FloatArray
 from hones_offline.data.neurons import Importance, NeuronIndex
 from hones_offline.running.backward import (
     AnsweredBatch,
-    activation_gradients,
     factor_gradients,
     frozen,
+    gradients_by,
     rows_at_once,
 )
 from hones_offline.running.batching import Run, batches
 from hones_offline.running.execution import Execution
-from hones_offline.running.hooks import Head, ffn_products
+from hones_offline.running.hooks import Head, ffn_inputs, ffn_products
 from hones_offline.running.progress import progress_bar
 from hones_offline.running.prompts import Pair, Prepared
 from hones_offline.running.run_folder import step_name
@@ -115,7 +115,7 @@ def head_gradient(prepared: Prepared, heads: Sequence[WeightedHead], execution: 
 
 def head_gradient_rows(prepared: Prepared, execution: Execution) -> int:
     """How many pairs `head_gradient` runs together; raises as it does."""
-    return rows_at_once(prepared, execution, with_activations=True)
+    return rows_at_once(prepared, execution, ffn_inputs)
 
 
 def mean_product_drops(prepared: Prepared, heads: Sequence[Head], execution: Execution) -> FloatArray:
@@ -150,7 +150,7 @@ class GradientProducts:
     def __init__(self, batch: AnsweredBatch, shares: Tensor, execution: Execution) -> None:
         """Run the pairs backward once; `shares` [pairs] weigh them."""
         self.batch, self.index = batch, NeuronIndex.of(batch.decoder.layout)
-        self.gradients = activation_gradients(batch, shares)
+        self.shares, self.gradients = shares.double(), gradients_by(ffn_inputs, batch)
         rows, length = batch.batch.mask.shape
         self.copies, self.token_count = max(1, execution.batch_size // rows), rows * length
 
@@ -168,5 +168,5 @@ class GradientProducts:
         with ffn_products(self.batch.decoder.layout, self.gradients, first=first) as products:
             run(self.batch.batch, None)
         for layer, of_layer in products.items():
-            sums[:, self.index.layer(layer)] = of_layer.cpu().numpy()
+            sums[:, self.index.layer(layer)] = (self.shares[:, None] * of_layer.cpu()).sum(1).numpy()
         return sums

@@ -2,17 +2,19 @@
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from hones_offline.data.metrics import FloatArray
-from hones_offline.data.neurons import Bank
+from hones_offline.data.neurons import Bank, NeuronIndex
+from hones_offline.learning.choosing import DevScore, FitGrid, choose_fit, dev_log_probabilities
 from hones_offline.learning.factors import FitSettings, fit_run_settings, learn
 from hones_offline.learning.methods import SteeringInputs
-from hones_offline.running.evaluation import Scores, intervention, score
+from hones_offline.running.evaluation import Scores, intervention, position_means, score
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared
 from hones_offline.running.run_folder import RunFolder, examples_digest, json_bytes, run_settings
@@ -51,9 +53,17 @@ class Splits:
         return {"discovery": self.discovery, "dev": self.dev, "test": self.test}
 
     def measure(
-        self, split: Split, *, steering: Profile | None = None, mask: Mapping[int, npt.NDArray[np.int32]] | None = None
+        self,
+        split: Split,
+        *,
+        steering: Profile | None = None,
+        mask: Mapping[int, npt.NDArray[np.int32]] | None = None,
+        fill: FloatArray | None = None,
     ) -> Scores:
-        """The metric on a split as it is, steered or with a bank masked; the same is measured once."""
+        """The metric on a split as it is, steered or with a bank masked; the same is measured once.
+
+        A masked bank's activations are set to 0, or to their values of `fill` [N].
+        """
         examples = self.parts[split]
         bank = None if mask is None else Bank(mask)
         name = f"{split}-base"
@@ -61,31 +71,96 @@ class Splits:
             name = f"{split}-steered-{steering.digest[:16]}"
         if bank is not None:
             name = f"{split}-masked-{bank.digest}"
+            if fill is not None:
+                index = NeuronIndex.of(examples.decoder.layout)
+                used = np.concatenate([fill[index.layer(layer)][neurons] for layer, neurons in sorted(bank.items())])
+                name += f"-set-{hashlib.sha256(used.tobytes()).hexdigest()[:16]}"
 
         def compute() -> dict[str, FloatArray]:
-            with intervention(examples, steering=steering, mask=bank):
+            with intervention(examples, steering=steering, mask=bank, fill=fill):
                 return {"statistics": score(examples, batch_size=self.batch_size).statistics}
 
         statistics = self.run.arrays(name, compute)["statistics"]
         value = self.task.aggregate(statistics.sum(axis=0), len(statistics))
         return Scores(self.task, value, statistics, outputs=(), failures=examples.failures)
 
+    def position_means(self) -> FloatArray:
+        """`position_means` of the discovery examples, [N]; a step."""
+
+        def compute() -> dict[str, FloatArray]:
+            return {"means": position_means(self.discovery, batch_size=self.batch_size)}
+
+        return self.run.arrays("discovery-position-means", compute)["means"]
+
+    def dev_score(self, profile: Profile) -> DevScore:
+        """How well a profile does on dev; the same is measured once."""
+
+        def compute() -> dict[str, FloatArray]:
+            return {"means": dev_log_probabilities(self.dev, profile, self.batch_size)}
+
+        means = self.run.arrays(f"dev-logprob-{profile.digest[:16]}", compute)["means"]
+        return DevScore(self.measure("dev", steering=profile).value, float(means.mean()))
+
     def learned(self, name: str, bank: Bank, settings: FitSettings, *, progress: bool = False) -> Profile:
         """`learn` on the discovery examples, kept in a folder of its own; the same is learned once."""
+        execution = Execution(folder=self._fit_folder(name, bank, settings), progress=progress)
+        return learn(self.discovery, bank, settings, execution, name=name)
+
+    def learned_on_dev(
+        self, name: str, bank: Bank, settings: FitSettings, grid: FitGrid, *, progress: bool = False
+    ) -> Profile:
+        """`choose_fit` on the discovery and dev examples; every epoch is learned, and measured, once.
+
+        The table of all trials is kept in the run folder, as `trials-NAME-DIGEST.json`.
+        """
+        choice = choose_fit(
+            self.discovery,
+            bank,
+            settings,
+            grid,
+            self.dev_score,
+            folder=lambda changed: self._fit_folder(name, bank, changed),
+            name=name,
+            progress=progress,
+        )
+        wanted = {"name": name, "grid": asdict(grid), **fit_run_settings(self.discovery, bank, settings)}
+        self.run.json(f"trials-{name}-{_digest(wanted)}", choice.table)
+        return choice.chosen
+
+    def _fit_folder(self, name: str, bank: Bank, settings: FitSettings) -> RunFolder:
+        """Where the states of this learning are kept, and of no other."""
         wanted = {"name": name, **fit_run_settings(self.discovery, bank, settings)}
-        digest = hashlib.sha256(json_bytes(wanted)).hexdigest()[:16]
-        run = RunFolder(self.path / f"fit-{digest}", wanted)
-        return learn(self.discovery, bank, settings, Execution(folder=run, progress=progress), name=name)
+        return RunFolder(self.path / f"fit-{_digest(wanted)}", wanted)
 
     def steering_inputs(
-        self, bank: Bank, random_bank: Bank, settings: FitSettings, *, progress: bool = False
+        self,
+        bank: Bank,
+        random_bank: Bank,
+        settings: FitSettings,
+        *,
+        grid: FitGrid | None = None,
+        progress: bool = False,
     ) -> SteeringInputs:
-        """The inputs of every way of steering: learning keeps its steps here, and dev is measured here."""
+        """The inputs of every way of steering: learning keeps its steps here, and dev is measured here.
+
+        With a grid, what is learned is chosen from it on dev.
+        """
+
+        def learned(name: str, neurons: Bank, changed: FitSettings) -> Profile:
+            if grid is None:
+                return self.learned(name, neurons, changed, progress=progress)
+            return self.learned_on_dev(name, neurons, changed, grid, progress=progress)
+
         return SteeringInputs(
             self.discovery,
             bank,
             random_bank,
             settings,
-            learn=lambda name, neurons, changed: self.learned(name, neurons, changed, progress=progress),
+            learn=learned,
             dev_metric=lambda profile: self.measure("dev", steering=profile).value,
         )
+
+
+def _digest(wanted: Mapping[str, Any]) -> str:
+    """16 hex digits that stand for settings."""
+    return hashlib.sha256(json_bytes(wanted)).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Backward passes: the gradient of an answer's log-probability by factors that multiply the FFNs' neurons.
+"""Backward passes: the gradient of an answer's log-probability by what hooks put into the forward, such as factors.
 
 Before the first one `rows_at_once` checks, on a few tokens, that every module of the decoder passes gradients on, and
 measures how much memory the longest example needs.
@@ -6,8 +6,9 @@ measures how much memory the longest example needs.
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,13 @@ from hones_offline.running.batching import Batch, gib
 from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.evaluation import mean_log_probabilities
 from hones_offline.running.execution import Execution
-from hones_offline.running.hooks import calls_read, ffn_factors, ffn_inputs
+from hones_offline.running.hooks import calls_read, ffn_factors
 from hones_offline.running.prompts import Pair, Prepared
 from hones_steer.errors import DataError, LayoutError
+from hones_steer.layout import Layout
+
+Leaves = Callable[[Layout], AbstractContextManager[Mapping[int, Tensor]]]
+"""A block of hooks that puts what gradients are taken by into the forward, a tensor per layer."""
 
 
 @contextmanager
@@ -68,31 +73,23 @@ def factor_gradients(
     """
     batch = AnsweredBatch(decoder, pairs)
     columns = batch.last_prompt_columns if last_prompt_token else None
-    with torch.enable_grad(), ffn_factors(decoder.layout, columns) as factors:
+    return gradients_by(partial(ffn_factors, columns=columns), batch)
+
+
+def gradients_by(leaves: Leaves, batch: AnsweredBatch) -> dict[int, Tensor]:
+    """The gradient of the sum of a batch's utilities by its leaves, per layer in ascending order."""
+    with torch.enable_grad(), leaves(batch.decoder.layout) as taken:
         utility = batch.utilities().sum()
-        layers = sorted(factors)
-        gradients = torch.autograd.grad(utility, [factors[layer] for layer in layers])
+        layers = sorted(taken)
+        gradients = torch.autograd.grad(utility, [taken[layer] for layer in layers])
     return dict(zip(layers, gradients, strict=True))
 
 
-def activation_gradients(batch: AnsweredBatch, shares: Tensor) -> dict[int, Tensor]:
-    """The gradient ∂P/∂z of each row's utility, times its share [rows], at every position: [rows, T, I] per layer.
-
-    It is in the model's dtype. The model is to be `frozen`.
-    """
-    with torch.enable_grad(), ffn_inputs(batch.decoder.layout) as activations:
-        utilities = batch.utilities()
-        layers = sorted(activations)
-        total = (utilities * shares.to(utilities)).sum()
-        gradients = torch.autograd.grad(total, [activations[layer] for layer in layers])
-    return dict(zip(layers, gradients, strict=True))
-
-
-def rows_at_once(prepared: Prepared, execution: Execution, *, with_activations: bool = False) -> int:
+def rows_at_once(prepared: Prepared, execution: Execution, leaves: Leaves = ffn_factors) -> int:
     """How many pairs are run backward together: at most the batch size, and as many as fit into `memory_gb`.
 
-    What counts is what the forward keeps for the backward pass, apart from the weights, and, if `with_activations`,
-    the gradients by all z's that it gives. All processes get the same number.
+    What counts is what the forward keeps for a backward pass to the `leaves`, and their gradients. All processes get
+    the same number.
 
     Raises:
         LayoutError: the model cannot be run backward.
@@ -102,12 +99,8 @@ def rows_at_once(prepared: Prepared, execution: Execution, *, with_activations: 
     pairs = prepared.pairs()
     longest = max((prompt for prompt, _ in pairs), key=len), max((answer for _, answer in pairs), key=len)
     with frozen(decoder.model):
-        require_backward(decoder, longest)
-        kept = execution.processes.from_first(lambda: kept_bytes(decoder, longest))
-    if with_activations:
-        tokens, layout = len(longest[0]) + len(longest[1]), decoder.layout
-        element = next(decoder.embedding.parameters()).element_size()
-        kept += tokens * len(layout.layers) * layout.intermediate_size * element
+        require_backward(decoder, longest, leaves)
+        kept = execution.processes.from_first(lambda: kept_bytes(decoder, longest, leaves))
     rows = min(execution.batch_size, gib(execution.memory_gb) // kept)
     if not rows:
         raise DataError(
@@ -118,8 +111,8 @@ def rows_at_once(prepared: Prepared, execution: Execution, *, with_activations: 
     return rows
 
 
-def kept_bytes(decoder: TextDecoder, pair: Pair) -> int:
-    """Bytes that the forward of one pair keeps for the backward pass, weights aside.
+def kept_bytes(decoder: TextDecoder, pair: Pair, leaves: Leaves = ffn_factors) -> int:
+    """Bytes that the forward of one pair keeps for the backward pass, weights aside, and those of the gradients.
 
     They are counted as they come and not kept, so that this needs no more memory than a forward. A storage that is kept
     by several operations counts once.
@@ -136,16 +129,18 @@ def kept_bytes(decoder: TextDecoder, pair: Pair) -> int:
             counted.add(reference)
             kept += storage.nbytes()
 
-    with torch.enable_grad(), ffn_factors(decoder.layout), saved_tensors_hooks(count, _never_run_backward):
+    with torch.enable_grad(), leaves(decoder.layout) as taken, saved_tensors_hooks(count, _never_run_backward):
         AnsweredBatch(decoder, [pair]).utilities()
-    return kept
+    for leaf in taken.values():
+        count(leaf)
+    return kept + sum(leaf.nbytes for leaf in taken.values())
 
 
 def _never_run_backward(_kept: object) -> Tensor:
     raise AssertionError("the forward that counts what is kept is not run backward")
 
 
-def require_backward(decoder: TextDecoder, pair: Pair) -> None:
+def require_backward(decoder: TextDecoder, pair: Pair, leaves: Leaves = ffn_factors) -> None:
     """Run a few tokens backward; raises LayoutError, naming the module, if it passes no gradient on.
 
     A quantized layer may leave its input out of the graph, raise, or warn and go on without a gradient: with the
@@ -164,7 +159,7 @@ def require_backward(decoder: TextDecoder, pair: Pair) -> None:
 
     with warnings.catch_warnings(action="ignore"), calls_read(modules, check):
         try:
-            factor_gradients(decoder, [(prompt.split(2)[0], answer[:1])])
+            gradients_by(leaves, AnsweredBatch(decoder, [(prompt.split(2)[0], answer[:1])]))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # what torch raises for an operation without a derivative
@@ -174,5 +169,5 @@ def require_backward(decoder: TextDecoder, pair: Pair) -> None:
 def _no_backward(decoder: TextDecoder, reason: str) -> LayoutError:
     return LayoutError(
         f"model type {decoder.layout.model_type!r} cannot be run backward: {reason}; use a checkpoint that is not "
-        "quantized, or a method without a backward pass: hones, dvp, ma, ap"
+        "quantized, or a method without a backward pass: hones (with heads exact or race), dvp, ma, ap"
     )
