@@ -32,8 +32,9 @@ class Finder:
     run once on every example that may be drawn (the pool); importances are steps of the task's run folder.
 
     Raises:
-        DataError: there are so few discovery examples that all seeds would draw the same ones, or a method compares
-            tasks and has none to compare with.
+        DataError: there are so few discovery examples that all seeds would draw the same ones, a method compares tasks
+            and has none to compare with, or an example needs more memory than there is.
+        LayoutError: a method cannot be run on the model.
     """
 
     def __init__(self, tasks: Mapping[str, Splits], settings: CompareSettings, *, progress: bool = False) -> None:
@@ -51,6 +52,11 @@ class Finder:
                     raise DataError(
                         f"method {name!r} has no task to contrast {task!r} with; name another one in contrast_tasks"
                     )
+        execution = Execution(memory_gb=settings.memory_gb)
+        for check in {METHODS[parse(name).base].check for name in settings.methods}:
+            for task, pool in self.pools.items():
+                with naming(f"task {task!r}"):
+                    check(pool, execution)
         self.statistics = cache(self._statistics)
         self.importance = cache(self._importance)
         self._attributed = cache(self._attribute)
