@@ -50,13 +50,14 @@ class Finder:
                 f"contrast_tasks names {', '.join(sorted(unknown))}, which is not among the tasks {', '.join(tasks)}"
             )
         for name in settings.methods:
-            for task in tasks:
+            for task in tasks if settings.measured is None else settings.measured:
                 if parse(name).compares_tasks and not self.others(task):
                     raise DataError(
                         f"method {name!r} has no task to contrast {task!r} with; name another one in contrast_tasks"
                     )
         self.statistics = cache(self._statistics)
         self.importance = cache(self._importance)
+        self.bank = cache(self._bank)
         self._attributed = cache(self._attribute)
 
     def drawn(self, task: str, seed: int) -> list[int]:
@@ -74,7 +75,7 @@ class Finder:
         chosen = self.settings.contrast_tasks
         return [other for other in self.tasks if other != task and (chosen is None or other in chosen)]
 
-    def bank(self, task: str, name: str, fraction: float, seed: int) -> Bank:
+    def _bank(self, task: str, name: str, fraction: float, seed: int) -> Bank:
         """A method's bank; a random one has as many neurons in each layer as the main method's."""
         if name == "random":
             index = NeuronIndex.of(self.tasks[task].discovery.decoder.layout)
