@@ -91,7 +91,22 @@ def generate(model, processor, task, example):
     tokenizer = getattr(processor, "tokenizer", processor)
     inputs = prompt_inputs(processor, example, task.prompts(example)[0])
     out = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=task.max_new_tokens)
-    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    text = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return first_line(text) if task.first_line else text
+
+
+def first_line(text):
+    """The first line that is not blank, less "Answer:" before it, then less the quotes that it begins and ends with."""
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if not lines:
+        return ""
+    before, colon, after = lines[0].partition(":")
+    line = after.strip() if colon and before.strip().lower() == "answer" else lines[0]
+    while line and line[0] in "\"'":
+        line = line[1:]
+    while line and line[-1] in "\"'":
+        line = line[:-1]
+    return line.strip()
 
 
 @torch.no_grad()
@@ -463,3 +478,15 @@ def means_of_drawn(matrix, related, drawn):
         if others:
             beside.append(sum(others) / len(others))
     return sum(own) / len(own), sum(beside) / len(beside)
+
+
+def fit_penalty(model, layers, l2):
+    """L2 · the mean over all FFN neurons of λ², λ = scale − 1 of those listed and 0 of the others."""
+    offsets = [
+        torch.zeros(layer.down_proj.weight.numel() // model.config.get_text_config().hidden_size)
+        for layer in find_layout(model).layers
+    ]
+    for layer, (neurons, scales) in layers.items():
+        for neuron, scale in zip(neurons.tolist(), scales.tolist(), strict=True):
+            offsets[layer][neuron] = scale - 1
+    return l2 * torch.cat(offsets).square().mean()

@@ -1,5 +1,6 @@
 """The fast path (batched, images encoded once, decoder run alone) equals the method done one example at a time."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ import torch
 from hones_offline.attribution.heads import HeadMetric, head_scores, head_statistics, top_heads
 from hones_offline.attribution.measurements import AnswerLogProbability
 from hones_offline.attribution.write_in import PositivePart, head_guided_importance, mean_write_in, target_directions
+from hones_offline.data.examples import Example
 from hones_offline.data.neurons import Bank, Importance, NeuronIndex
-from hones_offline.learning.factors import FitSettings, fit_run_settings, learn
+from hones_offline.data.tasks import JsonlTask, Task
+from hones_offline.learning.factors import FitSettings, _Learner, fit_run_settings, learn, losses_of
 from hones_offline.running.evaluation import intervention, position_means, score
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
 from hones_offline.running.run_folder import RunFolder, read_arrays
 from problems import Problem, every_architecture, problem
+from tokenizers import decoders
 
 from hones_steer.errors import LayoutError
 
@@ -83,6 +87,35 @@ def test_little_memory_and_small_batches_change_nothing(
         execution = Execution(batch_size=batch_size)
         found = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, execution)).by_head
         np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+class Length(Task):
+    """Scores how long the first line is, so that each character more or less shows."""
+
+    name = "length"
+    max_new_tokens = 12
+    first_line = True
+
+    def score(self, example: Example, output: str) -> float:  # noqa: ARG002
+        return len(output) / 100
+
+
+def test_the_first_line_is_scored_in_evaluation_and_of_every_head() -> None:
+    p = problem("llava", "vqa")
+    written = decoders.Sequence([decoders.Replace("w", "\n'"), decoders.Replace("e", "' "), decoders.Fuse()])
+    p.processor.tokenizer.backend_tokenizer.decoder = written
+    prepared = prepare(p.model, p.processor, Length(), p.examples)
+    found = score(prepared, batch_size=9)
+    assert list(found.outputs) == reference.outputs(p.model, p.processor, Length(), p.examples)
+    whole = score(replace(prepared, task=JsonlTask("whole", "anls", 12)), batch_size=9).outputs
+    assert all(len(line) < len(text) for line, text in zip(found.outputs, whole, strict=True))
+    assert found.value > 0
+    scores = head_scores(prepared, "task", *head_statistics(prepared, "task", RUN)).by_head
+    for head in range(scores.shape[1]):
+        with reference.head_replaced(p.model, 1, head):
+            expected = found.value - reference.metric(p.model, p.processor, Length(), p.examples)
+        assert scores[1, head] == pytest.approx(expected, abs=1e-6)
+    assert len(set(scores.flatten().tolist())) > 2
 
 
 @pytest.mark.parametrize("cut", [("llama", "text"), ("llama", "shots"), ("qwen2_5_vl", "caption")], ids="-".join)
@@ -179,6 +212,31 @@ def test_learning_follows_the_gradient_of_the_plain_loss(case: tuple[Problem, Pr
     for scale, slope in zip(flat, slopes(p, bank, settings.seed), strict=True):
         if abs(slope) > 1e-4:
             assert scale == pytest.approx(1 - 1e-2 * np.sign(slope), abs=1e-4)
+
+
+def test_the_gradient_of_the_loss_and_its_penalty() -> None:
+    """Of a step from a state that is not 0: AdamW's first moment is a tenth of the gradient then."""
+    p = problem("llama", "shots")
+    prepared = prepare(p.model, p.processor, p.task, p.examples)
+    bank, start = Bank({0: [1, 7, 20], 2: [3, 11]}), np.array([0.3, -0.2, 0.1, 0.4, -0.4], dtype=np.float32)
+    settings = FitSettings(epochs=1, batch_size=3, accumulation_steps=9, l2=30.0, beta_kl=0.5, max_grad_norm=1e9)
+    learner = _Learner(prepared, bank, settings, losses_of(prepared, settings))
+    found = learner.advance({**learner.start(), "offsets": start}, range(1))["exp_avg"] / 0.1
+
+    def loss(offsets: np.ndarray) -> float:
+        parts = bank.split(1 + offsets)
+        layers = {layer: (neurons, parts[layer]) for layer, neurons in bank.items()}
+        pairs = [(e, i, a) for e in p.examples for i, a in p.task.answers(e)]
+        with torch.no_grad():
+            losses = [reference.fit_loss(p.model, p.processor, p.task, *pair, layers, 0.5) for pair in pairs]
+            return float(torch.stack(losses).double().mean() + reference.fit_penalty(p.model, layers, 30.0))
+
+    steps = 0.02 * np.eye(5)
+    expected = [(loss(start + step) - loss(start - step)) / 0.04 for step in steps]
+    penalty = 2 * 30.0 * start / NeuronIndex.of(prepared.decoder.layout).size
+    assert np.abs(found - penalty).max() > 1e-3
+    assert np.abs(penalty).max() > 1e-2
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def slopes(p: Problem, bank: Bank, seed: int) -> npt.NDArray[np.float64]:

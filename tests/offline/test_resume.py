@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hones_offline import attribute, fit
-from hones_offline.data.tasks import JsonlTask
+from hones_offline.data.tasks import JsonlTask, get_task
 from hones_offline.learning.factors import FitSettings
 from hones_offline.running.prompts import prepare
 from offline.killed_run import contents
@@ -82,6 +82,8 @@ def test_attribution_with_other_data_task_or_model_is_refused(p, tmp_path):
         (replace(p, examples=[replace(p.examples[0], targets=("x",)), *p.examples[1:]]), "examples was"),
         (replace(p, task=JsonlTask("vqa", "anls")), "metric was 'VQA accuracy' and now is 'ANLS'"),
         (replace(p, task=JsonlTask("vqa", "vqa", 9)), "max_new_tokens was 16 and now is 9"),
+        (replace(p, task=JsonlTask("vqa", "vqa", 16, first_line=True)), "first_line was False and now is True"),
+        (replace(p, task=get_task("vqa", protocol="paper")), "protocol was 'default' and now is 'paper'"),
         (replace(p, model=with_end(llava(seed=1))), "model was"),
     ]
     for other, message in changed:
@@ -102,7 +104,8 @@ def test_a_run_folder_names_what_decides_an_attribution_and_nothing_else(p, tmp_
     attribution(p, tmp_path)
     names = {"stage", "write_in", "task", "metric", "max_new_tokens", "prompts", "examples", "model", "dtype", "device"}
     names |= {"top_heads", "head_metric", "seed", "batch_size", "memory_gb", "method", "target", "positive_part"}
-    assert set(json.loads((tmp_path / "run.json").read_text())) == names | {"head_weights"}
+    names |= {"first_line", "protocol", "head_weights"}
+    assert set(json.loads((tmp_path / "run.json").read_text())) == names
 
 
 def test_a_run_that_measured_another_write_in_is_not_gone_on_with(p, tmp_path):
@@ -162,18 +165,33 @@ def test_learning_goes_on_in_the_middle(p, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["hones_offline.learning.factors"], "CHUNK", 3)
     whole = Interruption(p)
     expected = learning(p, tmp_path / "whole")
-    assert len(list((tmp_path / "whole").glob("hones-*.safetensors"))) == 4  # 3 epochs of 4 steps, 3 to a state
+    assert len(list((tmp_path / "whole").glob("hones-*.safetensors"))) == 6  # 3 epochs of 4 steps, 3 and 1 to a state
 
     interruption = Interruption(p, at=whole.calls * 2 // 3)
     with pytest.raises(KeyboardInterrupt):
         learning(p, tmp_path / "again")
-    assert 0 < len(list((tmp_path / "again").glob("hones-*.safetensors"))) < 4
+    assert 0 < len(list((tmp_path / "again").glob("hones-*.safetensors"))) < 6
     assert not any(parameter.grad is not None for parameter in p.model.parameters())
 
     interruption.at, interruption.calls = None, 0
     assert learning(p, tmp_path / "again").digest == expected.digest
     assert interruption.calls < whole.calls * 3 // 4
     assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+
+
+def test_learning_on_other_draws_is_refused(tmp_path):
+    """The paper's protocol draws other negatives of retrieval, and another task of one's own other answers."""
+    r = problem("llava", "retrieval", count=3)
+    learning(r, tmp_path / "retrieval", epochs=1)
+    with pytest.raises(DataError, match="protocol was 'default' and now is 'paper'"):
+        learning(replace(r, task=get_task("retrieval", protocol="paper")), tmp_path / "retrieval", epochs=1)
+
+    class Drawn(type(r.task)):
+        def drawn_answers(self, example, random):
+            return self.answers(example)[: 1 + random.integers(2)]
+
+    with pytest.raises(DataError, match="prompts was"):
+        learning(replace(r, task=Drawn()), tmp_path / "retrieval", epochs=1)
 
 
 def test_states_on_disk_do_not_change_what_is_learned(p, tmp_path, monkeypatch):
@@ -225,6 +243,7 @@ def test_a_setting_out_of_range_is_refused_before_anything_is_done(p, tmp_path, 
         ({"lr": float("nan")}, "lr must be positive, not nan"),
         ({"beta_kl": -1}, "beta_kl must be zero or positive, not -1"),
         ({"seed": -1}, "seed must lie in"),
+        ({"keep": 0}, "keep must be at least 1, not 0"),
         ({"bank": {}}, "the bank is empty"),
         ({"bank": {5: BANK[0]}}, "names layer 5, but the model has 3"),
     ],

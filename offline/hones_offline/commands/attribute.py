@@ -158,8 +158,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--contrast",
         choices=get_args(Contrast),
-        help="with --against: ratio takes, of the task's most important neurons, those that are most times as "
-        "important to it as to any other task; max those that are most above any other task, of all neurons "
+        help="with --against: of the task's most important neurons those whose importance is the largest multiple of "
+        "any other task's (ratio), or of all neurons those that exceed it most (max); ratio keeps the bank's size "
         "(default: ratio)",
     )
     _add_method_arguments(parser)

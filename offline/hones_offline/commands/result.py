@@ -82,6 +82,7 @@ def write_result(
         "task": task.name,
         "model": asdict(model),
         "metric": task.metric,
+        "protocol": task.protocol,
         "n": attribution.n,
         "base": attribution.base,
         "heads": attribution.heads,
