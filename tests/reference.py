@@ -68,13 +68,45 @@ def neurons_scaled(model, layers):
         yield
 
 
+@contextmanager
+def neurons_set(model, layers):
+    """Z' = a constant for the listed neurons, at every position: layers = {layer: (neurons, values)}."""
+    with ExitStack() as stack:
+        for layer, (neurons, values) in layers.items():
+
+            def hook(_module, args, neurons=neurons, values=values):
+                z = args[0].clone()
+                for neuron, value in zip(neurons.tolist(), values.tolist(), strict=True):
+                    z[..., neuron] = value
+                return (z,)
+
+            handle = find_layout(model).layers[layer].down_proj.register_forward_pre_hook(hook)
+            stack.callback(handle.remove)
+        yield
+
+
 @torch.no_grad()
 def generate(model, processor, task, example):
     """Greedy text for one example by `model.generate`."""
     tokenizer = getattr(processor, "tokenizer", processor)
     inputs = prompt_inputs(processor, example, task.prompts(example)[0])
     out = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=task.max_new_tokens)
-    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    text = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return first_line(text) if task.first_line else text
+
+
+def first_line(text):
+    """The first line that is not blank, less "Answer:" before it, then less the quotes that it begins and ends with."""
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if not lines:
+        return ""
+    before, colon, after = lines[0].partition(":")
+    line = after.strip() if colon and before.strip().lower() == "answer" else lines[0]
+    while line and line[0] in "\"'":
+        line = line[1:]
+    while line and line[-1] in "\"'":
+        line = line[:-1]
+    return line.strip()
 
 
 @torch.no_grad()
@@ -143,6 +175,44 @@ def head_scores(model, processor, task, examples, utility):
     return scores
 
 
+def head_estimates(model, processor, task, examples, share):
+    """Mean over pairs of Σ_positions ⟨x_h − x_h', ∂P/∂x_h⟩ with every head `share` of the way to x_h', [L][H]."""
+    layers = find_layout(model).layers
+    total, pairs = [[0.0] * layer.num_heads for layer in layers], 0
+    for example in examples:
+        for index, answer in task.answers(example):
+            ways, recorded = {}, {}
+            with ExitStack() as stack:
+                for layer in layers:
+
+                    def hook(_module, args, layer=layer, ways=ways, recorded=recorded):
+                        x = args[0]
+                        slices = x.split(x.shape[-1] // layer.num_heads, dim=-1)
+                        others = [
+                            sum(s for j, s in enumerate(slices) if j != head) / (layer.num_heads - 1)
+                            for head in range(layer.num_heads)
+                        ]
+                        ways[layer.index] = [s - other for s, other in zip(slices, others, strict=True)]
+                        moved = torch.cat(
+                            [s + share * (other - s) for s, other in zip(slices, others, strict=True)], -1
+                        )
+                        moved.retain_grad()
+                        recorded[layer.index] = moved
+                        return (moved,)
+
+                    stack.callback(layer.attn_out.register_forward_pre_hook(hook).remove)
+                logits, ids = answer_logits(model, processor, example, task.prompts(example)[index], answer)
+            logits.log_softmax(-1)[range(len(ids)), ids].mean().backward()
+            for layer in layers:
+                x = recorded[layer.index]
+                gradients = x.grad.split(x.shape[-1] // layer.num_heads, dim=-1)
+                for head, (way, gradient) in enumerate(zip(ways[layer.index], gradients, strict=True)):
+                    total[layer.index][head] += (way * gradient).sum().item()
+            model.zero_grad()
+            pairs += 1
+    return [[value / pairs for value in row] for row in total]
+
+
 def directions(model, processor, task, examples):
     """u_y (2.2) of every example's first prompt, towards the task's `target_texts`."""
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -192,6 +262,19 @@ def activations(model, processor, task, examples):
         for example in examples
         for index, _answer in task.answers(example)
     ]
+
+
+@torch.no_grad()
+def position_means(model, processor, task, examples):
+    """Mean of z over all positions of prompt and answer, the answer's end token aside, of all pairs, [L, I]."""
+    total, positions = 0, 0
+    for example in examples:
+        for index, answer in task.answers(example):
+            with ffn_inputs_recorded(model) as recorded:
+                answer_logits(model, processor, example, task.prompts(example)[index], answer)
+            z = torch.stack([recorded[layer][:-1] for layer in sorted(recorded)])
+            total, positions = total + z.sum(1), positions + z.shape[1]
+    return total / positions
 
 
 @torch.no_grad()
@@ -371,6 +454,30 @@ def fit_loss(model, processor, task, example, index, answer, layers, beta_kl):
     cross_entropy = torch.nn.functional.cross_entropy(scaled, ids)
     p, q = original.log_softmax(-1), scaled.log_softmax(-1)
     return cross_entropy + beta_kl * (p.exp() * (p - q)).sum(-1).mean()
+
+
+def drop_at(points, level):
+    """Where the line from (0, 0) through the points (x, y) first reaches x = `level`: its y, or None if it does not."""
+    before = (0.0, 0.0)
+    for point in points:
+        if point[0] >= level:
+            return before[1] + (level - before[0]) / (point[0] - before[0]) * (point[1] - before[1])
+        before = point
+    return None
+
+
+def means_of_drawn(matrix, related, drawn):
+    """Mean own drop of the drawn tasks, with repeats, and mean drop of those that are related to each and drawn.
+
+    A task without any such is left out of the second mean. Two copies of a task are not related.
+    """
+    own = [matrix[t][t] for t in drawn]
+    beside = []
+    for t in drawn:
+        others = [matrix[t][u] for u in drawn if related[t][u]]
+        if others:
+            beside.append(sum(others) / len(others))
+    return sum(own) / len(own), sum(beside) / len(beside)
 
 
 def fit_penalty(model, layers, l2):

@@ -145,6 +145,37 @@ def test_attribute_writes_its_bank_and_says_what_it_found(hones: Run, root: Path
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+def test_the_papers_protocol_goes_from_the_command_line_into_every_run(hones: Run, root: Path, tmp_path: Path) -> None:
+    common = [root / "vlm", "--task", "vqa", "--data", root / "cats.jsonl", "--limit", "3"]
+    command = ["attribute", *common, "--out", tmp_path / "run", *QUICK]
+    assert hones(*command, "--protocol", "paper")[0] == 0
+    run = json.loads((tmp_path / "run" / "run.json").read_bytes())
+    assert (run["protocol"], run["first_line"], run["max_new_tokens"]) == ("paper", True, 24)
+    assert json.loads((tmp_path / "run" / "result.json").read_bytes())["protocol"] == "paper"
+    code, _, error = hones(*command)
+    assert code == 2
+    assert "protocol was 'paper' and now is 'default'" in error
+
+    command = ["fit", *common, "--bank", tmp_path / "run", "--out", tmp_path / "vqa.safetensors", *FIT]
+    for protocol in ("paper", "default"):
+        state = tmp_path / protocol
+        assert hones(*command, "--protocol", protocol, "--state", state)[0] == 0
+        assert json.loads((state / "run.json").read_bytes())["protocol"] == protocol
+
+    for protocol in ("paper", "default"):
+        code, out, _ = hones("evaluate", *common, "--protocol", protocol, "--json")
+        assert code == 0
+        assert json.loads(out)["protocol"] == protocol
+
+
+def test_the_first_line_of_a_task_of_ones_own(hones: Run, root: Path, tmp_path: Path) -> None:
+    command = ["attribute", root / "text", "--task", "words", "--data", root / "text.jsonl", *QUICK]
+    for name, more in {"lines": ["--first-line"], "texts": []}.items():
+        assert hones(*command, "--out", tmp_path / name, *more)[0] == 0
+        run = json.loads((tmp_path / name / "run.json").read_bytes())
+        assert (run["first_line"], run["protocol"], run["max_new_tokens"]) == (name == "lines", "default", 32)
+
+
 def test_attribute_by_another_method_says_which(hones: Run, root: Path, tmp_path: Path) -> None:
     command = ["attribute", root / "text", "--task", "words", "--data", root / "text.jsonl", *QUICK]
     code, out, _ = hones(*command, "--out", tmp_path / "dvp", "--method", "dvp", "--target", "centred")
@@ -607,6 +638,11 @@ def test_retrieval_needs_candidates(fails: Callable[..., str], root: Path) -> No
         (["--top-fraction", "-1"], "top_fraction must lie in (0, 1], not -1.0"),
         (["--seed", "-1"], "seed must lie in [0, 2**32), not -1"),
         (["--task", "none"], "'none' can't name a task"),
+        (
+            ["--protocol", "paper"],
+            "--protocol paper is for vqa, ocr, caption, retrieval; for task 'words' give --first",
+        ),
+        (["--task", "vqa", "--first-line"], "--first-line is for tasks of your own; for task 'vqa' give --protocol"),
         (["--device", "abacus"], "there is no device 'abacus' here"),
     ],
 )

@@ -2,14 +2,21 @@
 
 import json
 import re
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import reference
 from hones_offline import evaluate
-from hones_offline.attribution.baselines import activation_entropy, activation_probability, direct_write_in
+from hones_offline.attribution.baselines import (
+    activation_entropy,
+    activation_probability,
+    direct_write_in,
+    mean_activation,
+)
 from hones_offline.attribution.contrast import contrasted
 from hones_offline.attribution.methods import AttributionOptions
 from hones_offline.attribution.pipeline import Attribution, find_bank
@@ -234,6 +241,7 @@ def test_a_contrast_with_nothing_is_refused_before_anything_is_done(
     with pytest.raises(DataError, match="contrast_tasks names cats, which is not among the tasks pets, sizes, places"):
         Comparison(tasks, with_stages(contrast_tasks=("pets", "cats")))
     assert list(tmp_path.rglob("*")) == before
+    Comparison(tasks, replace(settings, measured=("sizes", "places")))  # nobody asks for the bank of pets
 
 
 def test_an_attribution_has_the_bank_of_its_method_and_is_refused_without_one_of_its_own(
@@ -293,6 +301,10 @@ def test_an_unknown_method_is_refused(name: str) -> None:
         ({"pool_factor": 0}, "pool_factor must be 1 or more, not 0"),
         ({"floor": -1}, "floor must be positive, not -1"),
         ({"group_seeds": 3}, "group_seeds must lie between 1 and seeds, not 3"),
+        ({"ablations": ("noise",)}, "unknown ablations noise; choose from zero, mean"),
+        ({"ablations": ()}, "ablations is empty; choose from zero, mean"),
+        ({"own_drop_levels": (0.0,)}, r"own_drop_levels must lie in \(0, 1\], not 0.0"),
+        ({"reference": "ma"}, "reference must be one of the methods, not 'ma'"),
     ],
 )
 def test_a_setting_out_of_range_is_refused(change: dict[str, Any], message: str) -> None:
@@ -305,8 +317,13 @@ def test_too_few_examples_for_the_seeds_and_a_single_task_are_refused(p: Problem
     with pytest.raises(DataError, match="'pets' has 6 examples to draw from, so that each seed would draw the same"):
         Comparison(tasks, with_stages(attribution_examples=6))
     Comparison(tasks, with_stages(attribution_examples=6, seeds=1, group_seeds=1))
-    with pytest.raises(DataError, match="selectivity compares tasks; give at least two"):
+    with pytest.raises(DataError, match="selectivity compares tasks; give at least two that are measured"):
         Comparison({"pets": tasks["pets"]}, SETTINGS)
+    with pytest.raises(DataError, match="give at least two that are measured"):
+        Comparison(tasks, with_stages(measured=("pets",)))
+    for name in ("measured", "contrast_tasks"):
+        with pytest.raises(DataError, match=f"{name} names moods, which is not among the tasks pets, sizes, places"):
+            Comparison(tasks, with_stages(**{name: ("pets", "moods")}))
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -337,6 +354,78 @@ def test_a_masking_row_is_what_evaluate_measures(
         for name in ("own_drop", "selectivity"):
             low, high = row[f"{name}_ci95"]
             assert low <= row[name] <= high
+
+
+@pytest.fixture(scope="module")
+def found(p: Problem, examples: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The finding study of two of the tasks; the third enters contrasts only."""
+    folder = tmp_path_factory.mktemp("finding")
+    settings = with_stages(
+        methods=("random", "dvp", "ma"),
+        main="dvp",
+        stages=("masking", "finding"),
+        measured=("pets", "places"),
+        contrast_tasks=("sizes",),
+        ablations=("zero", "mean"),
+        own_drop_levels=(0.1,),
+        reference="ma",
+    )
+    return folder, compare(splits(p, examples, folder / "work"), settings, folder, title="two of three")
+
+
+def test_the_finding_study_measures_the_measured_tasks_under_both_ablations(
+    p: Problem, examples: Any, comparison: Comparison, found: tuple[Path, Any]
+) -> None:
+    _, summary = found
+    section = summary["finding"]
+    assert section["bystanders"] == {"pets": ["places"], "places": ["pets"]}
+    rows = {(row["task"], row["method"], row["fraction"], row["ablation"]): row for row in section["rows"]}
+    assert list(rows) == [
+        (t, m, f, a)
+        for t in ("pets", "places")
+        for a in ("zero", "mean")
+        for m in ("random", "dvp", "ma")
+        for f in SETTINGS.fractions
+    ]
+    for row in summary["masking"]:  # what is the same in both
+        same = rows[row["task"], row["method"], row["fraction"], "zero"]
+        kept = ("own_drop", "own_drop_ci95", "selectivity", "selectivity_ci95", "other_drops", "relative_drop", "n")
+        assert {name: same[name] for name in kept} == {name: row[name] for name in kept}
+        assert row["relative_drop"] == pytest.approx(row["own_drop"] / summary["tasks"][row["task"]]["base"])
+    tasks = {name: prepare(p.model, p.processor, task(name), examples[name]["discovery"]) for name in TASKS}
+    means = sum(reference.position_means(p.model, p.processor, t.task, t.examples) for t in tasks.values()) / 3
+    row, drops = rows["pets", "ma", 0.05, "mean"], []
+    for seed in (0, 1):
+        bank = mean_activation(comparison.finder.examples("pets", seed), RUN).bank(0.05)
+        for name in ("pets", "places"):
+            test = examples[name]["test"]
+            filled = {layer: (neurons, means[layer][neurons]) for layer, neurons in bank.items()}
+            plain = reference.metric(p.model, p.processor, task(name), test)
+            with reference.neurons_set(p.model, filled):
+                drops.append(plain - reference.metric(p.model, p.processor, task(name), test))
+    assert 0 < max(drops) <= 1
+    assert row["by_seed"]["own_drop"] == pytest.approx(drops[::2])
+    assert row["by_seed"]["bystander_drop"] == pytest.approx(drops[1::2])
+    assert any(row["by_seed"] != rows[(*key[:3], "zero")]["by_seed"] for key, row in rows.items())
+    cell = next(
+        row for row in section["means"] if (row["method"], row["fraction"], row["ablation"]) == ("ma", 0.2, "mean")
+    )
+    for name in ("own_drop", "bystander_drop", "selectivity"):
+        assert cell[name] == pytest.approx(np.mean([rows[t, "ma", 0.2, "mean"][name] for t in ("pets", "places")]))
+        assert cell["difference"][name] == 0
+    assert {(row["method"], row["ablation"]) for row in section["matched"]} == {
+        (method, ablation) for method in ("random", "dvp", "ma") for ablation in ("zero", "mean")
+    }
+
+
+def test_tasks_that_are_not_measured_are_only_compared_with(found: tuple[Path, Any]) -> None:
+    folder, summary = found
+    assert list(summary["tasks"]) == list(TASKS)
+    assert {row["task"] for row in summary["masking"]} == set(summary["cross"]["drops"]) == {"pets", "places"}
+    masked = {name: len([*(folder / "work" / name).glob("*masked*")]) for name in TASKS}
+    assert masked["sizes"] == 0
+    assert masked["pets"] == masked["places"] > 0
+    assert all((folder / "work" / name / "discovery-position-means.safetensors").exists() for name in TASKS)
 
 
 def test_the_cross_matrix_is_the_main_methods(summary: Any) -> None:

@@ -1,5 +1,6 @@
 """The fast path (batched, images encoded once, decoder run alone) equals the method done one example at a time."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ import torch
 from hones_offline.attribution.heads import HeadMetric, head_scores, head_statistics, top_heads
 from hones_offline.attribution.measurements import AnswerLogProbability
 from hones_offline.attribution.write_in import PositivePart, head_guided_importance, mean_write_in, target_directions
+from hones_offline.data.examples import Example
 from hones_offline.data.neurons import Bank, Importance, NeuronIndex
+from hones_offline.data.tasks import JsonlTask, Task
 from hones_offline.learning.factors import FitSettings, _Learner, fit_run_settings, learn, losses_of
-from hones_offline.running.evaluation import intervention, score
+from hones_offline.running.evaluation import intervention, position_means, score
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
 from hones_offline.running.run_folder import RunFolder, read_arrays
 from problems import Problem, every_architecture, problem
+from tokenizers import decoders
 
 from hones_steer.errors import LayoutError
 
@@ -85,6 +89,35 @@ def test_little_memory_and_small_batches_change_nothing(
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+class Length(Task):
+    """Scores how long the first line is, so that each character more or less shows."""
+
+    name = "length"
+    max_new_tokens = 12
+    first_line = True
+
+    def score(self, example: Example, output: str) -> float:  # noqa: ARG002
+        return len(output) / 100
+
+
+def test_the_first_line_is_scored_in_evaluation_and_of_every_head() -> None:
+    p = problem("llava", "vqa")
+    written = decoders.Sequence([decoders.Replace("w", "\n'"), decoders.Replace("e", "' "), decoders.Fuse()])
+    p.processor.tokenizer.backend_tokenizer.decoder = written
+    prepared = prepare(p.model, p.processor, Length(), p.examples)
+    found = score(prepared, batch_size=9)
+    assert list(found.outputs) == reference.outputs(p.model, p.processor, Length(), p.examples)
+    whole = score(replace(prepared, task=JsonlTask("whole", "anls", 12)), batch_size=9).outputs
+    assert all(len(line) < len(text) for line, text in zip(found.outputs, whole, strict=True))
+    assert found.value > 0
+    scores = head_scores(prepared, "task", *head_statistics(prepared, "task", RUN)).by_head
+    for head in range(scores.shape[1]):
+        with reference.head_replaced(p.model, 1, head):
+            expected = found.value - reference.metric(p.model, p.processor, Length(), p.examples)
+        assert scores[1, head] == pytest.approx(expected, abs=1e-6)
+    assert len(set(scores.flatten().tolist())) > 2
+
+
 @pytest.mark.parametrize("cut", [("llama", "text"), ("llama", "shots"), ("qwen2_5_vl", "caption")], ids="-".join)
 def test_cut_into_buckets_by_length_nothing_changes(monkeypatch: pytest.MonkeyPatch, cut: tuple[str, str]) -> None:
     """So few tokens are not worth a forward of their own; saying that one costs nothing has them cut."""
@@ -144,6 +177,28 @@ def test_masking_and_steering_equal_plain_multiplication(case: tuple[Problem, Pr
     else:
         assert list(found) == expected
     assert str(score(prepared, batch_size=9).outputs) == str(plain)  # nothing stays behind
+
+
+def test_mean_ablation_equals_setting_neurons_to_their_means(case: tuple[Problem, Prepared]) -> None:
+    p, prepared = case
+    means = position_means(prepared, batch_size=3)
+    expected_means = reference.position_means(p.model, p.processor, p.task, p.examples)
+    found_means = Importance(NeuronIndex.of(prepared.decoder.layout), means.astype(np.float32))
+    np.testing.assert_allclose(found_means, expected_means, rtol=1e-4, atol=1e-5 * float(expected_means.abs().max()))
+    bank = Bank({1: np.arange(0, 40, 2), 2: np.arange(5, 30)})
+    with intervention(prepared, mask=bank, fill=50 * means):  # far from what the model does, so that outputs change
+        found = score(prepared, batch_size=9).outputs
+    filled = {layer: (neurons, 50 * np.asarray(found_means)[layer][neurons]) for layer, neurons in bank.items()}
+    with reference.neurons_set(p.model, filled):
+        expected = reference.outputs(p.model, p.processor, p.task, p.examples)
+    with intervention(prepared, mask=bank):
+        zeros = score(prepared, batch_size=9).outputs
+    assert str(found) != str(zeros)
+    if p.task.kind == "rank":
+        for got, want in zip(found, expected, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    else:
+        assert list(found) == expected
 
 
 def test_learning_follows_the_gradient_of_the_plain_loss(case: tuple[Problem, Prepared]) -> None:

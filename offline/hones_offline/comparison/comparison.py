@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from hones_offline.comparison.finder import Finder
+from hones_offline.comparison.finding import Cell, Finding, Masked, MeasuredTask, bystanders, relative
 from hones_offline.comparison.settings import CompareSettings, parse
 from hones_offline.comparison.splits import Splits
 from hones_offline.comparison.study import STEERED, steered_profiles
@@ -64,6 +65,7 @@ def compare(
         "base": comparison.overview,
         "attribution": comparison.attributions,
         "masking": comparison.masking,
+        "finding": comparison.finding,
         "groups": comparison.groups,
         "steering": comparison.steering,
         "strength": comparison.strength,
@@ -92,33 +94,50 @@ class Comparison:
     """
 
     def __init__(self, tasks: Mapping[str, Splits], settings: CompareSettings, *, progress: bool = False) -> None:
-        if len(tasks) < 2:
-            raise DataError("selectivity compares tasks; give at least two")
+        for setting in ("measured", "contrast_tasks"):
+            if unknown := set(getattr(settings, setting) or ()) - set(tasks):
+                raise DataError(
+                    f"{setting} names {', '.join(sorted(unknown))}, which is not among the tasks {', '.join(tasks)}"
+                )
         self.tasks, self.settings, self.progress = tasks, settings, progress
+        wanted = tasks if settings.measured is None else settings.measured
+        self.measured = {task: splits for task, splits in tasks.items() if task in wanted}
+        if len(self.measured) < 2:
+            raise DataError("selectivity compares tasks; give at least two that are measured")
         self.finder = Finder(tasks, settings, progress=progress)
         self.bootstrap = CrossedBootstrap()
         self.seeds = range(settings.seeds)
         self.learned_seeds = range(settings.learned_seeds or settings.seeds)
         layout = next(iter(tasks.values())).discovery.decoder.layout
         self.num_layers, self.index = len(layout.layers), NeuronIndex.of(layout)
-        self.profiles = cache(self._profiles)
+        self.profiles, self.base, self.fill = cache(self._profiles), cache(self._base), cache(self._position_means)
 
     def values(self, task: str, scores: Scores) -> FloatArray:
         """A measurement on a task's test split as a quantity of the bootstrap."""
         return self.bootstrap.values(task, scores.statistics, scores.task.aggregate)
 
-    def drop(self, task: str, bank: Bank) -> FloatArray:
-        """The loss of a task's metric on test when a bank is masked, [1 + resamples]."""
-        splits = self.tasks[task]
-        masked = splits.measure("test", mask=bank)
-        return self.values(task, splits.measure("test")) - self.values(task, masked)
+    def _base(self, task: str) -> FloatArray:
+        return self.values(task, self.tasks[task].measure("test"))
 
-    def mask_all(self, banks: Iterable[Bank]) -> None:
+    def _position_means(self) -> FloatArray:
+        """Mean z over the positions of all tasks' discovery examples, each task weighing the same, [N]."""
+        every = with_progress(self.tasks.values(), "mean activations", show=self.progress)
+        means: FloatArray = np.mean([splits.position_means() for splits in every], axis=0)
+        return means
+
+    def _masked(self, splits: Splits, bank: Bank, ablation: str) -> Scores:
+        return splits.measure("test", mask=bank, fill=self.fill() if ablation == "mean" else None)
+
+    def drop(self, task: str, bank: Bank, ablation: str = "zero") -> FloatArray:
+        """The loss of a task's metric on test when a bank is masked, [1 + resamples]."""
+        return self.base(task) - self.values(task, self._masked(self.tasks[task], bank, ablation))
+
+    def mask_all(self, banks: Iterable[Bank], ablation: str = "zero") -> None:
         """Measure every task with each of the banks masked, so that the tables find it done."""
         different = list({bank.digest: bank for bank in banks}.values())
-        work = [(splits, bank) for splits in self.tasks.values() for bank in different]
-        for splits, bank in with_progress(work, "masking", show=self.progress):
-            splits.measure("test", mask=bank)
+        work = [(splits, bank) for splits in self.measured.values() for bank in different]
+        for splits, bank in with_progress(work, f"masking ({ablation})", show=self.progress):
+            self._masked(splits, bank, ablation)
 
     # ------------------------------------------------------------------------------------- sections of the summary
 
@@ -157,15 +176,15 @@ class Comparison:
         """Sections "heads", "neurons_per_layer", "overlap" and "stability": the heads and neurons of each method."""
         result: dict[str, Any] = {
             "neurons_per_layer": {
-                task: {name: self._per_layer(task, name) for name in self.settings.methods} for task in self.tasks
+                task: {name: self._per_layer(task, name) for name in self.settings.methods} for task in self.measured
             },
             "overlap": {name: self._overlap(name) for name in self.settings.methods},
         }
         if parse(self.settings.main).options.entry.guided:
-            result["heads"] = {task: self._heads(task) for task in self.tasks}
+            result["heads"] = {task: self._heads(task) for task in self.measured}
         if len(self.seeds) > 1:
             result["stability"] = {
-                task: {name: self._stability(task, name) for name in self.settings.methods} for task in self.tasks
+                task: {name: self._stability(task, name) for name in self.settings.methods} for task in self.measured
             }
         return result
 
@@ -189,7 +208,7 @@ class Comparison:
         return [float(np.mean([len(bank.get(layer, ())) for bank in banks])) for layer in range(self.num_layers)]
 
     def _overlap(self, name: str) -> dict[str, Any]:
-        banks = {task: self._banks(task, name) for task in self.tasks}
+        banks = {task: self._banks(task, name) for task in self.measured}
 
         def mean(row: str, column: str) -> float:
             return float(np.mean([jaccard(*pair) for pair in zip(banks[row], banks[column], strict=True)]))
@@ -199,24 +218,48 @@ class Comparison:
     def _stability(self, task: str, name: str) -> float:
         return float(np.mean([jaccard(*pair) for pair in combinations(self._banks(task, name), 2)]))
 
-    def masking(self) -> dict[str, Any]:
-        """Sections "masking" and "cross"."""
+    def _sizes(self) -> list[tuple[str, float]]:
+        """The methods and sizes whose banks are masked."""
         settings = self.settings
         swept = settings.methods if settings.sweep is None else settings.sweep
-        cells = [
-            (task, method, fraction)
-            for task in self.tasks
+        return [
+            (method, fraction)
             for method in settings.methods
             for fraction in settings.fractions
             if fraction == settings.fraction or method in swept
         ]
+
+    def masking(self) -> dict[str, Any]:
+        """Sections "masking" and "cross"."""
+        cells = [(task, *size) for task in self.measured for size in self._sizes()]
         self.mask_all(self.finder.bank(*cell, seed) for cell in cells for seed in self.seeds)
         return {"masking": [self._masking_row(*cell) for cell in cells], "cross": self._cross()}
 
+    def finding(self) -> dict[str, Any]:
+        """Section "finding": what each method's banks cost their own task, the others and the bystanders."""
+        settings, sizes = self.settings, self._sizes()
+        banks = [self.finder.bank(task, *size, seed) for task in self.measured for size in sizes for seed in self.seeds]
+        for ablation in settings.ablations:
+            self.mask_all(banks, ablation)
+        cells = [Cell(*size, ablation) for ablation in settings.ablations for size in sizes]
+        beside = bystanders([*self.measured], settings.contrast_tasks)
+        tasks = {
+            task: MeasuredTask(float(self.base(task)[0]), len(splits.test), beside[task])
+            for task, splits in self.measured.items()
+        }
+        found = Finding(tasks, self._all_drops, self.bootstrap)
+        return {"finding": found.section(cells, settings.own_drop_levels, settings.reference)}
+
+    def _all_drops(self, task: str, cell: Cell) -> Masked:
+        """The drops of every measured task when a task's bank of each seed is masked."""
+        banks = [self.finder.bank(task, cell.method, cell.fraction, seed) for seed in self.seeds]
+        drops = [[self.drop(other, bank, cell.ablation) for other in self.measured] for bank in banks]
+        return Masked(float(np.mean([bank.size for bank in banks])), np.array(drops))
+
     def _masking_row(self, task: str, name: str, fraction: float) -> dict[str, Any]:
         banks = [self.finder.bank(task, name, fraction, seed) for seed in self.seeds]
-        drops = {measured: [self.drop(measured, bank) for bank in banks] for measured in self.tasks}
-        own, others = drops[task], {other: drops[other] for other in self.tasks if other != task}
+        drops = {measured: [self.drop(measured, bank) for bank in banks] for measured in self.measured}
+        own, others = drops[task], {other: drops[other] for other in self.measured if other != task}
         selectivity = [mine - np.mean(rest, axis=0) for mine, *rest in zip(own, *others.values(), strict=True)]
         return {
             "task": task,
@@ -226,6 +269,7 @@ class Comparison:
             "seeds": len(banks),
             "n": len(self.tasks[task].test),
             **self._estimate("own_drop", own),
+            "relative_drop": relative(float(np.mean(_points(own))), float(self.base(task)[0])),
             "other_drops": {other: float(self.bootstrap.over_seeds(of)[0]) for other, of in others.items()},
             **self._estimate("selectivity", selectivity),
             "by_seed": {"own_drop": _points(own), "selectivity": _points(selectivity)},
@@ -243,8 +287,8 @@ class Comparison:
     def _cross(self) -> dict[str, Any]:
         main = self.settings.main
         drops = {
-            task: {measured: self._drop_cell(measured, self._banks(task, main)) for measured in self.tasks}
-            for task in self.tasks
+            task: {measured: self._drop_cell(measured, self._banks(task, main)) for measured in self.measured}
+            for task in self.measured
         }
         return {"method": main, "fraction": self.settings.fraction, "drops": drops}
 
@@ -257,16 +301,18 @@ class Comparison:
         fraction, main = self.settings.fraction, self.settings.main
         groups: dict[tuple[str, ...], dict[int, Bank]] = {}  # tasks -> seed -> neurons
         for seed in range(self.settings.group_seeds):
-            banks = {task: self.finder.bank(task, main, fraction, seed) for task in self.tasks}
+            banks = {task: self.finder.bank(task, main, fraction, seed) for task in self.measured}
             for members, bank in exact_groups(banks).items():
                 if self._kind(members):
                     groups.setdefault(members, {})[seed] = bank
         self.mask_all(bank for of_seed in groups.values() for bank in of_seed.values())
-        order = sorted(groups, key=lambda members: (len(members), [list(self.tasks).index(task) for task in members]))
+        order = sorted(
+            groups, key=lambda members: (len(members), [list(self.measured).index(task) for task in members])
+        )
         return {"groups": [self._group_row(members, groups[members]) for members in order]}
 
     def _kind(self, members: Sequence[str]) -> str | None:
-        return "all" if len(members) == len(self.tasks) else KINDS.get(len(members))
+        return "all" if len(members) == len(self.measured) else KINDS.get(len(members))
 
     def _group_row(self, members: Sequence[str], banks: Mapping[int, Bank]) -> dict[str, Any]:
         row: dict[str, Any] = {
@@ -274,10 +320,10 @@ class Comparison:
             "kind": self._kind(members),
             "neurons": round(np.mean([bank.size for bank in banks.values()])),
             "seeds": len(banks),
-            "drops": {task: self._drop_cell(task, list(banks.values())) for task in self.tasks},
+            "drops": {task: self._drop_cell(task, list(banks.values())) for task in self.measured},
         }
         if "steer_groups" in self.settings.stages:
-            row["gains"] = {task: self._gain_cell(task, banks) for task in self.tasks}
+            row["gains"] = {task: self._gain_cell(task, banks) for task in self.measured}
         return row
 
     def _gain_cell(self, task: str, banks: Mapping[int, Bank]) -> dict[str, Any]:
@@ -299,7 +345,7 @@ class Comparison:
 
     def steering(self) -> dict[str, Any]:
         """Section "steering": the table with its baselines."""
-        return {"steering": [self._steering_row(task, name) for task in self.tasks for name in STEERED]}
+        return {"steering": [self._steering_row(task, name) for task in self.measured for name in STEERED]}
 
     def _steering_row(self, task: str, name: str) -> dict[str, Any]:
         splits = self.tasks[task]
@@ -312,7 +358,7 @@ class Comparison:
 
     def strength(self) -> dict[str, Any]:
         """Section "strength": the learned profiles' offsets times each strength."""
-        return {"strength": [self._strength_row(task, x) for task in self.tasks for x in self.settings.strengths]}
+        return {"strength": [self._strength_row(task, x) for task in self.measured for x in self.settings.strengths]}
 
     def _strength_row(self, task: str, strength: float) -> dict[str, Any]:
         splits = self.tasks[task]

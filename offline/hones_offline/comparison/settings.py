@@ -15,7 +15,9 @@ from hones_steer.errors import DataError
 
 METHODS: tuple[str, ...] = tuple(reversed([*methods.METHODS]))
 """The methods compared by default. Variants follow a colon: "hones_logprob:contrastive+rank", "dvp:ratio"."""
-STAGES = ("masking", "groups", "steer_groups", "steering", "strength")
+STAGES = ("masking", "finding", "groups", "steer_groups", "steering", "strength")
+ABLATIONS = ("zero", "mean")
+"""Values that a masked neuron's activation is set to: 0, or its mean over the tasks (docs/methods.md)."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,21 @@ class CompareSettings:
     seeds: int = 5
     attribution_examples: int = 128
     """Discovery examples that a seed draws."""
+    measured: Sequence[str] | None = None
+    """The tasks that get banks and are measured (None: all); those of the others are only compared with."""
+    contrast_tasks: Sequence[str] | None = None
+    """The tasks that methods with a contrast, and "ape", compare a task with (None: all others); one of them with the
+    rest of them."""
+    pool_factor: float = POOL_FACTOR
+    """The contrast "ratio" chooses among so many times the bank's neurons."""
+    floor: float = FLOOR
+    """The contrast "ratio" adds this share of the importance of the pool's last neuron to that of the others."""
+    ablations: Sequence[str] = ("zero",)
+    """Some of `ABLATIONS`, for the stage "finding"; the other stages set neurons to 0."""
+    own_drop_levels: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    """The own drops at which the stage "finding" compares what methods cost bystanders."""
+    reference: str | None = None
+    """The method that the stage "finding" takes differences to (None: no differences)."""
     pool: int | None = None
     """Draw from the first so many discovery examples (all): heads are scored on each of them once, for all seeds."""
     top_heads: int = 30
@@ -109,13 +126,6 @@ class CompareSettings:
     strengths: Sequence[float] = (-1.0, 0.5, 1.0, 1.5, 2.0)
     """The learned factors' offsets times these."""
     fit: FitSettings = field(default_factory=FitSettings)
-    contrast_tasks: Sequence[str] | None = None
-    """The tasks that methods with a contrast, and "ape", compare a task with (None: all others); one of them with the
-    rest of them."""
-    pool_factor: float = POOL_FACTOR
-    """The contrast "ratio" chooses among so many times the bank's neurons."""
-    floor: float = FLOOR
-    """The contrast "ratio" adds this share of the importance of the pool's last neuron to that of the others."""
 
     def __post_init__(self) -> None:
         for method in (*self.methods, self.main):
@@ -131,6 +141,15 @@ class CompareSettings:
             raise DataError(f"fraction must be one of the fractions, not {self.fraction}")
         if unknown := set(self.stages) - set(STAGES):
             raise DataError(f"unknown stages {', '.join(sorted(unknown))}; choose from {', '.join(STAGES)}")
+        if unknown := set(self.ablations) - set(ABLATIONS):
+            raise DataError(f"unknown ablations {', '.join(sorted(unknown))}; choose from {', '.join(ABLATIONS)}")
+        if not self.ablations:
+            raise DataError(f"ablations is empty; choose from {', '.join(ABLATIONS)}")
+        for level in self.own_drop_levels:
+            if not 0 < level <= 1:
+                raise DataError(f"own_drop_levels must lie in (0, 1], not {level}")
+        if self.reference is not None and self.reference not in self.methods:
+            raise DataError(f"reference must be one of the methods, not {self.reference!r}")
         for name in ("group_seeds", "learned_seeds"):
             if not 1 <= (getattr(self, name) or 1) <= self.seeds:
                 raise DataError(f"{name} must lie between 1 and seeds, not {getattr(self, name)}")

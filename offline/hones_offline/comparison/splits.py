@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from hones_offline.data.metrics import FloatArray
-from hones_offline.data.neurons import Bank
+from hones_offline.data.neurons import Bank, NeuronIndex
 from hones_offline.learning.choosing import DevScore, FitGrid, choose_fit, dev_log_probabilities
 from hones_offline.learning.factors import FitSettings, fit_run_settings, learn
 from hones_offline.learning.methods import SteeringInputs
-from hones_offline.running.evaluation import Scores, intervention, score
+from hones_offline.running.evaluation import Scores, intervention, position_means, score
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared
 from hones_offline.running.run_folder import RunFolder, examples_digest, json_bytes, run_settings
@@ -53,9 +53,17 @@ class Splits:
         return {"discovery": self.discovery, "dev": self.dev, "test": self.test}
 
     def measure(
-        self, split: Split, *, steering: Profile | None = None, mask: Mapping[int, npt.NDArray[np.int32]] | None = None
+        self,
+        split: Split,
+        *,
+        steering: Profile | None = None,
+        mask: Mapping[int, npt.NDArray[np.int32]] | None = None,
+        fill: FloatArray | None = None,
     ) -> Scores:
-        """The metric on a split as it is, steered or with a bank masked; the same is measured once."""
+        """The metric on a split as it is, steered or with a bank masked; the same is measured once.
+
+        A masked bank's activations are set to 0, or to their values of `fill` [N].
+        """
         examples = self.parts[split]
         bank = None if mask is None else Bank(mask)
         name = f"{split}-base"
@@ -63,14 +71,26 @@ class Splits:
             name = f"{split}-steered-{steering.digest[:16]}"
         if bank is not None:
             name = f"{split}-masked-{bank.digest}"
+            if fill is not None:
+                index = NeuronIndex.of(examples.decoder.layout)
+                used = np.concatenate([fill[index.layer(layer)][neurons] for layer, neurons in sorted(bank.items())])
+                name += f"-set-{hashlib.sha256(used.tobytes()).hexdigest()[:16]}"
 
         def compute() -> dict[str, FloatArray]:
-            with intervention(examples, steering=steering, mask=bank):
+            with intervention(examples, steering=steering, mask=bank, fill=fill):
                 return {"statistics": score(examples, batch_size=self.batch_size).statistics}
 
         statistics = self.run.arrays(name, compute)["statistics"]
         value = self.task.aggregate(statistics.sum(axis=0), len(statistics))
         return Scores(self.task, value, statistics, outputs=(), failures=examples.failures)
+
+    def position_means(self) -> FloatArray:
+        """`position_means` of the discovery examples, [N]; a step."""
+
+        def compute() -> dict[str, FloatArray]:
+            return {"means": position_means(self.discovery, batch_size=self.batch_size)}
+
+        return self.run.arrays("discovery-position-means", compute)["means"]
 
     def dev_score(self, profile: Profile) -> DevScore:
         """How well a profile does on dev; the same is measured once."""

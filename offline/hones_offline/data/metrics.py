@@ -312,12 +312,16 @@ def _percentiles(values: Sequence[float], level: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
+_SEEDS, _TASKS = 0, 2**32 + 1  # streams of draws; between them is one for each task's examples
+
+
 class CrossedBootstrap:
-    """95% intervals over test examples and over seeds of the data at the same time.
+    """95% intervals over test examples, over seeds of the data and, for means over tasks, over tasks at the same time.
 
     Each of R resamples draws seeds with replacement and, independently, each task's test examples with replacement.
     The same examples are drawn for every measurement on a task (every seed, every method, the untouched model), so that
-    what makes an example hard cancels out of differences. With one seed the interval is over examples alone.
+    what makes an example hard cancels out of differences. With one seed the interval is over examples alone. For means
+    over tasks each resample also draws tasks with replacement (`tasks`), the same ones for every method.
 
     A quantity is float64 [1 + R]: the measured value, then its resamples. Quantities can be added and subtracted.
     """
@@ -334,13 +338,34 @@ class CrossedBootstrap:
     def values(self, task: str, statistics: FloatArray, aggregate: Aggregate) -> FloatArray:
         """The quantity [1 + R] of a metric, from the statistics [n, k] of the task's examples."""
         n = len(statistics)
-        draws = self._draws(n, 1 + zlib.crc32(task.encode()))
+        draws = self._draws(n, _SEEDS + 1 + zlib.crc32(task.encode()))
         return np.array([aggregate(total, n) for total in draws @ statistics])
 
     def over_seeds(self, per_seed: Sequence[FloatArray]) -> FloatArray:
         """The mean over seeds as a quantity [1 + R], from one quantity per seed in the seeds' order."""
-        mean: FloatArray = (self._draws(len(per_seed), 0) * np.stack(per_seed, axis=1)).mean(1)
+        mean: FloatArray = (self._draws(len(per_seed), _SEEDS) * np.stack(per_seed, axis=1)).mean(1)
         return mean
+
+    def tasks(self, related: npt.NDArray[np.bool_]) -> FloatArray:
+        """How often each of T tasks is drawn, [1 + R, T]; row 0 has each once.
+
+        `related` [T, T] says which tasks (columns) are averaged for each task (row). A resample that draws no two
+        related tasks, so that there is nothing to average, is drawn again.
+
+        Raises:
+            DataError: no task is related to another.
+        """
+        if not (related & ~np.eye(len(related), dtype=bool)).any():
+            raise DataError("no task is related to another, so that nothing can be averaged; give more tasks")
+        n, rng = len(related), np.random.default_rng([len(related), _TASKS])
+        draws = np.ones((1 + self._resamples, n))
+        wanting = np.arange(1, 1 + self._resamples)
+        while len(wanting):
+            draws[wanting] = rng.multinomial(n, np.full(n, 1 / n), size=len(wanting))
+            drawn = draws[wanting] > 0
+            pairs = np.einsum("rt,tu,ru->r", drawn.astype(float), related.astype(float), drawn.astype(float))
+            wanting = wanting[pairs == 0]
+        return draws
 
 
 def interval_of(quantity: FloatArray) -> list[float]:

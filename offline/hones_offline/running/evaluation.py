@@ -14,9 +14,9 @@ from hones_offline.data.examples import Example
 from hones_offline.data.metrics import FloatArray, bootstrap_interval, paired_bootstrap_interval
 from hones_offline.data.neurons import Bank, NeuronIndex
 from hones_offline.data.tasks import Output, Task
-from hones_offline.running.batching import in_batches
+from hones_offline.running.batching import batches, in_batches
 from hones_offline.running.decoder import TextDecoder
-from hones_offline.running.hooks import scaled_ffn
+from hones_offline.running.hooks import scaled_ffn, set_ffn, summed_ffn
 from hones_offline.running.prompts import Encoded, Prepared, prepare
 from hones_steer.errors import DataError
 from hones_steer.layout import Layout
@@ -99,17 +99,45 @@ def evaluate(
 
 
 @contextmanager
-def intervention(prepared: Prepared, *, steering: Profile | None = None, mask: Bank | None = None) -> Iterator[None]:
-    """Steer by a profile and/or set a bank's activations to 0 while the block runs."""
+def intervention(
+    prepared: Prepared, *, steering: Profile | None = None, mask: Bank | None = None, fill: FloatArray | None = None
+) -> Iterator[None]:
+    """Steer by a profile and/or mask a bank while the block runs: set its activations to 0, or to `fill` [N]."""
     layout = prepared.decoder.layout
     with ExitStack() as stack:
         if steering is not None:
             stack.enter_context(scaled_ffn(layout, _dense_rows(layout, steering.layers)))
         if mask is not None:
-            mask.check(NeuronIndex.of(layout))
-            zeros = {layer: (neurons, np.zeros(len(neurons))) for layer, neurons in mask.items()}
-            stack.enter_context(scaled_ffn(layout, _dense_rows(layout, zeros)))
+            index = NeuronIndex.of(layout)
+            mask.check(index)
+            values = np.zeros(index.size) if fill is None else fill
+            filled = {
+                layer: (torch.from_numpy(neurons).long(), torch.from_numpy(values[index.layer(layer)][neurons]))
+                for layer, neurons in mask.items()
+            }
+            stack.enter_context(set_ffn(layout, filled))
         yield
+
+
+@torch.no_grad()
+def position_means(prepared: Prepared, *, batch_size: int) -> FloatArray:
+    """The mean of z over all positions of all (prompt, answer) pairs, prompt and answer, of every neuron: [N].
+
+    Every position counts alike, so that long pairs weigh more. An answer's end token is not run, nor does masking act
+    on it.
+    """
+    decoder, index = prepared.decoder, NeuronIndex.of(prepared.decoder.layout)
+    pairs = [decoder.answered(prompt, answer) for prompt, answer in prepared.pairs()]
+    total, positions = np.zeros(index.size), 0
+    for numbers in batches([len(pair) for pair in pairs], batch_size):
+        batch = decoder.collate([pairs[i] for i in numbers], side="right")
+        with summed_ffn(decoder.layout, batch.mask.bool()) as sums:
+            decoder.run(batch)
+        for layer, of_layer in sums.items():
+            total[index.layer(layer)] += of_layer.cpu().numpy()
+        positions += int(batch.mask.sum())
+    means: FloatArray = total / positions
+    return means
 
 
 def _dense_rows(layout: Layout, layers: Mapping[int, tuple[npt.ArrayLike, npt.ArrayLike]]) -> dict[int, Tensor]:
@@ -139,9 +167,9 @@ def _generated(prepared: Prepared, batch_size: int) -> list[str]:
 
 
 def decoded_texts(prepared: Prepared, tokens: Sequence[Sequence[int]]) -> list[str]:
-    """Generated tokens as the texts that are scored."""
+    """Generated tokens as the texts that are scored, cleaned by the task."""
     texts: list[str] = prepared.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    return [prepared.task.clean(text) for text in texts]
 
 
 def _ranked(prepared: Prepared, batch_size: int) -> list[FloatArray]:

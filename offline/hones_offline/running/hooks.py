@@ -1,7 +1,7 @@
 """The hooks that attribution needs on a decoder's layers, as context managers that place all of them or none.
 
-- Reading: `capture_call`, `recorded_ffn`, `ffn_inputs`, `recorded_states`.
-- Intervening: `replaced_heads`, `scaled_ffn`, `ffn_factors`.
+- Reading: `capture_call`, `recorded_ffn`, `summed_ffn`, `ffn_inputs`, `recorded_states`.
+- Intervening: `replaced_heads`, `moved_heads`, `scaled_ffn`, `ffn_factors`, `set_ffn`.
 - Running less: `resumed` starts a forward at a middle layer, `last_ffn_at` runs the last FFN where it is read.
 
 Nothing here recomputes what the model computes anyway: every hook reads or replaces an input that the model has just
@@ -142,6 +142,23 @@ def recorded_ffn(layout: Layout, columns: Tensor, *, first: int = 0) -> Iterator
 
     with _hooked(layout, [(layer, layer.down_proj, recorder(layer)) for layer in layout.layers[first:]]):
         yield recorded
+
+
+@contextmanager
+def summed_ffn(layout: Layout, real: Tensor) -> Iterator[dict[int, Tensor]]:
+    """Sum z over the positions of a forward that `real`, bool [rows, T], marks, per layer: float64 [I]."""
+    sums: dict[int, Tensor] = {}
+
+    def adder(layer: DecoderLayer) -> Callable[[Tensor, Shape], Tensor]:
+        def add(x: Tensor, shape: Shape) -> Tensor:
+            z = _by_row(x, shape[0], layer).detach()
+            sums[layer.index] = z[real.to(z.device)].sum(0, dtype=torch.float64)
+            return x
+
+        return add
+
+    with _hooked(layout, [(layer, layer.down_proj, adder(layer)) for layer in layout.layers]):
+        yield sums
 
 
 @contextmanager
@@ -351,6 +368,35 @@ def replaced_heads(layout: Layout, heads: Sequence[Head]) -> Iterator[None]:
 
 
 @contextmanager
+def moved_heads(layout: Layout, share: float) -> Iterator[dict[int, Tensor]]:
+    """Move every head's output, at every position, by a share of the way to what `replaced_heads` puts in its place.
+
+    Gradients can be taken by the shares, float32 [rows, heads] per layer; they are those of the latest forward. With
+    shares of 0 it stays bit-equal.
+    """
+    shares: dict[int, Tensor] = {}
+
+    def mover(layer: DecoderLayer, count: int) -> Callable[[Tensor, Shape], Tensor]:
+        def move(x: Tensor, shape: Shape) -> Tensor:
+            outputs = _by_row(x, shape[0], layer).unflatten(-1, (count, -1))  # [rows, T, heads, head_dim]
+            own = shares[layer.index] = torch.full((len(outputs), count), share, device=x.device, requires_grad=True)
+            way = count / (count - 1) * (outputs.mean(-2, keepdim=True) - outputs)
+            moved: Tensor = outputs + scale(way, own[:, None, :, None])
+            return moved.reshape(x.shape)
+
+        return move
+
+    def hooks() -> Iterator[tuple[DecoderLayer, nn.Module, Callable[[Tensor, Shape], Tensor]]]:
+        for layer in layout.layers:
+            assert layer.attn_out is not None  # Layout.require_attribution has been called
+            assert layer.num_heads is not None
+            yield layer, layer.attn_out, mover(layer, layer.num_heads)
+
+    with _hooked(layout, hooks()):
+        yield shares
+
+
+@contextmanager
 def scaled_ffn(layout: Layout, scales: Scales) -> Iterator[None]:
     """Multiply the FFN activations of layer l by scales[l], float32 [I]; zeros mask, layers not named are untouched.
 
@@ -389,3 +435,22 @@ def ffn_factors(layout: Layout, columns: Tensor | None = None) -> Iterator[dict[
 
     with _hooked(layout, [(layer, layer.down_proj, multiplier(layer)) for layer in layout.layers]):
         yield factors
+
+
+@contextmanager
+def set_ffn(layout: Layout, values: Mapping[int, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Set FFN activations of layer l at every position: those of neurons [k] to values [k], values[l] holding both.
+
+    A forward of the decoder that does not call one of these down-projections raises LayoutError.
+    """
+
+    def setter(neurons: Tensor, fill: Tensor) -> Callable[[Tensor, Shape], Tensor]:
+        def replace(z: Tensor, _shape: Shape) -> Tensor:
+            filled = fill.to(z).expand(*z.shape[:-1], -1)
+            return z.index_copy(-1, neurons.to(z.device), filled)
+
+        return replace
+
+    setters = [(layout.layers[index], setter(*of)) for index, of in values.items()]
+    with _hooked(layout, [(layer, layer.down_proj, replace) for layer, replace in setters]):
+        yield
