@@ -215,7 +215,7 @@ def test_learning_follows_the_gradient_of_the_plain_loss(case: tuple[Problem, Pr
 
 
 def test_the_gradient_of_the_loss_and_its_penalty() -> None:
-    """Of a step from a state that is not 0: AdamW's first moment is a tenth of the gradient then."""
+    """A step from a state that is not 0: AdamW's first moment is then a tenth of the gradient."""
     p = problem("llama", "shots")
     prepared = prepare(p.model, p.processor, p.task, p.examples)
     bank, start = Bank({0: [1, 7, 20], 2: [3, 11]}), np.array([0.3, -0.2, 0.1, 0.4, -0.4], dtype=np.float32)
