@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import cache
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -94,29 +94,25 @@ class Comparison:
     """
 
     def __init__(self, tasks: Mapping[str, Splits], settings: CompareSettings, *, progress: bool = False) -> None:
-        if unknown := set(settings.measured or ()) - set(tasks):
-            raise DataError(
-                f"measured names {', '.join(sorted(unknown))}, which is not among the tasks {', '.join(tasks)}"
-            )
+        for name in ("measured", "contrast_tasks"):
+            if unknown := ", ".join(sorted(set(getattr(settings, name) or ()) - set(tasks))):
+                raise DataError(f"{name} names {unknown}, which is not among the tasks {', '.join(tasks)}")
         self.tasks, self.settings, self.progress = tasks, settings, progress
-        wanted = tasks if settings.measured is None else settings.measured
-        self.measured = {task: splits for task, splits in tasks.items() if task in wanted}
+        self.measured = {task: tasks[task] for task in tasks if task in (settings.measured or tasks)}
         if len(self.measured) < 2:
-            raise DataError("selectivity compares tasks; give at least two that are measured")
+            raise DataError("selectivity compares tasks; give at least two")
         self.finder = Finder(tasks, settings, progress=progress)
         self.bootstrap = CrossedBootstrap()
         self.seeds = range(settings.seeds)
         self.learned_seeds = range(settings.learned_seeds or settings.seeds)
         layout = next(iter(tasks.values())).discovery.decoder.layout
         self.num_layers, self.index = len(layout.layers), NeuronIndex.of(layout)
-        self.profiles, self.base, self.fill = cache(self._profiles), cache(self._base), cache(self._position_means)
+        self.profiles, self.fill = cache(self._profiles), cache(self._position_means)
+        self.base = cache(lambda task: self.values(task, tasks[task].measure("test")))
 
     def values(self, task: str, scores: Scores) -> FloatArray:
         """A measurement on a task's test split as a quantity of the bootstrap."""
         return self.bootstrap.values(task, scores.statistics, scores.task.aggregate)
-
-    def _base(self, task: str) -> FloatArray:
-        return self.values(task, self.tasks[task].measure("test"))
 
     def _position_means(self) -> FloatArray:
         """Mean z over the positions of all tasks' discovery examples, each task weighing the same, [N]."""
@@ -134,7 +130,7 @@ class Comparison:
     def mask_all(self, banks: Iterable[Bank], ablation: str = "zero") -> None:
         """Measure every task with each of the banks masked, so that the tables find it done."""
         different = list({bank.digest: bank for bank in banks}.values())
-        work = [(splits, bank) for splits in self.measured.values() for bank in different]
+        work = list(product(self.measured.values(), different))
         for splits, bank in with_progress(work, f"masking ({ablation})", show=self.progress):
             self._masked(splits, bank, ablation)
 
@@ -162,7 +158,7 @@ class Comparison:
     def _task(self, task: str) -> dict[str, Any]:
         splits = self.tasks[task]
         sizes = {name: len(part) for name, part in splits.parts.items()}
-        base = self.values(task, splits.measure("test"))
+        base = self.base(task)
         return {
             "metric": splits.task.metric,
             "n": {**sizes, "attribution": len(self.finder.drawn(task, 0))},
@@ -327,8 +323,7 @@ class Comparison:
 
     def _gain_cell(self, task: str, banks: Mapping[int, Bank]) -> dict[str, Any]:
         """The gain on a task's test split from factors for these neurons that were learned on the task."""
-        splits, fit = self.tasks[task], self.settings.fit
-        base = self.values(task, splits.measure("test"))
+        splits, fit, base = self.tasks[task], self.settings.fit, self.base(task)
         gains = []
         for seed, bank in banks.items():
             profile = splits.learned("hones", bank, replace(fit, seed=seed), progress=self.progress)

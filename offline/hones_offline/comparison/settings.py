@@ -148,6 +148,8 @@ class CompareSettings:
         for level in self.own_drop_levels:
             if not 0 < level <= 1:
                 raise DataError(f"own_drop_levels must lie in (0, 1], not {level}")
+        if self.measured is not None and len(set(self.measured)) < 2:
+            raise DataError(f"measured must name at least two tasks, not {', '.join(self.measured) or 'none'}")
         if self.reference is not None and self.reference not in self.methods:
             raise DataError(f"reference must be one of the methods, not {self.reference!r}")
         for name in ("group_seeds", "learned_seeds"):
