@@ -425,3 +425,15 @@ def means_of_drawn(matrix, related, drawn):
         if others:
             beside.append(sum(others) / len(others))
     return sum(own) / len(own), sum(beside) / len(beside)
+
+
+def fit_penalty(model, layers, l2):
+    """L2 · the mean over all FFN neurons of λ², λ = scale − 1 of those listed and 0 of the others."""
+    offsets = [
+        torch.zeros(layer.down_proj.weight.numel() // model.config.get_text_config().hidden_size)
+        for layer in find_layout(model).layers
+    ]
+    for layer, (neurons, scales) in layers.items():
+        for neuron, scale in zip(neurons.tolist(), scales.tolist(), strict=True):
+            offsets[layer][neuron] = scale - 1
+    return l2 * torch.cat(offsets).square().mean()

@@ -106,6 +106,7 @@ def test_the_page_about_methods_has_every_method_and_the_defaults_of_learning() 
         defaults |= zip(re.findall(r"`(\w+)`", names), map(float, values.split(" × ")), strict=True)
     settings = {field.name: field.default for field in fields(FitSettings)}
     assert settings.pop("gradient_checkpointing") is False
+    assert settings.pop("keep") is None
     assert defaults == settings
 
 

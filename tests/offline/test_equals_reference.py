@@ -12,7 +12,7 @@ from hones_offline.attribution.heads import HeadMetric, head_scores, head_statis
 from hones_offline.attribution.measurements import AnswerLogProbability
 from hones_offline.attribution.write_in import PositivePart, head_guided_importance, mean_write_in, target_directions
 from hones_offline.data.neurons import Bank, Importance, NeuronIndex
-from hones_offline.learning.factors import FitSettings, fit_run_settings, learn
+from hones_offline.learning.factors import FitSettings, _Learner, fit_run_settings, learn, losses_of
 from hones_offline.running.evaluation import intervention, position_means, score
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
@@ -179,6 +179,31 @@ def test_learning_follows_the_gradient_of_the_plain_loss(case: tuple[Problem, Pr
     for scale, slope in zip(flat, slopes(p, bank, settings.seed), strict=True):
         if abs(slope) > 1e-4:
             assert scale == pytest.approx(1 - 1e-2 * np.sign(slope), abs=1e-4)
+
+
+def test_the_gradient_of_the_loss_and_its_penalty() -> None:
+    """Of a step from a state that is not 0: AdamW's first moment is a tenth of the gradient then."""
+    p = problem("llama", "shots")
+    prepared = prepare(p.model, p.processor, p.task, p.examples)
+    bank, start = Bank({0: [1, 7, 20], 2: [3, 11]}), np.array([0.3, -0.2, 0.1, 0.4, -0.4], dtype=np.float32)
+    settings = FitSettings(epochs=1, batch_size=3, accumulation_steps=9, l2=30.0, beta_kl=0.5, max_grad_norm=1e9)
+    learner = _Learner(prepared, bank, settings, losses_of(prepared, settings))
+    found = learner.advance({**learner.start(), "offsets": start}, range(1))["exp_avg"] / 0.1
+
+    def loss(offsets: np.ndarray) -> float:
+        parts = bank.split(1 + offsets)
+        layers = {layer: (neurons, parts[layer]) for layer, neurons in bank.items()}
+        pairs = [(e, i, a) for e in p.examples for i, a in p.task.answers(e)]
+        with torch.no_grad():
+            losses = [reference.fit_loss(p.model, p.processor, p.task, *pair, layers, 0.5) for pair in pairs]
+            return float(torch.stack(losses).double().mean() + reference.fit_penalty(p.model, layers, 30.0))
+
+    steps = 0.02 * np.eye(5)
+    expected = [(loss(start + step) - loss(start - step)) / 0.04 for step in steps]
+    penalty = 2 * 30.0 * start / NeuronIndex.of(prepared.decoder.layout).size
+    assert np.abs(found - penalty).max() > 1e-3
+    assert np.abs(penalty).max() > 1e-2
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def slopes(p: Problem, bank: Bank, seed: int) -> npt.NDArray[np.float64]:

@@ -162,12 +162,12 @@ def test_learning_goes_on_in_the_middle(p, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["hones_offline.learning.factors"], "CHUNK", 3)
     whole = Interruption(p)
     expected = learning(p, tmp_path / "whole")
-    assert len(list((tmp_path / "whole").glob("hones-*.safetensors"))) == 4  # 3 epochs of 4 steps, 3 to a state
+    assert len(list((tmp_path / "whole").glob("hones-*.safetensors"))) == 6  # 3 epochs of 4 steps, 3 and 1 to a state
 
     interruption = Interruption(p, at=whole.calls * 2 // 3)
     with pytest.raises(KeyboardInterrupt):
         learning(p, tmp_path / "again")
-    assert 0 < len(list((tmp_path / "again").glob("hones-*.safetensors"))) < 4
+    assert 0 < len(list((tmp_path / "again").glob("hones-*.safetensors"))) < 6
     assert not any(parameter.grad is not None for parameter in p.model.parameters())
 
     interruption.at, interruption.calls = None, 0
@@ -225,6 +225,7 @@ def test_a_setting_out_of_range_is_refused_before_anything_is_done(p, tmp_path, 
         ({"lr": float("nan")}, "lr must be positive, not nan"),
         ({"beta_kl": -1}, "beta_kl must be zero or positive, not -1"),
         ({"seed": -1}, "seed must lie in"),
+        ({"keep": 0}, "keep must be at least 1, not 0"),
         ({"bank": {}}, "the bank is empty"),
         ({"bank": {5: BANK[0]}}, "names layer 5, but the model has 3"),
     ],

@@ -1,16 +1,18 @@
 """A task's splits with everything that is measured or learned on them, each once."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from hones_offline.data.metrics import FloatArray
 from hones_offline.data.neurons import Bank, NeuronIndex
-from hones_offline.learning.factors import FitSettings, fit_run_settings, learn
+from hones_offline.learning.choosing import DevScore, FitGrid, choose_fit, dev_log_probabilities
+from hones_offline.learning.factors import FitSettings, fit_run_settings, learn, learned_by_epoch, losses_of
 from hones_offline.learning.methods import SteeringInputs
 from hones_offline.running.evaluation import Scores, intervention, position_means, score
 from hones_offline.running.execution import Execution
@@ -90,22 +92,72 @@ class Splits:
 
         return self.run.arrays("discovery-position-means", compute)["means"]
 
+    def dev_score(self, profile: Profile) -> DevScore:
+        """How well a profile does on dev; the same is measured once."""
+
+        def compute() -> dict[str, FloatArray]:
+            return {"means": dev_log_probabilities(self.dev, profile, self.batch_size)}
+
+        means = self.run.arrays(f"dev-logprob-{profile.digest[:16]}", compute)["means"]
+        return DevScore(self.measure("dev", steering=profile).value, float(means.mean()))
+
     def learned(self, name: str, bank: Bank, settings: FitSettings, *, progress: bool = False) -> Profile:
         """`learn` on the discovery examples, kept in a folder of its own; the same is learned once."""
+        execution = self._execution(name, bank, settings, progress=progress)
+        return learn(self.discovery, bank, settings, execution, name=name)
+
+    def learned_on_dev(
+        self, name: str, bank: Bank, settings: FitSettings, grid: FitGrid, *, progress: bool = False
+    ) -> Profile:
+        """`choose_fit` on the discovery and dev examples; every epoch is learned, and measured, once.
+
+        The table of all trials is kept in the run folder, as `trials-NAME-DIGEST.json`.
+        """
+        losses = losses_of(self.discovery, settings)
+
+        def learn_at(changed: FitSettings) -> Generator[tuple[int, Profile]]:
+            execution = self._execution(name, bank, changed, progress=progress)
+            return learned_by_epoch(self.discovery, bank, changed, execution, name=name, losses=losses)
+
+        choice = choose_fit(grid, settings, learn_at, self.dev_score)
+        wanted = {"name": name, "grid": asdict(grid), **fit_run_settings(self.discovery, bank, settings)}
+        self.run.json(f"trials-{name}-{_digest(wanted)}", choice.table)
+        return choice.chosen
+
+    def _execution(self, name: str, bank: Bank, settings: FitSettings, *, progress: bool) -> Execution:
+        """How factors are learned: with their states in a folder that belongs to these settings."""
         wanted = {"name": name, **fit_run_settings(self.discovery, bank, settings)}
-        digest = hashlib.sha256(json_bytes(wanted)).hexdigest()[:16]
-        run = RunFolder(self.path / f"fit-{digest}", wanted)
-        return learn(self.discovery, bank, settings, Execution(folder=run, progress=progress), name=name)
+        return Execution(folder=RunFolder(self.path / f"fit-{_digest(wanted)}", wanted), progress=progress)
 
     def steering_inputs(
-        self, bank: Bank, random_bank: Bank, settings: FitSettings, *, progress: bool = False
+        self,
+        bank: Bank,
+        random_bank: Bank,
+        settings: FitSettings,
+        *,
+        grid: FitGrid | None = None,
+        progress: bool = False,
     ) -> SteeringInputs:
-        """The inputs of every way of steering: learning keeps its steps here, and dev is measured here."""
+        """The inputs of every way of steering: learning keeps its steps here, and dev is measured here.
+
+        With a grid, what is learned is chosen from it on dev.
+        """
+
+        def learned(name: str, neurons: Bank, changed: FitSettings) -> Profile:
+            if grid is None:
+                return self.learned(name, neurons, changed, progress=progress)
+            return self.learned_on_dev(name, neurons, changed, grid, progress=progress)
+
         return SteeringInputs(
             self.discovery,
             bank,
             random_bank,
             settings,
-            learn=lambda name, neurons, changed: self.learned(name, neurons, changed, progress=progress),
+            learn=learned,
             dev_metric=lambda profile: self.measure("dev", steering=profile).value,
         )
+
+
+def _digest(wanted: Mapping[str, Any]) -> str:
+    """16 hex digits that stand for settings."""
+    return hashlib.sha256(json_bytes(wanted)).hexdigest()[:16]

@@ -99,6 +99,10 @@ class Bank(Mapping[int, npt.NDArray[np.int32]]):
         cuts = np.cumsum([len(neurons) for neurons in self.values()])[:-1]
         return dict(zip(self, np.split(values, cuts), strict=True))
 
+    def only(self, kept: npt.NDArray[np.bool_]) -> "Bank":
+        """The neurons that are `kept`, bool [size] in the bank's order."""
+        return Bank({layer: self[layer][part] for layer, part in self.split(kept).items()})
+
     def to_json(self) -> dict[str, list[int]]:
         """The bank as JSON files hold it."""
         return {str(layer): neurons.tolist() for layer, neurons in self.items()}

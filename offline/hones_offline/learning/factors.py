@@ -4,11 +4,10 @@ docs/methods.md states the loss and its defaults.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,13 @@ from torch import Tensor
 from hones_offline.data.examples import Example
 from hones_offline.data.neurons import Bank, NeuronIndex
 from hones_offline.data.tasks import Task
+from hones_offline.learning.loss import EpochLoss, Losses
 from hones_offline.running.backward import frozen
-from hones_offline.running.decoder import TextDecoder, pad_answers
+from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.execution import Execution
 from hones_offline.running.hooks import scaled_ffn
 from hones_offline.running.progress import progress_bar
-from hones_offline.running.prompts import Pair, Prepared, prepare
+from hones_offline.running.prompts import Prepared, prepare
 from hones_offline.running.run_folder import Arrays, RunFolder, check_seed, run_settings
 from hones_steer._transformers import disable_checkpointing, enable_checkpointing
 from hones_steer.errors import DataError
@@ -33,7 +33,7 @@ from hones_steer.profile import ModelIdentity, Profile
 from hones_steer.slots import dense_row
 
 GRID = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
-CHUNK = 64  # optimizer steps between two resumable states
+CHUNK = 64  # optimizer steps between two resumable states, of which each epoch's end is one
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,12 @@ class FitSettings:
     accumulation_steps: int = 4
     max_grad_norm: float = 1.0
     seed: int = 3407
+    keep: int | None = None
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
+        if self.keep is not None and self.keep < 1:
+            raise DataError(f"keep must be at least 1, not {self.keep}")
         for name in ("epochs", "lr", "clamp", "batch_size", "accumulation_steps", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise DataError(f"{name} must be positive, not {getattr(self, name)}")
@@ -84,13 +87,15 @@ def fit(
     accumulation_steps: int = 4,
     max_grad_norm: float = 1.0,
     seed: int = 3407,
+    keep: int | None = None,
     gradient_checkpointing: bool = False,
 ) -> Profile:
     """Learn z' = (1 + λ)·z for the neurons of a bank, from λ = 0, on a task's examples.
 
-    Minimizes the mean answer-token cross-entropy + β·KL(original ‖ scaled) on the answer tokens + l2·Σλ², the answer
-    including its end token; the teacher of the KL is the same model unscaled. An example with several (prompt, answer)
-    pairs counts as their mean. AdamW without decay, cosine to 10% of `lr`, λ clamped to ±`clamp`.
+    Minimizes the mean answer-token cross-entropy + β·KL(original ‖ scaled) on the answer tokens + l2·Σλ²/N, where the
+    answer includes its end token and N is the number of all FFN neurons; the teacher of the KL is the same model
+    unscaled. An example with several (prompt, answer) pairs counts as their mean. AdamW without decay, cosine to 10% of
+    `lr`, λ clamped to ±`clamp`.
 
     Args:
         model: a Hugging Face causal LM or VLM, in eval mode; its weights are not changed.
@@ -104,12 +109,13 @@ def fit(
         epochs: passes over the examples.
         lr: AdamW's learning rate at the beginning.
         beta_kl: β, the weight of the KL.
-        l2: weight of Σλ².
+        l2: weight of Σλ²/N.
         clamp: bound of |λ|.
         batch_size: examples per forward and backward.
         accumulation_steps: forwards and backwards per optimizer step.
         max_grad_norm: the gradient's norm is clipped to it.
         seed: order of the examples, and what the task's `drawn_answers` draws, in each epoch.
+        keep: how many of the bank's neurons keep a factor; the others are pruned while learning. None prunes none.
         gradient_checkpointing: recompute layers in the backward pass: less memory, more time.
 
     Raises:
@@ -127,6 +133,7 @@ def fit(
         accumulation_steps=accumulation_steps,
         max_grad_norm=max_grad_norm,
         seed=seed,
+        keep=keep,
         gradient_checkpointing=gradient_checkpointing,
     )
     prepared = prepare(model, processor, task, examples, max_failures=max_failures, progress=progress)
@@ -153,20 +160,53 @@ def learn(
 
     Of the execution the run folder and progress count; `name` is the method's, for the profile's metadata.
     """
-    learner = _Learner(prepared, bank, settings)
+    *_, (_, last) = learned_by_epoch(prepared, bank, settings, execution, name=name)
+    return last
+
+
+def learned_by_epoch(
+    prepared: Prepared,
+    bank: Bank,
+    settings: FitSettings,
+    execution: Execution,
+    *,
+    name: str = "hones",
+    losses: Losses | None = None,
+) -> Generator[tuple[int, Profile]]:
+    """`learn`, giving (number, from 1; profile) after each epoch.
+
+    An epoch is learned when its profile is asked for; the learning rate falls over all of `settings.epochs`, however
+    many that are. Epochs before the end of pruning (`settings.keep`) give no profile. `losses` is what `losses_of`
+    gives, made once for several runs on the same examples.
+
+    Raises:
+        DataError: more neurons are to be kept than the bank has.
+    """
+    learner = _Learner(prepared, bank, settings, losses or losses_of(prepared, settings))
     state: Arrays = learner.start()
-    with progress_bar(f"{prepared.task.name}: fit {name}", learner.total_steps, show=execution.shows_progress) as bar:
-        for first in range(0, learner.total_steps, CHUNK):
-            steps = range(first, min(first + CHUNK, learner.total_steps))
-            state = execution.arrays(f"{name}-{steps.stop:06d}", partial(learner.advance, state, steps))
-            bar.update(len(steps))
-    method = {
-        "name": name,
-        "examples": len(prepared),
-        "optimizer_steps": learner.total_steps,
-        **asdict(settings),
-    }
-    return bank_profile(prepared, bank, 1 + state["offsets"], method)
+    title = f"{prepared.task.name}: fit {name}"
+    with progress_bar(title, learner.total_steps, show=execution.shows_progress) as bar:
+        for epoch in range(settings.epochs):
+            begin, end = epoch * learner.steps_per_epoch, (epoch + 1) * learner.steps_per_epoch
+            for first in range(begin, end, CHUNK):
+                steps = range(first, min(first + CHUNK, end))
+                state = execution.arrays(f"{name}-{steps.stop:06d}", partial(learner.advance, state, steps))
+                bar.update(len(steps))
+            if learner.kept_after(end) == learner.kept_after(learner.total_steps):
+                kept = learner.kept(state)
+                method = {"name": name, "examples": len(prepared), "epoch": epoch + 1, "optimizer_steps": end}
+                scales = 1 + state["offsets"][kept]
+                yield epoch + 1, bank_profile(prepared, bank.only(kept), scales, {**method, **asdict(settings)})
+
+
+def losses_of(prepared: Prepared, settings: FitSettings) -> Losses:
+    """What learning on these examples under these settings minimizes, but for the penalty."""
+    return Losses(
+        prepared,
+        beta_kl=settings.beta_kl,
+        batch_size=settings.batch_size,
+        whole=settings.gradient_checkpointing,
+    )
 
 
 def uniform_profile(prepared: Prepared, bank: Bank, factor: float, name: str) -> Profile:
@@ -195,22 +235,25 @@ def bank_profile(prepared: Prepared, bank: Bank, scales: npt.NDArray[np.float32]
 class _Learner:
     """The optimization as a function from state to state, so that it can stop and go on at any chunk."""
 
-    def __init__(self, prepared: Prepared, bank: Bank, settings: FitSettings) -> None:
+    def __init__(self, prepared: Prepared, bank: Bank, settings: FitSettings, losses: Losses) -> None:
+        if settings.keep is not None and settings.keep > bank.size:
+            raise DataError(f"{settings.keep} neurons are to be kept, but the bank has {bank.size}; give a larger bank")
         self.decoder: TextDecoder = prepared.decoder
-        self.prepared = prepared
-        self.answers = lru_cache(maxsize=1)(lambda epoch: prepared.drawn_answers(settings.seed + epoch))
-        self.bank = bank
-        self.settings = settings
-        self.steps_per_epoch = math.ceil(len(prepared) / (settings.batch_size * settings.accumulation_steps))
+        self.index = NeuronIndex.of(self.decoder.layout)
+        self.bank, self.settings, self.losses = bank, settings, losses
+        self.examples = len(prepared)
+        self.steps_per_epoch = math.ceil(self.examples / (settings.batch_size * settings.accumulation_steps))
         self.total_steps = settings.epochs * self.steps_per_epoch
 
     def start(self) -> Arrays:
         zeros = np.zeros(self.bank.size, dtype=np.float32)
-        return {"offsets": zeros, "exp_avg": zeros, "exp_avg_sq": zeros}
+        kept = np.ones(self.bank.size, dtype=np.uint8)
+        return {"offsets": zeros, "exp_avg": zeros, "exp_avg_sq": zeros, "kept": kept}
 
     def advance(self, state: Arrays, steps: range) -> Arrays:
         """Run the given optimizer steps from a state; the same state and steps give the same bytes."""
         offsets = torch.nn.Parameter(torch.tensor(state["offsets"]))
+        kept = torch.tensor(self.kept(state))
         optimizer = torch.optim.AdamW([offsets], lr=self.settings.lr, weight_decay=0.0)
         optimizer.state[offsets] = {
             "step": torch.tensor(float(steps.start)),
@@ -219,65 +262,78 @@ class _Learner:
         }
         with frozen(self.decoder.model), _checkpointed(self.decoder, self.settings.gradient_checkpointing):
             for step in steps:
-                self._step(step, offsets, optimizer)
+                self._step(step, offsets, kept, optimizer)
+                kept = self._pruned(step, offsets, kept)
         moments = optimizer.state[offsets]
         return {
             "offsets": offsets.detach().numpy(),
             "exp_avg": moments["exp_avg"].numpy(),
             "exp_avg_sq": moments["exp_avg_sq"].numpy(),
+            "kept": kept.numpy().astype(np.uint8),
         }
 
-    def _step(self, step: int, offsets: torch.nn.Parameter, optimizer: torch.optim.AdamW) -> None:
+    @staticmethod
+    def kept(state: Arrays) -> npt.NDArray[np.bool_]:
+        """Which of the bank's neurons are not pruned."""
+        return state["kept"].astype(np.bool_)
+
+    def kept_after(self, steps: int) -> int:
+        """How many neurons keep a factor after so many steps: the cubic schedule, over the first half of all."""
+        if self.settings.keep is None:
+            return self.bank.size
+        left = max(0.0, 1 - steps / max(1, self.total_steps // 2))
+        return self.settings.keep + round((self.bank.size - self.settings.keep) * left**3)
+
+    def _step(self, step: int, offsets: torch.nn.Parameter, kept: Tensor, optimizer: torch.optim.AdamW) -> None:
         settings = self.settings
         optimizer.param_groups[0]["lr"] = settings.lr * _cosine(step / self.total_steps)
         chosen = self._examples_of(step)
+        loss = self.losses.of_epoch(settings.seed + step // self.steps_per_epoch)
         for start in range(0, len(chosen), settings.batch_size):
             batch = chosen[start : start + settings.batch_size]
-            self._accumulate(batch, offsets, share=len(batch) / len(chosen))
+            self._accumulate(loss, batch, offsets, share=len(batch) / len(chosen))
         with torch.enable_grad():
-            (settings.l2 * offsets.square().sum()).backward()
+            (settings.l2 * offsets.square().sum() / self.index.size).backward()
+        assert offsets.grad is not None
+        offsets.grad.mul_(kept)
         torch.nn.utils.clip_grad_norm_([offsets], settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
             offsets.clamp_(-settings.clamp, settings.clamp)
 
-    def _examples_of(self, step: int) -> list[list[Pair]]:
-        """The pairs of each of the step's examples."""
+    @torch.no_grad()
+    def _pruned(self, step: int, offsets: torch.nn.Parameter, kept: Tensor) -> Tensor:
+        """The neurons that keep a factor after a step, those with the largest |λ|; the others' becomes λ = 0.
+
+        Of equals those stay that come first in the bank.
+        """
+        if self.settings.keep is None:
+            return kept
+        sizes = torch.where(kept, offsets.abs(), -1.0)
+        largest = sizes.argsort(descending=True, stable=True)[: self.kept_after(step + 1)]
+        kept = torch.zeros_like(kept).index_fill(0, largest, True)
+        offsets.mul_(kept)
+        return kept
+
+    def _examples_of(self, step: int) -> list[int]:
         epoch, within = divmod(step, self.steps_per_epoch)
         generator = torch.Generator().manual_seed(self.settings.seed + epoch)
-        order = torch.randperm(len(self.prepared), generator=generator).tolist()
+        order = torch.randperm(self.examples, generator=generator).tolist()
         size = self.settings.batch_size * self.settings.accumulation_steps
-        chosen = order[within * size : (within + 1) * size]
-        return [self.prepared.pairs_of(i, self.answers(epoch)[i]) for i in chosen]
+        return order[within * size : (within + 1) * size]
 
-    def _accumulate(self, batch: Sequence[Sequence[Pair]], offsets: Tensor, share: float) -> None:
-        """Add share · the gradient of the loss, the mean over examples and their pairs of (cross-entropy + β·KL)."""
-        prompts, answers = zip(*chain.from_iterable(batch), strict=True)
-        weights = torch.tensor([1 / len(pairs) / len(batch) for pairs in batch for _ in pairs])
-        original = None
-        if self.settings.beta_kl:
-            with torch.no_grad():
-                original = self.decoder.answer_logits(prompts, answers)[0].log_softmax(-1)
+    def _accumulate(self, loss: EpochLoss, batch: Sequence[int], offsets: Tensor, share: float) -> None:
+        """Add share · the gradient of the loss of these examples."""
+        original = loss.original(batch)
         with torch.enable_grad(), scaled_ffn(self.decoder.layout, self._scales(offsets)):
-            logits, real = self.decoder.answer_logits(prompts, answers)
-            of_pairs = self._losses(logits.log_softmax(-1), original, pad_answers(answers).to(logits.device), real)
-            loss = (of_pairs * weights.to(of_pairs)).sum()
             # Inside the block: checkpointed layers are run again here, and must be scaled again.
-            (loss * share).backward()
-
-    def _losses(self, scaled: Tensor, original: Tensor | None, targets: Tensor, real: Tensor) -> Tensor:
-        """The mean over each pair's answer tokens [B], from log-probabilities [B, N, vocabulary]."""
-        per_token = -scaled.gather(-1, targets[..., None])[..., 0]
-        if original is not None:
-            per_token = per_token + self.settings.beta_kl * (original.exp() * (original - scaled)).sum(-1)
-        return (per_token * real).sum(1) / real.sum(1)
+            (loss(batch, original) * share).backward()
 
     def _scales(self, offsets: Tensor) -> dict[int, Tensor]:
-        widths = NeuronIndex.of(self.decoder.layout).widths
         parts = offsets.split([len(neurons) for neurons in self.bank.values()])
         return {
-            layer: dense_row(neurons, 1 + part, widths[layer])
+            layer: dense_row(neurons, 1 + part, self.index.widths[layer])
             for (layer, neurons), part in zip(self.bank.items(), parts, strict=True)
         }
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from hones_offline.data.neurons import Bank
+import numpy as np
+
+from hones_offline.data.neurons import Bank, NeuronIndex
 from hones_offline.learning.factors import FitSettings, grid_search, uniform_profile
 from hones_offline.running.prompts import Prepared
 from hones_steer.profile import Profile
@@ -29,6 +31,12 @@ class SteeringInputs:
     """(method's name, bank, settings) -> the learned profile, resumable."""
     dev_metric: Callable[[Profile], float]
     """The task's metric on dev when a profile steers."""
+
+    @property
+    def every_neuron(self) -> Bank:
+        """All of the model's FFN neurons."""
+        index = NeuronIndex.of(self.prepared.decoder.layout)
+        return index.bank(np.arange(index.size))
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,11 @@ STEERING_METHODS: Mapping[str, SteeringMethod] = MappingProxyType(
             "HONES, no KL",
             "no KL",
             lambda inputs: inputs.learn("hones_no_kl", inputs.bank, replace(inputs.settings, beta_kl=0.0)),
+        ),
+        "sparse": SteeringMethod(
+            "learned sparsity",
+            "sparse",
+            lambda inputs: inputs.learn("sparse", inputs.every_neuron, replace(inputs.settings, keep=inputs.bank.size)),
         ),
         "hones": SteeringMethod("HONES", "HONES", lambda inputs: inputs.learn("hones", inputs.bank, inputs.settings)),
     }

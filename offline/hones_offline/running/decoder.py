@@ -89,6 +89,11 @@ class TextDecoder:
         embeds: Tensor = self.embedding(ids.to(self.device))
         return embeds
 
+    @property
+    def vocabulary(self) -> int:
+        """The number of logits of a position."""
+        return int(self.model.config.get_text_config().vocab_size)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states after the final norm [..., hidden] to float32 logits [..., vocabulary]."""
         logits: Tensor = self.unembedding(hidden.to(next(self.unembedding.parameters()).device)).float()
@@ -239,12 +244,6 @@ class TextDecoder:
         """Text tokens [n] following `prompt` as a segment: positions go on by one on every axis."""
         steps = torch.arange(1, len(ids) + 1)
         return Segment(self.embed(ids).detach().cpu(), prompt.positions[:, -1:] + steps)
-
-
-def pad_answers(answers: Sequence[Tensor]) -> Tensor:
-    """Answer ids as [B, N], each at the end of its row like `TextDecoder.answer_logits`' columns; zeros before."""
-    longest = max(len(answer) for answer in answers)
-    return torch.stack([F.pad(answer, (longest - len(answer), 0)) for answer in answers])
 
 
 def _end_tokens(model: nn.Module) -> tuple[int, ...]:

@@ -206,10 +206,17 @@ def mean_log_probabilities(decoder: TextDecoder, hidden: Tensor, ends: Tensor, a
 
     Its tokens are predicted in row i of `hidden` [B, T, ...], in the n_i columns before `ends[i]`.
     """
+    logits = decoder.logits(hidden[answer_columns(ends, answers)])
+    tokens = logits.log_softmax(-1).gather(-1, torch.cat(list(answers)).to(logits.device)[:, None])[:, 0]
+    return torch.stack([own.mean() for own in tokens.split([len(answer) for answer in answers])])
+
+
+def answer_columns(ends: Tensor, answers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The (rows, columns) at which the answers' tokens are predicted, answer after answer: each [tokens].
+
+    Those of answer i [n_i] are the n_i columns before `ends[i]` of row i.
+    """
     lengths = torch.tensor([len(answer) for answer in answers])
     rows = torch.arange(len(answers)).repeat_interleave(lengths)
     firsts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    columns = (ends - lengths)[rows] + torch.arange(len(rows)) - firsts
-    logits = decoder.logits(hidden[rows, columns])
-    tokens = logits.log_softmax(-1).gather(-1, torch.cat(list(answers)).to(logits.device)[:, None])[:, 0]
-    return torch.stack([own.mean() for own in tokens.split(lengths.tolist())])
+    return rows, (ends - lengths)[rows] + torch.arange(len(rows)) - firsts
