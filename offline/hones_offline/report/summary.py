@@ -28,6 +28,9 @@ SUMMARY = "summary.json"
 EACH = "*"
 INTERVAL = (float, float)
 DROPS = {EACH: {"drop": float, "ci95?": INTERVAL}}
+GAINS = {EACH: {"gain": float, "ci95?": INTERVAL}}
+ELSEWHERE = {"elsewhere?": GAINS, "elsewhere_mean?": float, "elsewhere_mean_ci95?": INTERVAL}
+"""What the other tasks gain, or lose, where they are steered with this task's profile."""
 
 CONTRACT = {
     "title": str,
@@ -89,7 +92,7 @@ CONTRACT = {
             "neurons": float,
             "seeds?": int,
             "drops": DROPS,
-            "gains?": {EACH: {"gain": float, "ci95?": INTERVAL}},
+            "gains?": GAINS,
         }
     ],
     "steering?": [
@@ -103,9 +106,49 @@ CONTRACT = {
             "n": int,
             "seeds": int,
             "by_seed?": [float],
+            **ELSEWHERE,
         }
     ],
     "strength?": [{"task": str, "strength": float, "value": float, "ci95": INTERVAL, "n": int}],
+    "selections?": {
+        "reference": str,  # what "over_reference" is paired with
+        "rows": [
+            {
+                "task": str,
+                "method": str,
+                "value": float,
+                "ci95": INTERVAL,
+                "gain": float,
+                "gain_ci95": INTERVAL,
+                "over_reference?": float,
+                "over_reference_ci95?": INTERVAL,
+                "n": int,
+                "seeds": int,
+                "parameters": float,  # learned numbers
+                "bytes": float,  # of the file that holds them
+                "by_seed": [float],
+                "chosen": [{EACH: float}],  # of each seed: learning rate, epoch and strength, or the one factor
+                **ELSEWHERE,
+            }
+        ],
+        "means": [
+            {
+                "method": str,
+                "tasks": int,
+                "seeds": int,
+                "gain": float,
+                "gain_ci95": INTERVAL,
+                "over_reference?": float,
+                "over_reference_ci95?": INTERVAL,
+                "ia3_share?": float,
+                "ia3_share_ci95?": INTERVAL,
+                "elsewhere_mean": float,
+                "elsewhere_mean_ci95": INTERVAL,
+                "parameters": float,
+                "bytes": float,
+            }
+        ],
+    },
 }
 
 _TYPE_NAMES: Mapping[Any, str] = {str: "text", int: "a whole number from 0", float: "a finite number"}
@@ -247,8 +290,12 @@ def _impossible_rows(summary: Mapping[str, Any]) -> Iterator[str]:
         if not 0 < size <= 1:
             yield f"a fraction is {size}, not above 0 and at most 1"
     keys = {"masking": ("task", "method", "fraction"), "steering": ("task", "method"), "strength": ("task", "strength")}
+    sections: dict[str, Any] = {section: summary.get(section) or () for section in keys}
+    selections = summary.get("selections") or {"rows": (), "means": ()}
+    keys |= {"selections.rows": ("task", "method"), "selections.means": ("method",)}
+    sections |= {f"selections.{part}": selections[part] for part in ("rows", "means")}
     for section, names in keys.items():
-        rows = Counter(tuple(row[name] for name in names) for row in summary.get(section) or ())
+        rows = Counter(tuple(row[name] for name in names) for row in sections[section])
         for key, count in rows.items():
             if count > 1:
                 yield f"{section} has {count} rows of {', '.join(map(_short, key))}"
@@ -264,8 +311,12 @@ def _task_mentions(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield from mentions(section, summary.get(section) or ())
     for method, overlap in (summary.get("overlap") or {}).items():
         yield from mentions(f"overlap[{_short(method)}]", overlap["tasks"])
+    selections = (summary.get("selections") or {}).get("rows", ())
     for section in ("masking", "steering", "strength"):
         yield from mentions(section, (row["task"] for row in summary.get(section) or ()))
+    yield from mentions("selections.rows", (row["task"] for row in selections))
+    for row in (*(summary.get("steering") or ()), *selections):
+        yield from mentions("elsewhere", row.get("elsewhere") or ())
     for row in summary.get("masking") or ():
         yield from mentions("masking.other_drops", row["other_drops"])
     for bank, drops in ((summary.get("cross") or {}).get("drops") or {}).items():
