@@ -149,7 +149,7 @@ class Splits:
             return trained_by_epoch(self.discovery, kind, changed, execution, losses=losses)
 
         def chosen() -> Mapping[str, npt.NDArray[np.float32]]:
-            choice = choose(grid, train, lambda adapter, strength: adapter * strength, self.dev_score)
+            choice = choose(grid, train, Adapter.__mul__, self.dev_score)
             self.run.json(f"trials-{name}", choice.table)
             self.run.json(f"chosen-{name}", lambda: {**choice.chosen.method, "chosen_on_dev": choice.on_dev})
             return choice.chosen.weights
