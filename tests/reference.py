@@ -91,7 +91,22 @@ def generate(model, processor, task, example):
     tokenizer = getattr(processor, "tokenizer", processor)
     inputs = prompt_inputs(processor, example, task.prompts(example)[0])
     out = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=task.max_new_tokens)
-    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    text = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return first_line(text) if task.first_line else text
+
+
+def first_line(text):
+    """The first line that is not blank, less "Answer:" before it, then less the quotes that it begins and ends with."""
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if not lines:
+        return ""
+    before, colon, after = lines[0].partition(":")
+    line = after.strip() if colon and before.strip().lower() == "answer" else lines[0]
+    while line and line[0] in "\"'":
+        line = line[1:]
+    while line and line[-1] in "\"'":
+        line = line[:-1]
+    return line.strip()
 
 
 @torch.no_grad()
@@ -158,6 +173,44 @@ def head_scores(model, processor, task, examples, utility):
                 row.append(base - utility(model, processor, task, examples))
         scores.append(row)
     return scores
+
+
+def head_estimates(model, processor, task, examples, share):
+    """Mean over pairs of Σ_positions ⟨x_h − x_h', ∂P/∂x_h⟩ with every head `share` of the way to x_h', [L][H]."""
+    layers = find_layout(model).layers
+    total, pairs = [[0.0] * layer.num_heads for layer in layers], 0
+    for example in examples:
+        for index, answer in task.answers(example):
+            ways, recorded = {}, {}
+            with ExitStack() as stack:
+                for layer in layers:
+
+                    def hook(_module, args, layer=layer, ways=ways, recorded=recorded):
+                        x = args[0]
+                        slices = x.split(x.shape[-1] // layer.num_heads, dim=-1)
+                        others = [
+                            sum(s for j, s in enumerate(slices) if j != head) / (layer.num_heads - 1)
+                            for head in range(layer.num_heads)
+                        ]
+                        ways[layer.index] = [s - other for s, other in zip(slices, others, strict=True)]
+                        moved = torch.cat(
+                            [s + share * (other - s) for s, other in zip(slices, others, strict=True)], -1
+                        )
+                        moved.retain_grad()
+                        recorded[layer.index] = moved
+                        return (moved,)
+
+                    stack.callback(layer.attn_out.register_forward_pre_hook(hook).remove)
+                logits, ids = answer_logits(model, processor, example, task.prompts(example)[index], answer)
+            logits.log_softmax(-1)[range(len(ids)), ids].mean().backward()
+            for layer in layers:
+                x = recorded[layer.index]
+                gradients = x.grad.split(x.shape[-1] // layer.num_heads, dim=-1)
+                for head, (way, gradient) in enumerate(zip(ways[layer.index], gradients, strict=True)):
+                    total[layer.index][head] += (way * gradient).sum().item()
+            model.zero_grad()
+            pairs += 1
+    return [[value / pairs for value in row] for row in total]
 
 
 def directions(model, processor, task, examples):

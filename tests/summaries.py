@@ -80,6 +80,7 @@ def full_summary(seed: int = 0) -> dict[str, Any]:
             for method in METHODS
             for fraction in FRACTIONS
         ],
+        "finding": finding(rng, base),
         "cross": {
             "method": "hones_task",
             "fraction": 0.01,
@@ -144,6 +145,7 @@ def masked(rng: np.random.Generator, task: str, method: str, fraction: float, ba
         "n": TASKS[task],
         "own_drop": own,
         "own_drop_ci95": around(own, 0.07),
+        "relative_drop": own / base,
         "other_drops": other_drops,
         "selectivity": selectivity,
         "selectivity_ci95": around(selectivity, 0.08),
@@ -152,6 +154,44 @@ def masked(rng: np.random.Generator, task: str, method: str, fraction: float, ba
             "selectivity": (selectivity + rng.normal(0, 0.02, 5)).tolist(),
         },
     }
+
+
+def finding(rng: np.random.Generator, base: dict[str, float]) -> dict[str, Any]:
+    """Two methods under both ablations; antonyms and sums entered the contrast."""
+    beside = {task: [other for other in ("capitals", "french", "past_tense") if other != task] for task in TASKS}
+    rows, means, matched = [], [], []
+    for method in ("dvp", "hones_task"):
+        for ablation in ("zero", "mean"):
+            for fraction in (0.0025, 0.01):
+                cell = {"method": method, "fraction": fraction, "ablation": ablation}
+                for task in TASKS:
+                    row = {**masked(rng, task, method, fraction, base[task]), **cell}
+                    harm = float(np.mean([row["other_drops"][other] for other in beside[task]]))
+                    row |= {"bystander_drop": harm, "bystander_drop_ci95": around(harm, 0.05)}
+                    row["by_seed"]["bystander_drop"] = (harm + rng.normal(0, 0.02, 5)).tolist()
+                    row["by_seed"]["other_drops"] = {
+                        other: (drop + rng.normal(0, 0.02, 5)).tolist() for other, drop in row["other_drops"].items()
+                    }
+                    rows.append(row)
+                mean = {**cell, "neurons": float(round(LAYERS * WIDTH * fraction)), **measures(rng, 0.5)}
+                mean["relative_drop"] = float(rng.uniform(0.3, 0.9))
+                means.append({**mean, "difference": measures(rng, -0.1)})
+            for level in (0.5, 0.9):
+                row = {"method": method, "ablation": ablation, "level": level, "reached": float(rng.uniform(0, 1))}
+                if level < 0.9:
+                    harm = float(rng.uniform(0.1, 0.4))
+                    row |= {"bystander_drop": harm, "bystander_drop_ci95": around(harm, 0.05)}
+                    row |= {"difference": harm - 0.2, "difference_ci95": around(harm - 0.2, 0.03)}
+                matched.append(row)
+    return {"bystanders": beside, "reference": "dvp", "rows": rows, "means": means, "matched": matched}
+
+
+def measures(rng: np.random.Generator, size: float) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name in ("own_drop", "bystander_drop", "selectivity"):
+        value = float(rng.normal(size, 0.05))
+        result |= {name: value, f"{name}_ci95": around(value, 0.06)}
+    return result
 
 
 def changed(name: str, rng: np.random.Generator, size: float) -> dict[str, Any]:
@@ -194,7 +234,7 @@ def steered(rng: np.random.Generator, task: str, method: str, base: float) -> di
 
 
 def elsewhere(rng: np.random.Generator, task: str) -> dict[str, Any]:
-    """What the other tasks gain with a task's profile."""
+    """The other tasks' gains with a task's profile."""
     gains = {other: changed("gain", rng, -0.02) for other in TASKS if other != task}
     mean = float(np.mean([cell["gain"] for cell in gains.values()]))
     return {"elsewhere": gains, "elsewhere_mean": mean, "elsewhere_mean_ci95": around(mean, 0.03)}

@@ -39,7 +39,7 @@ class Unreadable:
         raise DataError("damaged")
 
 
-def run(p: Problem, folder: Path, processes: Processes, metric: str = "logprob") -> None:
+def run(p: Problem, folder: Path, processes: Processes, metric: str = "logprob", heads: str = "exact") -> None:
     """Attribute in `folder`, and write beside it the result that this process was given."""
     found = attribute(
         p.model,
@@ -49,6 +49,7 @@ def run(p: Problem, folder: Path, processes: Processes, metric: str = "logprob")
         top_heads=4,
         top_fraction=0.05,
         head_metric=metric,
+        heads=heads,
         batch_size=2,
         run_dir=folder,
         max_failures=0.2,
@@ -114,7 +115,9 @@ def main() -> None:
     damaged = replace(p, examples=[*p.examples[:-1], replace(p.examples[-1], image=Unreadable("random-5"))])
     changed = replace(p, examples=[replace(p.examples[0], targets=("small",)), *p.examples[1:]])
 
-    def attributed(name: str, size: int, p: Problem, *, metric: str = "logprob", **of_rank_1: Any) -> Any:
+    def attributed(
+        name: str, size: int, p: Problem, *, metric: str = "logprob", heads: str = "exact", **of_rank_1: Any
+    ) -> Any:
         """Attribute in `size` processes; process 1 may have another problem, be killed after some files or fail."""
 
         def work(processes: Processes) -> None:
@@ -123,7 +126,7 @@ def main() -> None:
                 kill_after(changes["kill_after"])
             if "fail" in changes:
                 raise DataError(changes["fail"])
-            run(changes.get("problem", p), folder / name, processes, metric)
+            run(changes.get("problem", p), folder / name, processes, metric, heads)
 
         return together(size, work, folder / "log")
 
@@ -132,6 +135,8 @@ def main() -> None:
         "two": attributed("two", 2, p),
         "alone-task": attributed("alone-task", 1, p, metric="task"),
         "three-task": attributed("three-task", 3, p, metric="task"),
+        "alone-patch": attributed("alone-patch", 1, p, heads="patch"),
+        "three-patch": attributed("three-patch", 3, p, heads="patch"),
         "alone-damaged": attributed("alone-damaged", 1, damaged),
         "damaged": attributed("damaged", 2, p, problem=damaged),
         "changed": attributed("changed", 2, p, problem=changed),

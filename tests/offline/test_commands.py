@@ -145,6 +145,37 @@ def test_attribute_writes_its_bank_and_says_what_it_found(hones: Run, root: Path
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+def test_the_papers_protocol_goes_from_the_command_line_into_every_run(hones: Run, root: Path, tmp_path: Path) -> None:
+    common = [root / "vlm", "--task", "vqa", "--data", root / "cats.jsonl", "--limit", "3"]
+    command = ["attribute", *common, "--out", tmp_path / "run", *QUICK]
+    assert hones(*command, "--protocol", "paper")[0] == 0
+    run = json.loads((tmp_path / "run" / "run.json").read_bytes())
+    assert (run["protocol"], run["first_line"], run["max_new_tokens"]) == ("paper", True, 24)
+    assert json.loads((tmp_path / "run" / "result.json").read_bytes())["protocol"] == "paper"
+    code, _, error = hones(*command)
+    assert code == 2
+    assert "protocol was 'paper' and now is 'default'" in error
+
+    command = ["fit", *common, "--bank", tmp_path / "run", "--out", tmp_path / "vqa.safetensors", *FIT]
+    for protocol in ("paper", "default"):
+        state = tmp_path / protocol
+        assert hones(*command, "--protocol", protocol, "--state", state)[0] == 0
+        assert json.loads((state / "run.json").read_bytes())["protocol"] == protocol
+
+    for protocol in ("paper", "default"):
+        code, out, _ = hones("evaluate", *common, "--protocol", protocol, "--json")
+        assert code == 0
+        assert json.loads(out)["protocol"] == protocol
+
+
+def test_the_first_line_of_a_task_of_ones_own(hones: Run, root: Path, tmp_path: Path) -> None:
+    command = ["attribute", root / "text", "--task", "words", "--data", root / "text.jsonl", *QUICK]
+    for name, more in {"lines": ["--first-line"], "texts": []}.items():
+        assert hones(*command, "--out", tmp_path / name, *more)[0] == 0
+        run = json.loads((tmp_path / name / "run.json").read_bytes())
+        assert (run["first_line"], run["protocol"], run["max_new_tokens"]) == (name == "lines", "default", 32)
+
+
 def test_attribute_by_another_method_says_which(hones: Run, root: Path, tmp_path: Path) -> None:
     command = ["attribute", root / "text", "--task", "words", "--data", root / "text.jsonl", *QUICK]
     code, out, _ = hones(*command, "--out", tmp_path / "dvp", "--method", "dvp", "--target", "centred")
@@ -302,7 +333,7 @@ def test_attribute_against_an_old_result_which_the_same_command_completes(
     assert hones(*vqa, "--against", old)[0] == 0
 
 
-@pytest.mark.parametrize("method", ["hones", "hones_no_kl", "random_neurons", "fixed_amp", "grid_search"])
+@pytest.mark.parametrize("method", ["hones", "hones_no_kl", "random_neurons", "sparse", "fixed_amp", "grid_search"])
 def test_fit_writes_a_profile_with_its_evidence(
     hones: Run, root: Path, found: Path, tmp_path: Path, method: str
 ) -> None:
@@ -318,18 +349,19 @@ def test_fit_writes_a_profile_with_its_evidence(
     assert (fitted.task, fitted.description, fitted.license) == ("cats", "cats, red", "cc0-1.0")
     assert fitted.evidence["n"] == 4
     assert fitted.evidence["split"] == "dev"
-    assert {str(layer): len(neurons) for layer, (neurons, _) in fitted.layers.items()} == {
-        layer: len(neurons) for layer, neurons in bank.items()
-    }
+    sizes = {str(layer): len(neurons) for layer, (neurons, _) in fitted.layers.items()}
+    assert fitted.num_neurons == sum(map(len, bank.values()))
+    assert sizes == {layer: len(neurons) for layer, neurons in bank.items()} or method == "sparse"
+    assert (result["warning"] is None) == (method == "fixed_amp")
     same = all(neurons.tolist() == bank[str(layer)] for layer, (neurons, _) in fitted.layers.items())
-    assert same == (method != "random_neurons")
+    assert same == (method not in ("random_neurons", "sparse"))
     scales = np.concatenate([scales for _, scales in fitted.layers.values()])
     if method in ("fixed_amp", "grid_search"):
         assert len(set(scales.tolist())) == 1
         assert (scales == fitted.method["factor"]).all()
     else:
         assert (scales != 1).all()
-    assert fitted.method.get("beta_kl", 0) == (0.05 if method in ("hones", "random_neurons") else 0)
+    assert fitted.method.get("beta_kl", 0) == (0.05 if method in ("hones", "random_neurons", "sparse") else 0)
 
     code, out, error = hones("inspect", path)
     assert (code, error) == (0, "")
@@ -344,6 +376,53 @@ def test_fit_again_gives_the_same_bytes_at_once(hones: Run, root: Path, found: P
     assert code == 0
     assert "on 4 dev examples" in out
     assert profile.read_bytes() == before
+
+
+def test_fit_chooses_on_dev_and_has_its_evidence_from_test(hones: Run, root: Path, tmp_path: Path) -> None:
+    path, state = tmp_path / "p.safetensors", tmp_path / "state"
+    data = [root / "text", "--task", "words", "--data", root / "text.jsonl"]
+    assert hones("attribute", *data, "--out", tmp_path / "run", *QUICK)[0] == 0
+    test = write_jsonl(tmp_path / "test.jsonl", [{"prompt": "big is", "targets": ["blue"]}] * 3)
+    command = ["fit", *data, "--bank", tmp_path / "run", "--out", path, "--state", state]
+    command += ["--dev", root / "text-dev.jsonl", "--test", test]
+    command += ["--lr", "0.01", "0.1", "--epochs", "3", "--patience", "1", "--strengths", "1", "2"]
+    code, out, error = hones(*command, "--json")
+    assert (code, error) == (0, "")
+    result = json.loads(out)
+    trials = json.loads((state / "trials.json").read_bytes())
+    assert result["trials"] == trials
+    assert {trial["lr"] for trial in trials} == {0.01, 0.1}
+    assert {trial["strength"] for trial in trials} == {1, 2}
+    best = max(trials, key=lambda trial: (trial["metric"], trial["log_probability"]))
+    method = load_profile(path).method
+    assert (method["lr"], method["epoch"], method["chosen_on_dev"]["strength"]) == (
+        best["lr"],
+        best["epoch"],
+        best["strength"],
+    )
+    assert load_profile(path).evidence == result["evidence"]
+    assert (result["evidence"]["split"], result["evidence"]["n"], result["warning"]) == ("test", 3, None)
+    before, written = path.read_bytes(), listing(state)
+    code, out, _ = hones(*command)
+    assert (path.read_bytes(), listing(state)) == (before, written)
+    assert f"chosen on dev in {len(trials)} trials: learning rate {best['lr']:g}, epoch {best['epoch']}, " in out
+    assert "on 3 test examples" in out
+    assert "note:" not in out
+    # Without test data dev's own number is shown, with a warning.
+    code, out, _ = hones(*(part for part in command if part not in ("--test", test)))
+    assert code == 0
+    assert "on 4 dev examples" in out
+    assert "note: dev chose this profile, so its gain there is optimistic" in out
+
+
+def test_a_strength_is_given_without_dev(hones: Run, root: Path, found: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cats.safetensors"
+    command = ["fit", root / "vlm", "--task", "cats", "--data", root / "cats.jsonl", "--bank", found, "--out", path]
+    command += [*FIT, "--state", tmp_path / "state"]
+    assert hones(*command)[0] == 0
+    once = load_profile(path)
+    assert hones(*command, "--strengths", "2")[0] == 0
+    assert load_profile(path).digest == (once * 2).digest
 
 
 def test_evaluate_measures_steering_and_masking(hones: Run, root: Path, found: Path, profile: Path) -> None:
@@ -559,6 +638,11 @@ def test_retrieval_needs_candidates(fails: Callable[..., str], root: Path) -> No
         (["--top-fraction", "-1"], "top_fraction must lie in (0, 1], not -1.0"),
         (["--seed", "-1"], "seed must lie in [0, 2**32), not -1"),
         (["--task", "none"], "'none' can't name a task"),
+        (
+            ["--protocol", "paper"],
+            "--protocol paper is for vqa, ocr, caption, retrieval; for task 'words' give --first",
+        ),
+        (["--task", "vqa", "--first-line"], "--first-line is for tasks of your own; for task 'vqa' give --protocol"),
         (["--device", "abacus"], "there is no device 'abacus' here"),
     ],
 )
@@ -612,6 +696,15 @@ def test_usage_errors_name_what_is_missing(hones: Run, root: Path, found: Path, 
     code, _, error = hones("fit", *common, "--bank", found, "--out", tmp_path / "p", "--method", "grid_search")
     assert code == 2
     assert error.endswith("hones fit: error: grid_search chooses its factor on --dev data\n")
+    fit = ["fit", *common, "--bank", found, "--out", tmp_path / "p"]
+    for option, message in (
+        (["--lr", "0.1", "0.2"], "--lr has several values to choose from on --dev data; give that, or one value"),
+        (["--strengths", "1", "2"], "--strengths has several values to choose from on --dev data; give that, or one"),
+        (["--patience", "3"], "--patience counts epochs on --dev data; give that, or leave it out"),
+    ):
+        code, _, error = hones(*fit, *option)
+        assert code == 2
+        assert f"hones fit: error: {message}" in error
     code, _, error = hones("evaluate", *common, "--random-banks", "3")
     assert code == 2
     assert error.endswith("hones evaluate: error: --random-banks stand beside the bank of a --mask\n")
@@ -626,6 +719,10 @@ def test_dev_data_that_shares_an_image_with_the_data_is_refused(
     command = ["fit", root / "vlm", "--task", "cats", "--data", root / "cats.jsonl", "--bank", found]
     error = fails(*command, "--dev", root / "cats.jsonl", "--out", tmp_path / "p.safetensors")
     assert "Splits 'data' and 'dev' share image" in error
+    error = fails(
+        *command, "--dev", root / "dev.jsonl", "--test", root / "dev.jsonl", "--out", tmp_path / "p.safetensors"
+    )
+    assert "Splits 'dev' and 'test' share image" in error
 
 
 def test_test_data_that_shares_an_image_with_other_data_is_refused(

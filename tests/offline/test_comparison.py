@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,7 @@ def test_a_contrast_with_nothing_is_refused_before_anything_is_done(
     with pytest.raises(DataError, match="contrast_tasks names cats, which is not among the tasks pets, sizes, places"):
         Comparison(tasks, with_stages(contrast_tasks=("pets", "cats")))
     assert list(tmp_path.rglob("*")) == before
+    Comparison(tasks, replace(settings, measured=("sizes", "places")))  # nobody asks for the bank of pets
 
 
 def test_an_attribution_has_the_bank_of_its_method_and_is_refused_without_one_of_its_own(

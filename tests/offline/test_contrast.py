@@ -5,11 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
+from hones_offline import attribute
 from hones_offline.attribution.contrast import FLOOR, POOL_FACTOR, Contrast, contrasted, unit
 from hones_offline.data.neurons import Bank, Importance, NeuronIndex
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from problems import problem
 
 from hones_steer.errors import DataError
 
@@ -159,3 +161,45 @@ def test_what_cannot_be_contrasted_is_refused(change: dict[str, Any], message: s
     arguments = {"own": importance([1, 2]), "others": [importance([2, 1])], "contrast": "ratio", "top_fraction": 0.5}
     with pytest.raises(DataError, match=message):
         contrasted(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("method", ["hones", "grad_act"])
+def test_an_attribution_against_others_keeps_its_importance_and_takes_the_contrasted_bank(
+    tmp_path: Any, method: str
+) -> None:
+    p = problem("llama", "text")
+    options = {"top_heads": 4, "top_fraction": 0.1, "head_metric": "logprob", "method": method}
+    own, other = (
+        attribute(p.model, p.processor, p.task, examples, **options, run_dir=tmp_path / name)
+        for name, examples in {"own": p.examples[:3], "other": p.examples[3:]}.items()
+    )
+    for contrast in ("ratio", "max"):
+        found = attribute(
+            p.model,
+            p.processor,
+            p.task,
+            p.examples[:3],
+            **options,
+            run_dir=tmp_path / "own",
+            against=[other.importance],
+            contrast=contrast,
+        )
+        np.testing.assert_array_equal(found.importance, own.importance)
+        expected = contrasted(own.importance, [other.importance], contrast, 0.1).bank(0.1)
+        assert found.bank.digest == expected.digest != own.bank.digest
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"against": [importance(np.ones(288))]}, "in `against` has other neurons than the model; find it on the same"),
+        ({"contrast": "mean"}, "contrast must be one of max, ratio, not 'mean'"),
+    ],
+)
+def test_an_attribution_against_what_cannot_be_compared_is_refused_before_any_work(
+    tmp_path: Any, change: dict[str, Any], message: str
+) -> None:
+    p = problem("llama", "text", count=2)
+    with pytest.raises(DataError, match=message):
+        attribute(p.model, p.processor, p.task, p.examples, run_dir=tmp_path / "run", **change)
+    assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """The fast path (batched, images encoded once, decoder run alone) equals the method done one example at a time."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ import torch
 from hones_offline.attribution.heads import HeadMetric, head_scores, head_statistics, top_heads
 from hones_offline.attribution.measurements import AnswerLogProbability
 from hones_offline.attribution.write_in import PositivePart, head_guided_importance, mean_write_in, target_directions
+from hones_offline.data.examples import Example
 from hones_offline.data.neurons import Bank, Importance, NeuronIndex
+from hones_offline.data.tasks import JsonlTask, Task
 from hones_offline.learning.factors import FitSettings, _Learner, fit_run_settings, learn, losses_of
 from hones_offline.running.evaluation import intervention, position_means, score
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
 from hones_offline.running.run_folder import RunFolder, read_arrays
 from problems import Problem, every_architecture, problem
+from tokenizers import decoders
 
 from hones_steer.errors import LayoutError
 
@@ -83,6 +87,35 @@ def test_little_memory_and_small_batches_change_nothing(
         execution = Execution(batch_size=batch_size)
         found = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, execution)).by_head
         np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+class Length(Task):
+    """Scores how long the first line is, so that each character more or less shows."""
+
+    name = "length"
+    max_new_tokens = 12
+    first_line = True
+
+    def score(self, example: Example, output: str) -> float:  # noqa: ARG002
+        return len(output) / 100
+
+
+def test_the_first_line_is_scored_in_evaluation_and_of_every_head() -> None:
+    p = problem("llava", "vqa")
+    written = decoders.Sequence([decoders.Replace("w", "\n'"), decoders.Replace("e", "' "), decoders.Fuse()])
+    p.processor.tokenizer.backend_tokenizer.decoder = written
+    prepared = prepare(p.model, p.processor, Length(), p.examples)
+    found = score(prepared, batch_size=9)
+    assert list(found.outputs) == reference.outputs(p.model, p.processor, Length(), p.examples)
+    whole = score(replace(prepared, task=JsonlTask("whole", "anls", 12)), batch_size=9).outputs
+    assert all(len(line) < len(text) for line, text in zip(found.outputs, whole, strict=True))
+    assert found.value > 0
+    scores = head_scores(prepared, "task", *head_statistics(prepared, "task", RUN)).by_head
+    for head in range(scores.shape[1]):
+        with reference.head_replaced(p.model, 1, head):
+            expected = found.value - reference.metric(p.model, p.processor, Length(), p.examples)
+        assert scores[1, head] == pytest.approx(expected, abs=1e-6)
+    assert len(set(scores.flatten().tolist())) > 2
 
 
 @pytest.mark.parametrize("cut", [("llama", "text"), ("llama", "shots"), ("qwen2_5_vl", "caption")], ids="-".join)

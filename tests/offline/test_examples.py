@@ -11,6 +11,7 @@ from hones_offline.data.examples import (
     FileImage,
     MemoryImage,
     check_disjoint,
+    fingerprint,
     load_jsonl,
     scene_examples,
 )
@@ -249,6 +250,13 @@ def test_splits_that_share_an_image_are_refused_by_name(tmp_path: Path) -> None:
         check_disjoint(discovery=[one], dev=[other], test=[boxed])
 
 
+def test_splits_that_share_an_example_without_an_image_are_refused_by_name() -> None:
+    one, again, other = Example("1", "2 + 2", ("4",)), Example("9", "2 + 2", ("4",)), Example("1", "2 + 2", ("four",))
+    check_disjoint(discovery=[one, again], dev=[other])
+    with pytest.raises(DataError, match="'dev' and 'test' share example '9'"):
+        check_disjoint(discovery=[other], dev=[one], test=[again])
+
+
 def photo(path: str) -> list[Example]:
     return [Example(path, "What?", ("cat",), FileImage(Path(path)))]
 
@@ -267,3 +275,21 @@ def test_equal_names_in_other_folders_are_other_images() -> None:
 def test_texts_alone_are_shared_freely() -> None:
     text = Example("1", "What?", ("cat",), None)
     check_disjoint(discovery=[text], test=[text])
+
+
+def test_a_fingerprint_is_of_what_is_asked_and_answered_and_seen() -> None:
+    one = Example(
+        "a", "Which?", ("cat",), FileImage(Path("/coco/train2014/COCO_train2014_000000391895.jpg"), (1, 2, 3, 4))
+    )
+    same = replace(one, id="b", image=FileImage(Path("/coco17/val2017/000000391895.jpg"), (1, 2, 3, 4)))
+    assert fingerprint(one) == fingerprint(same)
+    others = [
+        replace(one, prompt="What?"),
+        replace(one, targets=("a cat",)),
+        replace(one, candidates=("cat", "dog")),
+        replace(one, image=None),
+        replace(one, image=replace(one.image, box=None)),
+        replace(one, image=FileImage(Path("/coco/train2014/COCO_train2014_000000391896.jpg"), (1, 2, 3, 4))),
+    ]
+    assert len({fingerprint(example) for example in (one, *others)}) == 7
+    assert len(fingerprint(one)) == 12

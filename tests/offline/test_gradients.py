@@ -233,7 +233,7 @@ def test_a_quantized_model_is_refused(modules: Any, named: str, method: str, tmp
     p = quantized(modules)
     message = (
         rf"model type 'llama' cannot be run backward: its {named} \(Linear\) passes no gradient on; use a checkpoint "
-        "that is not quantized, or a method without a backward pass: hones, dvp, ma, ap"
+        "that is not quantized, or a method without a backward pass: hones \\(with heads exact or race\\), dvp, ma, ap"
     )
     with pytest.raises(LayoutError, match=message):
         attribute(*asked(p), method=method, head_metric="logprob", run_dir=tmp_path / "run")

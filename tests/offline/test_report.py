@@ -21,8 +21,8 @@ ATTACK = (
 )
 
 
-OPTIONAL_PARTS = ["heads", "neurons", "overlap", "masking", "budgets", "cross", "groups", "steering", "selections"]
-OPTIONAL_PARTS += ["strength", "stability", "failures"]  # in the page's order
+OPTIONAL_PARTS = ["heads", "neurons", "overlap", "masking", "budgets", "finding", "cross", "groups"]
+OPTIONAL_PARTS += ["steering", "selections", "strength", "stability", "failures"]  # in the page's order
 
 
 def write(folder: Path, summary: Any) -> Path:
@@ -68,7 +68,7 @@ def test_every_part_is_there_and_says_on_how_much_it_rests(full: tuple[Path, Any
         if section["name"] not in ("settings", "failures"):
             assert set(section["n"]["examples"]) == set(TASKS)
     assert {section["name"] for section in data["sections"] if section.get("seeds")} == (
-        {"heads", "neurons", "overlap", "masking", "budgets", "steering", "selections", "stability"}
+        {"heads", "neurons", "overlap", "masking", "budgets", "finding", "steering", "selections", "stability"}
     )
 
 
@@ -86,13 +86,25 @@ def test_the_tables_hold_what_was_measured(full: tuple[Path, Any]) -> None:
         0.01,
         row["neurons"],
         {"value": row["own_drop"], "ci95": row["own_drop_ci95"]},
-        row["own_drop"] / summary["tasks"]["sums"]["base"],
+        row["relative_drop"],
         {"value": row["selectivity"], "ci95": row["selectivity_ci95"]},
         90,
         5,
     ] in masking["rows"]
     assert len(masking["rows"]) == len(summary["masking"]) / len(FRACTIONS)
     assert len(tables["budgets", "Masking at every size"]["rows"]) == len(summary["masking"])
+    finding = summary["finding"]
+    assert len(tables["finding", "Means over tasks"]["rows"]) == len(finding["means"])
+    assert len(tables["finding", "Each task's banks"]["rows"]) == len(finding["rows"])
+    mean = next(r for r in finding["means"] if (r["method"], r["fraction"], r["ablation"]) == ("dvp", 0.01, "mean"))
+    drops = [
+        {"value": mean[name], "ci95": mean[f"{name}_ci95"]} for name in ("own_drop", "bystander_drop", "selectivity")
+    ]
+    shown_row = ["DVP", "the mean", 0.01, mean["neurons"], mean["relative_drop"], *drops]
+    assert shown_row in tables["finding", "Means over tasks"]["rows"]
+    matched = tables["finding", "Harm to bystanders at equal own drop"]
+    assert matched["columns"][-1] == "difference to DVP"
+    assert [row[3] for row in matched["rows"] if row[2] == 0.9] == [None] * 4  # reached by no method
     cross = tables["cross", "Drop when masking banks of HONES, 1% of neurons"]
     assert cross["columns"] == ["bank of", *TASKS]
     measured = summary["cross"]["drops"]["capitals"]["sums"]
@@ -181,11 +193,11 @@ def test_text_stands_out(full: tuple[Path, Any], browser: Any, scheme: str) -> N
 
 def with_all_text_replaced(value: Any) -> Any:
     """Every text and every key of the data's own replaced by an attack; what the contract fixes stays."""
-    words = {"task", "logprob", "one", "pair", "triple", "all"}
+    words = {"task", "logprob", "one", "pair", "triple", "all", "zero", "mean"}
 
     def replaced(value: Any, key: str = "") -> Any:
         if isinstance(value, str):
-            return value if key in ("metric", "kind") and value in words else name(value)
+            return value if key in ("metric", "kind", "ablation") and value in words else name(value)
         if isinstance(value, list):
             return [replaced(item) for item in value]
         if isinstance(value, dict):
@@ -276,7 +288,7 @@ def test_all_zero_and_constant_numbers_can_be_drawn(tmp_path: Path) -> None:
             return [zero(item, key) for item in value]
         if isinstance(value, dict):
             return {k: zero(item, k) for k, item in value.items()}
-        return 0.0 if isinstance(value, float) and key not in ("fraction", "strength") else value
+        return 0.0 if isinstance(value, float) and key not in ("fraction", "strength", "level") else value
 
     reported(tmp_path, zero(full_summary()))
 
@@ -361,6 +373,10 @@ BROKEN = {
     "masking names 'knitting'": put("knitting", "masking", 3, "task"),
     "masking has 2 rows of 'antonyms', 'hones_task', 0.0025": lambda s: s["masking"].append(s["masking"][0]),
     "a fraction is 0, not above 0": put(0, "masking", 0, "fraction"),
+    "finding.rows[0].ablation is 'noise', none of mean, zero": put("noise", "finding", "rows", 0, "ablation"),
+    "finding.bystanders names 'knitting'": put(["knitting"], "finding", "bystanders", "sums"),
+    "finding.means has 2 rows of 'dvp'": lambda s: s["finding"]["means"].append(s["finding"]["means"][0]),
+    "finding.matched[0].level is missing": drop("finding", "matched", 0, "level"),
     "cross.drops['sums']['french'].drop is None": put(None, "cross", "drops", "sums", "french", "drop"),
     "groups[0].kind is 'many'": put("many", "groups", 0, "kind"),
     "steering is {}, no list": put({}, "steering"),

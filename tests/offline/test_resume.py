@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hones_offline import attribute, fit
-from hones_offline.data.tasks import JsonlTask
+from hones_offline.data.tasks import JsonlTask, get_task
 from hones_offline.learning.factors import FitSettings
 from hones_offline.running.prompts import prepare
 from offline.killed_run import contents
@@ -82,6 +82,8 @@ def test_attribution_with_other_data_task_or_model_is_refused(p, tmp_path):
         (replace(p, examples=[replace(p.examples[0], targets=("x",)), *p.examples[1:]]), "examples was"),
         (replace(p, task=JsonlTask("vqa", "anls")), "metric was 'VQA accuracy' and now is 'ANLS'"),
         (replace(p, task=JsonlTask("vqa", "vqa", 9)), "max_new_tokens was 16 and now is 9"),
+        (replace(p, task=JsonlTask("vqa", "vqa", 16, first_line=True)), "first_line was False and now is True"),
+        (replace(p, task=get_task("vqa", protocol="paper")), "protocol was 'default' and now is 'paper'"),
         (replace(p, model=with_end(llava(seed=1))), "model was"),
     ]
     for other, message in changed:
@@ -102,7 +104,8 @@ def test_a_run_folder_names_what_decides_an_attribution_and_nothing_else(p, tmp_
     attribution(p, tmp_path)
     names = {"stage", "write_in", "task", "metric", "max_new_tokens", "prompts", "examples", "model", "dtype", "device"}
     names |= {"top_heads", "head_metric", "seed", "batch_size", "memory_gb", "method", "target", "positive_part"}
-    assert set(json.loads((tmp_path / "run.json").read_text())) == names | {"head_weights"}
+    names |= {"first_line", "protocol", "head_weights"}
+    assert set(json.loads((tmp_path / "run.json").read_text())) == names
 
 
 def test_a_run_that_measured_another_write_in_is_not_gone_on_with(p, tmp_path):
@@ -174,6 +177,21 @@ def test_learning_goes_on_in_the_middle(p, tmp_path, monkeypatch):
     assert learning(p, tmp_path / "again").digest == expected.digest
     assert interruption.calls < whole.calls * 3 // 4
     assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+
+
+def test_learning_on_other_draws_is_refused(tmp_path):
+    """The paper's protocol draws other negatives of retrieval, and another task of one's own other answers."""
+    r = problem("llava", "retrieval", count=3)
+    learning(r, tmp_path / "retrieval", epochs=1)
+    with pytest.raises(DataError, match="protocol was 'default' and now is 'paper'"):
+        learning(replace(r, task=get_task("retrieval", protocol="paper")), tmp_path / "retrieval", epochs=1)
+
+    class Drawn(type(r.task)):
+        def drawn_answers(self, example, random):
+            return self.answers(example)[: 1 + random.integers(2)]
+
+    with pytest.raises(DataError, match="prompts was"):
+        learning(replace(r, task=Drawn()), tmp_path / "retrieval", epochs=1)
 
 
 def test_states_on_disk_do_not_change_what_is_learned(p, tmp_path, monkeypatch):

@@ -22,12 +22,23 @@ from transformers import PreTrainedTokenizerFast
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "examples" / "smollm2" / "data"
 SPLITS = ("discovery", "dev", "test")
-WORD_TASKS = ("antonyms", "capitals", "french", "past_tense")
-TASKS = (*WORD_TASKS, "sums")
+DEV_TASKS = ("antonyms", "capitals", "french", "past_tense", "sums")
+FRESH_TASKS = ("countries", "kinds", "nouns", "numerals", "participles", "plurals", "professions")
+TASKS = (*DEV_TASKS, *FRESH_TASKS)
+WORD_TASKS = ("antonyms", "capitals", "french", "nouns", "participles", "past_tense", "plurals")
 
 DOUBLED = frozenset(
-    "admit beg chop clap drag drop grab hug occur permit plan prefer refer rub skip slip stop wrap".split()  # noqa: SIM905
+    """
+    admit ban beg begin bet brag chat chop clap commit control cut dig drag drop equip fit forbid forget get grab grin
+    hit hop hug jog knit let nod occur pat permit plan plug prefer put quit refer regret rob rub run scan set ship shop
+    shut sit skip slip spin spit split stab step stir stop submit swap swim tap transfer trim trip win wrap zip
+    """.split()  # noqa: SIM905
 )
+PLURALS_IN_OES = "echo hero mango mosquito potato tomato tornado torpedo veto volcano".split()  # noqa: SIM905
+CHANGED_ENDINGS = {"man": "men", "sis": "ses", "xis": "xes", "us": "i", "fe": "ves", "f": "ves", "a": "ae"}
+CHANGED_ENDINGS |= {"um": "a", "on": "a", "ix": "ices", "child": "children", "ouse": "ice", "oot": "eet"}
+OTHER_PLURALS = {"goose": "geese", "ox": "oxen", "person": "people", "die": "dice", "quiz": "quizzes"}
+OTHER_PLURALS |= {"stomach": "stomachs", "penny": "pennies", "tooth": "teeth"}
 IRREGULAR_IN_ED = {"bleed": "bled", "breed": "bred", "feed": "fed", "flee": "fled", "lead": "led"}
 
 
@@ -54,7 +65,7 @@ def test_the_files_are_what_the_script_makes_of_the_lists(tmp_path: Path) -> Non
 @pytest.mark.parametrize("task", TASKS)
 def test_each_task_has_a_few_hundred_facts_in_three_splits(task: str) -> None:
     sizes = {split: len(load_jsonl(DATA / split / f"{task}.jsonl").examples) for split in SPLITS}
-    assert 200 <= sum(sizes.values()) <= 300
+    assert 200 <= sum(sizes.values()) <= (300 if task in DEV_TASKS else 600)
     assert sizes["discovery"] >= 80
     assert sizes["dev"] >= 40
     assert sizes["test"] >= 70
@@ -139,6 +150,80 @@ def test_french_is_spelled_with_french_letters() -> None:
         assert all(answer.isascii() for answer in right)
 
 
+def test_dev_and_fresh_tasks_are_apart() -> None:
+    script = importlib.import_module("examples.smollm2.make_data")
+    assert set(script.DEV_TASKS) == set(DEV_TASKS)
+    assert set(script.FRESH_TASKS) == set(FRESH_TASKS)
+    assert list(script.TASKS) == [*script.DEV_TASKS, *script.FRESH_TASKS]
+
+
+@pytest.mark.parametrize("task", FRESH_TASKS)
+def test_no_fresh_answer_stands_in_its_question_but_as_a_stem(task: str) -> None:
+    """Nothing can be copied: a form differs from its word, and a kind or a country is not part of a name."""
+    for asked, answer in answers(task):
+        assert answer.casefold() not in re.split(r"[ -]", asked.casefold()), (asked, answer)
+        assert not answer.startswith("a "), "the article stands in the sentence"
+
+
+def test_participles_are_spelled_by_the_rules() -> None:
+    special = {"be": "being", "see": "seeing", "agree": "agreeing", "flee": "fleeing", "free": "freeing"}
+    special |= {"die": "dying", "lie": "lying", "tie": "tying", "travel": "traveling"}
+    for verb, right in facts("participles"):
+        stem = f"{verb}{verb[-1]}" if verb in DOUBLED else verb.removesuffix("e")
+        assert right[0] == special.get(verb, f"{stem}ing")
+        assert len(right) == 1 or verb == "travel"
+
+
+def test_plurals_are_spelled_by_the_rules() -> None:
+    changed = 0
+    for noun, right in facts("plurals"):
+        assert noun not in right, "sheep, fish, series"
+        if right[0] in irregular_plurals(noun):
+            changed += 1
+        elif noun.endswith("y") and noun[-2] not in "aeiou":
+            assert right == [f"{noun[:-1]}ies"]
+        elif noun.endswith(("s", "x", "z", "ch", "sh")) or noun in PLURALS_IN_OES:
+            assert right[0] == f"{noun}es"
+        else:
+            assert right == [f"{noun}s"]
+    assert changed > 50
+
+
+def irregular_plurals(noun: str) -> list[str]:
+    if noun in OTHER_PLURALS:
+        return [OTHER_PLURALS[noun]]
+    return [noun.removesuffix(old) + new for old, new in CHANGED_ENDINGS.items() if noun.endswith(old)]
+
+
+def test_numerals_count_what_is_spelled_out() -> None:
+    values = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+    small = {word: n for n, word in enumerate((values + " seventeen eighteen nineteen").split(), 1)}
+    tens = "twenty thirty forty fifty sixty seventy eighty ninety".split()  # noqa: SIM905
+    small |= {word: 10 * n for n, word in enumerate(tens, 2)}
+    for asked, right in facts("numerals"):
+        before, hundred, after = asked.rpartition("hundred")
+        total = 100 * small[before.strip()] if hundred else 0
+        total += sum(small[word] for word in re.split(r"[ -]", after.strip()) if word)
+        assert right == [str(total)]
+        assert 1 <= total <= 999
+
+
+def test_no_city_of_countries_is_among_the_capitals() -> None:
+    capitals = {answer for _, answer in answers("capitals")}
+    named = capitals | {asked for asked, _ in facts("capitals")}
+    for city, right in facts("countries"):
+        assert city not in named
+        assert all(country[0].isupper() or country.startswith("the ") for country in right)
+
+
+@pytest.mark.parametrize("task", ["countries", "kinds", "professions"])
+def test_no_answer_to_many_questions_is_the_answer_to_most(task: str) -> None:
+    """Writing the most frequent answer always would not do well."""
+    every = [right[0] for _, right in facts(task)]
+    assert max(map(every.count, every)) <= 0.15 * len(every)
+    assert len(set(every)) >= 15
+
+
 # ---------------------------------------------------------------------------------------------- the run script
 
 
@@ -165,7 +250,12 @@ def test_known_facts_are_those_that_the_model_answers_right(
         ]
         (tmp_path / split / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(script, "DATA", tmp_path)
-    splits = script.encode(loaded, tokenizer, "sums", 2, known=True)
+    splits = script.encode(loaded, tokenizer, "sums", 2, known=True, work=tmp_path / "work")
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.safetensors")}
+    assert len(kept) == 3
+    again = script.encode(loaded, tokenizer, "sums", 2, known=True, work=tmp_path / "work")
+    assert [part.examples for part in again.values()] == [part.examples for part in splits.values()]
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
     assert {example.id for example in splits["discovery"].examples} == {"two", "five", "six"}
     assert len(splits["dev"]) == len(splits["test"]) == 2
     assert score(splits["test"], batch_size=2).value == 1
@@ -207,6 +297,8 @@ def test_the_run_script_goes_from_base_to_strength_and_repeats_itself(model: Pat
     small = ["--seeds", 2, "--attribution-examples", 2, "--top-heads", 2, "--limit", 3]
     methods = ["--methods", "random", "dvp", "hones_logprob"]
     shares = ["--fractions", 0.05, 0.1, "--fraction", 0.05]
+    shares += ["--stages", "masking", "finding", "groups", "steering", "strength", "--contrast-tasks"]  # with no task
+    shares += ["--ablations", "zero", "mean", "--reference", "dvp", "--levels", 0.5]
     out = run(*command, *small, *methods, *shares)
     summary = json.loads((tmp_path / "run" / "summary.json").read_bytes())
     assert {task: row["n"]["test"] for task, row in summary["tasks"].items()} == {"capitals": 3, "sums": 3}
@@ -217,6 +309,9 @@ def test_the_run_script_goes_from_base_to_strength_and_repeats_itself(model: Pat
         for fraction in (0.05, 0.1)
     ]
     assert {row["seeds"] for row in (*summary["masking"], *summary["steering"])} == {2}
+    assert summary["finding"]["bystanders"] == {"capitals": ["sums"], "sums": ["capitals"]}
+    assert out.count("| dvp | mean | 10.00% | 0.00 [0.00, 0.00] | 0.00 [0.00, 0.00] |") == 1
+    assert "| random | zero | 0.5 | – | – | 0% |" in out
     assert {row["strength"] for row in summary["strength"]} == {-1, 0.5, 1, 1.5, 2}
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "work").rglob("*") if file.is_file()}
     assert run(*command, *small, *methods, *shares) == out

@@ -11,7 +11,7 @@ import torch
 from hones_offline import attribute
 from hones_offline.data.examples import Example, scene_examples
 from hones_offline.data.scenes import scenes
-from hones_offline.data.tasks import TASKS, JsonlTask, Task, get_task
+from hones_offline.data.tasks import TASKS, JsonlTask, Task, first_line, get_task
 from hones_offline.running.prompts import prepare
 from problems import problem
 
@@ -37,6 +37,69 @@ def test_the_papers_four_tasks_are_known() -> None:
     }
     assert [name for name, task in TASKS.items() if task.idf_weighted] == ["caption"]
     assert get_task("ocr") is TASKS["ocr"]
+
+
+def test_the_papers_protocol_is_a_task_of_its_own() -> None:
+    for name, task in TASKS.items():
+        released = get_task(name, protocol="paper")
+        assert type(released) is type(task)
+        assert (task.protocol, task.first_line, released.protocol) == ("default", False, "paper")
+        assert released.prompts(EXAMPLES[name]) == task.prompts(EXAMPLES[name])
+        assert released.answers(EXAMPLES[name]) == task.answers(EXAMPLES[name])
+        generates = name != "retrieval"
+        assert (released.first_line, released.max_new_tokens) == (generates, 24 if generates else 1)
+    assert {name: task.max_new_tokens for name, task in TASKS.items()} == {
+        "vqa": 16,
+        "ocr": 32,
+        "caption": 32,
+        "retrieval": 1,
+    }
+
+
+def test_the_papers_protocol_draws_retrievals_negatives() -> None:
+    task = get_task("retrieval", protocol="paper")
+    example = Example("7", "", ("Yes",), None, tuple(f"caption {i}" for i in range(8)))
+    answers = drawn(task, example, 60)
+    assert answers == drawn(task, example, 60)
+    assert {positive for positive, *_ in answers} == {(0, "Yes")}
+    assert {len(set(negatives)) for _, *negatives in answers} == {4}
+    assert len(set(answers)) > 50
+    counts = Counter(negative for _, *negatives in answers for negative in negatives)
+    assert set(counts) == {(i, "No") for i in range(1, 8)}
+    assert min(counts.values()) > 20  # of 60·4/7 to be expected
+    few = replace(example, candidates=example.candidates[:3])
+    assert {tuple(sorted(pairs)) for pairs in drawn(task, few, 9)} == {((0, "Yes"), (1, "No"), (2, "No"))}
+
+
+def test_an_unknown_protocol_is_an_error_that_names_the_known() -> None:
+    with pytest.raises(DataError, match="Unknown protocol 'papers'; the known ones are default, paper"):
+        get_task("vqa", protocol="papers")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (" cat ", "cat"),
+        ("cat\nQuestion: what else?", "cat"),
+        ("\n\n a cat \r\ndog", "a cat"),
+        ('Answer: "a cat"', "a cat"),
+        ("answer : 'cat'.", "cat'."),
+        ("The answer: cat", "The answer: cat"),
+        ("Answer:\ncat", ""),
+        ("dogs' \n", "dogs"),
+        ('"', ""),
+        ("", ""),
+    ],
+)
+def test_the_first_line_is_without_what_a_chatty_model_puts_around_it(text: str, line: str) -> None:
+    assert first_line(text) == line == reference.first_line(text)
+
+
+def test_the_first_line_equals_its_twin_on_any_text() -> None:
+    random = np.random.default_rng(0)
+    parts = np.array(["\n", " ", "'", '"', "Answer:", "answer ", ":", "cat", "\t", "\r\n", "Answers"])
+    for text in ("".join(random.choice(parts, size=random.integers(9))) for _ in range(2000)):
+        assert first_line(text) == reference.first_line(text)
 
 
 def test_an_unknown_task_is_an_error_that_names_the_known() -> None:

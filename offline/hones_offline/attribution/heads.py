@@ -28,7 +28,7 @@ from hones_steer.errors import DataError, LayoutError
 from hones_steer.layout import DecoderLayer, Layout
 
 HeadMetric = Literal["task", "logprob"]
-HeadSearch = Literal["exact", "race"]
+HeadSearch = Literal["exact", "race", "patch"]
 HeadWeights = Literal["score", "rank"]
 WeightedHead = tuple[int, int, float]
 """(layer, head, weight)."""
@@ -65,6 +65,24 @@ class Race:
 
 
 @dataclass(frozen=True)
+class Preselection:
+    """The evaluations that attribution patching saved."""
+
+    margin: float
+    """How many heads more than are wanted were run, as a share of the number wanted."""
+    pairs: int
+    """(prompt, answer) pairs that the heads were estimated on, a forward and a backward pass of each."""
+    evaluations: int
+    """Head × item evaluations run."""
+    of: int
+    """Head × item evaluations that exact scoring would run."""
+    finished: int
+    """Number of heads that were run on all items."""
+    metric: str = "log-probability"
+    """What the estimates are of, also where heads are scored by the task's metric."""
+
+
+@dataclass(frozen=True)
 class HeadScores:
     """The score of every attention head: how much replacing it costs a task."""
 
@@ -73,8 +91,9 @@ class HeadScores:
     by_head: npt.NDArray[np.float32]
     """S(h), float32 [L, H]; [0, 0] for a method without heads."""
     finished: npt.NDArray[np.bool_] | None = None
-    """With a race, which heads were run on all items, [L, H]; the scores of the others are estimates."""
+    """Where not all were, which heads were run on all items, [L, H]; the scores of the others are estimates."""
     race: Race | None = None
+    preselection: Preselection | None = None
 
     @classmethod
     def none(cls, base: float) -> "HeadScores":

@@ -3,6 +3,7 @@
 A method is one entry of `METHODS`: commands, comparisons and reports take their lists, titles and checks from there.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -49,6 +50,8 @@ class AttributionOptions:
     heads: HeadSearch = "exact"
     error: float = 0.05
     """With `heads="race"`, the probability that it chooses other heads than "exact" does."""
+    margin: float = 0.5
+    """With `heads="patch"`, how many heads more than `top_heads` are run, as a share of it."""
     seed: int = 3407
     """Shuffles the examples before they are batched, and draws the importances of "random"."""
     leave_out: bool = False
@@ -70,9 +73,11 @@ class AttributionOptions:
                 raise DataError(f"{name} must be {' or '.join(map(repr, values))}, not {getattr(self, name)!r}")
         if not 0 < self.error < 1:
             raise DataError(f"error is a probability between 0 and 1, not {self.error}")
+        if not 0 <= self.margin < math.inf:
+            raise DataError(f"margin is a share of top_heads, zero or more, not {self.margin}")
         check_seed(self.seed)
-        if self.heads == "race" and not self.entry.guided:
-            raise DataError(f"method {self.method!r} scores no heads; leave heads='race' out")
+        if self.heads != "exact" and not self.entry.guided:
+            raise DataError(f"method {self.method!r} scores no heads; leave heads={self.heads!r} out")
         for name in ("target", "positive_part", "head_weights", "leave_out", "by_damage"):
             if getattr(self, name) != getattr(type(self), name) and name not in self.entry.options:
                 raise DataError(f"method {self.method!r} takes no {name}; leave it out")

@@ -19,6 +19,7 @@ from hones_offline.attribution.heads import (
     HeadScores,
     HeadSearch,
     HeadWeights,
+    Preselection,
     Race,
     WeightedHead,
     base_statistics,
@@ -30,6 +31,7 @@ from hones_offline.attribution.heads import (
     weigh,
 )
 from hones_offline.attribution.methods import AttributionOptions
+from hones_offline.attribution.patching import preselect
 from hones_offline.attribution.racing import race
 from hones_offline.attribution.write_in import (
     WRITE_IN,
@@ -68,6 +70,8 @@ class Attribution:
     """Ids of the examples that could not be used, with the reason."""
     race: Race | None = None
     """The evaluations saved, if heads raced; scores of the heads it dropped are estimates from some of the examples."""
+    preselection: Preselection | None = None
+    """The evaluations saved, if heads were preselected; the other heads' scores are estimates, or NaN (`patching`)."""
 
 
 def attribute(
@@ -85,6 +89,7 @@ def attribute(
     head_weights: HeadWeights = "score",
     heads: HeadSearch = "exact",
     error: float = 0.05,
+    margin: float = 0.5,
     against: Sequence[Importance] = (),
     contrast: Contrast = "ratio",
     seed: int = 3407,
@@ -115,8 +120,10 @@ def attribute(
         positive_part: taken of the "mean" over examples (the paper's) or of each "example" before the mean.
         head_weights: the heads' weights in the importance: their "score" (the paper's) or their "rank".
         heads: "exact" runs every head on every example; "race" stops running a head once it has surely lost (see
-            `racing`, which also says when it should not be trusted).
+            `racing`, which also says when it should not be trusted); "patch" runs only those that attribution patching
+            estimates highest, by log-probability whatever the metric (see `patching`).
         error: with "race", the probability that it finds other heads than "exact" does.
+        margin: with "patch", how many heads more than `top_heads` are run, as a share of it.
         against: the importance of other tasks (`Attribution.importance`) by the same method on this model; the bank
             then holds neurons that matter to this task and not to them.
         contrast: how it is told, by "max" or "ratio" (see `contrast`); nothing without `against`.
@@ -150,6 +157,7 @@ def attribute(
         head_weights=head_weights,
         heads=heads,
         error=error,
+        margin=margin,
         seed=seed,
     )
     check_contrast(contrast)
@@ -170,7 +178,8 @@ def attribute(
 
 def attribution_settings(prepared: Prepared, options: AttributionOptions, execution: Execution) -> dict[str, Any]:
     """Everything that decides the bytes of an attribution (the bank's size does not: it is cut from the importance)."""
-    racing = {"heads": options.heads, "error": options.error} if options.heads == "race" else {}
+    search: dict[HeadSearch, dict[str, Any]] = {"exact": {}, "race": {"error": options.error}}
+    search["patch"] = {"margin": options.margin}
     return {
         "stage": "attribute",
         "write_in": WRITE_IN,
@@ -184,7 +193,7 @@ def attribution_settings(prepared: Prepared, options: AttributionOptions, execut
         "target": options.target,
         "positive_part": options.positive_part,
         "head_weights": options.head_weights,
-        **racing,
+        **({"heads": options.heads, **search[options.heads]} if options.heads != "exact" else {}),
     }
 
 
@@ -236,6 +245,7 @@ def find_bank(
         n=len(prepared),
         failures=dict(prepared.failures),
         race=scores.race,
+        preselection=scores.preselection,
     )
 
 
@@ -245,7 +255,7 @@ def answer_directions(prepared: Prepared, options: AttributionOptions) -> Tensor
 
 
 def score_heads(prepared: Prepared, options: AttributionOptions, execution: Execution) -> HeadScores:
-    """Step 2: the score of every head, exactly or by a race; for a method without heads the base utility alone."""
+    """Step 2: head scores, of all exactly, by a race or of a preselection; without heads the base utility alone."""
     metric = options.head_metric
     if not options.entry.guided:
 
@@ -255,6 +265,8 @@ def score_heads(prepared: Prepared, options: AttributionOptions, execution: Exec
         return HeadScores.none(float(execution.step_of_first("base", compute)["base"][0]))
     if options.heads == "race":
         return race(prepared, metric, execution, keep=options.top_heads, error=options.error)
+    if options.heads == "patch":
+        return preselect(prepared, metric, execution, keep=options.top_heads, margin=options.margin)
     return head_scores(prepared, metric, *head_statistics(prepared, metric, execution))
 
 
@@ -263,9 +275,9 @@ def guiding_heads(
 ) -> list[WeightedHead]:
     """Step 3: the heads that guide the importance as (layer, head, weight), in the order of their scores.
 
-    Heads that a race dropped are not among them, nor, with `leave_out`, those that are among the strongest of every
-    task. With `by_damage` a weight is divided by the mean harm that replacing the head does to all tasks. A method
-    without heads has none.
+    Heads that were not run on all items are not among them, nor, with `leave_out`, those that are among the strongest
+    of every task. With `by_damage` a weight is divided by the mean harm that replacing the head does to all tasks. A
+    method without heads has none.
 
     Raises:
         DataError: no head has a positive score, or `all_tasks` is missing.

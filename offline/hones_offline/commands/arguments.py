@@ -5,12 +5,12 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hones_offline.data.datasets import load_dataset
 from hones_offline.data.examples import Loaded, load_jsonl
 from hones_offline.data.metrics import METRICS
-from hones_offline.data.tasks import TASKS, JsonlTask, Task
+from hones_offline.data.tasks import TASKS, JsonlTask, Protocol, Task, get_task
 from hones_offline.running.distributed import number_of_processes
 from hones_offline.running.evaluation import Scores, intervention, score
 from hones_offline.running.prompts import Prepared
@@ -56,6 +56,17 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="length of your own task's answers (default: %(default)s)",
     )
+    parser.add_argument(
+        "--first-line",
+        action="store_true",
+        help="score the first line of your own task's answers only, without 'Answer:' before it and quotes around it",
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=get_args(Protocol),
+        default="default",
+        help="paper: run the paper's four tasks as its released code does (docs/methods.md; default: %(default)s)",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="use the first N examples only")
     parser.add_argument(
         "--batch-size",
@@ -87,7 +98,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_data(args: argparse.Namespace) -> tuple[Task, Loaded]:
     """The task that is named and the examples in --data; raises DataError for a value out of range."""
-    task = TASKS.get(args.task) or JsonlTask(args.task, args.metric, args.max_new_tokens)
+    task = _task(args)
     if args.batch_size < 1:
         raise DataError(f"--batch-size must be at least 1, not {args.batch_size}")
     if args.limit is not None and args.limit < 1:
@@ -95,6 +106,19 @@ def load_data(args: argparse.Namespace) -> tuple[Task, Loaded]:
     if not 0 <= args.max_failures <= 1:
         raise DataError(f"--max-failures is a share from 0 to 1, not {args.max_failures}")
     return task, load_file(args, args.data, task.name, args.limit)
+
+
+def _task(args: argparse.Namespace) -> Task:
+    if args.task in TASKS:
+        if args.first_line:
+            raise DataError(f"--first-line is for tasks of your own; for task {args.task!r} give --protocol paper")
+        return get_task(args.task, args.protocol)
+    if args.protocol != "default":
+        raise DataError(
+            f"--protocol {args.protocol} is for {', '.join(TASKS)}; "
+            f"for task {args.task!r} give --first-line and --max-new-tokens"
+        )
+    return JsonlTask(args.task, args.metric, args.max_new_tokens, first_line=args.first_line)
 
 
 def load_file(args: argparse.Namespace, path: Path, task: str, limit: int | None) -> Loaded:

@@ -32,6 +32,7 @@ def run(argv: Sequence[str]) -> int:
         head_weights=args.head_weights,
         heads=args.heads,
         error=args.error,
+        margin=args.margin,
         seed=args.seed,
     )
     if args.contrast and not args.against:
@@ -58,6 +59,7 @@ def run(argv: Sequence[str]) -> int:
             head_weights=options.head_weights,
             heads=options.heads,
             error=options.error,
+            margin=options.margin,
             against=[other.for_model(model) for other in others],
             contrast=contrast,
             seed=options.seed,
@@ -114,7 +116,8 @@ def _parser() -> argparse.ArgumentParser:
         "--heads",
         choices=get_args(HeadSearch),
         default="exact",
-        help="run every head on every example, or stop running a head once it has surely lost (default: %(default)s)",
+        help="run every head on every example; stop running a head once it has surely lost; or run only those that "
+        "attribution patching estimates highest, by log-probability whatever --head-metric (default: %(default)s)",
     )
     parser.add_argument(
         "--error",
@@ -122,6 +125,13 @@ def _parser() -> argparse.ArgumentParser:
         default=0.05,
         metavar="P",
         help="with --heads race: probability of finding other heads than exact does (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="with --heads patch: heads to run beyond --top-heads, as a share of them (default: %(default)s)",
     )
     parser.add_argument(
         "--memory-gb",
@@ -148,8 +158,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--contrast",
         choices=get_args(Contrast),
-        help="with --against: ratio takes, of the task's most important neurons, those that are most times as "
-        "important to it as to any other task; max those that are most above any other task, of all neurons "
+        help="with --against: of the task's most important neurons those whose importance is the largest multiple of "
+        "any other task's (ratio), or of all neurons those that exceed it most (max); ratio keeps the bank's size "
         "(default: ratio)",
     )
     _add_method_arguments(parser)
@@ -194,6 +204,7 @@ def _result_lines(result: Mapping[str, Any], out: Path) -> list[str]:
         *([f"strongest heads (layer.head): {heads}"] if heads else []),
         *([_contrast_line(result)] if result["against"] else []),
         *([_race_line(result["race"])] if "race" in result else []),
+        *([_preselection_line(result["preselection"])] if "preselection" in result else []),
         *failure_lines(result["failures"]),
         f"results: {out}",
     ]
@@ -207,4 +218,12 @@ def _race_line(race: Mapping[str, Any]) -> str:
     return (
         f"race: {race['evaluations'] / race['of']:.0%} of {race['of']} evaluations of a head on an example; "
         f"{race['finished']} heads finished; other heads than exact's with probability {race['error']:g} at most"
+    )
+
+
+def _preselection_line(preselection: Mapping[str, Any]) -> str:
+    return (
+        f"preselection: {preselection['evaluations'] / preselection['of']:.0%} of {preselection['of']} evaluations of "
+        f"a head on an example; {preselection['finished']} heads preselected by {preselection['metric']}, from one "
+        f"forward and backward pass of each of {preselection['pairs']} answers"
     )

@@ -57,6 +57,7 @@ def run(argv: Sequence[str]) -> int:
     result = {
         "task": task.name,
         "metric": task.metric,
+        "protocol": task.protocol,
         "n": base.n,
         "rows": rows,
         "failures": {**loaded.skipped, **prepared.failures},

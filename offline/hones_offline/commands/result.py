@@ -82,6 +82,7 @@ def write_result(
         "task": task.name,
         "model": asdict(model),
         "metric": task.metric,
+        "protocol": task.protocol,
         "n": attribution.n,
         "base": attribution.base,
         "heads": attribution.heads,
@@ -94,6 +95,7 @@ def write_result(
         "contrast": contrast if against else None,
         "examples": [fingerprint(example) for example in loaded.examples],
         **({"race": asdict(attribution.race)} if attribution.race else {}),
+        **({"preselection": asdict(attribution.preselection)} if attribution.preselection else {}),
     }
     write_atomically(folder / IMPORTANCE, save({"importance": attribution.importance.values}))
     write_atomically(folder / RESULT, json_bytes(result))

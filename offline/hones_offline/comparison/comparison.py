@@ -121,7 +121,7 @@ class Comparison:
         return self.values(task, self.tasks[task].measure("test"))
 
     def _position_means(self) -> FloatArray:
-        """What "mean" ablation sets neurons to: the mean of z over positions of all tasks' discovery examples, [N]."""
+        """Mean z over the positions of all tasks' discovery examples, each task weighing the same, [N]."""
         every = with_progress(self.tasks.values(), "mean activations", show=self.progress)
         means: FloatArray = np.mean([splits.position_means() for splits in every], axis=0)
         return means

@@ -45,12 +45,8 @@ class Finder:
                     f"task {task!r} has {len(pool)} examples to draw from, so that each seed would draw the same; set "
                     "attribution_examples lower or give more discovery examples"
                 )
-        if unknown := set(settings.contrast_tasks or ()) - set(tasks):
-            raise DataError(
-                f"contrast_tasks names {', '.join(sorted(unknown))}, which is not among the tasks {', '.join(tasks)}"
-            )
         for name in settings.methods:
-            for task in tasks:
+            for task in tasks if settings.measured is None else settings.measured:
                 if parse(name).compares_tasks and not self.others(task):
                     raise DataError(
                         f"method {name!r} has no task to contrast {task!r} with; name another one in contrast_tasks"

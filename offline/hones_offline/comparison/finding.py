@@ -20,7 +20,7 @@ MEASURES = ("own_drop", "bystander_drop", "selectivity")
 
 
 class Cell(NamedTuple):
-    """What is compared: banks of one method and size, under one ablation."""
+    """Banks of one method and size, under one ablation."""
 
     method: str
     fraction: float
@@ -28,7 +28,7 @@ class Cell(NamedTuple):
 
 
 class Masked(NamedTuple):
-    """What masking a task's banks of one cell, one for each seed, does."""
+    """Drops under a task's banks of one cell, one for each seed."""
 
     neurons: float
     """The banks' mean size."""
@@ -59,7 +59,7 @@ def relative(own_drop: float, base: float) -> float | None:
 
 @dataclass(frozen=True)
 class Means:
-    """What the banks of a cell cost on average over tasks."""
+    """Means over tasks of the drops under the banks of a cell."""
 
     neurons: float
     relative_drop: float | None
@@ -106,7 +106,7 @@ class Finding:
         }
 
     def _row(self, task: str, cell: Cell, masked: Masked) -> dict[str, Any]:
-        """What the banks of one task cost, with intervals over seeds and test examples."""
+        """The drops under one task's banks, with intervals over seeds and test examples."""
         facts = self.tasks[task]
         of = dict(zip(self.tasks, masked.drops.swapaxes(0, 1), strict=True))  # task -> [seeds, 1 + R]
         own, others = of[task], {other: drops for other, drops in of.items() if other != task}

@@ -19,9 +19,9 @@ METHODS: tuple[str, ...] = tuple(reversed([*methods.METHODS]))
 """The methods compared by default. Variants follow a colon: "hones_logprob:contrastive+rank", "dvp:ratio"."""
 STAGES = ("masking", "finding", "groups", "steer_groups", "steering", "strength", "selections")
 COMPARATORS = ("grid_search", "sparse", *ADAPTERS)
-"""What selections are compared with: one factor, sparsity learned with the factors, and adapters of PEFT."""
+"""The comparators of selections: one factor, sparsity learned with the factors, and adapters of PEFT."""
 ABLATIONS = ("zero", "mean")
-"""What a masked neuron's activation is set to: 0, or its mean over the tasks (docs/methods.md)."""
+"""Values that a masked neuron's activation is set to: 0, or its mean over the tasks (docs/methods.md)."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from hones_offline.data.metrics import FloatArray
 from hones_offline.data.neurons import Bank, NeuronIndex
 from hones_offline.learning.adapters import Adapter, adapted, adapter_run_settings, trained_by_epoch
 from hones_offline.learning.choosing import DevScore, FitGrid, choose, choose_fit, dev_log_probabilities
-from hones_offline.learning.factors import FitSettings, fit_run_settings, learn, learned_by_epoch, losses_of
+from hones_offline.learning.factors import FitSettings, fit_run_settings, learn, losses_of
 from hones_offline.learning.methods import SteeringInputs
 from hones_offline.running.evaluation import Scores, intervention, position_means, score
 from hones_offline.running.execution import Execution
@@ -25,7 +25,7 @@ from hones_steer.profile import Profile
 
 Split = Literal["discovery", "dev", "test"]
 Steered = Profile | Adapter
-"""What a task is steered by."""
+"""A profile, or an adapter in its place."""
 
 
 class Splits:
@@ -109,7 +109,7 @@ class Splits:
 
     def learned(self, name: str, bank: Bank, settings: FitSettings, *, progress: bool = False) -> Profile:
         """`learn` on the discovery examples, kept in a folder of its own; the same is learned once."""
-        execution = self._execution(name, bank, settings, progress=progress)
+        execution = Execution(folder=self._fit_folder(name, bank, settings), progress=progress)
         return learn(self.discovery, bank, settings, execution, name=name)
 
     def learned_on_dev(
@@ -119,13 +119,16 @@ class Splits:
 
         The table of all trials is kept in the run folder, as `trials-NAME-DIGEST.json`.
         """
-        losses = losses_of(self.discovery, settings)
-
-        def learn_at(changed: FitSettings) -> Generator[tuple[int, Profile]]:
-            execution = self._execution(name, bank, changed, progress=progress)
-            return learned_by_epoch(self.discovery, bank, changed, execution, name=name, losses=losses)
-
-        choice = choose_fit(grid, settings, learn_at, self.dev_score)
+        choice = choose_fit(
+            self.discovery,
+            bank,
+            settings,
+            grid,
+            self.dev_score,
+            folder=lambda changed: self._fit_folder(name, bank, changed),
+            name=name,
+            progress=progress,
+        )
         wanted = {"name": name, "grid": asdict(grid), **fit_run_settings(self.discovery, bank, settings)}
         self.run.json(f"trials-{name}-{_digest(wanted)}", choice.table)
         return choice.chosen
@@ -160,10 +163,10 @@ class Splits:
                 shutil.rmtree(trial)
         return Adapter(kind, weights, read_json(self.path / f"chosen-{name}.json"))
 
-    def _execution(self, name: str, bank: Bank, settings: FitSettings, *, progress: bool) -> Execution:
-        """How factors are learned: with their states in a folder that belongs to these settings."""
+    def _fit_folder(self, name: str, bank: Bank, settings: FitSettings) -> RunFolder:
+        """Where the states of this learning are kept, and of no other."""
         wanted = {"name": name, **fit_run_settings(self.discovery, bank, settings)}
-        return Execution(folder=RunFolder(self.path / f"fit-{_digest(wanted)}", wanted), progress=progress)
+        return RunFolder(self.path / f"fit-{_digest(wanted)}", wanted)
 
     def steering_inputs(
         self,

@@ -53,7 +53,7 @@ class Steering:
         self.profiles, self.selected = cache(self._profiles), cache(self._selected)
 
     def gain(self, task: str, steered: Steered) -> FloatArray:
-        """What a task's metric gains on test, [1 + resamples]."""
+        """The gain of a task's metric on test, [1 + resamples]."""
         splits = self.tasks[task]
         return self._values(splits.measure("test", steering=steered)) - self._values(splits.measure("test"))
 
@@ -129,7 +129,7 @@ class Steering:
     # ------------------------------------------------------------------------------------------------ selections
 
     def _selected(self, task: str, name: str, seed: int) -> Steered:
-        """What a selection or a comparator gives for a task, chosen on dev from the grid of the settings."""
+        """The profile or adapter of a selection or comparator for a task, chosen on dev from the settings' grid."""
         settings, splits = self.settings, self.tasks[task]
         fit = replace(settings.fit, seed=seed)
         if name in ADAPTERS:
@@ -213,7 +213,7 @@ class Steering:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """What a selection gave for one task: a profile or adapter for each seed, and the gains on test of each."""
+    """A selection for one task: a profile or adapter for each seed, and the gains on test of each."""
 
     name: str
     steered: Sequence[Steered]
@@ -240,7 +240,7 @@ def _file(steered: Steered) -> bytes:
 
 
 def _chosen(steered: Steered) -> dict[str, float]:
-    """What was chosen on dev: learning rate, epoch and strength; or the one factor."""
+    """The choice on dev: learning rate, epoch and strength; or the one factor."""
     method = steered.method
     if "factor" in method:
         return {"factor": method["factor"]}

@@ -220,15 +220,23 @@ def _digest(value: object) -> str:
 
 
 def check_disjoint(**splits: Sequence[Example]) -> None:
-    """Check that no image is in two splits; texts are not compared.
+    """Check that no image is in two splits, and no example without an image.
 
-    Two images are the same if their keys are equal or, in files named as COCO names them, if COCO's numbers are.
+    Two images are the same if their keys are equal or, in files named as COCO names them, if COCO's numbers are; two
+    examples without one are if all that they ask and answer is.
 
     Raises:
-        DataError: two splits share an image; the message names the image and the splits.
+        DataError: two splits share an image or an example; the message names it and the splits.
     """
     seen: dict[str, tuple[str, str]] = {}
+    texts: dict[str, str] = {}
     for split, examples in splits.items():
+        for example in (example for example in examples if example.image is None):
+            if (other := texts.setdefault(fingerprint(example), split)) != split:
+                raise DataError(
+                    f"Splits '{other}' and '{split}' share example '{example.id}'; "
+                    "each example may be in one split only."
+                )
         for key in [example.image.key for example in examples if example.image is not None]:
             first_split, first_key = seen.setdefault(_identity(key), (split, key))
             if first_split != split:

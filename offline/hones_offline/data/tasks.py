@@ -21,11 +21,13 @@ A task with several prompts or answers per example, or with a metric that is no 
 docs/tasks.md.
 '''
 
+import re
 import zlib
 from collections import Counter
 from collections.abc import Mapping
+from copy import copy
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -36,6 +38,9 @@ from hones_steer.profile import is_task_name
 
 Output = str | FloatArray
 """A model's output for one example: generated text, or the candidates' Yes-No margins [num_candidates]."""
+
+Protocol = Literal["default", "paper"]
+"""How the paper's tasks are run where its released code differs from this package; docs/methods.md lists where."""
 
 Answers = tuple[tuple[int, str], ...]
 """(prompt index, right answer) pairs of one example."""
@@ -49,7 +54,8 @@ class Task:
 
     `name` is the task's name in profiles and reports, `metric` the metric's display name. `kind` is "generate" if the
     model writes up to `max_new_tokens` tokens, "rank" if each prompt gets the margin logit(Yes) - logit(No) of its next
-    token. With `idf_weighted` the target's tokens are weighted by IDF in the write-in direction.
+    token. With `idf_weighted` the target's tokens are weighted by IDF in the write-in direction. With `first_line` only
+    the `first_line` of a generated text is scored. `protocol` is what `get_task` was asked for.
     A task holds no state, so that one instance serves any number of runs.
     """
 
@@ -58,6 +64,8 @@ class Task:
     kind: Literal["generate", "rank"] = "generate"
     max_new_tokens: int = 32
     idf_weighted: bool = False
+    first_line: bool = False
+    protocol: Protocol = "default"
 
     def prompt(self, example: Example) -> str:
         """The text beside the example's image; by default the example's prompt."""
@@ -85,6 +93,10 @@ class Task:
         Learning averages over an example's pairs, then over examples. `random` is seeded by the epoch.
         """
         return self.answers(example)
+
+    def clean(self, text: str) -> str:
+        """A generated text as it is scored: without white space around it, or its `first_line`."""
+        return first_line(text) if self.first_line else text.strip()
 
     def target_texts(self, example: Example) -> tuple[str, ...]:
         """Texts whose tokens together give the direction u_y of the write-in at the first prompt."""
@@ -186,6 +198,13 @@ class Retrieval(Task):
         begin = zlib.crc32(example.id.encode()) % count
         return ((0, "Yes"), *((1 + (begin + i) % count, "No") for i in range(min(LEARNED_NEGATIVES, count))))
 
+    def drawn_answers(self, example: Example, random: np.random.Generator) -> Answers:
+        """The same pairs for every epoch; with the paper's protocol the negatives are drawn."""
+        if self.protocol == "default":
+            return self.answers(example)
+        negatives = random.permutation(range(1, len(example.candidates)))[:LEARNED_NEGATIVES]
+        return ((0, "Yes"), *((negative, "No") for negative in negatives.tolist()))
+
     def target_texts(self, example: Example) -> tuple[str, ...]:  # noqa: ARG002
         return ("Yes",)
 
@@ -205,7 +224,9 @@ class JsonlTask(_TextTask):
         DataError: the metric is unknown, the name is not allowed for a profile, or `max_new_tokens` is below 1.
     """
 
-    def __init__(self, name: str, metric: str = "exact_match", max_new_tokens: int = 32) -> None:
+    def __init__(
+        self, name: str, metric: str = "exact_match", max_new_tokens: int = 32, *, first_line: bool = False
+    ) -> None:
         if not is_task_name(name):
             raise DataError(
                 f"'{name}' can't name a task; use up to 64 letters, digits, '_', '.' and '-', but not 'none'."
@@ -218,6 +239,7 @@ class JsonlTask(_TextTask):
         self.metric_name = metric
         self.metric = METRICS[metric].title
         self.max_new_tokens = max_new_tokens
+        self.first_line = first_line
         self.idf_weighted = metric == "bleu4"
 
     def answer(self, example: Example) -> str:
@@ -234,6 +256,15 @@ def _one_reference(example: Example, random: np.random.Generator) -> Answers:
     return ((0, example.targets[random.integers(len(example.targets))]),)
 
 
+def first_line(text: str) -> str:
+    """The first line that is not blank, without "Answer:" before it and straight quotation marks around it.
+
+    Models that chat write more than was asked for; the paper's released code scores what this leaves.
+    """
+    line = text.strip().partition("\n")[0]
+    return re.sub(r"^answer\s*:", "", line, flags=re.IGNORECASE).strip().strip("\"'").strip()
+
+
 def most_frequent(texts: tuple[str, ...]) -> str:
     """The text that occurs most often; on a tie the one that comes first."""
     return Counter(texts).most_common(1)[0][0]
@@ -243,8 +274,23 @@ TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (VQA()
 """The paper's tasks by name. To add one: write its class above and list it here."""
 
 
-def get_task(name: str) -> Task:
-    """One of the paper's tasks; raises DataError, naming the known ones, if the name is unknown."""
+def get_task(name: str, protocol: Protocol = "default") -> Task:
+    """One of the paper's tasks; with the protocol "paper" as its released code runs it (docs/methods.md lists how).
+
+    Raises:
+        DataError: the name or the protocol is unknown; the message names the known ones.
+    """
     if name not in TASKS:
         raise DataError(f"Unknown task '{name}'; the known ones are {', '.join(TASKS)}.")
-    return TASKS[name]
+    if protocol not in get_args(Protocol):
+        raise DataError(f"Unknown protocol '{protocol}'; the known ones are {', '.join(get_args(Protocol))}.")
+    return TASKS[name] if protocol == "default" else _as_released(TASKS[name])
+
+
+def _as_released(task: Task) -> Task:
+    """A copy of a task that follows the paper's released code."""
+    released = copy(task)
+    released.protocol = "paper"
+    if released.kind == "generate":
+        released.first_line, released.max_new_tokens = True, 24
+    return released

@@ -14,10 +14,12 @@ import torch
 
 from hones_offline.attribution.measurements import AnswerLogProbability
 from hones_offline.data.metrics import FloatArray
-from hones_offline.learning.factors import FitSettings
+from hones_offline.data.neurons import Bank
+from hones_offline.learning.factors import FitSettings, learned_by_epoch, losses_of
 from hones_offline.running.evaluation import intervention
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared
+from hones_offline.running.run_folder import RunFolder
 from hones_steer.errors import DataError
 from hones_steer.profile import Profile
 
@@ -152,27 +154,42 @@ def choose(
 
 
 def choose_fit(
-    grid: FitGrid,
+    prepared: Prepared,
+    bank: Bank,
     settings: FitSettings,
-    learn: Callable[[FitSettings], Generator[tuple[int, Profile]]],
+    grid: FitGrid,
     measure: Callable[[Profile], DevScore],
+    *,
+    folder: Callable[[FitSettings], RunFolder | None],
+    name: str = "hones",
+    progress: bool = False,
 ) -> Choice[Profile]:
-    """`choose` among learned factors; the profile's `method` says what was chosen.
+    """`choose` among learned factors; the profile's `method["chosen_on_dev"]` says what was chosen.
 
     Args:
+        prepared: the discovery examples.
+        bank: the neurons whose factors are learned.
+        settings: how they are learned; learning rate and epochs are the grid's.
         grid: the values that are tried.
-        settings: the other settings of learning.
-        learn: settings -> `learned_by_epoch`.
         measure: how well a profile does on dev.
+        folder: the settings of one learning rate -> where its states are kept.
+        name: the method's name, for the profile's metadata.
+        progress: show progress bars on a terminal.
     """
-    choice = choose(grid, lambda lr: learn(replace(settings, lr=lr, epochs=grid.epochs)), _strengthened, measure)
+    losses = losses_of(prepared, settings)
+
+    def learn(lr: float) -> Generator[tuple[int, Profile]]:
+        changed = replace(settings, lr=lr, epochs=grid.epochs)
+        execution = Execution(folder=folder(changed), progress=progress)
+        return learned_by_epoch(prepared, bank, changed, execution, name=name, losses=losses)
+
+    choice = choose(grid, learn, strengthened, measure)
     method = {**choice.chosen.method, "chosen_on_dev": choice.on_dev}
     return replace(choice, chosen=replace(choice.chosen, method=method))
 
 
-def _strengthened(profile: Profile, strength: float) -> Profile:
-    if strength == 1:
-        return profile
+def strengthened(profile: Profile, strength: float) -> Profile:
+    """A profile with its offsets times a strength, and its own metadata."""
     return replace(profile * strength, description=profile.description, method=profile.method)
 
 

@@ -143,6 +143,14 @@ def _masking_notes(summary: Summary) -> list[str]:
     return meanings(row["method"] for row in rows_of(summary, "masking"))
 
 
+def _finding_notes(summary: Summary) -> list[str]:
+    beside = summary["finding"]["bystanders"]
+    return [
+        *(f"Bystanders of {task}: {', '.join(others) if others else 'none'}." for task, others in beside.items()),
+        *meanings(row["method"] for row in rows_of(summary, "finding")),
+    ]
+
+
 def _group_notes(summary: Summary) -> list[str]:
     steered = any(row.get("gains") for row in rows_of(summary, "groups"))
     return ["Orange is above zero, blue below.", *([] if steered else ["Steering with the groups was not run."])]
@@ -233,6 +241,17 @@ SECTIONS = (
         figures=figures.bank_size_curves,
         tables=tables.bank_size_tables,
         notes=lambda _: ("Bank sizes are shares of all FFN neurons, on a logarithmic axis.",),
+    ),
+    Specification(
+        "finding",
+        "Finding compared",
+        "What masking the banks costs their own task, the other tasks, and bystanders: measured tasks that took no "
+        "part in the contrast. Means and their intervals are over tasks, draws of data and test examples together.",
+        key="finding",
+        examples="rows",
+        seeds="rows",
+        tables=tables.finding_tables,
+        notes=_finding_notes,
     ),
     Specification(
         "cross",

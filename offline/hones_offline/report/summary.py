@@ -30,7 +30,17 @@ INTERVAL = (float, float)
 DROPS = {EACH: {"drop": float, "ci95?": INTERVAL}}
 GAINS = {EACH: {"gain": float, "ci95?": INTERVAL}}
 ELSEWHERE = {"elsewhere?": GAINS, "elsewhere_mean?": float, "elsewhere_mean_ci95?": INTERVAL}
-"""What the other tasks gain, or lose, where they are steered with this task's profile."""
+"""The other tasks' gains, or losses, where they are steered with this task's profile."""
+ABLATED = {"method": str, "fraction": float, "ablation": {"zero", "mean"}, "neurons": float}
+MEASURES = {
+    "own_drop": float,
+    "own_drop_ci95": INTERVAL,
+    "relative_drop?": float,
+    "bystander_drop?": float,  # nothing where there are no bystanders
+    "bystander_drop_ci95?": INTERVAL,
+    "selectivity": float,
+    "selectivity_ci95": INTERVAL,
+}
 
 CONTRACT = {
     "title": str,
@@ -78,12 +88,46 @@ CONTRACT = {
             "n": int,
             "own_drop": float,
             "own_drop_ci95": INTERVAL,
+            "relative_drop?": float,  # own drop / base; nothing where that is 0
             "other_drops": {EACH: float},
             "selectivity?": float,  # nothing where there is one task only
             "selectivity_ci95?": INTERVAL,
             "by_seed?": {"own_drop": [float], "selectivity?": [float]},
         }
     ],
+    "finding?": {
+        "bystanders": {EACH: [str]},  # task -> measured tasks that took no part in the contrast
+        "reference?": str,  # the method that differences are to
+        "rows": [
+            {
+                **ABLATED,
+                **MEASURES,
+                "task": str,
+                "seeds": int,
+                "n": int,
+                "other_drops": {EACH: float},
+                "by_seed": {
+                    "own_drop": [float],
+                    "bystander_drop?": [float],
+                    "selectivity": [float],
+                    "other_drops": {EACH: [float]},
+                },
+            }
+        ],
+        "means": [{**ABLATED, **MEASURES, "difference?": MEASURES}],  # over tasks
+        "matched": [  # bystanders' drop where the own drop, as banks grow, reaches the level
+            {
+                "method": str,
+                "ablation": {"zero", "mean"},
+                "level": float,
+                "reached": float,  # share of the resamples
+                "bystander_drop?": float,  # nothing where the level is not reached
+                "bystander_drop_ci95?": INTERVAL,
+                "difference?": float,
+                "difference_ci95?": INTERVAL,
+            }
+        ],
+    },
     "cross?": {"method": str, "fraction": float, "seeds?": int, "drops": {EACH: DROPS}},  # bank of -> measured on
     "groups?": [
         {
@@ -283,20 +327,24 @@ def _wrong_sizes(summary: Mapping[str, Any]) -> Iterator[str]:
 
 def _impossible_rows(summary: Mapping[str, Any]) -> Iterator[str]:
     """Bank sizes that are no share, and rows that measure the same thing twice."""
-    sizes = [row["fraction"] for row in (*(summary.get("masking") or ()), *filter(None, [summary.get("cross")]))]
+    finding = summary.get("finding") or {"rows": (), "means": (), "matched": ()}
+    masked = (*(summary.get("masking") or ()), *finding["rows"], *finding["means"])
+    sizes = [row["fraction"] for row in (*masked, *filter(None, [summary.get("cross")]))]
     if summary.get("fraction") is not None:
         sizes.append(summary["fraction"])
     for size in sizes:
         if not 0 < size <= 1:
             yield f"a fraction is {size}, not above 0 and at most 1"
     keys = {"masking": ("task", "method", "fraction"), "steering": ("task", "method"), "strength": ("task", "strength")}
-    sections: dict[str, Any] = {section: summary.get(section) or () for section in keys}
     selections = summary.get("selections") or {"rows": (), "means": ()}
-    keys |= {"selections.rows": ("task", "method"), "selections.means": ("method",)}
-    sections |= {f"selections.{part}": selections[part] for part in ("rows", "means")}
-    for section, names in keys.items():
-        rows = Counter(tuple(row[name] for name in names) for row in sections[section])
-        for key, count in rows.items():
+    parts = [(section, summary.get(section) or (), names) for section, names in keys.items()]
+    parts.append(("finding.rows", finding["rows"], ("task", "method", "fraction", "ablation")))
+    parts.append(("finding.means", finding["means"], ("method", "fraction", "ablation")))
+    parts.append(("finding.matched", finding["matched"], ("method", "ablation", "level")))
+    parts.append(("selections.rows", selections["rows"], ("task", "method")))
+    parts.append(("selections.means", selections["means"], ("method",)))
+    for section, rows, names in parts:
+        for key, count in Counter(tuple(row[name] for name in names) for row in rows).items():
             if count > 1:
                 yield f"{section} has {count} rows of {', '.join(map(_short, key))}"
 
@@ -319,6 +367,11 @@ def _task_mentions(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield from mentions("elsewhere", row.get("elsewhere") or ())
     for row in summary.get("masking") or ():
         yield from mentions("masking.other_drops", row["other_drops"])
+    finding = summary.get("finding") or {"rows": (), "bystanders": {}}
+    for row in finding["rows"]:
+        yield from mentions("finding.rows", [row["task"], *row["other_drops"], *row["by_seed"]["other_drops"]])
+    for task, others in finding["bystanders"].items():
+        yield from mentions("finding.bystanders", [task, *others])
     for bank, drops in ((summary.get("cross") or {}).get("drops") or {}).items():
         yield from mentions("cross.drops", [bank, *drops])
     for row in summary.get("groups") or ():

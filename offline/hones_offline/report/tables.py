@@ -20,6 +20,7 @@ Kind = Literal["text", "number", "value", "change", "percent"]
 SCORED_BY = {"task": "the task's metric", "logprob": "the answers' log-probability"}
 SPREAD = {"one": "one task's alone", "pair": "shared by two", "triple": "shared by three", "all": "shared by all"}
 SPLITS = ("discovery", "attribution", "dev", "test")
+SET_TO = {"zero": "zero", "mean": "the mean"}
 GROUP_EFFECTS = (("drops", "drop", "Drop when masked"), ("gains", "gain", "Gain when steered"))
 
 
@@ -118,6 +119,8 @@ LAYER = Column("layer", "number")
 N = Column("n", "number")
 SEEDS = Column("seeds", "number")
 VALUE = Column("value", "value", with_interval("value", "ci95"))
+OF_THE_BASE = Column("of the base", "percent", lambda row: row.get("relative_drop"))
+ABLATION = Column("set to", source=lambda row: SET_TO[row["ablation"]])
 
 CHOSEN_HEADS = (TASK, LAYER, Column("head", "number"), Column("mean score", "change"), Column("weight", "value"))
 HEAD_SCORES = (
@@ -137,11 +140,25 @@ MASKING = (
     BANK,
     Column("neurons", "number"),
     Column("own drop", "change", with_interval("own_drop")),
-    Column("of the base", "percent", lambda row: row["own_drop"] / row["base"] if row["base"] else None),
+    OF_THE_BASE,
     Column("selectivity", "change", with_interval("selectivity")),
     N,
     SEEDS,
 )
+DROPS = (
+    Column("own drop", "change", with_interval("own_drop")),
+    Column("bystander drop", "change", with_interval("bystander_drop")),
+    Column("selectivity", "change", with_interval("selectivity")),
+)
+FINDING_MEANS = (METHOD, ABLATION, BANK, Column("neurons", "number"), OF_THE_BASE, *DROPS)
+FINDING_MATCHED = (
+    METHOD,
+    ABLATION,
+    Column("own drop", "value", "level"),
+    Column("bystander drop", "change", with_interval("bystander_drop")),
+    Column("resamples that reach it", "percent", "reached"),
+)
+FINDING = (TASK, METHOD, ABLATION, BANK, Column("neurons", "number"), OF_THE_BASE, *DROPS, N, SEEDS)
 GAIN = Column("gain over base", "change", with_interval("gain"))
 STEERING = (TASK, METHOD, VALUE, GAIN, N, SEEDS)
 ELSEWHERE = Column("gain on other tasks", "change", with_interval("elsewhere_mean"))
@@ -221,7 +238,7 @@ def masking_tables(summary: Summary) -> list[Table]:
     """Masking at each task's main bank size."""
     rows = main_size_rows(summary)
     return [
-        table("Masking, bank by bank", MASKING, _with_base(summary, rows)),
+        table("Masking, bank by bank", MASKING, rows),
         *_other_drops(summary, rows),
         *_by_seed("Own drop and selectivity, seed by seed", rows),
     ]
@@ -231,15 +248,38 @@ def bank_size_tables(summary: Summary) -> list[Table]:
     """Masking at every bank size, folded."""
     rows = rows_of(summary, "masking")
     return [
-        table("Masking at every size", MASKING, _with_base(summary, rows), folded=True),
+        table("Masking at every size", MASKING, rows, folded=True),
         *_other_drops(summary, rows),
         *_by_seed("Own drop and selectivity at every size, seed by seed", rows),
     ]
 
 
-def _with_base(summary: Summary, rows: Iterable[Row]) -> list[Row]:
-    """The rows with the untouched model's score on their task as `base`."""
-    return [{**row, "base": summary["tasks"][row["task"]]["base"]} for row in rows]
+def finding_tables(summary: Summary) -> list[Table]:
+    """Means over tasks, differences to the reference method, harm at equal own drop; folded, each task's banks."""
+    finding, rows = summary["finding"], rows_of(summary, "finding")
+    means, matched = (
+        sorted(finding[part], key=lambda row: (place(row["method"]), row["ablation"] != "zero"))
+        for part in ("means", "matched")
+    )
+    tables = [table("Means over tasks", FINDING_MEANS, means)]
+    compared = [{**row, **row["difference"]} for row in means if "difference" in row]
+    columns = list(FINDING_MATCHED)
+    if compared:
+        to = method_title(finding["reference"])
+        tables.append(table(f"Differences to {to} at the same size", [METHOD, ABLATION, BANK, *DROPS], compared))
+        columns.append(Column(f"difference to {to}", "change", with_interval("difference")))
+    if matched:
+        tables.append(table("Harm to bystanders at equal own drop", columns, matched))
+    seeds = []
+    for row in rows:
+        others = {f"drop of {task}": drops for task, drops in row["by_seed"]["other_drops"].items()}
+        seeds.append({**row, "by_seed": {**row["by_seed"], **others}})
+    return [
+        *tables,
+        table("Each task's banks", FINDING, rows, folded=True),
+        *_other_drops(summary, rows),
+        *_by_seed("Each task's banks, seed by seed", seeds),
+    ]
 
 
 def _other_drops(summary: Summary, rows: Sequence[Row]) -> list[Table]:
@@ -247,7 +287,8 @@ def _other_drops(summary: Summary, rows: Sequence[Row]) -> list[Table]:
     if not any(row["other_drops"] for row in rows):
         return []
     rows = [{**row, "drops": {**row["other_drops"], row["task"]: row["own_drop"]}} for row in rows]
-    columns = [BANK_OF, METHOD, BANK, *(Column(task, "change", entry("drops", task)) for task in summary["tasks"])]
+    columns = [BANK_OF, METHOD, *([ABLATION] if "ablation" in rows[0] else []), BANK]
+    columns += [Column(task, "change", entry("drops", task)) for task in summary["tasks"]]
     return [change_table("What each bank costs every task", columns, rows, folded=True)]
 
 
@@ -256,7 +297,7 @@ def _by_seed(caption: str, rows: Sequence[Row]) -> list[Table]:
 
     Masking's `by_seed` holds a list for each measure, steering's is one list.
     """
-    sized = any("fraction" in row for row in rows)
+    sized, ablated = (any(key in row for row in rows) for key in ("fraction", "ablation"))
     measured = []
     for row in rows:
         measures = row.get("by_seed", {})
@@ -266,7 +307,7 @@ def _by_seed(caption: str, rows: Sequence[Row]) -> list[Table]:
     if not measured:
         return []
     seeds = range(max(len(row["values"]) for row in measured))
-    columns = [TASK, METHOD, *([BANK] if sized else []), Column("measure")]
+    columns = [TASK, METHOD, *([ABLATION] if ablated else []), *([BANK] if sized else []), Column("measure")]
     columns += [Column(f"seed {seed + 1}", "value", entry("values", seed)) for seed in seeds]
     return [table(caption, columns, measured, folded=True)]
 
@@ -311,7 +352,7 @@ def steering_tables(summary: Summary) -> list[Table]:
 
 
 def _wrong_routes(summary: Summary, rows: Iterable[Row]) -> list[Table]:
-    """What each task gains or loses where it is steered with another's profile; no table if that was not measured."""
+    """Each task's gain or loss where it is steered with another's profile; no table if that was not measured."""
     rows = [row for row in rows if row.get("elsewhere")]
     if not rows:
         return []
@@ -325,7 +366,7 @@ def _wrong_routes(summary: Summary, rows: Iterable[Row]) -> list[Table]:
 
 
 def selection_tables(summary: Summary) -> list[Table]:
-    """What each selection and comparator gains, on average and task by task, and what was chosen for it on dev."""
+    """The gains of each selection and comparator, on average and task by task, and the choices on dev."""
     rows, part = rows_of(summary, "selections"), summary["selections"]
     reference = method_title(part["reference"])
     means = sorted(part["means"], key=lambda row: place(row["method"]))

@@ -1,4 +1,4 @@
-"""Backward passes: the gradient of an answer's log-probability by factors that multiply the FFNs' neurons.
+"""Backward passes: the gradient of an answer's log-probability by what hooks put into the forward, such as factors.
 
 Before the first one `rows_at_once` checks, on a few tokens, that every module of the decoder passes gradients on, and
 measures how much memory the longest example needs.
@@ -6,8 +6,9 @@ measures how much memory the longest example needs.
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,12 @@ from hones_offline.running.execution import Execution
 from hones_offline.running.hooks import ffn_factors
 from hones_offline.running.prompts import Prepared
 from hones_steer.errors import DataError, LayoutError
+from hones_steer.layout import Layout
 
 Pair = tuple[Segment, Tensor]
 """A prompt and its answer's token ids [n]."""
+Leaves = Callable[[Layout], AbstractContextManager[Mapping[int, Tensor]]]
+"""A block of hooks that puts what gradients are taken by into the forward, a tensor per layer."""
 
 
 @contextmanager
@@ -72,18 +76,23 @@ def factor_gradients(
     """
     batch = AnsweredBatch(decoder, pairs)
     columns = batch.last_prompt_columns if last_prompt_token else None
-    with torch.enable_grad(), ffn_factors(decoder.layout, columns) as factors:
+    return gradients_by(partial(ffn_factors, columns=columns), batch)
+
+
+def gradients_by(leaves: Leaves, batch: AnsweredBatch) -> dict[int, Tensor]:
+    """The gradient of the sum of a batch's utilities by its leaves, per layer in ascending order."""
+    with torch.enable_grad(), leaves(batch.decoder.layout) as taken:
         utility = batch.utilities().sum()
-        layers = sorted(factors)
-        gradients = torch.autograd.grad(utility, [factors[layer] for layer in layers])
+        layers = sorted(taken)
+        gradients = torch.autograd.grad(utility, [taken[layer] for layer in layers])
     return dict(zip(layers, gradients, strict=True))
 
 
-def rows_at_once(prepared: Prepared, execution: Execution) -> int:
+def rows_at_once(prepared: Prepared, execution: Execution, leaves: Leaves = ffn_factors) -> int:
     """How many pairs are run backward together: at most the batch size, and as many as fit into `memory_gb`.
 
-    What counts is what the forward keeps for the backward pass, apart from the weights. All processes get the same
-    number.
+    What counts is what the forward keeps for a backward pass to the `leaves`, apart from the weights. All processes get
+    the same number.
 
     Raises:
         LayoutError: the model cannot be run backward.
@@ -93,8 +102,8 @@ def rows_at_once(prepared: Prepared, execution: Execution) -> int:
     pairs = prepared.pairs()
     longest = max((prompt for prompt, _ in pairs), key=len), max((answer for _, answer in pairs), key=len)
     with frozen(decoder.model):
-        require_backward(decoder, longest)
-        kept = execution.processes.from_first(lambda: kept_bytes(decoder, longest))
+        require_backward(decoder, longest, leaves)
+        kept = execution.processes.from_first(lambda: kept_bytes(decoder, longest, leaves))
     rows = min(execution.batch_size, gib(execution.memory_gb) // kept)
     if not rows:
         raise DataError(
@@ -105,7 +114,7 @@ def rows_at_once(prepared: Prepared, execution: Execution) -> int:
     return rows
 
 
-def kept_bytes(decoder: TextDecoder, pair: Pair) -> int:
+def kept_bytes(decoder: TextDecoder, pair: Pair, leaves: Leaves = ffn_factors) -> int:
     """Bytes that the forward of one pair keeps for the backward pass, weights aside.
 
     They are counted as they come and not kept, so that this needs no more memory than a forward. A storage that is kept
@@ -123,7 +132,7 @@ def kept_bytes(decoder: TextDecoder, pair: Pair) -> int:
             counted.add(reference)
             kept += storage.nbytes()
 
-    with torch.enable_grad(), ffn_factors(decoder.layout), saved_tensors_hooks(count, _never_run_backward):
+    with torch.enable_grad(), leaves(decoder.layout), saved_tensors_hooks(count, _never_run_backward):
         AnsweredBatch(decoder, [pair]).utilities()
     return kept
 
@@ -132,7 +141,7 @@ def _never_run_backward(_kept: object) -> Tensor:
     raise AssertionError("the forward that counts what is kept is not run backward")
 
 
-def require_backward(decoder: TextDecoder, pair: Pair) -> None:
+def require_backward(decoder: TextDecoder, pair: Pair, leaves: Leaves = ffn_factors) -> None:
     """Run a few tokens backward; raises LayoutError, naming the module, if it passes no gradient on.
 
     A quantized layer may leave its input out of the graph, raise, or warn and go on without a gradient: with the
@@ -146,7 +155,7 @@ def require_backward(decoder: TextDecoder, pair: Pair) -> None:
             if module in parts:
                 stack.callback(module.register_forward_hook(_passes_gradients(decoder, name)).remove)
         try:
-            factor_gradients(decoder, [(prompt.split(2)[0], answer[:1])])
+            gradients_by(leaves, AnsweredBatch(decoder, [(prompt.split(2)[0], answer[:1])]))
         except RuntimeError as error:  # what torch raises for an operation without a derivative
             raise _no_backward(decoder, str(error).splitlines()[0]) from error
 
@@ -169,5 +178,5 @@ def _passes_gradients(decoder: TextDecoder, name: str) -> Any:
 def _no_backward(decoder: TextDecoder, reason: str) -> LayoutError:
     return LayoutError(
         f"model type {decoder.layout.model_type!r} cannot be run backward: {reason}; use a checkpoint that is not "
-        "quantized, or a method without a backward pass: hones, dvp, ma, ap"
+        "quantized, or a method without a backward pass: hones (with heads exact or race), dvp, ma, ap"
     )

@@ -167,9 +167,9 @@ def _generated(prepared: Prepared, batch_size: int) -> list[str]:
 
 
 def decoded_texts(prepared: Prepared, tokens: Sequence[Sequence[int]]) -> list[str]:
-    """Generated tokens as the texts that are scored."""
+    """Generated tokens as the texts that are scored, cleaned by the task."""
     texts: list[str] = prepared.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    return [prepared.task.clean(text) for text in texts]
 
 
 def _ranked(prepared: Prepared, batch_size: int) -> list[FloatArray]:

@@ -1,7 +1,7 @@
 """The hooks that attribution needs on a decoder's layers, as context managers that place all of them or none.
 
 - Reading: `capture_call`, `recorded_ffn`, `summed_ffn`, `ffn_inputs`, `recorded_states`.
-- Intervening: `replaced_heads`, `scaled_ffn`, `ffn_factors`, `set_ffn`.
+- Intervening: `replaced_heads`, `moved_heads`, `scaled_ffn`, `ffn_factors`, `set_ffn`.
 - Running less: `resumed` starts a forward at a middle layer, `last_ffn_at` runs the last FFN where it is read.
 
 Nothing here recomputes what the model computes anyway: every hook reads or replaces an input that the model has just
@@ -365,6 +365,35 @@ def replaced_heads(layout: Layout, heads: Sequence[Head]) -> Iterator[None]:
 
     with _hooked(layout, hooks()):
         yield
+
+
+@contextmanager
+def moved_heads(layout: Layout, share: float) -> Iterator[dict[int, Tensor]]:
+    """Move every head's output, at every position, by a share of the way to what `replaced_heads` puts in its place.
+
+    Gradients can be taken by the shares, float32 [rows, heads] per layer; they are those of the latest forward. With
+    shares of 0 it stays bit-equal.
+    """
+    shares: dict[int, Tensor] = {}
+
+    def mover(layer: DecoderLayer, count: int) -> Callable[[Tensor, Shape], Tensor]:
+        def move(x: Tensor, shape: Shape) -> Tensor:
+            outputs = _by_row(x, shape[0], layer).unflatten(-1, (count, -1))  # [rows, T, heads, head_dim]
+            own = shares[layer.index] = torch.full((len(outputs), count), share, device=x.device, requires_grad=True)
+            way = count / (count - 1) * (outputs.mean(-2, keepdim=True) - outputs)
+            moved: Tensor = outputs + scale(way, own[:, None, :, None])
+            return moved.reshape(x.shape)
+
+        return move
+
+    def hooks() -> Iterator[tuple[DecoderLayer, nn.Module, Callable[[Tensor, Shape], Tensor]]]:
+        for layer in layout.layers:
+            assert layer.attn_out is not None  # Layout.require_attribution has been called
+            assert layer.num_heads is not None
+            yield layer, layer.attn_out, mover(layer, layer.num_heads)
+
+    with _hooked(layout, hooks()):
+        yield shares
 
 
 @contextmanager

@@ -142,6 +142,8 @@ def run_settings(prepared: Prepared) -> dict[str, Any]:
         "task": task.name,
         "metric": task.metric,
         "max_new_tokens": task.max_new_tokens,
+        "first_line": task.first_line,
+        "protocol": task.protocol,
         "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12],
         "examples": examples_digest(prepared.examples),
         "model": asdict(ModelIdentity.from_model(prepared.decoder.model)),
