@@ -40,11 +40,17 @@ from examples.smollm2.make_data import DEV_TASKS, SPLITS, TASKS
 
 DATA = Path(__file__).parent / "data"
 MAX_NEW_TOKENS = 8  # no answer has more than 6, and the line ends after it
-BATCH = 32
 
 
 def encode(
-    model: Any, tokenizer: Any, task: str, limit: int | None, *, known: bool, work: Path | None = None
+    model: Any,
+    tokenizer: Any,
+    task: str,
+    limit: int | None,
+    *,
+    known: bool,
+    batch_size: int = 32,
+    work: Path | None = None,
 ) -> dict[str, Prepared]:
     """Every split of a task, the `known` facts or all; with `limit` dev and test are random draws of that size.
 
@@ -54,10 +60,10 @@ def encode(
     def is_right(name: str, every: Prepared) -> npt.NDArray[np.bool_]:
         folder = None
         if work is not None:
-            settings = {"stage": "known", **run_settings(every), "batch_size": BATCH}
+            settings = {"stage": "known", **run_settings(every), "batch_size": batch_size}
             folder = RunFolder(work / "known" / f"{task}-{name}", settings)
-        execution = Execution(BATCH, folder=folder)
-        step = execution.arrays("base", lambda: {"statistics": score(every, batch_size=BATCH).statistics})
+        execution = Execution(batch_size, folder=folder)
+        step = execution.arrays("base", lambda: {"statistics": score(every, batch_size=batch_size).statistics})
         right: npt.NDArray[np.bool_] = step["statistics"][:, 0] == 1
         return right
 
@@ -186,6 +192,7 @@ def main() -> None:
     parser.add_argument("--reference", metavar="METHOD", help="which finding takes differences to")
     levels = list(CompareSettings().own_drop_levels)
     parser.add_argument("--levels", type=float, nargs="+", default=levels, metavar="X", help="own drops (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences at a time (%(default)s)")
     parser.add_argument("--selections", nargs="+", default=[], metavar="METHOD", help="whose banks selections steers")
     comparators = list(COMPARATORS)
     parser.add_argument("--comparators", nargs="*", choices=COMPARATORS, default=comparators, help="default: all")
@@ -225,8 +232,9 @@ def main() -> None:
     model, tokenizer = load_model(args.model, dtype=args.dtype)
     tasks = {}
     for task in args.tasks:
-        encoded = encode(model, tokenizer, task, args.limit, known=args.known, work=args.out / "work")
-        tasks[task] = Splits(**encoded, run_path=args.out / "work" / task, batch_size=BATCH)
+        rows, work = args.batch_size, args.out / "work"
+        encoded = encode(model, tokenizer, task, args.limit, known=args.known, batch_size=rows, work=work)
+        tasks[task] = Splits(**encoded, run_path=work / task, batch_size=rows)
     title = "Cloze tasks on SmolLM2-135M"
     summary = compare(
         tasks, settings, args.out, title=title, report=lambda stage: print(stage, flush=True), progress=True

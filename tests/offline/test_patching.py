@@ -167,7 +167,9 @@ def test_too_little_memory_and_a_model_without_a_backward_pass_are_refused_befor
     with pytest.raises(DataError, match=r"memory_gb=1e-06; --memory-gb 0\.01 is enough"):
         attribute(*arguments, heads="patch", memory_gb=1e-6, run_dir=tmp_path / "little", **SETTINGS)
     with warnings.catch_warnings(action="ignore"):
-        p.model.model = torch.ao.quantization.quantize_dynamic(p.model.model, {"layers.0.self_attn.o_proj"})
+        p.model.model = torch.ao.quantization.quantize_dynamic(
+            p.model.model, {"layers.0.self_attn.o_proj"}, dtype=torch.float16
+        )
     message = r"its model\.layers\.0\.self_attn\.o_proj .* no gradient on; .* \(with heads exact or race\)"
     with pytest.raises(LayoutError, match=message):
         attribute(*arguments, heads="patch", run_dir=tmp_path / "quantized", **SETTINGS)

@@ -95,11 +95,10 @@ class Comparison:
     """
 
     def __init__(self, tasks: Mapping[str, Splits], settings: CompareSettings, *, progress: bool = False) -> None:
-        for setting in ("measured", "contrast_tasks"):
-            if unknown := set(getattr(settings, setting) or ()) - set(tasks):
-                raise DataError(
-                    f"{setting} names {', '.join(sorted(unknown))}, which is not among the tasks {', '.join(tasks)}"
-                )
+        if unknown := set(settings.measured or ()) - set(tasks):
+            raise DataError(
+                f"measured names {', '.join(sorted(unknown))}, which is not among the tasks {', '.join(tasks)}"
+            )
         self.tasks, self.settings, self.progress = tasks, settings, progress
         wanted = tasks if settings.measured is None else settings.measured
         self.measured = {task: splits for task, splits in tasks.items() if task in wanted}

@@ -66,13 +66,13 @@ def parse(name: str) -> ComparedMethod:
     if base not in METHODS or (colon and not rest) or not set(variants) <= allowed:
         raise DataError(
             f"unknown method {name!r}; choose from {', '.join(METHODS)}; those of hones take variants after a colon, "
-            f"joined by '+': {', '.join((*_VARIANTS, *_CONTRASTS))}; dvp takes contrastive, centred, max or ratio, "
-            "the others but random max or ratio"
+            f"joined by '+': {', '.join((*_VARIANTS, *_CONTRASTS))}; head_grad takes rank, damage, leave_out, max or "
+            "ratio, dvp contrastive, centred, max or ratio, the others but random max or ratio"
         )
     changes = {key: value for variant in variants for key, value in _VARIANTS.get(variant, {}).items()}
     if len(changes) + len(contrasts) < len(variants) or len(contrasts) > 1:
         raise DataError(f"method {name!r} asks for two variants of the same thing; choose one")
-    metric: HeadMetric = "logprob" if base == "hones_logprob" else "task"
+    metric: HeadMetric = "logprob" if base in ("hones_logprob", "head_grad") else "task"
     options = AttributionOptions(method=methods.METHODS[base].single_task or base, head_metric=metric, **changes)
     return ComparedMethod(name, base, options, cast(Contrast, contrasts[0]) if contrasts else None)
 

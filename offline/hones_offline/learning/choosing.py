@@ -41,7 +41,7 @@ class FitGrid:
     patience: int = 2
     """Epochs without a better one on dev after which learning stops."""
     strengths: Sequence[float] = (0.5, 1.0, 1.5, 2.0)
-    """What the learned offsets are multiplied by."""
+    """Factors of the learned offsets."""
 
     def __post_init__(self) -> None:
         for name in ("lrs", "strengths"):
@@ -92,7 +92,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Choice(Generic[T]):
-    """What was chosen, its trial, and all trials in the order they were made."""
+    """The chosen one, its trial, and all trials in the order they were made."""
 
     chosen: T
     best: Trial

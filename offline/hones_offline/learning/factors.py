@@ -139,8 +139,17 @@ def fit(
     prepared = prepare(model, processor, task, examples, max_failures=max_failures, progress=progress)
     checked = Bank(bank)
     checked.check(NeuronIndex.of(prepared.decoder.layout))
+    _check_keep(checked, settings)
     run = None if run_dir is None else RunFolder(run_dir, fit_run_settings(prepared, checked, settings))
     return learn(prepared, checked, settings, Execution(folder=run, progress=progress))
+
+
+def _check_keep(bank: Bank, settings: FitSettings) -> None:
+    """Raise DataError if more neurons are to be kept than there are."""
+    if settings.keep is not None and settings.keep > bank.size:
+        raise DataError(
+            f"keep is {settings.keep}, but the bank has {bank.size} neurons; keep fewer, or give a larger one"
+        )
 
 
 def fit_run_settings(prepared: Prepared, bank: Bank, settings: FitSettings) -> dict[str, Any]:
@@ -200,7 +209,7 @@ def learned_by_epoch(
 
 
 def losses_of(prepared: Prepared, settings: FitSettings) -> Losses:
-    """What learning on these examples under these settings minimizes, but for the penalty."""
+    """The losses that learning on these examples under these settings minimizes, but for the penalty."""
     return Losses(
         prepared,
         beta_kl=settings.beta_kl,
@@ -236,8 +245,7 @@ class _Learner:
     """The optimization as a function from state to state, so that it can stop and go on at any chunk."""
 
     def __init__(self, prepared: Prepared, bank: Bank, settings: FitSettings, losses: Losses) -> None:
-        if settings.keep is not None and settings.keep > bank.size:
-            raise DataError(f"{settings.keep} neurons are to be kept, but the bank has {bank.size}; give a larger bank")
+        _check_keep(bank, settings)
         self.decoder: TextDecoder = prepared.decoder
         self.index = NeuronIndex.of(self.decoder.layout)
         self.bank, self.settings, self.losses = bank, settings, losses
