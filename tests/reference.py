@@ -389,6 +389,52 @@ def fisher(model, processor, task, examples):
     return sum(g**2 for g in gradients) / len(gradients)
 
 
+def head_gradient(model, processor, task, examples, heads):
+    """Σ_h w_h·[mean over examples of Σ (z − z_h)·∂P/∂z]_+ / Σ_h w_h, [L, I]; heads are (layer, head, w)."""
+    total, weights = 0, 0.0
+    for layer, head, weight in heads:
+        drops = []
+        for example in examples:
+            of_pairs = []
+            for index, answer in task.answers(example):
+                pair = example, task.prompts(example)[index], answer
+                with ffn_inputs_recorded(model) as recorded:
+                    logits, ids = answer_logits(model, processor, *pair)
+                for z in recorded.values():
+                    z.retain_grad()
+                logits.log_softmax(-1)[range(len(ids)), ids].mean().backward()
+                with torch.no_grad(), head_replaced(model, layer, head), ffn_inputs_recorded(model) as replaced:
+                    answer_logits(model, processor, *pair)
+                differences = [(z - replaced[i]) * z.grad for i, z in sorted(recorded.items())]
+                of_pairs.append(torch.stack([difference.sum(0).detach() for difference in differences]))
+                model.zero_grad()
+            drops.append(sum(of_pairs) / len(of_pairs))
+        total = total + weight * (sum(drops) / len(drops)).clamp(min=0)
+        weights += weight
+    return total / weights
+
+
+@torch.no_grad()
+def activation_probability(model, processor, task, examples):
+    """LAPE's share of all tokens, of prompts and answers, at which the FFN's activation function gives > 0, [L, I]."""
+    active, tokens = [], 0
+    for example in examples:
+        for index, answer in task.answers(example):
+            given = []
+
+            def hook(_module, _args, output, given=given):
+                given.append(output.flatten(0, -2)[:-1])  # without the end token, after which nothing is read
+
+            with ExitStack() as stack:
+                for layer in find_layout(model).layers:
+                    (function,) = (m for m in layer.module.modules() if "activation" in type(m).__module__)
+                    stack.callback(function.register_forward_hook(hook).remove)
+                answer_logits(model, processor, example, task.prompts(example)[index], answer)
+            active.append(torch.stack([(row > 0).sum(0) for row in given]))
+            tokens += len(given[0])
+    return sum(active) / tokens
+
+
 def activation_entropy(probabilities):
     """LAPE's entropy from {task: [L][I] activation probabilities}: {task: importance [L][I]}, neuron by neuron."""
     tasks = list(probabilities)

@@ -22,13 +22,13 @@ import numpy.typing as npt
 
 from hones_offline.attribution.heads import HeadMetric, HeadScores, Preselection, all_heads, statistics_of, utility
 from hones_offline.data.metrics import FloatArray
-from hones_offline.running.backward import AnsweredBatch, Pair, frozen, gradients_by, rows_at_once
+from hones_offline.running.backward import AnsweredBatch, frozen, gradients_by, rows_at_once
 from hones_offline.running.batching import batches
 from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.execution import Execution
 from hones_offline.running.hooks import moved_heads
 from hones_offline.running.progress import progress_bar
-from hones_offline.running.prompts import Prepared
+from hones_offline.running.prompts import Pair, Prepared
 from hones_steer.errors import DataError
 
 

@@ -173,7 +173,7 @@ def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=SINGLE_TASK_METHODS,
         default="hones",
-        help=f"hones, or a method without heads: {'; '.join(others)} (default: %(default)s)",
+        help=f"hones, or another: {'; '.join(others)} (default: %(default)s)",
     )
     parser.add_argument(
         "--target",
