@@ -103,7 +103,7 @@ class Run:
         scoring, importance = self.layer_forwards()
         both_passes = depth * (1 + BACKWARD)
         run = min(math.ceil(heads * (1 + self.args.margin)), depth * self.shape.heads)
-        preselected = both_passes + depth + run * self.layers_of_a_head()
+        preselected = 2 * both_passes + depth + run * self.layers_of_a_head()
         gradients = depth + both_passes  # the untouched model's utility comes first
         return {
             "hones": scoring + importance,
