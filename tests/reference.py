@@ -175,10 +175,10 @@ def head_scores(model, processor, task, examples, utility):
     return scores
 
 
-def head_estimates(model, processor, task, examples, share):
-    """Mean over pairs of Σ_positions ⟨x_h − x_h', ∂P/∂x_h⟩ with every head `share` of the way to x_h', [L][H]."""
+def head_slopes(model, processor, task, examples, share):
+    """Σ_positions ⟨x_h − x_h', ∂P/∂x_h⟩ of each pair with every head `share` of the way to x_h', [pairs][L][H]."""
     layers = find_layout(model).layers
-    total, pairs = [[0.0] * layer.num_heads for layer in layers], 0
+    slopes = []
     for example in examples:
         for index, answer in task.answers(example):
             ways, recorded = {}, {}
@@ -193,9 +193,7 @@ def head_estimates(model, processor, task, examples, share):
                             for head in range(layer.num_heads)
                         ]
                         ways[layer.index] = [s - other for s, other in zip(slices, others, strict=True)]
-                        moved = torch.cat(
-                            [s + share * (other - s) for s, other in zip(slices, others, strict=True)], -1
-                        )
+                        moved = x - share * torch.cat(ways[layer.index], dim=-1)
                         moved.retain_grad()
                         recorded[layer.index] = moved
                         return (moved,)
@@ -203,14 +201,14 @@ def head_estimates(model, processor, task, examples, share):
                     stack.callback(layer.attn_out.register_forward_pre_hook(hook).remove)
                 logits, ids = answer_logits(model, processor, example, task.prompts(example)[index], answer)
             logits.log_softmax(-1)[range(len(ids)), ids].mean().backward()
+            slopes.append([])
             for layer in layers:
                 x = recorded[layer.index]
                 gradients = x.grad.split(x.shape[-1] // layer.num_heads, dim=-1)
-                for head, (way, gradient) in enumerate(zip(ways[layer.index], gradients, strict=True)):
-                    total[layer.index][head] += (way * gradient).sum().item()
+                pieces = zip(ways[layer.index], gradients, strict=True)
+                slopes[-1].append([(way * gradient).sum().item() for way, gradient in pieces])
             model.zero_grad()
-            pairs += 1
-    return [[value / pairs for value in row] for row in total]
+    return slopes
 
 
 def directions(model, processor, task, examples):

@@ -15,9 +15,11 @@ from hones_offline.learning.choosing import DevScore, FitGrid, choose, dev_log_p
 from hones_offline.learning.factors import FitSettings, learn, learned_by_epoch, losses_of
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
+from offline.killed_run import contents
 from problems import Problem, problem
 
 from hones_steer.errors import DataError
+from hones_steer.profile import Profile
 
 BANK = Bank({0: [1, 7, 20], 2: [3, 11]})
 SETTINGS = FitSettings(epochs=2, lr=0.02, batch_size=2, accumulation_steps=1)
@@ -34,10 +36,9 @@ def prepared(p: Problem) -> Prepared:
     return prepare(p.model, p.processor, p.task, p.examples)
 
 
-@pytest.fixture
-def splits(prepared: Prepared, tmp_path: Path) -> Splits:
-    dev, test = (replace(prepared.only(numbers)) for numbers in (range(6, 10), range(10, 12)))
-    return Splits(prepared.only(range(6)), dev, test, tmp_path / "splits", batch_size=4)
+def splits_of(prepared: Prepared, path: Path) -> Splits:
+    parts = [prepared.only(numbers) for numbers in (range(6), range(6, 10), range(10, 12))]
+    return Splits(*parts, path, batch_size=4)
 
 
 # Log-probabilities on dev after each epoch, by learning rate; the metric is the first digit.
@@ -110,7 +111,8 @@ def test_dev_is_measured_as_one_example_at_a_time_would(p: Problem, prepared: Pr
     assert dev_log_probabilities(prepared, profile, batch_size=5).mean() == pytest.approx(expected, abs=1e-5)
 
 
-def test_what_is_chosen_is_the_best_on_dev_and_is_done_once(splits: Splits) -> None:
+def test_what_is_chosen_is_the_best_on_dev(prepared: Prepared, tmp_path: Path) -> None:
+    splits = splits_of(prepared, tmp_path)
     chosen = splits.learned_on_dev("hones", BANK, SETTINGS, GRID)
     [file] = splits.path.glob("trials-hones-*.json")
     trials = json.loads(file.read_text())
@@ -129,14 +131,35 @@ def test_what_is_chosen_is_the_best_on_dev_and_is_done_once(splits: Splits) -> N
     assert chosen.digest == (state * best["strength"]).digest
     assert dev_log_probabilities(splits.dev, chosen, 4).mean() == pytest.approx(best["log_probability"], abs=1e-5)
 
-    def fail(*_: object) -> None:
-        raise AssertionError("run again")
 
-    splits.discovery.decoder.layout.decoder.register_forward_pre_hook(fail)
+def test_a_choice_goes_on_where_it_stopped(prepared: Prepared, tmp_path: Path) -> None:
+    """Epochs that were learned and measured are not again, and the files are those of a choice that was left alone."""
+    calls, at = 0, -1
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise KeyboardInterrupt
+
+    def choice(folder: str) -> Profile:
+        return splits_of(prepared, tmp_path / folder).learned_on_dev("hones", BANK, SETTINGS, GRID)
+
+    hook = prepared.decoder.layout.decoder.register_forward_pre_hook(count)
     try:
-        assert splits.learned_on_dev("hones", BANK, SETTINGS, GRID).digest == chosen.digest
+        expected = choice("alone")
+        whole, calls, at = calls, 0, calls * 2 // 3
+        with pytest.raises(KeyboardInterrupt):
+            choice("again")
+        calls, at = 0, -1
+        assert choice("again").digest == expected.digest
+        assert 0 < calls < whole // 2
+        calls = 0
+        assert choice("again").digest == expected.digest
+        assert calls == 0
     finally:
-        splits.discovery.decoder.layout.decoder._forward_pre_hooks.clear()
+        hook.remove()
+    assert contents(tmp_path / "again") == contents(tmp_path / "alone")
 
 
 # ------------------------------------------------------------------------------------------------- the fast loss
@@ -187,7 +210,7 @@ def every_neuron(prepared: Prepared) -> Bank:
     return index.bank(np.arange(index.size))
 
 
-def mean_loss(prepared: Prepared, profile) -> float:
+def mean_loss(prepared: Prepared, profile: Profile) -> float:
     return -float(dev_log_probabilities(prepared, profile, 8).mean())
 
 

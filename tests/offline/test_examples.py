@@ -251,7 +251,8 @@ def test_splits_that_share_an_image_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_splits_that_share_an_example_without_an_image_are_refused_by_name() -> None:
-    one, again, other = Example("1", "2 + 2", ("4",)), Example("9", "2 + 2", ("4",)), Example("1", "2 + 2", ("four",))
+    one, again = Example("1", "2 + 2", ("4",), None), Example("9", "2 + 2", ("4",), None)
+    other = Example("1", "2 + 2", ("four",), None)
     check_disjoint(discovery=[one, again], dev=[other])
     with pytest.raises(DataError, match="'dev' and 'test' share example '9'"):
         check_disjoint(discovery=[other], dev=[one], test=[again])

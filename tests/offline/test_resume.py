@@ -167,7 +167,8 @@ def test_learning_goes_on_in_the_middle(p, tmp_path, monkeypatch):
     expected = learning(p, tmp_path / "whole")
     assert len(list((tmp_path / "whole").glob("hones-*.safetensors"))) == 6  # 3 epochs of 4 steps, 3 and 1 to a state
 
-    interruption = Interruption(p, at=whole.calls * 2 // 3)
+    alone = whole.calls
+    interruption = Interruption(p, at=alone - 5)  # in the second of three epochs
     with pytest.raises(KeyboardInterrupt):
         learning(p, tmp_path / "again")
     assert 0 < len(list((tmp_path / "again").glob("hones-*.safetensors"))) < 6
@@ -175,7 +176,7 @@ def test_learning_goes_on_in_the_middle(p, tmp_path, monkeypatch):
 
     interruption.at, interruption.calls = None, 0
     assert learning(p, tmp_path / "again").digest == expected.digest
-    assert interruption.calls < whole.calls * 3 // 4
+    assert interruption.calls == alone - 4  # but the first epoch's steps
     assert contents(tmp_path / "again") == contents(tmp_path / "whole")
 
 
@@ -194,14 +195,16 @@ def test_learning_on_other_draws_is_refused(tmp_path):
         learning(replace(r, task=Drawn()), tmp_path / "retrieval", epochs=1)
 
 
-def test_states_on_disk_do_not_change_what_is_learned(p, tmp_path, monkeypatch):
-    """Adam's moments and step count survive the way through a file: chunks do not show in the result."""
+@pytest.mark.parametrize("keep", [None, 2])
+def test_states_on_disk_do_not_change_what_is_learned(p, tmp_path, monkeypatch, keep):
+    """Adam's moments, step count and pruned neurons survive the way through a file: chunks do not show."""
     profiles = []
     for name, chunk in {"one": 1, "five": 5, "all": 64}.items():
         monkeypatch.setattr(sys.modules["hones_offline.learning.factors"], "CHUNK", chunk)
-        profiles.append(learning(p, tmp_path / name))
+        profiles.append(learning(p, tmp_path / name, keep=keep))
         save_profile(profiles[-1], tmp_path / f"{name}.safetensors")
-    profiles.append(learning(p, None))
+    profiles.append(learning(p, None, keep=keep))
+    assert profiles[0].num_neurons == (keep or 5)
     assert len({profile.digest for profile in profiles}) == 1
     assert len({(tmp_path / f"{name}.safetensors").read_bytes() for name in ("one", "five", "all")}) == 1
 
@@ -244,6 +247,7 @@ def test_a_setting_out_of_range_is_refused_before_anything_is_done(p, tmp_path, 
         ({"beta_kl": -1}, "beta_kl must be zero or positive, not -1"),
         ({"seed": -1}, "seed must lie in"),
         ({"keep": 0}, "keep must be at least 1, not 0"),
+        ({"keep": 6}, "keep is 6, but the bank has 5 neurons"),
         ({"bank": {}}, "the bank is empty"),
         ({"bank": {5: BANK[0]}}, "names layer 5, but the model has 3"),
     ],

@@ -52,7 +52,7 @@ class AttributionOptions:
     heads: HeadSearch = "exact"
     error: float = 0.05
     """With `heads="race"`, the probability that it chooses other heads than "exact" does."""
-    margin: float = 0.5
+    margin: float = 1.5
     """With `heads="patch"`, how many heads more than `top_heads` are run, as a share of it."""
     seed: int = 3407
     """Shuffles the examples before they are batched, and draws the importances of "random"."""

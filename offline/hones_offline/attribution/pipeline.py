@@ -89,7 +89,7 @@ def attribute(
     head_weights: HeadWeights = "score",
     heads: HeadSearch = "exact",
     error: float = 0.05,
-    margin: float = 0.5,
+    margin: float = 1.5,
     against: Sequence[Importance] = (),
     contrast: Contrast = "ratio",
     seed: int = 3407,

@@ -223,7 +223,7 @@ def _fit_settings(args: argparse.Namespace) -> FitSettings:
 
 
 def _fit_grid(args: argparse.Namespace) -> FitGrid:
-    """What is chosen from on dev; without dev the strength given is the only one."""
+    """The values to choose from on dev; without dev the strength given is the only one."""
     given = {"lrs": args.lr, "epochs": args.epochs, "patience": args.patience, "strengths": args.strengths}
     if args.dev is None:
         given = {**given, "strengths": args.strengths or (1.0,)}

@@ -59,6 +59,7 @@ class Finder:
                     check(pool, execution)
         self.statistics = cache(self._statistics)
         self.importance = cache(self._importance)
+        self.bank = cache(self._bank)
         self._attributed = cache(self._attribute)
 
     def drawn(self, task: str, seed: int) -> list[int]:
@@ -76,7 +77,7 @@ class Finder:
         chosen = self.settings.contrast_tasks
         return [other for other in self.tasks if other != task and (chosen is None or other in chosen)]
 
-    def bank(self, task: str, name: str, fraction: float, seed: int) -> Bank:
+    def _bank(self, task: str, name: str, fraction: float, seed: int) -> Bank:
         """A method's bank; a random one has as many neurons in each layer as the main method's."""
         if name == "random":
             index = NeuronIndex.of(self.tasks[task].discovery.decoder.layout)
