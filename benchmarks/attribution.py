@@ -26,6 +26,11 @@ few heads' more, is computed from its scores, with ours for heads that it did no
 rounds' medians and extremes. The clock is the process's CPU time, or with more than one thread (`--threads`) the
 wall's. glibc is told to keep freed memory, as the `hones` commands tell it.
 
+With `--ways`, instead: whole attributions by log-probability, encoding left out, in turn on the same examples. They are
+HONES with every head on every example, with a race and with preselected heads, and the methods without heads that run
+backward. Time is given as a share of the first one's in the same round, beside the evaluations left, the share of the
+first one's best heads that were found, and the overlap (Jaccard) of the banks.
+
 The models: the embedded VLM; SmolLM2-135M (`--smollm2 DIR` with a checkpoint, else random weights of its shape); a
 random LLaVA of 16 layers, hidden size 512, 256 image tokens. Answers of the last two are what the model itself writes.
 """
@@ -56,6 +61,8 @@ from hones_offline import attribute
 from hones_offline.attribution.ablation import HeadAblation
 from hones_offline.attribution.generated import DraftedAnswers
 from hones_offline.attribution.measurements import AnswerLogProbability
+from hones_offline.attribution.methods import AttributionOptions
+from hones_offline.attribution.pipeline import find_bank
 from hones_offline.attribution.write_in import WriteInSums
 from hones_offline.data.examples import Example, MemoryImage, load_jsonl, scene_examples
 from hones_offline.data.scenes import scenes
@@ -64,6 +71,7 @@ from hones_offline.running.batching import Batch, Segment
 from hones_offline.running.cache import new_cache, right_aligned
 from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.embedded import load_tiny_vlm
+from hones_offline.running.execution import Execution
 from hones_offline.running.hooks import Head
 from hones_offline.running.models import keep_freed_memory
 from hones_offline.running.prompts import Prepared, prepare
@@ -109,11 +117,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for build in cases.values():
         case = build(args)
         case = replace(case, twin_heads=args.twin_heads or case.twin_heads)
+        if args.ways:
+            rows += compared_ways(case, 1 if args.quick else args.repeats)
+            print(ways_table(rows), file=sys.stderr, flush=True)
+            continue
         for metric in case.metrics:
             measured = measure(case, metric, modes(case, metric, args.race), 1 if args.quick else args.repeats)
             rows += measured
             print(table(measured), file=sys.stderr, flush=True)
-    print(json.dumps(rows, indent=1) if args.json else table(rows))
+    print(json.dumps(rows, indent=1) if args.json else (ways_table if args.ways else table)(rows))
     return 0
 
 
@@ -130,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--twin-heads", type=int, metavar="N", help="that the twin scores (as many as take minutes)")
     parser.add_argument("--models", nargs="+", choices=sorted(CASES), default=list(CASES), help="default: all")
     parser.add_argument("--race", action="store_true", help="also rows with racing heads; needs 64 examples or more")
+    parser.add_argument("--ways", action="store_true", help="instead: exact heads, races, preselection, gradients")
     parser.add_argument("--smollm2", type=Path, metavar="DIR", help="SmolLM2-135M (default: random weights)")
     return parser
 
@@ -290,6 +303,65 @@ def measure(case: Case, metric: str, modes: Sequence[str], rounds: int) -> list[
         }
         for mode in modes
     ]
+
+
+WAYS: Mapping[str, AttributionOptions] = {
+    name: AttributionOptions(head_metric="logprob", top_fraction=TOP_FRACTION, **options)  # type: ignore[arg-type]
+    for name, options in {
+        "hones": {},
+        "hones, race": {"heads": "race"},
+        "hones, patch": {"heads": "patch"},
+        "grad_all": {"method": "grad_all"},
+        "fisher": {"method": "fisher"},
+    }.items()
+}
+
+
+def compared_ways(case: Case, rounds: int) -> list[dict[str, Any]]:
+    """A row for each of `WAYS`, measured in turn."""
+    prepared = prepare(*case.arguments())
+    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    found = {}
+    for _ in range(rounds):
+        for name, options in WAYS.items():
+            start = clock()
+            found[name] = find_bank(prepared, replace(options, top_heads=case.top_heads), Execution())
+            seconds[name].append(clock() - start)
+    exact = found["hones"]
+    heads, neurons = {head[:2] for head in exact.heads}, set(exact.bank.pairs())
+    rows = []
+    for name, attribution in found.items():
+        costs, guided = attribution.race or attribution.preselection, WAYS[name].entry.guided
+        own = set(attribution.bank.pairs())
+        rows.append(
+            {
+                "model": case.name,
+                "way": name,
+                **spread("time", seconds[name], seconds["hones"]),
+                "evaluated": (costs.evaluations / costs.of if costs else 1.0) if guided else None,
+                "recall": len(heads & {head[:2] for head in attribution.heads}) / len(heads) if guided else None,
+                "overlap": len(neurons & own) / len(neurons | own),
+                "seconds": statistics.median(seconds[name]),
+                "n": len(prepared),
+                "top_heads": len(heads),
+                "rounds": rounds,
+            }
+        )
+    return rows
+
+
+def ways_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of `compared_ways` for people, as Markdown."""
+    lines = [
+        "| model | way | time | evaluations left | heads found | banks' overlap | n | heads | s |",
+        "|---|---|---|---|---|---|---:|---:|---:|",
+    ]
+    for row in rows:
+        time_ = f"{row['time']:.2f} ({row['time_min']:.2f}–{row['time_max']:.2f})"
+        of_heads = [f"{row[name]:.0%}" if row[name] is not None else "–" for name in ("evaluated", "recall")]
+        numbers = f"{row['overlap']:.2f} | {row['n']} | {row['top_heads']} | {row['seconds']:.1f}"
+        lines.append(f"| {row['model']} | {row['way']} | {time_} | {' | '.join(of_heads)} | {numbers} |")
+    return "\n".join(lines)
 
 
 def clock() -> float:

@@ -33,5 +33,6 @@ def enable_checkpointing(model: Any, *, use_reentrant: bool = False) -> None:
 
 
 def disable_checkpointing(model: Any) -> None:
-    """Undo `enable_checkpointing`."""
+    """Undo `enable_checkpointing`, with the hook that it leaves on the input embeddings."""
     (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
+    model.disable_input_require_grads()

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hones_steer.errors import LayoutError
@@ -33,6 +34,10 @@ _DOWN_PROJECTIONS = (
     "feed_forward.w2",  # LFM2, InternLM2
     "feed_forward.value",  # RWKV
 )
+# Of the projections hidden -> I of a gated FFN, the one that goes through the activation; and projections hidden -> 2 I
+# that hold both, the gate first.
+_GATES = ("gate_proj", "w1")
+_FUSED_GATES = ("gate_up_proj", "input_linear", "Wi")
 _ATTENTION_OUTPUTS = (
     "self_attn.o_proj",
     "attn.c_proj",
@@ -218,6 +223,48 @@ def down_weight(layer: DecoderLayer) -> Tensor:
         f"{layer.name}: its down-projection ({type(module).__name__}) keeps no plain floating-point weight; "
         "load the model without quantization"
     )
+
+
+def ffn_gate(layer: DecoderLayer) -> nn.Module | None:
+    """The projection of a gated FFN, act(gate(x))·up(x), whose first I outputs are gate(x); None for an ungated one.
+
+    A neuron is active, act(gate(x)) > 0, where its output is above 0: the activation keeps the sign.
+
+    Raises LayoutError, naming the layer, where the gate cannot be told or its activation does not keep the sign.
+    """
+    shape = linear_shape(layer.down_proj)
+    assert shape is not None  # checked where the layer was described
+    width, hidden = shape
+    projections: dict[str, nn.Module] = {}
+    for path, module in layer.module.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in projections)  # what a PEFT layer wraps
+        if linear_shape(module) in ((hidden, width), (hidden, 2 * width)) and not _is_attention(path) and not inside:
+            projections[path] = module
+    projections = {path: module for path, module in projections.items() if not _holds(layer.down_proj, module)}
+    fused = [path for path, module in projections.items() if linear_shape(module) == (hidden, 2 * width)]
+    if len(projections) == 1 and not fused:
+        return None
+    names = _FUSED_GATES if fused else _GATES
+    gates = [path for path in projections if path.rpartition(".")[2] in names]
+    if len(gates) != 1 or len(projections) != (1 if fused else 2):
+        raise LayoutError(
+            f"{layer.name}: the gate of its FFN is not recognized among its projections {', '.join(projections)}, so "
+            "that active neurons cannot be counted; use a method other than ap and ape"
+        )
+    parent = layer.module.get_submodule(gates[0].rpartition(".")[0])
+    signs = torch.tensor([-8.0, -1.0, -0.1, 0.1, 1.0, 8.0])
+    for child in parent.children():
+        is_activation = type(child).__module__.startswith(("torch.nn.modules.activation", "transformers.activations"))
+        if is_activation and not any(child.parameters()) and not torch.equal(child(signs) > 0, signs > 0):
+            raise LayoutError(
+                f"{layer.name}: the activation of its FFN ({type(child).__name__}) does not keep the sign, so that "
+                "active neurons cannot be counted at its gate; use a method other than ap and ape"
+            )
+    return projections[gates[0]]
+
+
+def _holds(module: nn.Module, part: nn.Module) -> bool:
+    return any(part is inner for inner in module.modules())
 
 
 def base_layer(module: nn.Module) -> nn.Module:

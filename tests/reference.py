@@ -175,10 +175,10 @@ def head_scores(model, processor, task, examples, utility):
     return scores
 
 
-def head_estimates(model, processor, task, examples, share):
-    """Mean over pairs of Σ_positions ⟨x_h − x_h', ∂P/∂x_h⟩ with every head `share` of the way to x_h', [L][H]."""
+def head_slopes(model, processor, task, examples, share):
+    """Σ_positions ⟨x_h − x_h', ∂P/∂x_h⟩ of each pair with every head `share` of the way to x_h', [pairs][L][H]."""
     layers = find_layout(model).layers
-    total, pairs = [[0.0] * layer.num_heads for layer in layers], 0
+    slopes = []
     for example in examples:
         for index, answer in task.answers(example):
             ways, recorded = {}, {}
@@ -193,9 +193,7 @@ def head_estimates(model, processor, task, examples, share):
                             for head in range(layer.num_heads)
                         ]
                         ways[layer.index] = [s - other for s, other in zip(slices, others, strict=True)]
-                        moved = torch.cat(
-                            [s + share * (other - s) for s, other in zip(slices, others, strict=True)], -1
-                        )
+                        moved = x - share * torch.cat(ways[layer.index], dim=-1)
                         moved.retain_grad()
                         recorded[layer.index] = moved
                         return (moved,)
@@ -203,14 +201,14 @@ def head_estimates(model, processor, task, examples, share):
                     stack.callback(layer.attn_out.register_forward_pre_hook(hook).remove)
                 logits, ids = answer_logits(model, processor, example, task.prompts(example)[index], answer)
             logits.log_softmax(-1)[range(len(ids)), ids].mean().backward()
+            slopes.append([])
             for layer in layers:
                 x = recorded[layer.index]
                 gradients = x.grad.split(x.shape[-1] // layer.num_heads, dim=-1)
-                for head, (way, gradient) in enumerate(zip(ways[layer.index], gradients, strict=True)):
-                    total[layer.index][head] += (way * gradient).sum().item()
+                pieces = zip(ways[layer.index], gradients, strict=True)
+                slopes[-1].append([(way * gradient).sum().item() for way, gradient in pieces])
             model.zero_grad()
-            pairs += 1
-    return [[value / pairs for value in row] for row in total]
+    return slopes
 
 
 def directions(model, processor, task, examples):
@@ -389,6 +387,52 @@ def fisher(model, processor, task, examples):
     """The mean of g² over examples, [L, I]."""
     gradients = factor_gradients(model, processor, task, examples)
     return sum(g**2 for g in gradients) / len(gradients)
+
+
+def head_gradient(model, processor, task, examples, heads):
+    """Σ_h w_h·[mean over examples of Σ (z − z_h)·∂P/∂z]_+ / Σ_h w_h, [L, I]; heads are (layer, head, w)."""
+    total, weights = 0, 0.0
+    for layer, head, weight in heads:
+        drops = []
+        for example in examples:
+            of_pairs = []
+            for index, answer in task.answers(example):
+                pair = example, task.prompts(example)[index], answer
+                with ffn_inputs_recorded(model) as recorded:
+                    logits, ids = answer_logits(model, processor, *pair)
+                for z in recorded.values():
+                    z.retain_grad()
+                logits.log_softmax(-1)[range(len(ids)), ids].mean().backward()
+                with torch.no_grad(), head_replaced(model, layer, head), ffn_inputs_recorded(model) as replaced:
+                    answer_logits(model, processor, *pair)
+                differences = [(z - replaced[i]) * z.grad for i, z in sorted(recorded.items())]
+                of_pairs.append(torch.stack([difference.sum(0).detach() for difference in differences]))
+                model.zero_grad()
+            drops.append(sum(of_pairs) / len(of_pairs))
+        total = total + weight * (sum(drops) / len(drops)).clamp(min=0)
+        weights += weight
+    return total / weights
+
+
+@torch.no_grad()
+def activation_probability(model, processor, task, examples):
+    """LAPE's share of all tokens, of prompts and answers, at which the FFN's activation function gives > 0, [L, I]."""
+    active, tokens = [], 0
+    for example in examples:
+        for index, answer in task.answers(example):
+            given = []
+
+            def hook(_module, _args, output, given=given):
+                given.append(output.flatten(0, -2)[:-1])  # without the end token, after which nothing is read
+
+            with ExitStack() as stack:
+                for layer in find_layout(model).layers:
+                    (function,) = (m for m in layer.module.modules() if "activation" in type(m).__module__)
+                    stack.callback(function.register_forward_hook(hook).remove)
+                answer_logits(model, processor, example, task.prompts(example)[index], answer)
+            active.append(torch.stack([(row > 0).sum(0) for row in given]))
+            tokens += len(given[0])
+    return sum(active) / tokens
 
 
 def activation_entropy(probabilities):

@@ -21,6 +21,7 @@ METHODS = (
 )
 FRACTIONS = (0.0025, 0.01, 0.04)
 FAILED = {"french-7": "its image cannot be read: truncated", "french-31": "it has no targets"}
+SELECTIONS = {"hones_logprob": 461, "dvp": 461, "random": 461, "grid_search": 1, "ia3": 46_080, "lora": 1_520_640}
 STEERED = ("base", "fixed_amp", "grid_search", "random_neurons", "hones_no_kl", "sparse", "hones")
 
 
@@ -89,6 +90,7 @@ def full_summary(seed: int = 0) -> dict[str, Any]:
         },
         "groups": groups(rng),
         "steering": [steered(rng, task, method, base[task]) for task in TASKS for method in STEERED],
+        "selections": selections(rng, base),
         "strength": [
             {
                 "task": task,
@@ -228,4 +230,44 @@ def steered(rng: np.random.Generator, task: str, method: str, base: float) -> di
             "gain_ci95": around(gain, 0.03),
             "by_seed": (base + gain + rng.normal(0, 0.01, 5)).tolist(),
         }
-    return row
+    return row | elsewhere(rng, task) if method == "hones" else row
+
+
+def elsewhere(rng: np.random.Generator, task: str) -> dict[str, Any]:
+    """The other tasks' gains with a task's profile."""
+    gains = {other: changed("gain", rng, -0.02) for other in TASKS if other != task}
+    mean = float(np.mean([cell["gain"] for cell in gains.values()]))
+    return {"elsewhere": gains, "elsewhere_mean": mean, "elsewhere_mean_ci95": around(mean, 0.03)}
+
+
+def selections(rng: np.random.Generator, base: dict[str, float]) -> dict[str, Any]:
+    rows, means = [], []
+    for method, parameters in SELECTIONS.items():
+        size = {"parameters": float(parameters), "bytes": float(4 * parameters + 700)}
+        gains = {task: float(rng.normal(0.05, 0.03)) for task in TASKS}
+        for task, gain in gains.items():
+            rows.append(
+                {
+                    "task": task,
+                    "method": method,
+                    "value": base[task] + gain,
+                    "ci95": around(base[task] + gain, 0.09),
+                    "gain": gain,
+                    "gain_ci95": around(gain, 0.03),
+                    "n": TASKS[task],
+                    "seeds": 3,
+                    "by_seed": (base[task] + gain + rng.normal(0, 0.01, 3)).tolist(),
+                    "chosen": [{"factor": 1.25} if parameters == 1 else {"lr": 0.02, "epoch": 5, "strength": 1.5}] * 3,
+                    **size,
+                    **elsewhere(rng, task),
+                }
+            )
+        mean = float(np.mean(list(gains.values())))
+        row = {"method": method, "tasks": len(TASKS), "seeds": 3, "gain": mean, "gain_ci95": around(mean, 0.02), **size}
+        row |= {"elsewhere_mean": -0.021, "elsewhere_mean_ci95": around(-0.021, 0.01)}
+        if method != "hones_logprob":
+            row |= {"over_reference": mean / 3, "over_reference_ci95": around(mean / 3, 0.02)}
+        if method != "ia3":
+            row |= {"ia3_share": mean / 0.06, "ia3_share_ci95": around(mean / 0.06, 0.3)}
+        means.append(row)
+    return {"reference": "hones_logprob", "rows": rows, "means": means}

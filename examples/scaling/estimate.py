@@ -14,9 +14,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hones_offline.attribution.methods import AttributionOptions
 from hones_offline.running.distributed import Processes
 
 BF16 = 2  # bytes
+BACKWARD = 2  # forwards that a backward pass takes at most; the weights are frozen, so their products take one
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,23 @@ class Run:
         importance = depth + self.shape.top_heads * per_head
         return self.args.examples * scoring, self.args.examples * importance
 
+    def by_way(self) -> dict[str, float]:
+        """Layer-forwards of all examples by each way: HONES by log-probability, and a method that runs backward.
+
+        With preselected heads these are spread evenly over the layers.
+        """
+        depth, heads = self.shape.layers, self.shape.top_heads
+        scoring, importance = self.layer_forwards()
+        both_passes = depth * (1 + BACKWARD)
+        run = min(math.ceil(heads * (1 + self.args.margin)), depth * self.shape.heads)
+        preselected = 2 * both_passes + depth + run * self.layers_of_a_head()
+        gradients = depth + both_passes  # the untouched model's utility comes first
+        return {
+            "hones": scoring + importance,
+            "--heads patch": self.args.examples * preselected + importance,
+            "grad_all, fisher": self.args.examples * gradients,
+        }
+
     def layers_of_a_head(self) -> float:
         """Layer-forwards of one head on one example, on average."""
         return (self.shape.layers + 1) / 2 - self.shape.left_out
@@ -166,6 +185,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="SHARE",
         help="of heads on examples: below 1 where heads race (default: %(default)s)",
     )
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=AttributionOptions().margin,
+        metavar="SHARE",
+        help="with preselected heads: those run beyond the number wanted, as a share of it (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     print(f"{'':24}{'layer-forwards':>22}{'':>9}   hours: logprob (task) on GPUs")
     columns = "".join(f"{gpus:>18}" for gpus in args.gpus)
@@ -183,6 +209,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for run in runs:
         sizes = run.gib()
         row = f"{sizes['weights']:>10.1f}{sizes['states']:>10.1f}{sizes['kv']:>10.1f}{sizes['encoded']:>13.1f}"
+        print(f"{f'{run.shape.name}, {run.prompt}':24}{row}")
+    print()
+    print(f"{'layer-forwards':24}{'hones':>12}{'--heads patch':>18}{'grad_all, fisher':>18}")
+    for run in runs:
+        exact, *others = run.by_way().values()
+        row = f"{exact / 1e6:>11.2f}M" + "".join(f"{f'{cost / 1e6:.2f}M ({cost / exact:.1%})':>18}" for cost in others)
         print(f"{f'{run.shape.name}, {run.prompt}':24}{row}")
 
 

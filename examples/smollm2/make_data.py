@@ -54,9 +54,11 @@ DEV_TASKS = {
 FRESH_TASKS = {
     "countries": Cloze("The country of {} is", (("Hamburg", "Germany"), ("Kyoto", "Japan"))),
     "kinds": Cloze("A kind of thing: {} is a", (("shark", "fish"), ("pear", "fruit"))),
+    "languages": Cloze("The language of the word {} is", (("hermano", "Spanish"), ("Brot", "German"))),
     "nouns": Cloze("The quality of being {} is", (("ill", "illness"), ("safe", "safety"))),
     "numerals": Cloze("{} =", (("eighty-two", "82"), ("three hundred seventeen", "317")), answer_has_space=False),
     "participles": Cloze("The present participle of {} is", (("write", "writing"), ("jump", "jumping"))),
+    "percentages": Cloze("{} as a percentage is", (("0.07", "7%"), ("0.354", "35.4%")), answer_has_space=False),
     "plurals": Cloze("The plural of {} is", (("man", "men"), ("cat", "cats"))),
     "professions": Cloze("The profession of {} was", (("Charles Dickens", "writer"), ("Vincent van Gogh", "painter"))),
 }
@@ -98,6 +100,14 @@ def numerals(count: int = 450) -> Iterator[tuple[str, list[str]]]:
         yield in_words(n), [str(n)]
 
 
+def percentages(count: int = 350) -> Iterator[tuple[str, list[str]]]:
+    """Decimals below 1 of up to three places: 0.25 is 25%."""
+    known = {asked for asked, _ in TASKS["percentages"].shown}
+    unseen = [n for n in range(1, 1000) if f"{n / 1000:g}" not in known]
+    for n in random.Random(0).sample(unseen, count):
+        yield f"{n / 1000:g}", [f"{n / 10:g}%"]
+
+
 def in_words(n: int) -> str:
     """Spell a number below 1,000: two hundred forty-seven."""
     if n < len(_ONES):
@@ -109,7 +119,11 @@ def in_words(n: int) -> str:
     return f"{_ONES[hundreds]} hundred" + (f" {in_words(rest)}" if rest else "")
 
 
-DRAWN: dict[str, Callable[[], Iterator[tuple[str, list[str]]]]] = {"sums": sums, "numerals": numerals}
+DRAWN: dict[str, Callable[[], Iterator[tuple[str, list[str]]]]] = {
+    "sums": sums,
+    "numerals": numerals,
+    "percentages": percentages,
+}
 
 
 def split_of(task: str, asked: str) -> str:

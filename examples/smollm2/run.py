@@ -1,4 +1,4 @@
-"""Attribution methods compared, masking and steering of the five cloze tasks on SmolLM2-135M, over seeds of the data.
+"""Attribution methods compared, masking and steering of cloze tasks on SmolLM2-135M, over seeds of the data.
 
     python -m examples.smollm2.run --model runs/smollm2/model --out runs/smollm2/run
 
@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from hones_offline.comparison import compare
-from hones_offline.comparison.settings import ABLATIONS, METHODS, STAGES, CompareSettings
+from hones_offline.comparison.settings import ABLATIONS, COMPARATORS, METHODS, STAGES, CompareSettings
 from hones_offline.comparison.splits import Splits
 from hones_offline.comparison.study import STEERED
 from hones_offline.data.examples import load_jsonl
 from hones_offline.data.tasks import JsonlTask
+from hones_offline.learning.choosing import FitGrid
 from hones_offline.learning.factors import FitSettings
 from hones_offline.running.evaluation import score
 from hones_offline.running.execution import Execution
@@ -39,11 +40,17 @@ from examples.smollm2.make_data import DEV_TASKS, SPLITS, TASKS
 
 DATA = Path(__file__).parent / "data"
 MAX_NEW_TOKENS = 8  # no answer has more than 6, and the line ends after it
-BATCH = 32
 
 
 def encode(
-    model: Any, tokenizer: Any, task: str, limit: int | None, *, known: bool, work: Path | None = None
+    model: Any,
+    tokenizer: Any,
+    task: str,
+    limit: int | None,
+    *,
+    known: bool,
+    batch_size: int = 32,
+    work: Path | None = None,
 ) -> dict[str, Prepared]:
     """Every split of a task, the `known` facts or all; with `limit` dev and test are random draws of that size.
 
@@ -53,10 +60,10 @@ def encode(
     def is_right(name: str, every: Prepared) -> npt.NDArray[np.bool_]:
         folder = None
         if work is not None:
-            settings = {"stage": "known", **run_settings(every), "batch_size": BATCH}
+            settings = {"stage": "known", **run_settings(every), "batch_size": batch_size}
             folder = RunFolder(work / "known" / f"{task}-{name}", settings)
-        execution = Execution(BATCH, folder=folder)
-        step = execution.arrays("base", lambda: {"statistics": score(every, batch_size=BATCH).statistics})
+        execution = Execution(batch_size, folder=folder)
+        step = execution.arrays("base", lambda: {"statistics": score(every, batch_size=batch_size).statistics})
         right: npt.NDArray[np.bool_] = step["statistics"][:, 0] == 1
         return right
 
@@ -139,6 +146,18 @@ def steering_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def selection_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Mean gain of each selection and comparator over the tasks, its share of IA3's, and the gain on other tasks."""
+    lines = ["", "| selection | learned numbers | gain | share of IA3's | on other tasks |", "|---|---|---|---|---|"]
+    for row in rows:
+        share = f"{row['ia3_share']:.0%}" if "ia3_share" in row else "–"
+        lines.append(
+            f"| {row['method']} | {row['parameters']:.0f} | {row['gain']:+.3f} {_ci(row['gain_ci95'])} "
+            f"| {share} | {row['elsewhere_mean']:+.3f} {_ci(row['elsewhere_mean_ci95'])} |"
+        )
+    return lines
+
+
 def _ci(bounds: Sequence[float]) -> str:
     return f"[{bounds[0]:.2f}, {bounds[1]:.2f}]"
 
@@ -173,6 +192,16 @@ def main() -> None:
     parser.add_argument("--reference", metavar="METHOD", help="which finding takes differences to")
     levels = list(CompareSettings().own_drop_levels)
     parser.add_argument("--levels", type=float, nargs="+", default=levels, metavar="X", help="own drops (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences at a time (%(default)s)")
+    parser.add_argument("--selections", nargs="+", default=[], metavar="METHOD", help="whose banks selections steers")
+    comparators = list(COMPARATORS)
+    parser.add_argument("--comparators", nargs="*", choices=COMPARATORS, default=comparators, help="default: all")
+    parser.add_argument("--selection-reference", metavar="METHOD", help="which gains are paired with (the first)")
+    grid = FitGrid()
+    parser.add_argument("--lrs", type=float, nargs="+", default=list(grid.lrs), metavar="LR", help="tried on dev")
+    lora_lrs = list(CompareSettings().lora_lrs)
+    parser.add_argument("--lora-lrs", type=float, nargs="+", default=lora_lrs, metavar="LR", help="as many, for LoRA")
+    parser.add_argument("--epochs", type=int, default=grid.epochs, metavar="N", help="on dev, at most (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     args = parser.parse_args()
     settings = CompareSettings(
@@ -193,13 +222,19 @@ def main() -> None:
         top_heads=args.top_heads,
         stages=args.stages,
         fit=FitSettings(lr=args.lr, batch_size=16, accumulation_steps=1),
+        selections=args.selections,
+        comparators=args.comparators,
+        selection_reference=args.selection_reference,
+        grid=FitGrid(lrs=args.lrs, epochs=args.epochs),
+        lora_lrs=args.lora_lrs,
     )
     keep_freed_memory()
     model, tokenizer = load_model(args.model, dtype=args.dtype)
     tasks = {}
     for task in args.tasks:
-        encoded = encode(model, tokenizer, task, args.limit, known=args.known, work=args.out / "work")
-        tasks[task] = Splits(**encoded, run_path=args.out / "work" / task, batch_size=BATCH)
+        rows, work = args.batch_size, args.out / "work"
+        encoded = encode(model, tokenizer, task, args.limit, known=args.known, batch_size=rows, work=work)
+        tasks[task] = Splits(**encoded, run_path=work / task, batch_size=rows)
     title = "Cloze tasks on SmolLM2-135M"
     summary = compare(
         tasks, settings, args.out, title=title, report=lambda stage: print(stage, flush=True), progress=True
@@ -211,6 +246,8 @@ def main() -> None:
         lines += finding_tables(summary["finding"])
     if "steering" in summary:
         lines += steering_table(summary["steering"])
+    if "selections" in summary:
+        lines += selection_table(summary["selections"]["means"])
     print("\n".join(lines))
 
 

@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hones_offline.comparison.comparison import Comparison, header, steering_row
+from hones_offline.comparison.comparison import Comparison, header
 from hones_offline.comparison.settings import CompareSettings
 from hones_offline.comparison.splits import Splits
+from hones_offline.comparison.steering import steering_row
 from hones_offline.comparison.study import STEERED, Study, StudySettings, study, summarize
 from hones_offline.data.examples import Example, check_disjoint, scene_examples
 from hones_offline.data.scenes import scenes

@@ -37,6 +37,23 @@ def test_rows(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
         assert row["over_limit"] < row["over_layers"]
 
 
+def test_ways(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["--quick", "--ways", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["model"], row["way"]) for row in rows] == [
+        (model, way)
+        for model in ("llama text", "llava vqa")
+        for way in ("hones", "hones, race", "hones, patch", "grad_all", "fisher")
+    ]
+    for exact, race, patch, *gradients in (rows[:5], rows[5:]):
+        assert exact["time"] == exact["recall"] == exact["overlap"] == exact["evaluated"] == 1
+        assert race["recall"] == race["overlap"] == race["evaluated"] == 1  # three examples are one round
+        assert 0 < patch["recall"] <= 1
+        assert patch["evaluated"] == 1  # eight heads of twelve, and a margin
+        assert all(row["recall"] is row["evaluated"] is None and 0 <= row["overlap"] < 1 for row in gradients)
+        assert all(0 < row["time_min"] <= row["time"] <= row["time_max"] for row in (race, patch, *gradients))
+
+
 @pytest.mark.parametrize(("name", "tokens"), [("smollm2", 15), ("llava", 256)])
 def test_the_large_cases_can_be_made(name: str, tokens: int, benchmark: Any) -> None:
     """Measuring them takes half an hour."""

@@ -1,10 +1,12 @@
 """The baselines and the named options of the importance equal their plain twins; what they are asked wrongly."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import reference
+import torch
 from hones_offline import attribute
 from hones_offline.attribution.baselines import (
     activation_entropy,
@@ -20,10 +22,18 @@ from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
 from problems import Problem, every_architecture, problem
 
-from hones_steer.errors import DataError
+from hones_steer.errors import DataError, LayoutError
+from hones_steer.layout import ffn_gate
 
 CASES = every_architecture(
-    [("llama", "text"), ("opt", "text"), ("llava", "caption"), ("qwen2_5_vl", "vqa"), ("llava", "retrieval")]
+    [
+        ("llama", "text"),
+        ("opt", "text"),  # no gate
+        ("phi3", "text"),  # gate and up in one
+        ("llava", "caption"),
+        ("qwen2_5_vl", "vqa"),
+        ("llava", "retrieval"),
+    ]
 )
 HEADS = [(0, 1, 0.5), (1, 3, 0.25), (2, 0, 0.125)]
 
@@ -43,10 +53,33 @@ def asked(p: Problem) -> tuple[Any, ...]:
     return p.model, p.processor, p.task, p.examples
 
 
-def test_activation_baselines_read_z_at_the_last_prompt_token(case: tuple[Problem, Prepared]) -> None:
+def test_activation_probability_counts_active_gates_at_all_tokens(case: tuple[Problem, Prepared]) -> None:
+    p, prepared = case
+    expected = reference.activation_probability(*asked(p))
+    for batch_size in (1, 3):
+        close(activation_probability(prepared, Execution(batch_size)), expected)
+    for layer in prepared.decoder.layout.layers:
+        gate = ffn_gate(layer)
+        assert (gate is None) == (p.model.config.get_text_config().model_type in ("opt", "gpt2"))
+
+
+@pytest.mark.parametrize("method", ["ap", "hones", "ma"])
+def test_only_active_neurons_need_a_gate_that_is_told(method: str, tmp_path: Any) -> None:
+    p = problem("llama", "text")
+    for layer in p.model.model.layers:
+        layer.mlp.act_fn = torch.nn.Sigmoid()
+    run = partial(attribute, *asked(p), method=method, head_metric="logprob", top_heads=4, run_dir=tmp_path / "run")
+    if method != "ap":
+        run()
+        return
+    with pytest.raises(LayoutError, match=r"model\.layers\.0: .* use a method other than ap and ape"):
+        run()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mean_activation_reads_z_at_the_last_prompt_token(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
     every = [z.numpy() for z in reference.activations(*asked(p))]
-    close(activation_probability(prepared, Execution(batch_size=3)), np.mean([z > 0 for z in every], axis=0))
     close(mean_activation(prepared, Execution(batch_size=3)), np.mean([abs(z) for z in every], axis=0))
 
 
@@ -176,7 +209,7 @@ def test_attribute_takes_every_method_and_option(tmp_path: Any) -> None:
     [
         (
             {"method": "lape"},
-            "method must be one of hones, dvp, fisher, grad_all, grad_abs, grad_act, ma, ap, random, not 'lape'",
+            "method must be one of hones, head_grad, .*, ma, ap, random, not 'lape'",
         ),
         ({"target": "mean"}, "target must be one of paper, contrastive, centred, not 'mean'"),
         ({"positive_part": "no"}, "positive_part must be one of mean, example, not 'no'"),

@@ -11,9 +11,15 @@ import numpy as np
 import pytest
 import tiny_models
 from hones_offline.attribution.contrast import contrasted
+from hones_offline.commands.result import read_bank
+from hones_offline.data.examples import load_jsonl
 from hones_offline.data.neurons import Importance, NeuronIndex
 from hones_offline.data.scenes import scenes
+from hones_offline.data.tasks import JsonlTask
 from hones_offline.running.embedded import checkpoint
+from hones_offline.running.evaluation import intervention, position_means, score
+from hones_offline.running.models import load_model
+from hones_offline.running.prompts import prepare
 from PIL import Image
 from problems import problem
 from safetensors.numpy import load_file, save_file
@@ -441,6 +447,26 @@ def test_evaluate_measures_steering_and_masking(hones: Run, root: Path, found: P
     assert f"  {profile}  " in out
 
 
+def test_evaluate_sets_masked_neurons_to_their_means(hones: Run, root: Path, found: Path) -> None:
+    command = ["evaluate", root / "vlm", "--task", "cats", "--data", root / "dev.jsonl", "--metric", "anls"]
+    command += ["--mask", found, "--random-banks", "1", "--json"]
+    rows = {}
+    for ablation in ("zero", "mean"):
+        code, out, error = hones(*command, "--ablation", ablation)
+        assert (code, error) == (0, "")
+        rows[ablation] = json.loads(out)["rows"]
+        assert {row.get("ablation") for row in rows[ablation].values()} == {None, ablation}
+    model, processor = load_model(str(root / "vlm"))
+    examples = load_jsonl(root / "dev.jsonl").examples
+    prepared = prepare(model, processor, JsonlTask("cats", "anls", 32), examples)
+    bank = read_bank(found).for_model(model)
+    for ablation, fill in (("zero", None), ("mean", position_means(prepared, batch_size=2))):
+        with intervention(prepared, mask=bank, fill=fill):
+            expected = score(prepared, batch_size=4).value
+        assert rows[ablation][f"{found} masked"]["value"] == pytest.approx(expected)
+    assert rows["zero"] != rows["mean"]
+
+
 def test_a_text_only_model_with_a_task_of_its_own(hones: Run, root: Path, tmp_path: Path) -> None:
     common = [root / "text", "--task", "words", "--data"]
     assert hones("attribute", *common, root / "text.jsonl", "--out", tmp_path / "run", *QUICK)[0] == 0
@@ -708,6 +734,9 @@ def test_usage_errors_name_what_is_missing(hones: Run, root: Path, found: Path, 
     code, _, error = hones("evaluate", *common, "--random-banks", "3")
     assert code == 2
     assert error.endswith("hones evaluate: error: --random-banks stand beside the bank of a --mask\n")
+    code, _, error = hones("evaluate", *common, "--ablation", "mean")
+    assert code == 2
+    assert error.endswith("hones evaluate: error: --ablation is of the banks of a --mask\n")
     code, _, error = hones("evaluate", *common, "--metric", "beauty")
     assert code == 2
     assert "invalid choice: 'beauty'" in error

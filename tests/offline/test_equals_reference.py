@@ -226,10 +226,9 @@ def test_the_gradient_of_the_loss_and_its_penalty() -> None:
     def loss(offsets: np.ndarray) -> float:
         parts = bank.split(1 + offsets)
         layers = {layer: (neurons, parts[layer]) for layer, neurons in bank.items()}
-        pairs = [(e, i, a) for e in p.examples for i, a in p.task.answers(e)]
         with torch.no_grad():
-            losses = [reference.fit_loss(p.model, p.processor, p.task, *pair, layers, 0.5) for pair in pairs]
-            return float(torch.stack(losses).double().mean() + reference.fit_penalty(p.model, layers, 30.0))
+            of_epoch = reference.epoch_loss(p.model, p.processor, p.task, p.examples, layers, 0.5, settings.seed)
+            return float(of_epoch + reference.fit_penalty(p.model, layers, 30.0))
 
     steps = 0.02 * np.eye(5)
     expected = [(loss(start + step) - loss(start - step)) / 0.04 for step in steps]

@@ -203,7 +203,7 @@ def test_means_of_ranking_are_taken() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"heads": "fast"}, "heads must be 'exact' or 'race', not 'fast'"),
+        ({"heads": "fast"}, "heads must be 'exact' or 'race' or 'patch', not 'fast'"),
         ({"error": 0.0}, "error is a probability between 0 and 1, not 0.0"),
     ],
 )

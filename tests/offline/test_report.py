@@ -22,7 +22,7 @@ ATTACK = (
 
 
 OPTIONAL_PARTS = ["heads", "neurons", "overlap", "masking", "budgets", "finding", "cross", "groups"]
-OPTIONAL_PARTS += ["steering", "strength", "stability", "failures"]  # in the page's order
+OPTIONAL_PARTS += ["steering", "selections", "strength", "stability", "failures"]  # in the page's order
 
 
 def write(folder: Path, summary: Any) -> Path:
@@ -68,7 +68,7 @@ def test_every_part_is_there_and_says_on_how_much_it_rests(full: tuple[Path, Any
         if section["name"] not in ("settings", "failures"):
             assert set(section["n"]["examples"]) == set(TASKS)
     assert {section["name"] for section in data["sections"] if section.get("seeds")} == (
-        {"heads", "neurons", "overlap", "masking", "budgets", "finding", "steering", "stability"}
+        {"heads", "neurons", "overlap", "masking", "budgets", "finding", "steering", "selections", "stability"}
     )
 
 

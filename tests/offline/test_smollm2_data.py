@@ -7,6 +7,7 @@ import subprocess
 import sys
 import unicodedata
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,9 @@ ROOT = Path(__file__).parents[2]
 DATA = ROOT / "examples" / "smollm2" / "data"
 SPLITS = ("discovery", "dev", "test")
 DEV_TASKS = ("antonyms", "capitals", "french", "past_tense", "sums")
-FRESH_TASKS = ("countries", "kinds", "nouns", "numerals", "participles", "plurals", "professions")
+FRESH_TASKS = (
+    *("countries", "kinds", "languages", "nouns", "numerals", "participles", "percentages", "plurals", "professions"),
+)
 TASKS = (*DEV_TASKS, *FRESH_TASKS)
 WORD_TASKS = ("antonyms", "capitals", "french", "nouns", "participles", "past_tense", "plurals")
 
@@ -206,6 +209,13 @@ def test_numerals_count_what_is_spelled_out() -> None:
         total += sum(small[word] for word in re.split(r"[ -]", after.strip()) if word)
         assert right == [str(total)]
         assert 1 <= total <= 999
+
+
+def test_percentages_are_a_hundred_times_the_number() -> None:
+    for asked, (percentage,) in facts("percentages"):
+        assert re.fullmatch(r"0\.\d{0,2}[1-9]", asked)
+        assert re.fullmatch(r"[1-9]?\d(\.[1-9])?%", percentage)
+        assert Decimal(percentage.removesuffix("%")) == 100 * Decimal(asked)
 
 
 def test_no_city_of_countries_is_among_the_capitals() -> None:

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaModel
 from hones_steer import layout as layout_module
 from hones_steer.errors import LayoutError
 from hones_steer.huggingface import steer
-from hones_steer.layout import down_weight, find_layout, register_layout
+from hones_steer.layout import down_weight, ffn_gate, find_layout, register_layout
 from hones_steer.profile import ModelIdentity
 
 
@@ -59,6 +59,47 @@ def test_down_weight_is_a_view_hidden_by_neurons(any_model):
     torch.testing.assert_close(
         z @ weight.t() + (layer.down_proj.bias if layer.down_proj.bias is not None else 0), layer.down_proj(z)
     )
+
+
+def test_the_gate_goes_through_the_activation(any_model):
+    """The activation is above 0 where the gate is; where there is no gate it is z itself."""
+    layer = find_layout(any_model).layers[1]
+    gate = ffn_gate(layer)
+    (function,) = (module for module in layer.module.modules() if "activation" in type(module).__module__)
+    given = {}
+    function.register_forward_hook(lambda *call: given.update(activated=call[-1].flatten(0, -2)))
+    if gate is None:
+        layer.down_proj.register_forward_pre_hook(lambda _, args: given.update(found=args[0].flatten(0, -2)))
+    else:
+        gate.register_forward_hook(lambda *call: given.update(found=call[-1].flatten(0, -2)))
+    with torch.no_grad():
+        any_model(**tiny_models.text_inputs())
+    activated, found = given["activated"], given["found"]
+    assert torch.equal(activated > 0, found[:, :96] > 0)
+    assert 0 < (activated > 0).float().mean() < 1
+
+
+def test_a_gate_inside_a_peft_layer(model):
+    peft_model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    assert ffn_gate(find_layout(peft_model).layers[0]) is model.model.layers[0].mlp.gate_proj
+
+
+def test_a_gate_that_cannot_be_told_is_refused(model):
+    for layer in model.model.layers:
+        layer.mlp.there, layer.mlp.gate_proj = layer.mlp.gate_proj, nn.Identity()
+    message = (
+        r"model\.layers\.0: the gate of its FFN is not recognized among its projections mlp\.up_proj, mlp\.there, so"
+    )
+    with pytest.raises(LayoutError, match=message):
+        ffn_gate(find_layout(model).layers[0])
+
+
+def test_an_activation_that_does_not_keep_the_sign_is_refused(model):
+    model.model.layers[0].mlp.act_fn = nn.Sigmoid()
+    with pytest.raises(
+        LayoutError, match=r"model\.layers\.0: the activation of its FFN \(Sigmoid\) does not keep the sign"
+    ):
+        ffn_gate(find_layout(model).layers[0])
 
 
 def test_the_decoder_takes_embeddings(any_model):

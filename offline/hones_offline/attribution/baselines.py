@@ -1,9 +1,8 @@
 """The methods that attribution is compared with: importance of neurons found without heads (docs/methods.md).
 
-Each looks where the write-in looks: at z, the input of the down-projection, at a prompt's last token. The write-in is
-taken of each example's first prompt, the others of each (prompt, answer) pair that is learned. z is what masking and
-steering act on and what every architecture has. In a gated FFN it is act(gate(x))·up(x), so that z > 0 is not what LAPE
-calls an active neuron, act(gate(x)) > 0.
+DVP, MA and gradient × activation look where the write-in looks: at z, the input of the down-projection, at a prompt's
+last token. The write-in is taken of each example's first prompt, the others of each (prompt, answer) pair that is
+learned. Activation probability and its entropy over tasks are LAPE's (Tang et al., ACL 2024): over all tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,36 +15,74 @@ from torch import Tensor
 from hones_offline.attribution.write_in import mean_write_in
 from hones_offline.data.metrics import FloatArray
 from hones_offline.data.neurons import Importance, NeuronIndex
-from hones_offline.running.backward import factor_gradients, frozen, rows_at_once
+from hones_offline.running.backward import AnsweredBatch, factor_gradients, frozen, rows_at_once
 from hones_offline.running.batching import PrefixBatch, batches
 from hones_offline.running.execution import Execution
-from hones_offline.running.hooks import recorded_ffn
+from hones_offline.running.hooks import active_tokens, recorded_ffn
 from hones_offline.running.prompts import Prepared
 from hones_steer.errors import DataError
+from hones_steer.layout import ffn_gate
 
 
 def activation_probability(prepared: Prepared, execution: Execution) -> Importance:
-    """AP: the share of (prompt, answer) pairs whose z is positive."""
-    return _mean_of_z(prepared, execution, lambda z: z > 0)
+    """AP: the share of all tokens, of prompts and answers, at which a neuron is active, act(gate(x)) > 0 (LAPE).
+
+    In an FFN without a gate it is z = act(up(x)) > 0.
+
+    Raises:
+        LayoutError: the gate of the model's FFNs cannot be told.
+    """
+    decoder, pairs = prepared.decoder, prepared.pairs()
+    index = NeuronIndex.of(decoder.layout)
+    # After an answer's last token nothing is read, so that it does not run.
+    lengths = [len(prompt) + len(answer) - 1 for prompt, answer in pairs]
+
+    def of_batch(numbers: Sequence[int]) -> FloatArray:
+        total = np.zeros(index.size)
+        batch = AnsweredBatch(decoder, [pairs[i] for i in numbers]).batch
+        with torch.no_grad(), active_tokens(decoder.layout, batch.mask.bool()) as counted:
+            decoder.run(batch)
+        for layer, count in counted.items():
+            total[index.layer(layer)] = count.cpu().numpy()
+        return total
+
+    return _mean(index, execution, of_batch, lengths, sum(lengths))
+
+
+def require_gates(prepared: Prepared, _execution: Execution) -> None:
+    """Raise LayoutError, naming the layer, unless it is known in every FFN which neurons are active."""
+    for layer in prepared.decoder.layout.layers:
+        ffn_gate(layer)
 
 
 def mean_activation(prepared: Prepared, execution: Execution) -> Importance:
-    """MA: the mean of |z| over (prompt, answer) pairs."""
-    return _mean_of_z(prepared, execution, torch.abs)
-
-
-def _mean_of_z(prepared: Prepared, execution: Execution, function: Callable[[Tensor], Tensor]) -> Importance:
-    """The mean over (prompt, answer) pairs of a function of z [rows, I] at the prompt's last token."""
+    """MA: the mean of |z| over (prompt, answer) pairs, at the prompt's last token."""
     decoder, index = prepared.decoder, NeuronIndex.of(prepared.decoder.layout)
     prompts = [prompt for prompt, _ in prepared.pairs()]
-    total = np.zeros(index.size)
-    for numbers in batches([len(prompt) for prompt in prompts], execution.batch_size):
+
+    def of_batch(numbers: Sequence[int]) -> FloatArray:
+        total = np.zeros(index.size)
         batch = PrefixBatch([prompts[i] for i in numbers], [1] * len(numbers), decoder.device)
         with torch.no_grad(), recorded_ffn(decoder.layout, batch.ends - 1) as recorded:
             batch.run(decoder.run)
         for layer, z in recorded.items():
-            total[index.layer(layer)] += function(z).sum(0, dtype=torch.float64).cpu().numpy()
-    return Importance(index, (total / len(prompts)).astype(np.float32))
+            total[index.layer(layer)] = z.abs().sum(0, dtype=torch.float64).cpu().numpy()
+        return total
+
+    return _mean(index, execution, of_batch, list(map(len, prompts)), len(prompts))
+
+
+def _mean(
+    index: NeuronIndex,
+    execution: Execution,
+    of_batch: Callable[[Sequence[int]], FloatArray],
+    lengths: Sequence[int],
+    count: int,
+    rows: int | None = None,
+) -> Importance:
+    """The sum [N] of `of_batch` over batches of texts of these lengths, over `count`; processes share the batches."""
+    units = [partial(of_batch, numbers) for numbers in batches(lengths, rows or execution.batch_size)]
+    return Importance(index, (execution.processes.sum(units, (index.size,)) / count).astype(np.float32))
 
 
 def direct_write_in(prepared: Prepared, directions: Tensor, execution: Execution) -> Importance:
@@ -74,10 +111,9 @@ def gradient_activation(prepared: Prepared, execution: Execution) -> Importance:
             total[index.layer(layer)] = of_layer.sum(0, dtype=torch.float64).cpu().numpy()
         return total
 
-    units = [partial(of_batch, numbers) for numbers in batches([len(p) + len(a) for p, a in pairs], rows)]
+    lengths = [len(prompt) + len(answer) for prompt, answer in pairs]
     with frozen(decoder.model):
-        total = execution.processes.sum(units, (index.size,))
-    return Importance(index, (total / len(pairs)).astype(np.float32))
+        return _mean(index, execution, of_batch, lengths, len(pairs), rows)
 
 
 def random_importance(prepared: Prepared, seed: int) -> Importance:

@@ -3,21 +3,33 @@
 g_{x,i} = Σ z_i·∂P_x/∂z_i is the gradient of example x's utility by a factor on neuron i, at 1: what scaling the neuron
 by 1 + ε changes, per ε. P_x is the mean over the example's (prompt, answer) pairs of the mean log-probability of the
 answer's tokens. Its mean over examples and its mean square come from one pass, one resumable step for all the methods
-made from them. docs/methods.md has the definitions.
+made from them. The head-mediated gradient is the part of it that heads account for: what replacing a head takes from
+z·∂P/∂z. docs/methods.md has the definitions.
 """
 
 from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from hones_offline.attribution.ablation import HeadAblation, Resumption
+from hones_offline.attribution.heads import WeightedHead
 from hones_offline.data.metrics import FloatArray
 from hones_offline.data.neurons import Importance, NeuronIndex
-from hones_offline.running.backward import Pair, factor_gradients, frozen, rows_at_once
-from hones_offline.running.batching import batches
+from hones_offline.running.backward import (
+    AnsweredBatch,
+    factor_gradients,
+    frozen,
+    gradients_by,
+    rows_at_once,
+)
+from hones_offline.running.batching import Run, batches
 from hones_offline.running.execution import Execution
+from hones_offline.running.hooks import Head, ffn_inputs, ffn_products
 from hones_offline.running.progress import progress_bar
-from hones_offline.running.prompts import Prepared
+from hones_offline.running.prompts import Pair, Prepared
 from hones_offline.running.run_folder import step_name
 
 
@@ -85,3 +97,76 @@ def example_gradients(prepared: Prepared, pairs: Sequence[Sequence[Pair]], rows:
             np.add.at(gradients[:, index.layer(layer)], list(examples), of_layer.double().cpu().numpy())
     gradients /= np.array([len(own) for own in pairs])[:, None]
     return gradients
+
+
+def head_gradient(prepared: Prepared, heads: Sequence[WeightedHead], execution: Execution) -> Importance:
+    """The head-mediated gradient, Σ_h w_h·[mean Σ (z − z_h)·∂P/∂z]_+ / Σ_h w_h, over all positions.
+
+    `heads` are (layer, head, w); z_h is z with head h replaced, ∂P/∂z the undisturbed model's.
+
+    Raises:
+        LayoutError: the model cannot be run backward.
+        DataError: the longest pair needs more memory than the execution has.
+    """
+    drops = mean_product_drops(prepared, [(layer, head) for layer, head, _ in heads], execution).clip(min=0)
+    weights = np.array([weight for _, _, weight in heads])
+    return _importance(prepared, weights @ drops / weights.sum())
+
+
+def head_gradient_rows(prepared: Prepared, execution: Execution) -> int:
+    """How many pairs `head_gradient` runs together; raises as it does."""
+    return rows_at_once(prepared, execution, ffn_inputs)
+
+
+def mean_product_drops(prepared: Prepared, heads: Sequence[Head], execution: Execution) -> FloatArray:
+    """The mean over examples of Σ (z − z_h)·∂P/∂z for each of `heads`, float64 [heads, N].
+
+    Each process of the execution runs some of the batches.
+    """
+    pairs = [(pair, 1 / len(own)) for own in prepared.pairs_by_example() for pair in own]
+    shape = (len(heads), NeuronIndex.of(prepared.decoder.layout).size)
+    lengths = [len(prompt) + len(answer) for (prompt, answer), _ in pairs]
+    chosen = list(batches(lengths, head_gradient_rows(prepared, execution)))
+    with (
+        frozen(prepared.decoder.model),
+        progress_bar(f"{prepared.task.name}: gradients", len(chosen), show=execution.shows_progress) as bar,
+    ):
+
+        def of_batch(numbers: Sequence[int]) -> FloatArray:
+            some, shares = zip(*(pairs[i] for i in numbers), strict=True)
+            products = GradientProducts(AnsweredBatch(prepared.decoder, some), torch.tensor(shares), execution)
+            ablation = HeadAblation(prepared.decoder, products, execution)
+            drops = ablation.undisturbed() - np.stack(ablation.ablated(heads))
+            bar.update(execution.processes.size)
+            return drops
+
+        total = execution.processes.sum([partial(of_batch, numbers) for numbers in chosen], shape)
+    return total / len(prepared)
+
+
+class GradientProducts:
+    """Measures Σ share·z·∂P/∂z over some pairs and all positions, float64 [N]; ∂P/∂z stays the undisturbed model's."""
+
+    def __init__(self, batch: AnsweredBatch, shares: Tensor, execution: Execution) -> None:
+        """Run the pairs backward once; `shares` [pairs] weigh them."""
+        self.batch, self.index = batch, NeuronIndex.of(batch.decoder.layout)
+        self.shares, self.gradients = shares.double(), gradients_by(ffn_inputs, batch)
+        rows, length = batch.batch.mask.shape
+        self.copies, self.token_count = max(1, execution.batch_size // rows), rows * length
+
+    def undisturbed(self, run: Run) -> FloatArray:
+        """Run the pairs with every head in place: the sums."""
+        sums: FloatArray = self._fill(np.zeros((1, self.index.size)), run, 0)[0]
+        return sums
+
+    def ablated(self, resumption: Resumption, base: FloatArray) -> list[FloatArray]:
+        """Run them with heads replaced: the sums for each head, those of `base` in layers below the head's."""
+        sums = base[None].repeat(len(resumption.heads), axis=0)
+        return list(self._fill(sums, resumption.run, resumption.layer))
+
+    def _fill(self, sums: FloatArray, run: Run, first: int) -> FloatArray:
+        with ffn_products(self.batch.decoder.layout, self.gradients, first=first) as products:
+            run(self.batch.batch, None)
+        for layer, of_layer in products.items():
+            sums[:, self.index.layer(layer)] = (self.shares[:, None] * of_layer.cpu()).sum(1).numpy()
+        return sums

@@ -71,7 +71,7 @@ class Preselection:
     margin: float
     """How many heads more than are wanted were run, as a share of the number wanted."""
     pairs: int
-    """(prompt, answer) pairs that the heads were estimated on, a forward and a backward pass of each."""
+    """(prompt, answer) pairs that the heads were estimated on, two forward and backward passes of each."""
     evaluations: int
     """Head × item evaluations run."""
     of: int
@@ -79,7 +79,7 @@ class Preselection:
     finished: int
     """Number of heads that were run on all items."""
     metric: str = "log-probability"
-    """What the estimates are of, also where heads are scored by the task's metric."""
+    """The measure that is estimated, also where heads are scored by the task's metric."""
 
 
 @dataclass(frozen=True)

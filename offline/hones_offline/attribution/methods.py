@@ -18,11 +18,13 @@ from hones_offline.attribution.baselines import (
     gradient_activation,
     mean_activation,
     random_importance,
+    require_gates,
 )
-from hones_offline.attribution.gradients import absolute_gradient, fisher, gradient
+from hones_offline.attribution.gradients import absolute_gradient, fisher, gradient, head_gradient, head_gradient_rows
 from hones_offline.attribution.heads import HeadMetric, HeadSearch, HeadWeights, WeightedHead
 from hones_offline.attribution.write_in import PositivePart, Target, head_guided_importance
 from hones_offline.data.neurons import Importance, check_fraction
+from hones_offline.running.backward import rows_at_once
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared
 from hones_offline.running.run_folder import check_seed
@@ -50,7 +52,7 @@ class AttributionOptions:
     heads: HeadSearch = "exact"
     error: float = 0.05
     """With `heads="race"`, the probability that it chooses other heads than "exact" does."""
-    margin: float = 0.5
+    margin: float = 1.5
     """With `heads="patch"`, how many heads more than `top_heads` are run, as a share of it."""
     seed: int = 3407
     """Shuffles the examples before they are batched, and draws the importances of "random"."""
@@ -126,8 +128,8 @@ class AttributionMethod:
     """Fields of `AttributionOptions` that it takes, besides those of every method."""
     guided: bool = False
     """Whether heads guide it: their scores are found first."""
-    backward: bool = False
-    """Whether it runs the model backward."""
+    check: Callable[[Prepared, Execution], object] = lambda _prepared, _execution: None
+    """Raises, before any work, if the model or the memory is not what it needs."""
     contrast: Callable[[Mapping[str, Importance]], Mapping[str, Importance]] | None = None
     """For a method that compares tasks: the function from every task's importance by `single_task` to its own."""
     single_task: str = ""
@@ -148,6 +150,12 @@ def _head_guided(
 ) -> Importance:
     assert directions is not None
     return head_guided_importance(prepared, directions, heads, execution, positive_part=options.positive_part)
+
+
+def _head_gradient(
+    prepared: Prepared, _directions: object, heads: Sequence[WeightedHead], _options: object, execution: Execution
+) -> Importance:
+    return head_gradient(prepared, heads, execution)
 
 
 def _direct(
@@ -171,6 +179,14 @@ METHODS: Mapping[str, AttributionMethod] = MappingProxyType(
     {
         "hones_task": _hones("HONES", "heads scored by the task's metric"),
         "hones_logprob": _hones("HONES-LP", "heads scored by the answers' log-probability"),
+        "head_grad": AttributionMethod(
+            "head × grad",
+            "the part of grad_all that the task's heads account for",
+            _head_gradient,
+            options=("head_weights", "leave_out", "by_damage"),
+            guided=True,
+            check=head_gradient_rows,
+        ),
         "dvp": AttributionMethod(
             "DVP",
             "direct value projection: what a neuron writes towards the answer, without heads",
@@ -181,34 +197,38 @@ METHODS: Mapping[str, AttributionMethod] = MappingProxyType(
             "Fisher",
             "mean square of the gradient by the neuron's factor, over all positions",
             _undirected(fisher),
-            backward=True,
+            check=rows_at_once,
         ),
         "grad_all": AttributionMethod(
             "grad (all positions)",
             "gradient of the answers' log-probability by the neuron's factor, over all positions",
             _undirected(gradient),
-            backward=True,
+            check=rows_at_once,
         ),
         "grad_abs": AttributionMethod(
             "|grad|",
             "absolute value of grad_all",
             _undirected(absolute_gradient),
-            backward=True,
+            check=rows_at_once,
         ),
         "grad_act": AttributionMethod(
             "grad × act",
             "gradient of the answers' log-probability times activation, at the last prompt token",
             _undirected(gradient_activation),
-            backward=True,
+            check=rows_at_once,
         ),
         "ma": AttributionMethod("MA", "mean activation", _undirected(mean_activation)),
         "ap": AttributionMethod(
-            "AP", "activation probability: how often a neuron is active", _undirected(activation_probability)
+            "AP",
+            "activation probability: the share of tokens at which a neuron is active",
+            _undirected(activation_probability),
+            check=require_gates,
         ),
         "ape": AttributionMethod(
             "APE",
             "entropy of the activation probability across tasks",
             _undirected(activation_probability),
+            check=require_gates,
             contrast=activation_entropy,
             single_task="ap",
         ),
@@ -223,6 +243,6 @@ METHODS: Mapping[str, AttributionMethod] = MappingProxyType(
 
 SINGLE_TASK_METHODS = (
     "hones",
-    *(name for name, method in METHODS.items() if not method.guided and method.contrast is None),
+    *(name for name, method in METHODS.items() if not method.single_task),
 )
 """The methods that find one task's neurons without another task; "hones" is that of its head metric."""

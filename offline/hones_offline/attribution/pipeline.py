@@ -89,7 +89,7 @@ def attribute(
     head_weights: HeadWeights = "score",
     heads: HeadSearch = "exact",
     error: float = 0.05,
-    margin: float = 0.5,
+    margin: float = 1.5,
     against: Sequence[Importance] = (),
     contrast: Contrast = "ratio",
     seed: int = 3407,
@@ -111,10 +111,10 @@ def attribute(
         top_fraction: the bank's share of all L·I neurons.
         head_metric: score heads by the task's metric under greedy generation ("task", the paper's) or by the mean
             log-probability of the answers ("logprob": one forward per batch, so much faster).
-        method: "hones", or a method without heads: "dvp" (the write-in alone), "grad_all", "fisher" and "grad_abs"
-            (mean, mean square and absolute mean of the utility's gradient by the neuron's factor), "grad_act"
-            (gradient × activation at the last prompt token), "ap" and "ma" (activation probability and mean
-            activation), "random".
+        method: "hones"; "head_grad", guided by heads as well (the head-mediated gradient); or a method without heads:
+            "dvp" (the write-in alone), "fisher", "grad_all" and "grad_abs" (mean square, mean and absolute mean of the
+            utility's gradient by the neuron's factor), "grad_act" (gradient × activation at the last prompt token),
+            "ap" and "ma" (activation probability and mean activation), "random".
         target: the direction of the write-in: the "paper"'s, "contrastive" (less that of the other answers) or
             "centred" (of unembedding rows less their mean).
         positive_part: taken of the "mean" over examples (the paper's) or of each "example" before the mean.
@@ -144,7 +144,8 @@ def attribute(
     Raises:
         DataError: no usable example, too many failures, no head or neuron that matters, a setting out of range, or a
             run with other settings.
-        LayoutError: the model's structure is not supported.
+        LayoutError: the model's structure is not supported, or the method needs a backward pass that the model, a
+            quantized one, does not have.
         StateError: another of `processes` has ended.
     """
     options = AttributionOptions(
@@ -169,6 +170,7 @@ def attribute(
         prepared = usable_everywhere(prepared, max_failures, processes)
     if options.entry.guided:
         require_replaceable_heads(prepared.decoder.layout)
+    options.entry.check(prepared, execution)
     for other in against:
         if other.index != NeuronIndex.of(prepared.decoder.layout):
             raise DataError("an importance in `against` has other neurons than the model; find it on the same model")
@@ -322,7 +324,5 @@ def neuron_importance(
 
     ids = [example.id for example in prepared.examples]
     decisive = [WRITE_IN, options.name, options.method_options, options.seed, list(heads), ids]
-    # Only what heads guide, or what runs backward, takes long enough to be shared among processes.
-    step = execution.shared_step if entry.guided or entry.backward else execution.step_of_first
-    values = step(step_name("importance", decisive), compute)["importance"]
+    values = execution.shared_step(step_name("importance", decisive), compute)["importance"]
     return Importance(NeuronIndex.of(prepared.decoder.layout), values)

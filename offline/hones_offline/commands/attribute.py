@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--margin",
         type=float,
-        default=0.5,
+        default=1.5,
         metavar="SHARE",
         help="with --heads patch: heads to run beyond --top-heads, as a share of them (default: %(default)s)",
     )
@@ -173,7 +173,7 @@ def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=SINGLE_TASK_METHODS,
         default="hones",
-        help=f"hones, or a method without heads: {'; '.join(others)} (default: %(default)s)",
+        help=f"hones, or another: {'; '.join(others)} (default: %(default)s)",
     )
     parser.add_argument(
         "--target",
@@ -224,6 +224,6 @@ def _race_line(race: Mapping[str, Any]) -> str:
 def _preselection_line(preselection: Mapping[str, Any]) -> str:
     return (
         f"preselection: {preselection['evaluations'] / preselection['of']:.0%} of {preselection['of']} evaluations of "
-        f"a head on an example; {preselection['finished']} heads preselected by {preselection['metric']}, from one "
-        f"forward and backward pass of each of {preselection['pairs']} answers"
+        f"a head on an example; {preselection['finished']} heads preselected by {preselection['metric']}, from two "
+        f"forward and backward passes of each of {preselection['pairs']} answers"
     )

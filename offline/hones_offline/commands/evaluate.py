@@ -16,9 +16,10 @@ from hones_offline.commands.arguments import (
 )
 from hones_offline.commands.result import read_bank
 from hones_offline.data.examples import Loaded, check_disjoint
+from hones_offline.data.metrics import FloatArray
 from hones_offline.data.neurons import Bank, NeuronIndex
 from hones_offline.data.tasks import Task
-from hones_offline.running.evaluation import Scores, intervention, score
+from hones_offline.running.evaluation import Scores, intervention, position_means, score
 from hones_offline.running.models import keep_freed_memory, load_model
 from hones_offline.running.prompts import Prepared, prepare
 from hones_steer.errors import DataError
@@ -34,6 +35,8 @@ def run(argv: Sequence[str]) -> int:
         raise DataError(f"--random-banks must be zero or more, not {args.random_banks}")
     if args.random_banks and not args.mask:
         parser.error("--random-banks stand beside the bank of a --mask")
+    if args.ablation != "zero" and not args.mask:
+        parser.error("--ablation is of the banks of a --mask")
     task, loaded = load_data(args)
     _check_apart(args, task, loaded)
     profiles = {str(path): load_profile(path) for path in args.profile}
@@ -46,14 +49,15 @@ def run(argv: Sequence[str]) -> int:
     banks = {path: found.for_model(model) for path, found in masked.items()}
     prepared = prepare(model, processor, task, loaded.examples, max_failures=args.max_failures, progress=True)
     base = score(prepared, batch_size=args.batch_size)
+    fill = position_means(prepared, batch_size=args.batch_size) if args.ablation == "mean" else None
     rows = {"base": _row(base, base)}
     for name, profile in profiles.items():
         rows[name] = _row(steered(prepared, profile, args.batch_size), base)
     for name, bank in banks.items():
-        rows[f"{name} masked"] = _masked_row(prepared, bank, base, args.batch_size)
+        rows[f"{name} masked"] = _masked_row(prepared, bank, fill, base, args.batch_size)
         for seed in range(args.random_banks):
             random_bank = bank.random(NeuronIndex.of(prepared.decoder.layout), seed)
-            rows[f"{name} random bank {seed} masked"] = _masked_row(prepared, random_bank, base, args.batch_size)
+            rows[f"{name} random bank {seed} masked"] = _masked_row(prepared, random_bank, fill, base, args.batch_size)
     result = {
         "task": task.name,
         "metric": task.metric,
@@ -69,7 +73,7 @@ def run(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hones evaluate",
-        description="Measure a task on a model: as it is, steered by profiles, and with a bank's neurons set to zero. "
+        description="Measure a task on a model: as it is, steered by profiles, and with a bank's neurons masked. "
         "Differences come with 95%% intervals (paired bootstrap over examples).",
         epilog="example: hones evaluate MODEL --task vqa --data test.jsonl --profile vqa.safetensors --mask runs/vqa",
     )
@@ -88,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="DIR",
-        help="measure with the bank of this `hones attribute` run at zero, of this task or another (repeatable)",
+        help="measure with the bank of this `hones attribute` run masked, of this task or another (repeatable)",
     )
     parser.add_argument(
         "--random-banks",
@@ -96,6 +100,13 @@ def _parser() -> argparse.ArgumentParser:
         default=0,
         metavar="N",
         help="with --mask: also mask N random banks of the same size per layer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ablation",
+        choices=("zero", "mean"),
+        default="zero",
+        help="with --mask: set neurons to zero, or to their mean over the measured examples, over all positions of "
+        "prompt and answer (default: %(default)s)",
     )
     parser.add_argument(
         "--apart-from",
@@ -125,9 +136,13 @@ def _row(measured: Scores, base: Scores) -> dict[str, Any]:
     }
 
 
-def _masked_row(prepared: Prepared, bank: Bank, base: Scores, batch_size: int) -> dict[str, Any]:
-    with intervention(prepared, mask=bank):
-        return {"neurons": bank.size, **_row(score(prepared, batch_size=batch_size), base)}
+def _masked_row(
+    prepared: Prepared, bank: Bank, fill: FloatArray | None, base: Scores, batch_size: int
+) -> dict[str, Any]:
+    with intervention(prepared, mask=bank, fill=fill):
+        measured = score(prepared, batch_size=batch_size)
+    ablation = "zero" if fill is None else "mean"
+    return {"neurons": bank.size, "ablation": ablation, **_row(measured, base)}
 
 
 def _evaluation_lines(result: Mapping[str, Any]) -> list[str]:

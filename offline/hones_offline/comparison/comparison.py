@@ -9,10 +9,10 @@ stopped, and more seeds, methods or sizes only cost what is new.
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cache
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from hones_offline.comparison.finder import Finder
 from hones_offline.comparison.finding import Cell, Finding, Masked, MeasuredTask, bystanders, relative
 from hones_offline.comparison.settings import CompareSettings, parse
 from hones_offline.comparison.splits import Splits
-from hones_offline.comparison.study import STEERED, steered_profiles
+from hones_offline.comparison.steering import Steering
 from hones_offline.data.metrics import CrossedBootstrap, FloatArray, interval_of
 from hones_offline.data.neurons import Bank, NeuronIndex, exact_groups, jaccard
 from hones_offline.running.evaluation import Scores
@@ -31,7 +31,7 @@ from hones_offline.running.run_folder import json_bytes
 from hones_steer import __version__
 from hones_steer.errors import DataError
 from hones_steer.files import write_atomically
-from hones_steer.profile import ModelIdentity, Profile
+from hones_steer.profile import ModelIdentity
 
 KINDS = {1: "one", 2: "pair", 3: "triple"}
 
@@ -67,8 +67,9 @@ def compare(
         "masking": comparison.masking,
         "finding": comparison.finding,
         "groups": comparison.groups,
-        "steering": comparison.steering,
-        "strength": comparison.strength,
+        "steering": comparison.steering.main_bank,
+        "strength": comparison.steering.strength,
+        "selections": comparison.steering.selections,
     }
     for stage, section in sections.items():
         if stage not in ("base", "attribution", *settings.stages):
@@ -94,30 +95,25 @@ class Comparison:
     """
 
     def __init__(self, tasks: Mapping[str, Splits], settings: CompareSettings, *, progress: bool = False) -> None:
-        for setting in ("measured", "contrast_tasks"):
-            if unknown := set(getattr(settings, setting) or ()) - set(tasks):
-                raise DataError(
-                    f"{setting} names {', '.join(sorted(unknown))}, which is not among the tasks {', '.join(tasks)}"
-                )
+        for name in ("measured", "contrast_tasks"):
+            if unknown := ", ".join(sorted(set(getattr(settings, name) or ()) - set(tasks))):
+                raise DataError(f"{name} names {unknown}, which is not among the tasks {', '.join(tasks)}")
         self.tasks, self.settings, self.progress = tasks, settings, progress
-        wanted = tasks if settings.measured is None else settings.measured
-        self.measured = {task: splits for task, splits in tasks.items() if task in wanted}
+        self.measured = {task: tasks[task] for task in tasks if task in (settings.measured or tasks)}
         if len(self.measured) < 2:
-            raise DataError("selectivity compares tasks; give at least two that are measured")
+            raise DataError("selectivity compares tasks; give at least two")
         self.finder = Finder(tasks, settings, progress=progress)
         self.bootstrap = CrossedBootstrap()
         self.seeds = range(settings.seeds)
-        self.learned_seeds = range(settings.learned_seeds or settings.seeds)
         layout = next(iter(tasks.values())).discovery.decoder.layout
         self.num_layers, self.index = len(layout.layers), NeuronIndex.of(layout)
-        self.profiles, self.base, self.fill = cache(self._profiles), cache(self._base), cache(self._position_means)
+        self.fill = cache(self._position_means)
+        self.base = cache(lambda task: self.values(task, tasks[task].measure("test")))
+        self.steering = Steering(self.measured, settings, self.finder, self.bootstrap, progress=progress)
 
     def values(self, task: str, scores: Scores) -> FloatArray:
         """A measurement on a task's test split as a quantity of the bootstrap."""
         return self.bootstrap.values(task, scores.statistics, scores.task.aggregate)
-
-    def _base(self, task: str) -> FloatArray:
-        return self.values(task, self.tasks[task].measure("test"))
 
     def _position_means(self) -> FloatArray:
         """Mean z over the positions of all tasks' discovery examples, each task weighing the same, [N]."""
@@ -135,7 +131,7 @@ class Comparison:
     def mask_all(self, banks: Iterable[Bank], ablation: str = "zero") -> None:
         """Measure every task with each of the banks masked, so that the tables find it done."""
         different = list({bank.digest: bank for bank in banks}.values())
-        work = [(splits, bank) for splits in self.measured.values() for bank in different]
+        work = list(product(self.measured.values(), different))
         for splits, bank in with_progress(work, f"masking ({ablation})", show=self.progress):
             self._masked(splits, bank, ablation)
 
@@ -163,7 +159,7 @@ class Comparison:
     def _task(self, task: str) -> dict[str, Any]:
         splits = self.tasks[task]
         sizes = {name: len(part) for name, part in splits.parts.items()}
-        base = self.values(task, splits.measure("test"))
+        base = self.base(task)
         return {
             "metric": splits.task.metric,
             "n": {**sizes, "attribution": len(self.finder.drawn(task, 0))},
@@ -323,74 +319,8 @@ class Comparison:
             "drops": {task: self._drop_cell(task, list(banks.values())) for task in self.measured},
         }
         if "steer_groups" in self.settings.stages:
-            row["gains"] = {task: self._gain_cell(task, banks) for task in self.measured}
+            row["gains"] = {task: self.steering.group_gain(task, banks) for task in self.measured}
         return row
-
-    def _gain_cell(self, task: str, banks: Mapping[int, Bank]) -> dict[str, Any]:
-        """The gain on a task's test split from factors for these neurons that were learned on the task."""
-        splits, fit = self.tasks[task], self.settings.fit
-        base = self.values(task, splits.measure("test"))
-        gains = []
-        for seed, bank in banks.items():
-            profile = splits.learned("hones", bank, replace(fit, seed=seed), progress=self.progress)
-            gains.append(self.values(task, splits.measure("test", steering=profile)) - base)
-        cell = self._estimate("gain", gains)
-        return {"gain": cell["gain"], "ci95": cell["gain_ci95"]}
-
-    def _profiles(self, task: str, seed: int) -> dict[str, Profile]:
-        """Every way of steering the main method's bank."""
-        bank = self.finder.bank(task, self.settings.main, self.settings.fraction, seed)
-        fit = replace(self.settings.fit, seed=seed)
-        return steered_profiles(self.tasks[task], bank, bank.random(self.index, seed), fit, progress=self.progress)
-
-    def steering(self) -> dict[str, Any]:
-        """Section "steering": the table with its baselines."""
-        return {"steering": [self._steering_row(task, name) for task in self.measured for name in STEERED]}
-
-    def _steering_row(self, task: str, name: str) -> dict[str, Any]:
-        splits = self.tasks[task]
-        base = splits.measure("test")
-        measured = [
-            base if name == "base" else splits.measure("test", steering=self.profiles(task, seed)[name])
-            for seed in self.learned_seeds
-        ]
-        return steering_row(self.bootstrap, name, base, measured)
-
-    def strength(self) -> dict[str, Any]:
-        """Section "strength": the learned profiles' offsets times each strength."""
-        return {"strength": [self._strength_row(task, x) for task in self.measured for x in self.settings.strengths]}
-
-    def _strength_row(self, task: str, strength: float) -> dict[str, Any]:
-        splits = self.tasks[task]
-        profiles = [self.profiles(task, seed)["hones"] * strength for seed in self.learned_seeds]
-        values = [self.values(task, splits.measure("test", steering=profile)) for profile in profiles]
-        estimate = self._estimate("value", values)
-        return {
-            "task": task,
-            "strength": strength,
-            "value": estimate["value"],
-            "ci95": estimate["value_ci95"],
-            "n": len(splits.test),
-        }
-
-
-def steering_row(bootstrap: CrossedBootstrap, name: str, base: Scores, measured: Sequence[Scores]) -> dict[str, Any]:
-    """A row of the steering table from one measurement per seed, all on the same examples as `base`."""
-    task = base.task
-    before = bootstrap.values(task.name, base.statistics, task.aggregate)
-    values = [bootstrap.values(task.name, scores.statistics, task.aggregate) for scores in measured]
-    value, gain = bootstrap.over_seeds(values), bootstrap.over_seeds([of_seed - before for of_seed in values])
-    return {
-        "task": task.name,
-        "method": name,
-        "value": float(value[0]),
-        "ci95": interval_of(value),
-        "gain": float(gain[0]),
-        "gain_ci95": interval_of(gain),
-        "n": base.n,
-        "seeds": len(measured),
-        "by_seed": _points(values),
-    }
 
 
 def _flat(settings: CompareSettings) -> dict[str, Any]:

@@ -32,8 +32,9 @@ class Finder:
     run once on every example that may be drawn (the pool); importances are steps of the task's run folder.
 
     Raises:
-        DataError: there are so few discovery examples that all seeds would draw the same ones, or a method compares
-            tasks and has none to compare with.
+        DataError: there are so few discovery examples that all seeds would draw the same ones, a method compares tasks
+            and has none to compare with, or an example needs more memory than there is.
+        LayoutError: a method cannot be run on the model.
     """
 
     def __init__(self, tasks: Mapping[str, Splits], settings: CompareSettings, *, progress: bool = False) -> None:
@@ -51,8 +52,14 @@ class Finder:
                     raise DataError(
                         f"method {name!r} has no task to contrast {task!r} with; name another one in contrast_tasks"
                     )
+        execution = Execution(memory_gb=settings.memory_gb)
+        for check in {METHODS[parse(name).base].check for name in settings.methods}:
+            for task, pool in self.pools.items():
+                with naming(f"task {task!r}"):
+                    check(pool, execution)
         self.statistics = cache(self._statistics)
         self.importance = cache(self._importance)
+        self.bank = cache(self._bank)
         self._attributed = cache(self._attribute)
 
     def drawn(self, task: str, seed: int) -> list[int]:
@@ -70,7 +77,7 @@ class Finder:
         chosen = self.settings.contrast_tasks
         return [other for other in self.tasks if other != task and (chosen is None or other in chosen)]
 
-    def bank(self, task: str, name: str, fraction: float, seed: int) -> Bank:
+    def _bank(self, task: str, name: str, fraction: float, seed: int) -> Bank:
         """A method's bank; a random one has as many neurons in each layer as the main method's."""
         if name == "random":
             index = NeuronIndex.of(self.tasks[task].discovery.decoder.layout)

@@ -1,7 +1,7 @@
 """Settings of a comparison: the methods by name, with their variants, and how much of everything."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, cast, get_args
 
@@ -10,12 +10,16 @@ from hones_offline.attribution.contrast import FLOOR, POOL_FACTOR, Contrast, che
 from hones_offline.attribution.heads import HeadMetric
 from hones_offline.attribution.methods import AttributionOptions
 from hones_offline.data.neurons import check_fraction
+from hones_offline.learning.adapters import ADAPTERS
+from hones_offline.learning.choosing import FitGrid
 from hones_offline.learning.factors import FitSettings
 from hones_steer.errors import DataError
 
 METHODS: tuple[str, ...] = tuple(reversed([*methods.METHODS]))
 """The methods compared by default. Variants follow a colon: "hones_logprob:contrastive+rank", "dvp:ratio"."""
-STAGES = ("masking", "finding", "groups", "steer_groups", "steering", "strength")
+STAGES = ("masking", "finding", "groups", "steer_groups", "steering", "strength", "selections")
+COMPARATORS = ("grid_search", "sparse", *ADAPTERS)
+"""The comparators of selections: one factor, sparsity learned with the factors, and adapters of PEFT."""
 ABLATIONS = ("zero", "mean")
 """Values that a masked neuron's activation is set to: 0, or its mean over the tasks (docs/methods.md)."""
 
@@ -62,13 +66,13 @@ def parse(name: str) -> ComparedMethod:
     if base not in METHODS or (colon and not rest) or not set(variants) <= allowed:
         raise DataError(
             f"unknown method {name!r}; choose from {', '.join(METHODS)}; those of hones take variants after a colon, "
-            f"joined by '+': {', '.join((*_VARIANTS, *_CONTRASTS))}; dvp takes contrastive, centred, max or ratio, "
-            "the others but random max or ratio"
+            f"joined by '+': {', '.join((*_VARIANTS, *_CONTRASTS))}; head_grad takes rank, damage, leave_out, max or "
+            "ratio, dvp contrastive, centred, max or ratio, the others but random max or ratio"
         )
     changes = {key: value for variant in variants for key, value in _VARIANTS.get(variant, {}).items()}
     if len(changes) + len(contrasts) < len(variants) or len(contrasts) > 1:
         raise DataError(f"method {name!r} asks for two variants of the same thing; choose one")
-    metric: HeadMetric = "logprob" if base == "hones_logprob" else "task"
+    metric: HeadMetric = "logprob" if base in ("hones_logprob", "head_grad") else "task"
     options = AttributionOptions(method=methods.METHODS[base].single_task or base, head_metric=metric, **changes)
     return ComparedMethod(name, base, options, cast(Contrast, contrasts[0]) if contrasts else None)
 
@@ -126,6 +130,16 @@ class CompareSettings:
     strengths: Sequence[float] = (-1.0, 0.5, 1.0, 1.5, 2.0)
     """The learned factors' offsets times these."""
     fit: FitSettings = field(default_factory=FitSettings)
+    selections: Sequence[str] = ()
+    """Methods whose banks get factors in the stage "selections", each chosen on dev from the same grid."""
+    comparators: Sequence[str] = COMPARATORS
+    """Some of `COMPARATORS`, for the same stage; the first two are of the main method's bank and size."""
+    selection_reference: str | None = None
+    """The selection or comparator that the others' gains are paired with (None: the first selection)."""
+    grid: FitGrid = field(default_factory=FitGrid)
+    """The values that are tried on dev in that stage."""
+    lora_lrs: Sequence[float] = (0.0003, 0.001, 0.003)
+    """The learning rates that LoRA tries in place of the grid's, as many."""
 
     def __post_init__(self) -> None:
         for method in (*self.methods, self.main):
@@ -148,11 +162,34 @@ class CompareSettings:
         for level in self.own_drop_levels:
             if not 0 < level <= 1:
                 raise DataError(f"own_drop_levels must lie in (0, 1], not {level}")
+        if self.measured is not None and len(set(self.measured)) < 2:
+            raise DataError(f"measured must name at least two tasks, not {', '.join(self.measured) or 'none'}")
         if self.reference is not None and self.reference not in self.methods:
             raise DataError(f"reference must be one of the methods, not {self.reference!r}")
         for name in ("group_seeds", "learned_seeds"):
             if not 1 <= (getattr(self, name) or 1) <= self.seeds:
                 raise DataError(f"{name} must lie between 1 and seeds, not {getattr(self, name)}")
         check_contrast("ratio", self.pool_factor, self.floor)
+        self._check_selections()
         if unswept := set(self.sweep or ()) - set(self.methods):
             raise DataError(f"sweep names {', '.join(sorted(unswept))}, which is not among the methods")
+
+    def _check_selections(self) -> None:
+        for method in self.selections:
+            parse(method)
+        if "selections" in self.stages and not self.selections:
+            raise DataError("the stage 'selections' has none to compare; name methods in selections")
+        if unknown := set(self.comparators) - set(COMPARATORS):
+            raise DataError(f"unknown comparators {', '.join(sorted(unknown))}; choose from {', '.join(COMPARATORS)}")
+        steered = [*self.selections, *self.comparators]
+        if twice := {name for name in steered if steered.count(name) > 1}:
+            raise DataError(f"selections and comparators name {', '.join(sorted(twice))} twice; name each once")
+        if self.selection_reference is not None and self.selection_reference not in steered:
+            raise DataError(
+                f"selection_reference must be one of the selections or comparators, not {self.selection_reference!r}"
+            )
+        if len(replace(self.grid, lrs=self.lora_lrs).lrs) != len(self.grid.lrs):
+            raise DataError(
+                f"lora_lrs must be as many as the grid's learning rates, {len(self.grid.lrs)}, so that LoRA has as "
+                f"many trials, not {len(self.lora_lrs)}"
+            )

@@ -1,8 +1,10 @@
 """A task's splits with everything that is measured or learned on them, each once."""
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import asdict
+import shutil
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,16 +13,19 @@ import numpy.typing as npt
 
 from hones_offline.data.metrics import FloatArray
 from hones_offline.data.neurons import Bank, NeuronIndex
-from hones_offline.learning.choosing import DevScore, FitGrid, choose_fit, dev_log_probabilities
-from hones_offline.learning.factors import FitSettings, fit_run_settings, learn
+from hones_offline.learning.adapters import Adapter, adapted, adapter_run_settings, trained_by_epoch
+from hones_offline.learning.choosing import DevScore, FitGrid, choose, choose_fit, dev_log_probabilities
+from hones_offline.learning.factors import FitSettings, fit_run_settings, learn, losses_of
 from hones_offline.learning.methods import SteeringInputs
 from hones_offline.running.evaluation import Scores, intervention, position_means, score
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared
-from hones_offline.running.run_folder import RunFolder, examples_digest, json_bytes, run_settings
+from hones_offline.running.run_folder import RunFolder, examples_digest, json_bytes, read_json, run_settings
 from hones_steer.profile import Profile
 
 Split = Literal["discovery", "dev", "test"]
+Steered = Profile | Adapter
+"""A profile, or an adapter in its place."""
 
 
 class Splits:
@@ -56,7 +61,7 @@ class Splits:
         self,
         split: Split,
         *,
-        steering: Profile | None = None,
+        steering: Steered | None = None,
         mask: Mapping[int, npt.NDArray[np.int32]] | None = None,
         fill: FloatArray | None = None,
     ) -> Scores:
@@ -77,8 +82,8 @@ class Splits:
                 name += f"-set-{hashlib.sha256(used.tobytes()).hexdigest()[:16]}"
 
         def compute() -> dict[str, FloatArray]:
-            with intervention(examples, steering=steering, mask=bank, fill=fill):
-                return {"statistics": score(examples, batch_size=self.batch_size).statistics}
+            with _changed(examples, steering) as changed, intervention(changed, mask=bank, fill=fill):
+                return {"statistics": score(changed, batch_size=self.batch_size).statistics}
 
         statistics = self.run.arrays(name, compute)["statistics"]
         value = self.task.aggregate(statistics.sum(axis=0), len(statistics))
@@ -92,14 +97,15 @@ class Splits:
 
         return self.run.arrays("discovery-position-means", compute)["means"]
 
-    def dev_score(self, profile: Profile) -> DevScore:
-        """How well a profile does on dev; the same is measured once."""
+    def dev_score(self, steering: Steered) -> DevScore:
+        """How well a profile or an adapter does on dev; the same is measured once."""
 
         def compute() -> dict[str, FloatArray]:
-            return {"means": dev_log_probabilities(self.dev, profile, self.batch_size)}
+            with _changed(self.dev, steering) as dev:
+                return {"means": dev_log_probabilities(dev, None, self.batch_size)}
 
-        means = self.run.arrays(f"dev-logprob-{profile.digest[:16]}", compute)["means"]
-        return DevScore(self.measure("dev", steering=profile).value, float(means.mean()))
+        means = self.run.arrays(f"dev-logprob-{steering.digest[:16]}", compute)["means"]
+        return DevScore(self.measure("dev", steering=steering).value, float(means.mean()))
 
     def learned(self, name: str, bank: Bank, settings: FitSettings, *, progress: bool = False) -> Profile:
         """`learn` on the discovery examples, kept in a folder of its own; the same is learned once."""
@@ -126,6 +132,36 @@ class Splits:
         wanted = {"name": name, "grid": asdict(grid), **fit_run_settings(self.discovery, bank, settings)}
         self.run.json(f"trials-{name}-{_digest(wanted)}", choice.table)
         return choice.chosen
+
+    def adapter_on_dev(self, kind: str, settings: FitSettings, grid: FitGrid, *, progress: bool = False) -> Adapter:
+        """An adapter trained on the discovery examples and chosen on dev as factors are (`learned_on_dev`).
+
+        Each trial's epochs are steps of a folder of their own, which goes once the choice is kept: they are large.
+        """
+        wanted = {"grid": asdict(grid), **adapter_run_settings(self.discovery, kind, settings)}
+        name = f"{kind}-{_digest(wanted)}"
+        losses = losses_of(self.discovery, settings)
+
+        def folder(lr: float) -> Path:
+            return self.path / f"{name}-lr-{lr}"
+
+        def train(lr: float) -> Generator[tuple[int, Adapter]]:
+            changed = replace(settings, lr=lr, epochs=grid.epochs)
+            run = RunFolder(folder(lr), adapter_run_settings(self.discovery, kind, changed))
+            execution = Execution(folder=run, progress=progress)
+            return trained_by_epoch(self.discovery, kind, changed, execution, losses=losses)
+
+        def chosen() -> Mapping[str, npt.NDArray[np.float32]]:
+            choice = choose(grid, train, Adapter.__mul__, self.dev_score)
+            self.run.json(f"trials-{name}", choice.table)
+            self.run.json(f"chosen-{name}", lambda: {**choice.chosen.method, "chosen_on_dev": choice.on_dev})
+            return choice.chosen.weights
+
+        weights = self.run.arrays(f"chosen-{name}", chosen)
+        for lr in grid.lrs:
+            if (trial := folder(lr)).exists():
+                shutil.rmtree(trial)
+        return Adapter(kind, weights, read_json(self.path / f"chosen-{name}.json"))
 
     def _fit_folder(self, name: str, bank: Bank, settings: FitSettings) -> RunFolder:
         """Where the states of this learning are kept, and of no other."""
@@ -159,6 +195,17 @@ class Splits:
             learn=learned,
             dev_metric=lambda profile: self.measure("dev", steering=profile).value,
         )
+
+
+@contextmanager
+def _changed(examples: Prepared, steering: Steered | None) -> Iterator[Prepared]:
+    """Within the block, the model is steered by a profile, has an adapter, or is as it is; yields the examples."""
+    if isinstance(steering, Adapter):
+        with adapted(examples, steering) as inside:
+            yield inside
+    else:
+        with intervention(examples, steering=steering):
+            yield examples
 
 
 def _digest(wanted: Mapping[str, Any]) -> str:

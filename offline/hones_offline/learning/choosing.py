@@ -98,6 +98,11 @@ class Choice(Generic[T]):
     best: Trial
     trials: Sequence[Trial]
 
+    @property
+    def on_dev(self) -> dict[str, Any]:
+        """The chosen strength, the number of trials, and how well the chosen one does on dev."""
+        return {"strength": self.best.strength, "trials": len(self.trials), **asdict(self.best.score)}
+
     def table(self) -> list[dict[str, Any]]:
         """The trials as rows."""
         return [trial.to_json() for trial in self.trials]
@@ -179,9 +184,7 @@ def choose_fit(
         return learned_by_epoch(prepared, bank, changed, execution, name=name, losses=losses)
 
     choice = choose(grid, learn, strengthened, measure)
-    best = choice.best
-    chosen = {"strength": best.strength, "trials": len(choice.trials), **asdict(best.score)}
-    method = {**choice.chosen.method, "chosen_on_dev": chosen}
+    method = {**choice.chosen.method, "chosen_on_dev": choice.on_dev}
     return replace(choice, chosen=replace(choice.chosen, method=method))
 
 
@@ -190,8 +193,11 @@ def strengthened(profile: Profile, strength: float) -> Profile:
     return replace(profile * strength, description=profile.description, method=profile.method)
 
 
-def dev_log_probabilities(dev: Prepared, profile: Profile, batch_size: int) -> FloatArray:
-    """The mean token log-probability of every (prompt, answer) pair of dev when a profile steers, float64 [pairs]."""
+def dev_log_probabilities(dev: Prepared, profile: Profile | None, batch_size: int) -> FloatArray:
+    """The mean token log-probability of every (prompt, answer) pair of dev when a profile steers, float64 [pairs].
+
+    Without one the model runs as it is, with an adapter that is in it.
+    """
     measured = AnswerLogProbability(dev, dev.pairs(), Execution(batch_size=batch_size))
     with torch.no_grad(), intervention(dev, steering=profile):
         return measured.undisturbed(dev.decoder.run)[:, 0]

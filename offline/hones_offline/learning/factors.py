@@ -268,7 +268,7 @@ class _Learner:
             "exp_avg": torch.tensor(state["exp_avg"]),
             "exp_avg_sq": torch.tensor(state["exp_avg_sq"]),
         }
-        with frozen(self.decoder.model), _checkpointed(self.decoder, self.settings.gradient_checkpointing):
+        with frozen(self.decoder.model), checkpointed(self.decoder, self.settings.gradient_checkpointing):
             for step in steps:
                 self._step(step, offsets, kept, optimizer)
                 kept = self._pruned(step, offsets, kept)
@@ -294,7 +294,7 @@ class _Learner:
 
     def _step(self, step: int, offsets: torch.nn.Parameter, kept: Tensor, optimizer: torch.optim.AdamW) -> None:
         settings = self.settings
-        optimizer.param_groups[0]["lr"] = settings.lr * _cosine(step / self.total_steps)
+        optimizer.param_groups[0]["lr"] = settings.lr * cosine(step / self.total_steps)
         chosen = self._examples_of(step)
         loss = self.losses.of_epoch(settings.seed + step // self.steps_per_epoch)
         for start in range(0, len(chosen), settings.batch_size):
@@ -326,8 +326,7 @@ class _Learner:
 
     def _examples_of(self, step: int) -> list[int]:
         epoch, within = divmod(step, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed(self.settings.seed + epoch)
-        order = torch.randperm(self.examples, generator=generator).tolist()
+        order = order_of(self.examples, self.settings.seed + epoch)
         size = self.settings.batch_size * self.settings.accumulation_steps
         return order[within * size : (within + 1) * size]
 
@@ -346,13 +345,19 @@ class _Learner:
         }
 
 
-def _cosine(progress: float) -> float:
+def order_of(count: int, seed: int) -> list[int]:
+    """The numbers below `count` in the order that a seed draws."""
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
+
+
+def cosine(progress: float) -> float:
     """Learning-rate factor: cosine from 1 to 0.1."""
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
 @contextmanager
-def _checkpointed(decoder: TextDecoder, wanted: bool) -> Iterator[None]:
+def checkpointed(decoder: TextDecoder, wanted: bool) -> Iterator[None]:
     """The decoder's layers recomputed in the backward pass, if that is wanted.
 
     transformers checkpoints a layer only in training mode; only the layers' own flag is raised, so that dropout inside

@@ -18,7 +18,7 @@ def rows_of(summary: Summary, key: str) -> list[Row]:
         return [{**row, "task": task} for task, row in part.items()] if part else []
     if key == "cross":
         return [part] if part else []
-    if key == "finding":
+    if key in ("finding", "selections"):
         return [row for rows in by_task(part["rows"]).values() for row in rows] if part else []
     if key == "steering":
         return [row for rows in by_task(part).values() for row in rows]

@@ -288,6 +288,19 @@ SECTIONS = (
         tables=tables.steering_tables,
     ),
     Specification(
+        "selections",
+        "Selections",
+        "Factors for the banks of several methods, each chosen on dev from the same learning rates, epochs and "
+        "strengths, beside what needs no bank: one factor, sparsity learned with the factors, and adapters of PEFT on "
+        "the same FFNs. The gain on other tasks is what a wrong route costs.",
+        key="selections",
+        says_bank_size=True,
+        examples="rows",
+        seeds="rows",
+        tables=tables.selection_tables,
+        notes=lambda _: ("Intervals of means resample tasks, seeds and test examples.",),
+    ),
+    Specification(
         "strength",
         "Strength",
         "The learned factors weakened, turned round or exaggerated: 0 is the untouched model, 1 the profile as "

@@ -28,6 +28,9 @@ SUMMARY = "summary.json"
 EACH = "*"
 INTERVAL = (float, float)
 DROPS = {EACH: {"drop": float, "ci95?": INTERVAL}}
+GAINS = {EACH: {"gain": float, "ci95?": INTERVAL}}
+ELSEWHERE = {"elsewhere?": GAINS, "elsewhere_mean?": float, "elsewhere_mean_ci95?": INTERVAL}
+"""The other tasks' gains, or losses, where they are steered with this task's profile."""
 ABLATED = {"method": str, "fraction": float, "ablation": {"zero", "mean"}, "neurons": float}
 MEASURES = {
     "own_drop": float,
@@ -133,7 +136,7 @@ CONTRACT = {
             "neurons": float,
             "seeds?": int,
             "drops": DROPS,
-            "gains?": {EACH: {"gain": float, "ci95?": INTERVAL}},
+            "gains?": GAINS,
         }
     ],
     "steering?": [
@@ -147,9 +150,49 @@ CONTRACT = {
             "n": int,
             "seeds": int,
             "by_seed?": [float],
+            **ELSEWHERE,
         }
     ],
     "strength?": [{"task": str, "strength": float, "value": float, "ci95": INTERVAL, "n": int}],
+    "selections?": {
+        "reference": str,  # what "over_reference" is paired with
+        "rows": [
+            {
+                "task": str,
+                "method": str,
+                "value": float,
+                "ci95": INTERVAL,
+                "gain": float,
+                "gain_ci95": INTERVAL,
+                "over_reference?": float,
+                "over_reference_ci95?": INTERVAL,
+                "n": int,
+                "seeds": int,
+                "parameters": float,  # learned numbers
+                "bytes": float,  # of the file that holds them
+                "by_seed": [float],
+                "chosen": [{EACH: float}],  # of each seed: learning rate, epoch and strength, or the one factor
+                **ELSEWHERE,
+            }
+        ],
+        "means": [
+            {
+                "method": str,
+                "tasks": int,
+                "seeds": int,
+                "gain": float,
+                "gain_ci95": INTERVAL,
+                "over_reference?": float,
+                "over_reference_ci95?": INTERVAL,
+                "ia3_share?": float,
+                "ia3_share_ci95?": INTERVAL,
+                "elsewhere_mean": float,
+                "elsewhere_mean_ci95": INTERVAL,
+                "parameters": float,
+                "bytes": float,
+            }
+        ],
+    },
 }
 
 _TYPE_NAMES: Mapping[Any, str] = {str: "text", int: "a whole number from 0", float: "a finite number"}
@@ -293,10 +336,13 @@ def _impossible_rows(summary: Mapping[str, Any]) -> Iterator[str]:
         if not 0 < size <= 1:
             yield f"a fraction is {size}, not above 0 and at most 1"
     keys = {"masking": ("task", "method", "fraction"), "steering": ("task", "method"), "strength": ("task", "strength")}
+    selections = summary.get("selections") or {"rows": (), "means": ()}
     parts = [(section, summary.get(section) or (), names) for section, names in keys.items()]
     parts.append(("finding.rows", finding["rows"], ("task", "method", "fraction", "ablation")))
     parts.append(("finding.means", finding["means"], ("method", "fraction", "ablation")))
     parts.append(("finding.matched", finding["matched"], ("method", "ablation", "level")))
+    parts.append(("selections.rows", selections["rows"], ("task", "method")))
+    parts.append(("selections.means", selections["means"], ("method",)))
     for section, rows, names in parts:
         for key, count in Counter(tuple(row[name] for name in names) for row in rows).items():
             if count > 1:
@@ -313,8 +359,12 @@ def _task_mentions(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield from mentions(section, summary.get(section) or ())
     for method, overlap in (summary.get("overlap") or {}).items():
         yield from mentions(f"overlap[{_short(method)}]", overlap["tasks"])
+    selections = (summary.get("selections") or {}).get("rows", ())
     for section in ("masking", "steering", "strength"):
         yield from mentions(section, (row["task"] for row in summary.get(section) or ()))
+    yield from mentions("selections.rows", (row["task"] for row in selections))
+    for row in (*(summary.get("steering") or ()), *selections):
+        yield from mentions("elsewhere", row.get("elsewhere") or ())
     for row in summary.get("masking") or ():
         yield from mentions("masking.other_drops", row["other_drops"])
     finding = summary.get("finding") or {"rows": (), "bystanders": {}}

@@ -159,7 +159,22 @@ FINDING_MATCHED = (
     Column("resamples that reach it", "percent", "reached"),
 )
 FINDING = (TASK, METHOD, ABLATION, BANK, Column("neurons", "number"), OF_THE_BASE, *DROPS, N, SEEDS)
-STEERING = (TASK, METHOD, VALUE, Column("gain over base", "change", with_interval("gain")), N, SEEDS)
+GAIN = Column("gain over base", "change", with_interval("gain"))
+STEERING = (TASK, METHOD, VALUE, GAIN, N, SEEDS)
+ELSEWHERE = Column("gain on other tasks", "change", with_interval("elsewhere_mean"))
+OVER_REFERENCE = Column("over the reference", "change", with_interval("over_reference"))
+SIZE = (Column("learned numbers", "number", "parameters"), Column("bytes", "number"))
+SELECTIONS = (TASK, METHOD, VALUE, GAIN, OVER_REFERENCE, ELSEWHERE, *SIZE, N, SEEDS)
+SELECTION_MEANS = (
+    METHOD,
+    GAIN,
+    OVER_REFERENCE,
+    Column("share of IA3's gain", "percent", with_interval("ia3_share")),
+    ELSEWHERE,
+    *SIZE,
+    Column("tasks", "number"),
+    SEEDS,
+)
 STRENGTH = (TASK, Column("strength", "number"), VALUE, N)
 FAILURES = (TASK, Column("split"), Column("example"), Column("reason"))
 FAILURE_COUNTS = (TASK, Column("split"), Column("examples", "number"))
@@ -329,7 +344,51 @@ def _effect_columns(summary: Summary, rows: Iterable[Row], effects: str, name: s
 def steering_tables(summary: Summary) -> list[Table]:
     """Each task's values and gains, steered by HONES and by its baselines."""
     rows = rows_of(summary, "steering")
-    return [table("Steering and its baselines", STEERING, rows), *_by_seed("Values, seed by seed", rows)]
+    return [
+        table("Steering and its baselines", STEERING, rows),
+        *_wrong_routes(summary, rows),
+        *_by_seed("Values, seed by seed", rows),
+    ]
+
+
+def _wrong_routes(summary: Summary, rows: Iterable[Row]) -> list[Table]:
+    """Each task's gain or loss where it is steered with another's profile; no table if that was not measured."""
+    rows = [row for row in rows if row.get("elsewhere")]
+    if not rows:
+        return []
+    columns = [
+        Column("learned on", source="task"),
+        METHOD,
+        ELSEWHERE,
+        *_effect_columns(summary, rows, "elsewhere", "gain"),
+    ]
+    return [change_table("Gain of the other tasks, when routed there by mistake", columns, rows, folded=True)]
+
+
+def selection_tables(summary: Summary) -> list[Table]:
+    """The gains of each selection and comparator, on average and task by task, and the choices on dev."""
+    rows, part = rows_of(summary, "selections"), summary["selections"]
+    reference = method_title(part["reference"])
+    means = sorted(part["means"], key=lambda row: place(row["method"]))
+    chosen = [
+        {"task": row["task"], "method": row["method"], "seed": seed + 1, "chosen": of_seed}
+        for row in rows
+        for seed, of_seed in enumerate(row["chosen"])
+    ]
+    names = dict.fromkeys(name for row in chosen for name in row["chosen"])
+    columns = [
+        TASK,
+        METHOD,
+        Column("seed", "number"),
+        *(Column(name, "number", entry("chosen", name)) for name in names),
+    ]
+    return [
+        table(f"Means over tasks; the reference is {reference}", SELECTION_MEANS, means),
+        table("Task by task", SELECTIONS, rows),
+        *_wrong_routes(summary, rows),
+        *_by_seed("Values, seed by seed", rows),
+        table("Chosen on dev", columns, chosen, folded=True),
+    ]
 
 
 def strength_tables(summary: Summary) -> list[Table]:

@@ -7,13 +7,14 @@ from collections.abc import Iterable
 
 from hones_offline.attribution.methods import METHODS
 from hones_offline.comparison.study import STEERED
+from hones_offline.learning.adapters import ADAPTERS
 from hones_offline.learning.methods import STEERING_METHODS
 
 
 def method_title(method: str) -> str:
     """The title shown: `hones_logprob:rank` becomes HONES-LP rank. A name not known here stays as it is."""
     name, colon, variant = method.partition(":")
-    known = METHODS.get(name) or STEERING_METHODS.get(name)
+    known = METHODS.get(name) or STEERING_METHODS.get(name) or ADAPTERS.get(name)
     title = known.title if known else name
     return f"{title} {variant}" if colon else title
 

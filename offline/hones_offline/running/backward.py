@@ -7,26 +7,23 @@ measures how much memory the longest example needs.
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hones_offline.running.batching import Batch, Segment, gib
+from hones_offline.running.batching import Batch, gib
 from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.evaluation import mean_log_probabilities
 from hones_offline.running.execution import Execution
-from hones_offline.running.hooks import ffn_factors
-from hones_offline.running.prompts import Prepared
+from hones_offline.running.hooks import calls_read, ffn_factors
+from hones_offline.running.prompts import Pair, Prepared
 from hones_steer.errors import DataError, LayoutError
 from hones_steer.layout import Layout
 
-Pair = tuple[Segment, Tensor]
-"""A prompt and its answer's token ids [n]."""
 Leaves = Callable[[Layout], AbstractContextManager[Mapping[int, Tensor]]]
 """A block of hooks that puts what gradients are taken by into the forward, a tensor per layer."""
 
@@ -91,7 +88,7 @@ def gradients_by(leaves: Leaves, batch: AnsweredBatch) -> dict[int, Tensor]:
 def rows_at_once(prepared: Prepared, execution: Execution, leaves: Leaves = ffn_factors) -> int:
     """How many pairs are run backward together: at most the batch size, and as many as fit into `memory_gb`.
 
-    What counts is what the forward keeps for a backward pass to the `leaves`, apart from the weights. All processes get
+    What counts is what the forward keeps for a backward pass to the `leaves`, and their gradients. All processes get
     the same number.
 
     Raises:
@@ -115,7 +112,7 @@ def rows_at_once(prepared: Prepared, execution: Execution, leaves: Leaves = ffn_
 
 
 def kept_bytes(decoder: TextDecoder, pair: Pair, leaves: Leaves = ffn_factors) -> int:
-    """Bytes that the forward of one pair keeps for the backward pass, weights aside.
+    """Bytes that the forward of one pair keeps for the backward pass, weights aside, and those of the gradients.
 
     They are counted as they come and not kept, so that this needs no more memory than a forward. A storage that is kept
     by several operations counts once.
@@ -132,9 +129,11 @@ def kept_bytes(decoder: TextDecoder, pair: Pair, leaves: Leaves = ffn_factors) -
             counted.add(reference)
             kept += storage.nbytes()
 
-    with torch.enable_grad(), leaves(decoder.layout), saved_tensors_hooks(count, _never_run_backward):
+    with torch.enable_grad(), leaves(decoder.layout) as taken, saved_tensors_hooks(count, _never_run_backward):
         AnsweredBatch(decoder, [pair]).utilities()
-    return kept
+    for leaf in taken.values():
+        count(leaf)
+    return kept + sum(leaf.nbytes for leaf in taken.values())
 
 
 def _never_run_backward(_kept: object) -> Tensor:
@@ -149,30 +148,22 @@ def require_backward(decoder: TextDecoder, pair: Pair, leaves: Leaves = ffn_fact
     """
     prompt, answer = pair
     parts = {*decoder.layout.decoder.modules(), decoder.unembedding}
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings(action="ignore"))
-        for name, module in decoder.model.named_modules():
-            if module in parts:
-                stack.callback(module.register_forward_hook(_passes_gradients(decoder, name)).remove)
-        try:
-            gradients_by(leaves, AnsweredBatch(decoder, [(prompt.split(2)[0], answer[:1])]))
-        except RuntimeError as error:  # what torch raises for an operation without a derivative
-            raise _no_backward(decoder, str(error).splitlines()[0]) from error
+    modules = {name: module for name, module in decoder.model.named_modules() if module in parts}
 
-
-def _passes_gradients(decoder: TextDecoder, name: str) -> Any:
-    """A forward hook that raises LayoutError if the module's input gets no gradient from its output."""
-
-    def check(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        if not args or not isinstance(args[0], Tensor) or not args[0].requires_grad or not isinstance(output, Tensor):
+    def check(name: str, module: nn.Module, given: Tensor, output: Tensor) -> None:
+        if not given.requires_grad:
             return
-        given = output.requires_grad and torch.autograd.grad(
-            output.sum(), args[0], retain_graph=True, allow_unused=True
-        )
-        if not given or given[0] is None:
+        passed = output.requires_grad and torch.autograd.grad(output.sum(), given, retain_graph=True, allow_unused=True)
+        if not passed or passed[0] is None:
             raise _no_backward(decoder, f"its {name} ({type(module).__name__}) passes no gradient on")
 
-    return check
+    with warnings.catch_warnings(action="ignore"), calls_read(modules, check):
+        try:
+            gradients_by(leaves, AnsweredBatch(decoder, [(prompt.split(2)[0], answer[:1])]))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what torch raises for an operation without a derivative
+            raise _no_backward(decoder, str(error).splitlines()[0].rstrip(".")) from error
 
 
 def _no_backward(decoder: TextDecoder, reason: str) -> LayoutError:

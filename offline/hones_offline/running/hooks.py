@@ -1,6 +1,7 @@
 """The hooks that attribution needs on a decoder's layers, as context managers that place all of them or none.
 
-- Reading: `capture_call`, `recorded_ffn`, `summed_ffn`, `ffn_inputs`, `recorded_states`.
+- Reading: `capture_call`, `calls_read`, `recorded_ffn`, `summed_ffn`, `ffn_inputs`, `ffn_products`, `active_tokens`,
+  `recorded_states`.
 - Intervening: `replaced_heads`, `moved_heads`, `scaled_ffn`, `ffn_factors`, `set_ffn`.
 - Running less: `resumed` starts a forward at a middle layer, `last_ffn_at` runs the last FFN where it is read.
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from hones_steer.errors import LayoutError
 from hones_steer.injection import input_hooks, scale
-from hones_steer.layout import DecoderLayer, Layout
+from hones_steer.layout import DecoderLayer, Layout, ffn_gate
 
 Scales = Mapping[int, Tensor]
 Head = tuple[int, int]
@@ -52,20 +53,41 @@ def capture_call(module: nn.Module, run: Callable[[], object]) -> dict[str, Any]
     raise RuntimeError(f"{type(module).__name__} was not called by the model's forward")
 
 
+@contextmanager
+def calls_read(
+    modules: Mapping[str, nn.Module], read: Callable[[str, nn.Module, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Within the block, `read(name, module, input, output)` after each module call with a tensor that gives one."""
+
+    def reader(name: str) -> Callable[[nn.Module, tuple[Any, ...], object], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+                read(name, module, args[0], output)
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_hook(reader(name)).remove)
+        yield
+
+
 Shape = tuple[int, int]
 """(rows, positions) of a decoder's forward."""
 
 
+_Hook = tuple[DecoderLayer, nn.Module, Callable[[Tensor, Shape], Tensor]]
+
+
 @contextmanager
-def _hooked(
-    layout: Layout, hooks: Iterable[tuple[DecoderLayer, nn.Module, Callable[[Tensor, Shape], Tensor]]]
-) -> Iterator[None]:
+def _hooked(layout: Layout, hooks: Iterable[_Hook], outputs: Iterable[_Hook] = ()) -> Iterator[None]:
     """Within the block, replace each module's input by its function of the input and of the forward's shape.
 
-    A forward of the decoder that does not call one of the modules raises LayoutError, naming the layer.
+    Those of `outputs` replace the module's output. A forward of the decoder that does not call one of the modules
+    raises LayoutError, naming the layer.
     """
-    hooks = list(hooks)
-    modules = [(layer, module) for layer, module, _ in hooks]
+    hooks, outputs = list(hooks), list(outputs)
+    modules = [(layer, module) for layer, module, _ in (*hooks, *outputs)]
     shape: Shape = (0, 0)
     called: set[int] = set()
 
@@ -95,7 +117,13 @@ def _hooked(
         stack.callback(layout.decoder.register_forward_pre_hook(enter, with_kwargs=True).remove)
         stack.callback(layout.decoder.register_forward_hook(leave).remove)
         stack.enter_context(input_hooks((module, noted(module, replace)) for _, module, replace in hooks))
+        for _, module, replace in outputs:
+            stack.callback(module.register_forward_hook(_output_hook(noted(module, replace))).remove)
         yield
+
+
+def _output_hook(replace: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    return lambda _module, _args, output: replace(output)
 
 
 def _by_row(x: Tensor, rows: int, layer: DecoderLayer) -> Tensor:
@@ -163,18 +191,70 @@ def summed_ffn(layout: Layout, real: Tensor) -> Iterator[dict[int, Tensor]]:
 
 @contextmanager
 def ffn_inputs(layout: Layout) -> Iterator[dict[int, Tensor]]:
-    """Record z at every position of a forward, per layer: [rows, T, I], part of the graph of gradients."""
+    """Record z at every position of a forward, per layer: [rows, T, I], which gradients can be taken by.
+
+    Where the weights are frozen the graph begins at the lowest layer's z.
+    """
     recorded: dict[int, Tensor] = {}
 
     def recorder(layer: DecoderLayer) -> Callable[[Tensor, Shape], Tensor]:
         def record(x: Tensor, shape: Shape) -> Tensor:
-            z = recorded[layer.index] = _by_row(x, shape[0], layer)
+            z = _by_row(x, shape[0], layer)
+            recorded[layer.index] = z = z if z.requires_grad else z.detach().requires_grad_()
             return z.reshape(x.shape)
 
         return record
 
     with _hooked(layout, [(layer, layer.down_proj, recorder(layer)) for layer in layout.layers]):
         yield recorded
+
+
+@contextmanager
+def ffn_products(layout: Layout, weights: Mapping[int, Tensor], *, first: int = 0) -> Iterator[dict[int, Tensor]]:
+    """Record Σ z·w over positions, per layer from `first` on, for `weights` {layer: [rows, T, I]}.
+
+    Forwards have copies of these rows, copy after copy; the sums are float64 [copies, rows, I].
+    """
+    recorded: dict[int, Tensor] = {}
+
+    def recorder(layer: DecoderLayer) -> Callable[[Tensor, Shape], Tensor]:
+        def record(x: Tensor, shape: Shape) -> Tensor:
+            weight = weights[layer.index].float()
+            copies = _by_row(x, shape[0], layer).split(len(weight))
+            sums = [(z.float() * weight).sum(1, dtype=torch.float64) for z in copies]
+            recorded[layer.index] = torch.stack(sums)
+            return x
+
+        return record
+
+    with _hooked(layout, [(layer, layer.down_proj, recorder(layer)) for layer in layout.layers[first:]]):
+        yield recorded
+
+
+@contextmanager
+def active_tokens(layout: Layout, real: Tensor) -> Iterator[dict[int, Tensor]]:
+    """Count at how many of a forward's tokens each neuron is active, per layer: int64 [I].
+
+    A neuron is active where act(gate(x)) > 0 in a gated FFN, where act(up(x)) = z > 0 in another. `real`, bool [rows,
+    T], says which tokens count.
+
+    Raises LayoutError, naming the layer, for an FFN whose gate cannot be told.
+    """
+    counted: dict[int, Tensor] = {}
+
+    def counter(layer: DecoderLayer) -> Callable[[Tensor, Shape], Tensor]:
+        def count(x: Tensor, shape: Shape) -> Tensor:
+            active = _by_row(x, shape[0], layer)[..., : layout.intermediate_size] > 0
+            counted[layer.index] = (active & real.to(x.device)[..., None]).sum((0, 1))
+            return x
+
+        return count
+
+    gates = [(layer, ffn_gate(layer)) for layer in layout.layers]
+    inputs = [(layer, layer.down_proj, counter(layer)) for layer, gate in gates if gate is None]
+    outputs = [(layer, gate, counter(layer)) for layer, gate in gates if gate is not None]
+    with _hooked(layout, inputs, outputs):
+        yield counted
 
 
 @dataclass(frozen=True)
