@@ -22,7 +22,7 @@ METHODS = (
 FRACTIONS = (0.0025, 0.01, 0.04)
 FAILED = {"french-7": "its image cannot be read: truncated", "french-31": "it has no targets"}
 SELECTIONS = {"hones_logprob": 461, "dvp": 461, "random": 461, "grid_search": 1, "ia3": 46_080, "lora": 1_520_640}
-STEERED = ("base", "fixed_amp", "grid_search", "random_neurons", "hones_no_kl", "hones")
+STEERED = ("base", "fixed_amp", "grid_search", "random_neurons", "hones_no_kl", "sparse", "hones")
 
 
 def minimal_summary() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Attribution methods compared, masking and steering of the five cloze tasks on SmolLM2-135M, over seeds of the data.
+"""Attribution methods compared, masking and steering of cloze tasks on SmolLM2-135M, over seeds of the data.
 
     python -m examples.smollm2.run --model runs/smollm2/model --out runs/smollm2/run
 

@@ -12,9 +12,10 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from offline.killed_run import contents
 from problems import Problem, problem
 
 from hones_steer.errors import DataError, HonesError
+
+METHODS = ("fisher", "head_grad", "grad_act", "ap")
 
 
 class Unreadable:
@@ -39,7 +42,7 @@ class Unreadable:
         raise DataError("damaged")
 
 
-def run(p: Problem, folder: Path, processes: Processes, metric: str = "logprob", heads: str = "exact") -> None:
+def run(p: Problem, folder: Path, processes: Processes, **options: Any) -> None:
     """Attribute in `folder`, and write beside it the result that this process was given."""
     found = attribute(
         p.model,
@@ -48,12 +51,11 @@ def run(p: Problem, folder: Path, processes: Processes, metric: str = "logprob",
         p.examples,
         top_heads=4,
         top_fraction=0.05,
-        head_metric=metric,
-        heads=heads,
         batch_size=2,
         run_dir=folder,
         max_failures=0.2,
         processes=processes,
+        **{"head_metric": "logprob", **options},
     )
     name = f"{folder.name}-of-{processes.rank}.npz"
     np.savez(folder.parent / name, found.head_scores, found.importance, np.array([found.n, found.base]))
@@ -116,7 +118,7 @@ def main() -> None:
     changed = replace(p, examples=[replace(p.examples[0], targets=("small",)), *p.examples[1:]])
 
     def attributed(
-        name: str, size: int, p: Problem, *, metric: str = "logprob", heads: str = "exact", **of_rank_1: Any
+        name: str, size: int, p: Problem, of_rank_1: Mapping[str, Any] = MappingProxyType({}), **options: Any
     ) -> Any:
         """Attribute in `size` processes; process 1 may have another problem, be killed after some files or fail."""
 
@@ -126,22 +128,24 @@ def main() -> None:
                 kill_after(changes["kill_after"])
             if "fail" in changes:
                 raise DataError(changes["fail"])
-            run(changes.get("problem", p), folder / name, processes, metric, heads)
+            run(changes.get("problem", p), folder / name, processes, **options)
 
         return together(size, work, folder / "log")
 
     outcome = {
         "alone": attributed("alone", 1, p),
         "two": attributed("two", 2, p),
-        "alone-task": attributed("alone-task", 1, p, metric="task"),
-        "three-task": attributed("three-task", 3, p, metric="task"),
+        "alone-task": attributed("alone-task", 1, p, head_metric="task"),
+        "three-task": attributed("three-task", 3, p, head_metric="task"),
         "alone-patch": attributed("alone-patch", 1, p, heads="patch"),
         "three-patch": attributed("three-patch", 3, p, heads="patch"),
+        **{f"alone-{method}": attributed(f"alone-{method}", 1, p, method=method) for method in METHODS},
+        **{f"three-{method}": attributed(f"three-{method}", 3, p, method=method) for method in METHODS},
         "alone-damaged": attributed("alone-damaged", 1, damaged),
-        "damaged": attributed("damaged", 2, p, problem=damaged),
-        "changed": attributed("changed", 2, p, problem=changed),
-        "failing": attributed("failing", 2, p, fail="nothing to read"),
-        "killed": attributed("killed", 2, p, kill_after=2),
+        "damaged": attributed("damaged", 2, p, {"problem": damaged}),
+        "changed": attributed("changed", 2, p, {"problem": changed}),
+        "failing": attributed("failing", 2, p, {"fail": "nothing to read"}),
+        "killed": attributed("killed", 2, p, {"kill_after": 2}),
         "files": len(contents(folder / "killed")),
         "resumed": attributed("killed", 3, p),
     }

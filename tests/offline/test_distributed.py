@@ -49,7 +49,11 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 
 @pytest.mark.parametrize(
     ("several", "alone"),
-    [("two", "alone"), ("three-task", "alone-task"), ("three-patch", "alone-patch"), ("damaged", "alone-damaged")],
+    [
+        ("two", "alone"),
+        ("damaged", "alone-damaged"),
+        *((f"three-{what}", f"alone-{what}") for what in ("task", "patch", "fisher", "head_grad", "grad_act", "ap")),
+    ],
 )
 def test_several_processes_write_the_bytes_of_one_and_all_know_the_result(
     outcome: tuple[Path, dict[str, Any]], several: str, alone: str

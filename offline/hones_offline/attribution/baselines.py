@@ -15,7 +15,7 @@ from torch import Tensor
 from hones_offline.attribution.write_in import mean_write_in
 from hones_offline.data.metrics import FloatArray
 from hones_offline.data.neurons import Importance, NeuronIndex
-from hones_offline.running.backward import factor_gradients, frozen, rows_at_once
+from hones_offline.running.backward import AnsweredBatch, factor_gradients, frozen, rows_at_once
 from hones_offline.running.batching import PrefixBatch, batches
 from hones_offline.running.execution import Execution
 from hones_offline.running.hooks import active_tokens, recorded_ffn
@@ -32,20 +32,21 @@ def activation_probability(prepared: Prepared, execution: Execution) -> Importan
     Raises:
         LayoutError: the gate of the model's FFNs cannot be told.
     """
-    decoder = prepared.decoder
+    decoder, pairs = prepared.decoder, prepared.pairs()
     index = NeuronIndex.of(decoder.layout)
-    texts = [decoder.answered(prompt, answer) for prompt, answer in prepared.pairs()]
+    # After an answer's last token nothing is read, so that it does not run.
+    lengths = [len(prompt) + len(answer) - 1 for prompt, answer in pairs]
 
     def of_batch(numbers: Sequence[int]) -> FloatArray:
         total = np.zeros(index.size)
-        batch = decoder.collate([texts[i] for i in numbers], side="right")
+        batch = AnsweredBatch(decoder, [pairs[i] for i in numbers]).batch
         with torch.no_grad(), active_tokens(decoder.layout, batch.mask.bool()) as counted:
             decoder.run(batch)
         for layer, count in counted.items():
             total[index.layer(layer)] = count.cpu().numpy()
         return total
 
-    return _mean(index, execution, of_batch, list(map(len, texts)), sum(map(len, texts)))
+    return _mean(index, execution, of_batch, lengths, sum(lengths))
 
 
 def require_gates(prepared: Prepared, _execution: Execution) -> None:
