@@ -250,6 +250,17 @@ def test_offline_takes_only_the_scaling_and_the_hooks_from_injection() -> None:
     assert taken <= {"hones_steer.injection.scale", "hones_steer.injection.input_hooks"}
 
 
+def test_hooks_are_set_only_where_contributing_says() -> None:
+    setting = {
+        f"{package}.{module_name(path, folder)}"
+        for package, folder in PACKAGES.items()
+        for path in folder.rglob("*.py")
+        if re.search(r"\bregister_forward_(?:pre_)?hook\(|\binput_hooks\(", path.read_text(encoding="utf-8"))
+    }
+    of_offline = {f"hones_offline.running.{name}" for name in ("hooks", "readings", "resumption")}
+    assert setting == {*of_offline, "hones_steer.injection", "hones_steer._selftest"}
+
+
 def test_modules_are_imported_by_name_only_where_that_is_the_point() -> None:
     callers = set()
     for package, folder in PACKAGES.items():

@@ -32,7 +32,7 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "pipeline": "attribution.pipeline",
     "prompts": "running.prompts",
     "racing": "attribution.racing",
-    "recording": "running.hooks",
+    "recording": ("running.readings", "running.interventions", "running.resumption", "running.hooks"),
     "records": "data.records",
     "runs": "running.run_folder",
     "scenes": "data.scenes",

@@ -16,9 +16,10 @@ from hones_offline.running.batching import Batch, PrefixBatch, Run, Segment
 from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.evaluation import score
 from hones_offline.running.execution import Execution
-from hones_offline.running.hooks import LayerInput, recorded_states, replaced_heads
+from hones_offline.running.interventions import replaced_heads
 from hones_offline.running.length_buckets import LengthBuckets, cut_buckets
 from hones_offline.running.prompts import prepare
+from hones_offline.running.resumption import LayerInput, recorded_states
 from problems import problem
 
 TEXT_MODELS = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3", "gpt2", "opt")

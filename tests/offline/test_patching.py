@@ -13,7 +13,7 @@ from hones_offline import attribute
 from hones_offline.attribution.heads import head_scores, head_statistics, top_heads
 from hones_offline.attribution.patching import head_estimates, highest, preselect, slopes
 from hones_offline.running.execution import Execution
-from hones_offline.running.hooks import moved_heads
+from hones_offline.running.interventions import moved_heads
 from hones_offline.running.prompts import Prepared, prepare
 from offline.killed_run import contents
 from offline.several_processes import writes_its_targets

@@ -23,7 +23,8 @@ from hones_offline.running.batching import Batch, Run, gib
 from hones_offline.running.cache import KVCache
 from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.execution import Execution
-from hones_offline.running.hooks import Head, LayerInput, recorded_states
+from hones_offline.running.hooks import Head
+from hones_offline.running.resumption import LayerInput, recorded_states
 from hones_steer.layout import linear_shape
 
 Base = TypeVar("Base")

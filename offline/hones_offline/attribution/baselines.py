@@ -18,8 +18,8 @@ from hones_offline.data.neurons import Importance, NeuronIndex
 from hones_offline.running.backward import AnsweredBatch, factor_gradients, frozen, rows_at_once
 from hones_offline.running.batching import PrefixBatch, batches
 from hones_offline.running.execution import Execution
-from hones_offline.running.hooks import active_tokens, recorded_ffn
 from hones_offline.running.prompts import Prepared
+from hones_offline.running.readings import active_tokens, recorded_ffn
 from hones_steer.errors import DataError
 from hones_steer.layout import ffn_gate
 

@@ -22,9 +22,10 @@ from hones_offline.data.neurons import Importance, NeuronIndex
 from hones_offline.running.batching import Run, Segment, batches
 from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.execution import Execution
-from hones_offline.running.hooks import Head, recorded_ffn
+from hones_offline.running.hooks import Head
 from hones_offline.running.length_buckets import LengthBuckets
 from hones_offline.running.prompts import Prepared
+from hones_offline.running.readings import recorded_ffn
 from hones_steer.errors import DataError
 from hones_steer.layout import down_weight
 

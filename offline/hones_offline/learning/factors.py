@@ -23,7 +23,7 @@ from hones_offline.learning.loss import EpochLoss, Losses
 from hones_offline.running.backward import frozen
 from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.execution import Execution
-from hones_offline.running.hooks import scaled_ffn
+from hones_offline.running.interventions import scaled_ffn
 from hones_offline.running.progress import progress_bar
 from hones_offline.running.prompts import Prepared, prepare
 from hones_offline.running.run_folder import Arrays, RunFolder, check_seed, run_settings

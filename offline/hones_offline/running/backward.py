@@ -19,8 +19,9 @@ from hones_offline.running.batching import Batch, gib
 from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.evaluation import mean_log_probabilities
 from hones_offline.running.execution import Execution
-from hones_offline.running.hooks import calls_read, ffn_factors
+from hones_offline.running.interventions import ffn_factors
 from hones_offline.running.prompts import Pair, Prepared
+from hones_offline.running.readings import calls_read
 from hones_steer.errors import DataError, LayoutError
 from hones_steer.layout import Layout
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from hones_offline.running.batching import Batch, PrefixBatch, Run, Segment, collate, selected_rows
 from hones_offline.running.cache import KVCache, cache_bytes, new_cache, right_aligned
-from hones_offline.running.hooks import Head, LayerInput, last_ffn_at, replaced_heads, resumed
+from hones_offline.running.hooks import Head
+from hones_offline.running.interventions import replaced_heads
+from hones_offline.running.resumption import LayerInput, last_ffn_at, resumed
 from hones_steer._transformers import cache_name, returned_cache
 from hones_steer.errors import LayoutError
 from hones_steer.layout import Layout, find_layout

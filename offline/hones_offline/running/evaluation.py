@@ -16,8 +16,9 @@ from hones_offline.data.neurons import Bank, NeuronIndex
 from hones_offline.data.tasks import Output, Task
 from hones_offline.running.batching import batches, in_batches
 from hones_offline.running.decoder import TextDecoder
-from hones_offline.running.hooks import scaled_ffn, set_ffn, summed_ffn
+from hones_offline.running.interventions import scaled_ffn, set_ffn
 from hones_offline.running.prompts import Encoded, Prepared, prepare
+from hones_offline.running.readings import summed_ffn
 from hones_steer.errors import DataError
 from hones_steer.layout import Layout
 from hones_steer.profile import ModelIdentity, Profile

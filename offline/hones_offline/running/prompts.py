@@ -14,8 +14,8 @@ from hones_offline.data.tasks import Answers, Task
 from hones_offline.running.agreement import Sample, check_agreement
 from hones_offline.running.batching import Segment
 from hones_offline.running.decoder import TextDecoder
-from hones_offline.running.hooks import capture_call
 from hones_offline.running.progress import with_progress
+from hones_offline.running.readings import capture_call
 from hones_steer._transformers import CACHE_NAMES
 from hones_steer.errors import DataError, LayoutError
 

@@ -1,0 +1,157 @@
+"""Hooks that run less of a decoder, as context managers.
+
+`resumed` starts a forward at a middle layer, from what `recorded_states` keeps of another one; `last_ffn_at` runs the
+last FFN only where it is read.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hones_offline.running.hooks import parent_of
+from hones_steer.injection import input_hooks
+from hones_steer.layout import DecoderLayer, Layout
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """The state from which a forward can be resumed at a layer, recorded in an undisturbed forward.
+
+    `hidden` [rows, T, hidden] entered the layer; `heads` [rows, T, heads·head_dim] is what its attention heads put out,
+    the same whichever of them is replaced, or None where the attention must run again (`_Recorder`).
+    """
+
+    layer: int
+    hidden: Tensor
+    heads: Tensor | None = None
+
+    def repeat(self, copies: int) -> "LayerInput":
+        """Copies of the rows, copy after copy: [copies·rows, T, ...]."""
+        heads = None if self.heads is None else self.heads.repeat(copies, 1, 1)
+        return LayerInput(self.layer, self.hidden.repeat(copies, 1, 1), heads)
+
+    @property
+    def unchanged(self) -> int:
+        """Number of layers, from the lowest on, whose keys and values are the undisturbed ones after resuming."""
+        return self.layer if self.heads is None else self.layer + 1
+
+
+@contextmanager
+def recorded_states(layout: Layout, layers: Collection[int]) -> Iterator[dict[int, list[LayerInput]]]:
+    """Record, for each of `layers`, the state it can be resumed from in each forward, in the forwards' order."""
+    recorders = {index: _Recorder(layout.layers[index]) for index in layers}
+    with ExitStack() as stack:
+        for recorder in recorders.values():
+            recorder.place(stack)
+        yield {index: recorder.inputs for index, recorder in recorders.items()}
+
+
+class _Recorder:
+    """Records a layer's input and its heads' output in every forward.
+
+    The attention need not run again if it returns exactly (output projection of the heads' output, weights). Weights,
+    the attention probabilities, are only for show: no layer computes with them. An attention that flattens its rows is
+    run again, because copies of the rows are made along a dimension of their own.
+    """
+
+    def __init__(self, layer: DecoderLayer) -> None:
+        self.layer, self.inputs = layer, list[LayerInput]()
+        self._hidden = self._heads = self._projected = torch.empty(0)
+
+    def place(self, stack: ExitStack) -> None:
+        """Set the hooks, which are removed with the stack."""
+        stack.enter_context(input_hooks([(self.layer.module, self._note_input)]))
+        assert self.layer.attn_out is not None  # Layout.require_attribution has been called
+        for module, hook in (
+            (self.layer.attn_out, self._note_heads),
+            (parent_of(self.layer, self.layer.attn_out), self._record),
+        ):
+            stack.callback(module.register_forward_hook(hook).remove)
+
+    def _note_input(self, hidden: Tensor) -> Tensor:
+        self._hidden = hidden.detach()
+        return hidden
+
+    def _note_heads(self, _module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
+        self._heads, self._projected = args[0].detach(), result
+
+    def _record(self, _module: nn.Module, _args: tuple[Any, ...], result: Any) -> None:
+        plain = isinstance(result, tuple) and len(result) == 2 and result[0] is self._projected
+        plain = plain and self._heads.shape[:-1] == self._hidden.shape[:-1]
+        self.inputs.append(LayerInput(self.layer.index, self._hidden, self._heads if plain else None))
+
+
+@contextmanager
+def resumed(layout: Layout, layer_input: LayerInput) -> Iterator[None]:
+    """Within the block, forwards of the decoder begin at the layer that `layer_input` was recorded at.
+
+    If its heads' output is known, only the output projection of its attention runs. The decoder itself runs as always,
+    so that masks, position embeddings and caches are its own for any architecture.
+    """
+    layer = layout.layers[layer_input.layer]
+
+    def skip(hidden_states: Tensor, *_args: object, **_kwargs: object) -> Tensor:
+        return hidden_states
+
+    def project(*_args: object, **_kwargs: object) -> tuple[Tensor, None]:
+        assert layer.attn_out is not None
+        return layer.attn_out(layer_input.heads), None
+
+    with ExitStack() as stack:
+        for below in layout.layers[: layer_input.layer]:
+            _assign_forward(stack, below.module, skip)
+        if layer_input.heads is not None:
+            _assign_forward(stack, parent_of(layer, layer.attn_out), project)
+        stack.enter_context(input_hooks([(layer.module, lambda _: layer_input.hidden)]))
+        yield
+
+
+def _assign_forward(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Give a module instance another `forward` until the stack is left.
+
+    One that was assigned to the instance before (accelerate does) is there again then.
+    """
+    stack.callback(_restore_forward, module, module.__dict__.get("forward"))
+    module.forward = forward
+
+
+def _restore_forward(module: nn.Module, assigned: Callable[..., Any] | None) -> None:
+    del module.forward
+    if assigned is not None:
+        module.forward = assigned
+
+
+@contextmanager
+def last_ffn_at(layout: Layout, columns: Tensor | None) -> Iterator[None]:
+    """Within the block, the last layer's FFN runs at these columns of each row only, [rows, n]; elsewhere it adds 0.
+
+    Only a later layer's attention reads other positions, and there is no later layer. An FFN that is not a module
+    called with states [rows, T, ...] alone runs everywhere, as with `columns` None.
+    """
+    layer = layout.layers[-1]
+    ffn = parent_of(layer, layer.down_proj)
+    if columns is None or ffn is layer.module:
+        yield
+        return
+    at = torch.arange(len(columns))[:, None], columns
+    whole: Tensor | None = None
+
+    def narrow(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal whole
+        alone = len(args) == 1 and not kwargs and args[0].dim() == 3 and len(args[0]) == len(columns)
+        whole = args[0] if alone else None
+        return args if whole is None else (whole[at],), kwargs
+
+    def widen(_module: nn.Module, _args: tuple[Any, ...], written: Tensor) -> Tensor:
+        if whole is None:
+            return written
+        return written.new_zeros(*whole.shape[:2], written.shape[-1]).index_put(at, written)
+
+    with ExitStack() as stack:
+        stack.callback(ffn.register_forward_pre_hook(narrow, with_kwargs=True).remove)
+        stack.callback(ffn.register_forward_hook(widen).remove)
+        yield
