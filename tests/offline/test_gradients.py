@@ -20,8 +20,9 @@ from hones_offline.running import backward
 from hones_offline.running.backward import AnsweredBatch, factor_gradients, frozen, kept_bytes, rows_at_once
 from hones_offline.running.embedded import load_tiny_vlm
 from hones_offline.running.execution import Execution
-from hones_offline.running.hooks import ffn_factors, ffn_inputs, scaled_ffn
+from hones_offline.running.interventions import ffn_factors, scaled_ffn
 from hones_offline.running.prompts import Prepared, prepare
+from hones_offline.running.readings import ffn_inputs
 from hones_offline.running.run_folder import RunFolder
 from problems import Problem, every_architecture, problem
 from torch import Tensor
@@ -169,7 +170,11 @@ def test_the_head_mediated_gradient_equals_the_plain_one(case: tuple[Problem, Pr
     p, prepared = case
     expected = np.asarray(reference.head_gradient(*asked(p), HEADS))
     assert (expected > 0).any(1).all()
-    for execution in (Execution(1), Execution(4), Execution(64)):
+    pairs = prepared.pairs()
+    longest = max((prompt for prompt, _ in pairs), key=len), max((answer for _, answer in pairs), key=len)
+    with frozen(p.model):
+        least = kept_bytes(prepared.decoder, longest, ffn_inputs) / 2**30  # GiB
+    for execution in (Execution(1), Execution(4), Execution(64), Execution(4, memory_gb=1.1 * least)):
         close(head_gradient(prepared, HEADS, execution), expected)
 
 

@@ -7,7 +7,8 @@ made from them. The head-mediated gradient is the part of it that heads account 
 z·∂P/∂z. docs/methods.md has the definitions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -25,11 +26,12 @@ from hones_offline.running.backward import (
     gradients_by,
     rows_at_once,
 )
-from hones_offline.running.batching import Run, batches
+from hones_offline.running.batching import Run, batches, gib
 from hones_offline.running.execution import Execution
-from hones_offline.running.hooks import Head, ffn_inputs, ffn_products
+from hones_offline.running.hooks import Head
 from hones_offline.running.progress import progress_bar
 from hones_offline.running.prompts import Pair, Prepared
+from hones_offline.running.readings import ffn_inputs, ffn_products
 from hones_offline.running.run_folder import step_name
 
 
@@ -71,18 +73,34 @@ def _moments(prepared: Prepared, execution: Execution) -> FloatArray:
     rows = rows_at_once(prepared, execution)
     lengths = [max(len(prompt) + len(answer) for prompt, answer in own) for own in pairs]
     chosen = list(batches(lengths, max(1, rows // max(map(len, pairs)))))
-    shape = (2, NeuronIndex.of(prepared.decoder.layout).size)
+
+    def of_batch(items: Sequence[int]) -> FloatArray:
+        gradients = example_gradients(prepared, [pairs[i] for i in items], rows)
+        return np.stack([gradients.sum(0), np.square(gradients).sum(0)])
+
+    return _mean_over_examples(prepared, execution, of_batch, chosen, count=2)
+
+
+def _mean_over_examples(
+    prepared: Prepared,
+    execution: Execution,
+    of_batch: Callable[[Sequence[int]], FloatArray],
+    chosen: Sequence[Sequence[int]],
+    count: int,
+) -> FloatArray:
+    """The sum [count, N] of `of_batch` over the batches `chosen`, over the examples; processes share the batches."""
+    shape = (count, NeuronIndex.of(prepared.decoder.layout).size)
     with (
         frozen(prepared.decoder.model),
         progress_bar(f"{prepared.task.name}: gradients", len(chosen), show=execution.shows_progress) as bar,
     ):
 
-        def of_batch(items: Sequence[int]) -> FloatArray:
-            gradients = example_gradients(prepared, [pairs[i] for i in items], rows)
+        def counted(items: Sequence[int]) -> FloatArray:
+            found = of_batch(items)
             bar.update(execution.processes.size)
-            return np.stack([gradients.sum(0), np.square(gradients).sum(0)])
+            return found
 
-        total = execution.processes.sum([partial(of_batch, items) for items in chosen], shape)
+        total = execution.processes.sum([partial(counted, items) for items in chosen], shape)
     return total / len(prepared)
 
 
@@ -124,24 +142,18 @@ def mean_product_drops(prepared: Prepared, heads: Sequence[Head], execution: Exe
     Each process of the execution runs some of the batches.
     """
     pairs = [(pair, 1 / len(own)) for own in prepared.pairs_by_example() for pair in own]
-    shape = (len(heads), NeuronIndex.of(prepared.decoder.layout).size)
     lengths = [len(prompt) + len(answer) for (prompt, answer), _ in pairs]
     chosen = list(batches(lengths, head_gradient_rows(prepared, execution)))
-    with (
-        frozen(prepared.decoder.model),
-        progress_bar(f"{prepared.task.name}: gradients", len(chosen), show=execution.shows_progress) as bar,
-    ):
 
-        def of_batch(numbers: Sequence[int]) -> FloatArray:
-            some, shares = zip(*(pairs[i] for i in numbers), strict=True)
-            products = GradientProducts(AnsweredBatch(prepared.decoder, some), torch.tensor(shares), execution)
-            ablation = HeadAblation(prepared.decoder, products, execution)
-            drops = ablation.undisturbed() - np.stack(ablation.ablated(heads))
-            bar.update(execution.processes.size)
-            return drops
+    def of_batch(numbers: Sequence[int]) -> FloatArray:
+        some, shares = zip(*(pairs[i] for i in numbers), strict=True)
+        products = GradientProducts(AnsweredBatch(prepared.decoder, some), torch.tensor(shares), execution)
+        # The states that heads are replaced from lie beside the gradients.
+        beside = replace(execution, memory_gb=execution.memory_gb - products.nbytes / gib(1))
+        ablation = HeadAblation(prepared.decoder, products, beside)
+        return ablation.undisturbed() - np.stack(ablation.ablated(heads))
 
-        total = execution.processes.sum([partial(of_batch, numbers) for numbers in chosen], shape)
-    return total / len(prepared)
+    return _mean_over_examples(prepared, execution, of_batch, chosen, count=len(heads))
 
 
 class GradientProducts:
@@ -153,6 +165,11 @@ class GradientProducts:
         self.shares, self.gradients = shares.double(), gradients_by(ffn_inputs, batch)
         rows, length = batch.batch.mask.shape
         self.copies, self.token_count = max(1, execution.batch_size // rows), rows * length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the gradients that are kept; what `rows_at_once` has counted is more."""
+        return sum(of_layer.nbytes for of_layer in self.gradients.values())
 
     def undisturbed(self, run: Run) -> FloatArray:
         """Run the pairs with every head in place: the sums."""

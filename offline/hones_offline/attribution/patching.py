@@ -26,7 +26,7 @@ from hones_offline.running.backward import AnsweredBatch, frozen, gradients_by, 
 from hones_offline.running.batching import batches
 from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.execution import Execution
-from hones_offline.running.hooks import moved_heads
+from hones_offline.running.interventions import moved_heads
 from hones_offline.running.progress import progress_bar
 from hones_offline.running.prompts import Pair, Prepared
 from hones_steer.errors import DataError
@@ -82,15 +82,15 @@ def head_estimates(prepared: Prepared, execution: Execution) -> FloatArray:
     rows = rows_at_once(prepared, execution, partial(moved_heads, share=0.5))
     lengths = [len(prompt) + len(answer) for prompt, answer in pairs]
     mine = [(n, items) for n, items in enumerate(batches(lengths, rows)) if processes.owns(n)]
+
+    def compute(items: Sequence[int]) -> dict[str, FloatArray]:
+        some = [pairs[i] for i in items]
+        first, half_way = (slopes(prepared.decoder, some, share) for share in (0.0, 0.5))
+        return {"estimates": np.stack([first, np.abs(first), half_way]).sum(axis=1)}
+
     computed: dict[int, FloatArray] = {}
     with progress_bar(f"{prepared.task.name}: estimates", len(mine), show=execution.shows_progress) as bar:
         for number, items in mine:
-
-            def compute(items: Sequence[int]) -> dict[str, FloatArray]:
-                some = [pairs[i] for i in items]
-                first, half_way = (slopes(prepared.decoder, some, share) for share in (0.0, 0.5))
-                return {"estimates": np.stack([first, np.abs(first), half_way]).sum(axis=1)}
-
             computed[number] = execution.arrays(f"estimates-{number:05d}", partial(compute, items))["estimates"]
             bar.update(1)
     shared = {number: sums for of_process in processes.share(computed) for number, sums in of_process.items()}

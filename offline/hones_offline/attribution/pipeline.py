@@ -180,8 +180,11 @@ def attribute(
 
 def attribution_settings(prepared: Prepared, options: AttributionOptions, execution: Execution) -> dict[str, Any]:
     """Everything that decides the bytes of an attribution (the bank's size does not: it is cut from the importance)."""
-    search: dict[HeadSearch, dict[str, Any]] = {"exact": {}, "race": {"error": options.error}}
-    search["patch"] = {"margin": options.margin}
+    search: dict[HeadSearch, dict[str, Any]] = {
+        "exact": {},
+        "race": {"heads": "race", "error": options.error},
+        "patch": {"heads": "patch", "margin": options.margin},
+    }
     return {
         "stage": "attribute",
         "write_in": WRITE_IN,
@@ -195,7 +198,7 @@ def attribution_settings(prepared: Prepared, options: AttributionOptions, execut
         "target": options.target,
         "positive_part": options.positive_part,
         "head_weights": options.head_weights,
-        **({"heads": options.heads, **search[options.heads]} if options.heads != "exact" else {}),
+        **search[options.heads],
     }
 
 
