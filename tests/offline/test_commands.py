@@ -421,6 +421,20 @@ def test_fit_chooses_on_dev_and_has_its_evidence_from_test(hones: Run, root: Pat
     assert "note: dev chose this profile, so its gain there is optimistic" in out
 
 
+def test_test_examples_that_cannot_be_used_are_named(hones: Run, root: Path, found: Path, tmp_path: Path) -> None:
+    shutil.copy(root / "images" / "dev-0.png", tmp_path / "new.png")
+    records = [{"image": name, "prompt": "what", "targets": ["red"]} for name in ("new.png", "missing.png")]
+    command = ["fit", root / "vlm", "--task", "cats", "--data", root / "cats.jsonl", "--bank", found]
+    command += ["--test", write_jsonl(tmp_path / "test.jsonl", records), "--out", tmp_path / "p.safetensors", *FIT]
+    code, out, _ = hones(*command, "--state", tmp_path / "state", "--max-failures", "0.5", "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert result["evidence"]["n"] == 1
+    [(name, reason)] = result["failures"].items()
+    assert name == "test 2"
+    assert "missing.png" in reason
+
+
 def test_a_strength_is_given_without_dev(hones: Run, root: Path, found: Path, tmp_path: Path) -> None:
     path = tmp_path / "cats.safetensors"
     command = ["fit", root / "vlm", "--task", "cats", "--data", root / "cats.jsonl", "--bank", found, "--out", path]

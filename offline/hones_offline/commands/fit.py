@@ -76,7 +76,12 @@ def run(argv: Sequence[str]) -> int:
         "evidence": evidence,
         "trials": fitting.trials,
         "warning": warning,
-        "failures": {**loaded.skipped, **data.failures},
+        "failures": {
+            **loaded.skipped,
+            **data.failures,
+            **{f"{split} {name}": why for split, part in others.items() for name, why in part.skipped.items()},
+            **{f"{split} {name}": why for split, part in prepared.items() for name, why in part.failures.items()},
+        },
     }
     show(args.json, result, _fit_lines(result, profile))
     return 0
