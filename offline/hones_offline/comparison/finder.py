@@ -54,9 +54,8 @@ class Finder:
                     )
         execution = Execution(memory_gb=settings.memory_gb)
         for check in {METHODS[parse(name).base].check for name in settings.methods}:
-            for task, pool in self.pools.items():
-                with naming(f"task {task!r}"):
-                    check(pool, execution)
+            for pool in self.pools.values():
+                check(pool, execution)
         self.statistics = cache(self._statistics)
         self.importance = cache(self._importance)
         self.bank = cache(self._bank)

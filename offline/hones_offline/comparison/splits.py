@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from hones_offline.learning.methods import SteeringInputs
 from hones_offline.running.evaluation import Scores, intervention, position_means, score
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared
-from hones_offline.running.run_folder import RunFolder, examples_digest, json_bytes, read_json, run_settings
+from hones_offline.running.run_folder import RunFolder, examples_digest, read_json, run_settings, step_name
 from hones_steer.profile import Profile
 
 Split = Literal["discovery", "dev", "test"]
@@ -130,7 +130,7 @@ class Splits:
             progress=progress,
         )
         wanted = {"name": name, "grid": asdict(grid), **fit_run_settings(self.discovery, bank, settings)}
-        self.run.json(f"trials-{name}-{_digest(wanted)}", choice.table)
+        self.run.json(step_name(f"trials-{name}", wanted), choice.table)
         return choice.chosen
 
     def adapter_on_dev(self, kind: str, settings: FitSettings, grid: FitGrid, *, progress: bool = False) -> Adapter:
@@ -139,7 +139,7 @@ class Splits:
         Each trial's epochs are steps of a folder of their own, which goes once the choice is kept: they are large.
         """
         wanted = {"grid": asdict(grid), **adapter_run_settings(self.discovery, kind, settings)}
-        name = f"{kind}-{_digest(wanted)}"
+        name = step_name(kind, wanted)
         losses = losses_of(self.discovery, settings)
 
         def folder(lr: float) -> Path:
@@ -166,7 +166,7 @@ class Splits:
     def _fit_folder(self, name: str, bank: Bank, settings: FitSettings) -> RunFolder:
         """Where the states of this learning are kept, and of no other."""
         wanted = {"name": name, **fit_run_settings(self.discovery, bank, settings)}
-        return RunFolder(self.path / f"fit-{_digest(wanted)}", wanted)
+        return RunFolder(self.path / step_name("fit", wanted), wanted)
 
     def steering_inputs(
         self,
@@ -206,8 +206,3 @@ def _changed(examples: Prepared, steering: Steered | None) -> Iterator[Prepared]
     else:
         with intervention(examples, steering=steering):
             yield examples
-
-
-def _digest(wanted: Mapping[str, Any]) -> str:
-    """16 hex digits that stand for settings."""
-    return hashlib.sha256(json_bytes(wanted)).hexdigest()[:16]

@@ -224,8 +224,7 @@ class TextDecoder:
     def answer_logits(self, prompts: Sequence[Segment], answers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Teacher-forced logits at the answers' tokens: [B, N, vocabulary] and which of them are real, bool [B, N].
 
-        Row i's tokens, ids [n_i], are predicted in the last n_i of the N columns. Differentiable: gradients flow to
-        whatever scales the FFNs.
+        Row i's tokens, ids [n_i], are predicted in the last n_i of the N columns.
         """
         rows = [self.answered(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         hidden, _ = self.run(self.collate(rows))

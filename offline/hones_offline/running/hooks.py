@@ -1,4 +1,4 @@
-"""What hooks on a decoder's layers have in common: `hooked` places all of them or none.
+"""Common parts of the hooks on a decoder's layers: `hooked` places all of them or none.
 
 - `readings.py` has those that read;
 - `interventions.py` those that change what a layer computes;
