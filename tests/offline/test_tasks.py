@@ -10,8 +10,11 @@ import reference
 import torch
 from hones_offline import attribute
 from hones_offline.data.examples import Example, scene_examples
+from hones_offline.data.neurons import Bank
 from hones_offline.data.scenes import scenes
 from hones_offline.data.tasks import TASKS, JsonlTask, Task, first_line, get_task
+from hones_offline.learning.factors import FitSettings, fit_run_settings, learn
+from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import prepare
 from problems import problem
 
@@ -340,17 +343,30 @@ def test_answers_of_ones_own_are_learned_as_they_are() -> None:
 
 
 class Nothing(Both):
-    def drawn_answers(self, example: Example, random: np.random.Generator) -> tuple[tuple[int, str], ...]:
-        return ((0, "blue"),) if example.id == "0" and random.random() < 1 else ()
+    def answers(self, example: Example) -> tuple[tuple[int, str], ...]:
+        return super().answers(example) if example.id == "0" else ()
 
 
-def test_a_task_that_draws_nothing_for_an_example_is_an_error_that_names_both() -> None:
+@pytest.mark.parametrize("method", ["answers", "drawn_answers"])
+def test_a_task_that_has_no_answer_for_an_example_is_an_error_that_names_both(method: str) -> None:
     p = problem("llava", "vqa")
     prepared = prepare(p.model, p.processor, Nothing(), p.examples)
-    with pytest.raises(
-        DataError, match=r"task 'both' has nothing to learn of example '\d'; let its drawn_answers give"
-    ):
-        prepared.drawn_answers(seed=0)
+    take = prepared.pairs if method == "answers" else lambda: prepared.drawn_answers(seed=0)
+    with pytest.raises(DataError, match=rf"task 'both' has no answer for example '1'; let its {method} give at least"):
+        take()
+
+
+class Draws(Pairs):
+    def drawn_answers(self, example: Example, random: np.random.Generator) -> tuple[tuple[int, str], ...]:
+        return ((random.integers(2), example.targets[0]),)  # a NumPy integer
+
+
+def test_a_prompt_can_be_drawn_as_numpy_draws_it() -> None:
+    p = problem("llava", "vqa")
+    prepared = prepare(p.model, p.processor, Draws(), p.examples)
+    settings = FitSettings(epochs=1, batch_size=2)
+    assert fit_run_settings(prepared, Bank({0: [1]}), settings) == fit_run_settings(prepared, Bank({0: [1]}), settings)
+    assert learn(prepared, Bank({0: [1]}), settings, Execution()).num_neurons == 1
 
 
 def test_a_task_of_ones_own_is_scored_by_exact_match_unless_it_says_otherwise() -> None:

@@ -76,8 +76,13 @@ class Prepared:
         return [pair for pairs in self.pairs_by_example() for pair in pairs]
 
     def pairs_by_example(self) -> list[list[Pair]]:
-        """The pairs of the task's `answers`, of each example."""
-        return [self.pairs_of(i, self.task.answers(example)) for i, example in enumerate(self.examples)]
+        """The pairs of the task's `answers`, of each example.
+
+        Raises:
+            DataError: the task gives none for an example.
+        """
+        answers = self._given("answers", [self.task.answers(example) for example in self.examples])
+        return [self.pairs_of(i, own) for i, own in enumerate(answers)]
 
     def pairs_of(self, number: int, answers: Answers) -> list[Pair]:
         """The pairs of the example with this number that have the given (prompt index, answer)s."""
@@ -87,17 +92,20 @@ class Prepared:
         """The task's `drawn_answers` of each example: what learning takes in an epoch with this seed.
 
         Raises:
-            DataError: the task draws nothing for an example.
+            DataError: the task draws none for an example.
         """
         random = np.random.default_rng(seed)
-        drawn = [self.task.drawn_answers(example, random) for example in self.examples]
-        for example, own in zip(self.examples, drawn, strict=True):
+        return self._given("drawn_answers", [self.task.drawn_answers(example, random) for example in self.examples])
+
+    def _given(self, method: str, answers: list[Answers]) -> list[Answers]:
+        """The answers that a method of the task gave for each example; raises DataError where it gave none."""
+        for example, own in zip(self.examples, answers, strict=True):
             if not own:
                 raise DataError(
-                    f"task {self.task.name!r} has nothing to learn of example {example.id!r}; "
-                    "let its drawn_answers give at least one pair"
+                    f"task {self.task.name!r} has no answer for example {example.id!r}; "
+                    f"let its {method} give at least one pair"
                 )
-        return drawn
+        return answers
 
 
 def prepare(

@@ -144,7 +144,8 @@ def run_settings(prepared: Prepared) -> dict[str, Any]:
         "max_new_tokens": task.max_new_tokens,
         "first_line": task.first_line,
         "protocol": task.protocol,
-        "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12],
+        # A task may draw prompts by NumPy's integers, which JSON does not know.
+        "prompts": hashlib.sha256(json.dumps(asked, default=int).encode()).hexdigest()[:12],
         "examples": examples_digest(prepared.examples),
         "model": asdict(ModelIdentity.from_model(prepared.decoder.model)),
         "dtype": str(next(prepared.decoder.model.parameters()).dtype).removeprefix("torch."),
