@@ -55,7 +55,7 @@ def bystanders(tasks: Sequence[str], contrast_tasks: Sequence[str] | None) -> di
 def bank_row(
     bootstrap: CrossedBootstrap, tasks: Mapping[str, MeasuredTask], task: str, masked: Masked
 ) -> dict[str, Any]:
-    """What masking a task's banks costs it and the others, with intervals over seeds and test examples.
+    """The drops of a task and of the others under its banks, with intervals over seeds and test examples.
 
     The relative drop is the own drop as a share of the untouched model's metric, None where that is 0.
     """
