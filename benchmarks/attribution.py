@@ -305,15 +305,13 @@ def measure(case: Case, metric: str, modes: Sequence[str], rounds: int) -> list[
     ]
 
 
+EXACT = AttributionOptions(head_metric="logprob", top_fraction=TOP_FRACTION)
 WAYS: Mapping[str, AttributionOptions] = {
-    name: AttributionOptions(head_metric="logprob", top_fraction=TOP_FRACTION, **options)  # type: ignore[arg-type]
-    for name, options in {
-        "hones": {},
-        "hones, race": {"heads": "race"},
-        "hones, patch": {"heads": "patch"},
-        "grad_all": {"method": "grad_all"},
-        "fisher": {"method": "fisher"},
-    }.items()
+    "hones": EXACT,
+    "hones, race": replace(EXACT, heads="race"),
+    "hones, patch": replace(EXACT, heads="patch"),
+    "grad_all": replace(EXACT, method="grad_all"),
+    "fisher": replace(EXACT, method="fisher"),
 }
 
 

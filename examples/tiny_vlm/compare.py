@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from hones_offline.comparison import compare
-from hones_offline.comparison.settings import METHODS, STAGES, CompareSettings
+from hones_offline.comparison.settings import STAGES, CompareSettings
 from hones_offline.comparison.splits import Splits
 from hones_offline.data.examples import scene_examples
 from hones_offline.data.scenes import scenes
@@ -25,14 +25,18 @@ from hones_offline.running.embedded import load_tiny_vlm
 from hones_offline.running.models import keep_freed_memory
 from hones_offline.running.prompts import prepare
 
-VARIANTS = ("hones_task:ratio", "dvp:ratio", "grad_act:ratio", "hones_task:leave_out")
+METHODS = (
+    *("random", "ape", "ap", "ma", "grad_act", "dvp", "hones_logprob", "hones_task"),
+    *("hones_task:ratio", "dvp:ratio", "grad_act:ratio", "hones_task:leave_out"),
+)
+"""Those compared by default, fewer than there are."""
 
 
 def main() -> None:
     """Run it and write summary.json into --out after every stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run folder")
-    parser.add_argument("--methods", nargs="+", default=[*METHODS, *VARIANTS], metavar="METHOD", help="docs/methods.md")
+    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help="docs/methods.md")
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.1], metavar="F", help="sizes, 0.1 among them")
     parser.add_argument("--seeds", type=int, default=5, metavar="N")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=["masking", "groups"], help="(%(default)s)")

@@ -13,7 +13,7 @@ from hones_offline.comparison.comparison import Comparison, header
 from hones_offline.comparison.settings import CompareSettings
 from hones_offline.comparison.splits import Splits
 from hones_offline.comparison.steering import steering_row
-from hones_offline.comparison.study import STEERED, Study, StudySettings, study, summarize
+from hones_offline.comparison.study import Study, StudySettings, study, summarize
 from hones_offline.data.examples import Example, check_disjoint, scene_examples
 from hones_offline.data.scenes import scenes
 from hones_offline.data.tasks import TASKS
@@ -28,11 +28,13 @@ from hones_steer.huggingface import steer
 from hones_steer.profile import save_profile
 
 NEGATIVES = 7
+STEERING = ("fixed_amp", "grid_search", "random_neurons", "hones_no_kl", "hones")
+"""The ways of steering; learned sparsity would take a third more learning."""
 COLUMNS = (
     ("base", "base"),
     ("masked", "masked"),
     ("masked_random", "masked random"),
-    *((name, method.column) for name, method in STEERING_METHODS.items()),
+    *((name, STEERING_METHODS[name].column) for name in STEERING),
 )
 BATCH = 64
 COMPARED = CompareSettings(
@@ -46,7 +48,7 @@ COMPARED = CompareSettings(
     stages=("masking",),
     fit=FitSettings(epochs=1, lr=0.15, batch_size=32, accumulation_steps=1),
 )
-SETTINGS = StudySettings(fractions=(0.05, 0.1), fit=COMPARED.fit)
+SETTINGS = StudySettings(fractions=(0.05, 0.1), steering=STEERING, fit=COMPARED.fit)
 COMPARED_ON = 200
 """Test scenes on which the methods are compared; on each every method's banks of all tasks are masked."""
 SPLITS = ("discovery", "dev", "test")
@@ -151,7 +153,7 @@ def _summary(comparison: Comparison, studied: Mapping[str, Study], counts: Mappi
         "steering": [
             steering_row(comparison.bootstrap, method, result.test["base"], [result.test[method]])
             for result in studied.values()
-            for method in STEERED
+            for method in ("base", *STEERING)
         ],
     }
     summary["settings"] |= {

@@ -240,6 +240,9 @@ def test_a_contrast_with_nothing_is_refused_before_anything_is_done(
         Comparison(tasks, settings)
     with pytest.raises(DataError, match="contrast_tasks names cats, which is not among the tasks pets, sizes, places"):
         Comparison(tasks, with_stages(contrast_tasks=("pets", "cats")))
+    settled = with_stages(contrast_tasks=("pets",), selections=(method,))
+    with pytest.raises(DataError, match=f"method '{re.escape(method)}' has no task to contrast 'pets' with; name"):
+        Comparison(tasks, settled)
     assert list(tmp_path.rglob("*")) == before
     Comparison(tasks, replace(settings, measured=("sizes", "places")))  # nobody asks for the bank of pets
 

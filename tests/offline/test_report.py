@@ -293,6 +293,21 @@ def test_all_zero_and_constant_numbers_can_be_drawn(tmp_path: Path) -> None:
     reported(tmp_path, zero(full_summary()))
 
 
+def test_where_there_are_no_bystanders_their_cells_are_empty(tmp_path: Path) -> None:
+    summary = full_summary()
+    finding = summary["finding"] | {"bystanders": {task: [] for task in TASKS}, "matched": []}
+    for row in (*finding["rows"], *finding["means"]):
+        row |= {"bystander_drop": None, "bystander_drop_ci95": None}
+    for row in finding["means"]:
+        row["difference"] = {key: x for key, x in row["difference"].items() if not key.startswith("bystander")}
+    _, data = reported(tmp_path, summary | {"finding": finding})
+    tables = {table["caption"]: table for name, table in tables_of(data) if name == "finding"}
+    for caption in ("Means over tasks", "Differences to DVP at the same size", "Each task's banks"):
+        at = tables[caption]["columns"].index("bystander drop")
+        assert {row[at] for row in tables[caption]["rows"]} == {None}
+    assert "Harm to bystanders at equal own drop" not in tables
+
+
 def test_keys_that_are_not_shown_are_named(tmp_path: Path) -> None:
     summary = full_summary() | {"maskings": []}
     summary["masking"][0]["note"] = "x"

@@ -110,6 +110,12 @@ def test_a_row_is_what_its_profiles_and_adapters_measure(steering: Steering, sec
     assert min(row["elsewhere_mean"] for row in rows.values()) != max(row["elsewhere_mean"] for row in rows.values())
 
 
+def test_settings_are_no_table_inside_a_table(out: Path) -> None:
+    settings = json.loads((out / "summary.json").read_text(encoding="utf-8"))["settings"]
+    assert (settings["grid_epochs"], settings["fit_batch_size"], settings["lora_lrs"]) == (4, 4, [0.1])
+    assert not [name for name, value in settings.items() if isinstance(value, dict)]
+
+
 def test_sizes_and_choices_are_said(steering: Steering, section: Any) -> None:
     rows = {(row["task"], row["method"]): row for row in section["rows"]}
     size = round(0.1 * steering.index.size)

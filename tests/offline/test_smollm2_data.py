@@ -272,11 +272,26 @@ def test_known_facts_are_those_that_the_model_answers_right(
     assert len(script.encode(loaded, tokenizer, "sums", None, known=False)["test"]) == 6
 
 
-def test_a_model_that_knows_nothing_has_no_known_facts(model: Path, tmp_path: Path) -> None:
-    command = ["examples.smollm2.run", "--model", model, "--out", tmp_path / "run", "--known"]
-    done = subprocess.run([sys.executable, "-m", *map(str, command)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.endswith("the model answers none of the discovery facts of capitals right; leave --known out\n")
+@pytest.fixture
+def few_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run script reads only the first facts of each file."""
+    script = importlib.import_module("examples.smollm2.run")
+    for split in SPLITS:
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for task in ("capitals", "sums"):
+            lines = (DATA / split / f"{task}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+            (tmp_path / "data" / split / f"{task}.jsonl").write_text("".join(lines[:8]), encoding="utf-8")
+    monkeypatch.setattr(script, "DATA", tmp_path / "data")
+
+
+@pytest.mark.usefixtures("few_facts")
+def test_a_model_that_knows_nothing_has_no_known_facts(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["--model", model, "--out", tmp_path / "run", "--known"]
+    monkeypatch.setattr(sys, "argv", ["run.py", *map(str, command)])
+    with pytest.raises(SystemExit, match="the model answers none of the discovery facts of capitals right; leave --kn"):
+        importlib.import_module("examples.smollm2.run").main()
 
 
 def run(module: str, *arguments: object) -> str:
@@ -301,15 +316,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_run_script_goes_from_base_to_strength_and_repeats_itself(model: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("few_facts")
+def test_the_run_script_goes_from_base_to_selections_and_repeats_itself(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Only that it runs and what it writes: a random model knows nothing."""
-    command = ["examples.smollm2.run", "--model", model, "--out", tmp_path / "run", "--tasks", "capitals", "sums"]
-    small = ["--seeds", 2, "--attribution-examples", 2, "--top-heads", 2, "--limit", 3]
-    methods = ["--methods", "random", "dvp", "hones_logprob"]
-    shares = ["--fractions", 0.05, 0.1, "--fraction", 0.05]
-    shares += ["--stages", "masking", "finding", "groups", "steering", "strength", "--contrast-tasks"]  # with no task
-    shares += ["--ablations", "zero", "mean", "--reference", "dvp", "--levels", 0.5]
-    out = run(*command, *small, *methods, *shares)
+    script = importlib.import_module("examples.smollm2.run")
+    command = ["--model", model, "--out", tmp_path / "run", "--tasks", "capitals", "sums"]
+    command += ["--seeds", 2, "--attribution-examples", 2, "--top-heads", 2, "--limit", 3]
+    command += ["--methods", "random", "dvp", "hones_logprob", "--fractions", 0.05, 0.1, "--fraction", 0.05]
+    stages = [stage for stage in script.STAGES if stage != "steer_groups"]  # which learns for every group
+    command += ["--learned-seeds", 1, "--stages", *stages, "--contrast-tasks"]  # with no task
+    command += ["--ablations", "zero", "mean", "--reference", "dvp", "--levels", 0.5]
+    command += ["--selections", "dvp", "--comparators", "grid_search", "ia3", "--epochs", 1]
+    command += ["--lrs", 0.02, "--lora-lrs", 0.001]
+    monkeypatch.setattr(sys, "argv", ["run.py", *map(str, command)])
+    script.main()
+    out = capsys.readouterr().out
     summary = json.loads((tmp_path / "run" / "summary.json").read_bytes())
     assert {task: row["n"]["test"] for task, row in summary["tasks"].items()} == {"capitals": 3, "sums": 3}
     assert [(row["task"], row["method"], row["fraction"]) for row in summary["masking"]] == [
@@ -318,13 +341,16 @@ def test_the_run_script_goes_from_base_to_strength_and_repeats_itself(model: Pat
         for method in ("random", "dvp", "hones_logprob")
         for fraction in (0.05, 0.1)
     ]
-    assert {row["seeds"] for row in (*summary["masking"], *summary["steering"])} == {2}
+    assert {row["seeds"] for row in summary["masking"]} == {2}
+    assert {row["seeds"] for row in (*summary["steering"], *summary["selections"]["rows"])} == {1}
     assert summary["finding"]["bystanders"] == {"capitals": ["sums"], "sums": ["capitals"]}
     assert out.count("| dvp | mean | 10.00% | 0.00 [0.00, 0.00] | 0.00 [0.00, 0.00] |") == 1
     assert "| random | zero | 0.5 | – | – | 0% |" in out
     assert {row["strength"] for row in summary["strength"]} == {-1, 0.5, 1, 1.5, 2}
+    assert out.count("| ia3 | 288 | +0.000 [0.00, 0.00] | – | +0.000 [0.00, 0.00] |") == 1
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "work").rglob("*") if file.is_file()}
-    assert run(*command, *small, *methods, *shares) == out
+    script.main()
+    assert capsys.readouterr().out == out
     again = json.loads((tmp_path / "run" / "summary.json").read_bytes())
     assert {**again, "created": "", "seconds": {}} == {**summary, "created": "", "seconds": {}}
     assert {file: file.stat().st_mtime_ns for file in before} == before

@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from hones_offline.comparison.estimates import estimate
 from hones_offline.comparison.finder import Finder
-from hones_offline.comparison.finding import Cell, Finding, Masked, MeasuredTask, bystanders, relative
+from hones_offline.comparison.finding import Cell, Finding, Masked, MeasuredTask, bank_row, bystanders
 from hones_offline.comparison.settings import CompareSettings, parse
 from hones_offline.comparison.splits import Splits
 from hones_offline.comparison.steering import Steering
-from hones_offline.data.metrics import CrossedBootstrap, FloatArray, interval_of
+from hones_offline.data.metrics import CrossedBootstrap, FloatArray
 from hones_offline.data.neurons import Bank, NeuronIndex, exact_groups, jaccard
 from hones_offline.running.evaluation import Scores
 from hones_offline.running.progress import with_progress
@@ -159,12 +160,10 @@ class Comparison:
     def _task(self, task: str) -> dict[str, Any]:
         splits = self.tasks[task]
         sizes = {name: len(part) for name, part in splits.parts.items()}
-        base = self.base(task)
         return {
             "metric": splits.task.metric,
             "n": {**sizes, "attribution": len(self.finder.drawn(task, 0))},
-            "base": float(base[0]),
-            "base_ci95": interval_of(base),
+            **estimate("base", self.base(task)),
             "failures": {name: part.failures for name, part in splits.parts.items() if part.failures},
         }
 
@@ -229,7 +228,12 @@ class Comparison:
         """Sections "masking" and "cross"."""
         cells = [(task, *size) for task in self.measured for size in self._sizes()]
         self.mask_all(self.finder.bank(*cell, seed) for cell in cells for seed in self.seeds)
-        return {"masking": [self._masking_row(*cell) for cell in cells], "cross": self._cross()}
+        tasks, rows = self._measured_tasks(), []
+        for task, method, fraction in cells:
+            masked = self._all_drops(task, Cell(method, fraction, "zero"))
+            row = bank_row(self.bootstrap, tasks, task, masked)
+            rows.append({"method": method, "fraction": fraction, **row})
+        return {"masking": rows, "cross": self._cross()}
 
     def finding(self) -> dict[str, Any]:
         """Section "finding": what each method's banks cost their own task, the others and the bystanders."""
@@ -238,13 +242,15 @@ class Comparison:
         for ablation in settings.ablations:
             self.mask_all(banks, ablation)
         cells = [Cell(*size, ablation) for ablation in settings.ablations for size in sizes]
-        beside = bystanders([*self.measured], settings.contrast_tasks)
-        tasks = {
+        found = Finding(self._measured_tasks(), self._all_drops, self.bootstrap)
+        return {"finding": found.section(cells, settings.own_drop_levels, settings.reference)}
+
+    def _measured_tasks(self) -> dict[str, MeasuredTask]:
+        beside = bystanders([*self.measured], self.settings.contrast_tasks)
+        return {
             task: MeasuredTask(float(self.base(task)[0]), len(splits.test), beside[task])
             for task, splits in self.measured.items()
         }
-        found = Finding(tasks, self._all_drops, self.bootstrap)
-        return {"finding": found.section(cells, settings.own_drop_levels, settings.reference)}
 
     def _all_drops(self, task: str, cell: Cell) -> Masked:
         """The drops of every measured task when a task's bank of each seed is masked."""
@@ -252,33 +258,8 @@ class Comparison:
         drops = [[self.drop(other, bank, cell.ablation) for other in self.measured] for bank in banks]
         return Masked(float(np.mean([bank.size for bank in banks])), np.array(drops))
 
-    def _masking_row(self, task: str, name: str, fraction: float) -> dict[str, Any]:
-        banks = [self.finder.bank(task, name, fraction, seed) for seed in self.seeds]
-        drops = {measured: [self.drop(measured, bank) for bank in banks] for measured in self.measured}
-        own, others = drops[task], {other: drops[other] for other in self.measured if other != task}
-        selectivity = [mine - np.mean(rest, axis=0) for mine, *rest in zip(own, *others.values(), strict=True)]
-        return {
-            "task": task,
-            "method": name,
-            "fraction": fraction,
-            "neurons": float(np.mean([bank.size for bank in banks])),
-            "seeds": len(banks),
-            "n": len(self.tasks[task].test),
-            **self._estimate("own_drop", own),
-            "relative_drop": relative(float(np.mean(_points(own))), float(self.base(task)[0])),
-            "other_drops": {other: float(self.bootstrap.over_seeds(of)[0]) for other, of in others.items()},
-            **self._estimate("selectivity", selectivity),
-            "by_seed": {"own_drop": _points(own), "selectivity": _points(selectivity)},
-        }
-
-    def _estimate(self, name: str, per_seed: Sequence[FloatArray]) -> dict[str, Any]:
-        """A quantity as {name: mean over seeds, name_ci95: its interval}."""
-        quantity = self.bootstrap.over_seeds(per_seed)
-        return {name: float(quantity[0]), f"{name}_ci95": interval_of(quantity)}
-
     def _drop_cell(self, measured: str, banks: Sequence[Bank]) -> dict[str, Any]:
-        cell = self._estimate("drop", [self.drop(measured, bank) for bank in banks])
-        return {"drop": cell["drop"], "ci95": cell["drop_ci95"]}
+        return estimate("drop", self.bootstrap.over_seeds([self.drop(measured, bank) for bank in banks]), "ci95")
 
     def _cross(self) -> dict[str, Any]:
         main = self.settings.main
@@ -324,11 +305,8 @@ class Comparison:
 
 
 def _flat(settings: CompareSettings) -> dict[str, Any]:
-    """Settings without a table inside a table."""
-    fit = {f"fit_{name}": value for name, value in asdict(settings.fit).items()}
-    return {**{name: value for name, value in asdict(settings).items() if name != "fit"}, **fit}
-
-
-def _points(per_seed: Sequence[FloatArray]) -> list[float]:
-    """The measured value of each seed, without the resamples."""
-    return [float(quantity[0]) for quantity in per_seed]
+    """Settings without a table inside a table: those of `fit` and `grid` under names of their own."""
+    flat: dict[str, Any] = {}
+    for name, value in asdict(settings).items():
+        flat |= {f"{name}_{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+    return flat

@@ -46,14 +46,15 @@ class Finder:
                     f"task {task!r} has {len(pool)} examples to draw from, so that each seed would draw the same; set "
                     "attribution_examples lower or give more discovery examples"
                 )
-        for name in settings.methods:
+        names = dict.fromkeys((*settings.methods, *settings.selections))
+        for name in names:
             for task in tasks if settings.measured is None else settings.measured:
                 if parse(name).compares_tasks and not self.others(task):
                     raise DataError(
                         f"method {name!r} has no task to contrast {task!r} with; name another one in contrast_tasks"
                     )
         execution = Execution(memory_gb=settings.memory_gb)
-        for check in {METHODS[parse(name).base].check for name in settings.methods}:
+        for check in {METHODS[parse(name).base].check for name in names}:
             for pool in self.pools.values():
                 check(pool, execution)
         self.statistics = cache(self._statistics)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from hones_offline.data.metrics import CrossedBootstrap, FloatArray, interval_of
+from hones_offline.comparison.estimates import estimate, mean_beside, weighted
+from hones_offline.data.metrics import CrossedBootstrap, FloatArray
 
 CurvePoint = tuple[FloatArray, FloatArray]
 """The mean own drop and bystander drop of banks of one size, over the tasks that have bystanders."""
@@ -52,9 +52,23 @@ def bystanders(tasks: Sequence[str], contrast_tasks: Sequence[str] | None) -> di
     return {task: [other for other in outside if other != task] for task in tasks}
 
 
-def relative(own_drop: float, base: float) -> float | None:
-    """An own drop as a share of the untouched model's metric; None where that is 0."""
-    return own_drop / base if base else None
+def bank_row(
+    bootstrap: CrossedBootstrap, tasks: Mapping[str, MeasuredTask], task: str, masked: Masked
+) -> dict[str, Any]:
+    """The drops of a task and of the others under its banks, with intervals over seeds and test examples.
+
+    The relative drop is the own drop as a share of the untouched model's metric, None where that is 0.
+    """
+    of = dict(zip(tasks, masked.drops.swapaxes(0, 1), strict=True))  # task -> [seeds, 1 + R]
+    own, facts = of.pop(task), tasks[task]
+    selectivity = own - np.mean(list(of.values()), axis=0)
+    row: dict[str, Any] = {"task": task, "neurons": masked.neurons, "seeds": len(own), "n": facts.n}
+    row |= estimate("own_drop", bootstrap.over_seeds(list(own)))
+    row |= estimate("selectivity", bootstrap.over_seeds(list(selectivity)))
+    row["relative_drop"] = row["own_drop"] / facts.base if facts.base else None
+    row["other_drops"] = {other: float(bootstrap.over_seeds(list(drops))[0]) for other, drops in of.items()}
+    row["by_seed"] = {"own_drop": own[:, 0].tolist(), "selectivity": selectivity[:, 0].tolist()}
+    return row
 
 
 @dataclass(frozen=True)
@@ -106,25 +120,16 @@ class Finding:
         }
 
     def _row(self, task: str, cell: Cell, masked: Masked) -> dict[str, Any]:
-        """The drops under one task's banks, with intervals over seeds and test examples."""
-        facts = self.tasks[task]
+        """`bank_row` of one task's banks, with what they cost the bystanders and each other task seed by seed."""
+        row = {**cell._asdict(), **bank_row(self.bootstrap, self.tasks, task, masked)}
         of = dict(zip(self.tasks, masked.drops.swapaxes(0, 1), strict=True))  # task -> [seeds, 1 + R]
-        own, others = of[task], {other: drops for other, drops in of.items() if other != task}
-        beside = [of[other] for other in facts.bystanders]
-        measures = {
-            "own_drop": own,
-            "bystander_drop": np.mean(beside, axis=0) if beside else None,
-            "selectivity": own - np.mean(list(others.values()), axis=0),
-        }
-        row: dict[str, Any] = {"task": task, **cell._asdict(), "neurons": masked.neurons}
-        row |= {"seeds": len(own), "n": facts.n}
-        for name, per_seed in measures.items():
-            row |= _estimate(name, None if per_seed is None else self.bootstrap.over_seeds(list(per_seed)))
-        row["relative_drop"] = relative(row["own_drop"], facts.base)
-        row["other_drops"] = {other: float(drops[:, 0].mean()) for other, drops in others.items()}
-        row["by_seed"] = {name: values[:, 0].tolist() for name, values in measures.items() if values is not None}
-        row["by_seed"]["other_drops"] = {other: drops[:, 0].tolist() for other, drops in others.items()}
-        return row
+        row["by_seed"]["other_drops"] = {other: of[other][:, 0].tolist() for other in row["other_drops"]}
+        bystander_drop = None
+        if beside := [of[other] for other in self.tasks[task].bystanders]:
+            per_seed = np.mean(beside, axis=0)
+            bystander_drop = self.bootstrap.over_seeds(list(per_seed))
+            row["by_seed"]["bystander_drop"] = per_seed[:, 0].tolist()
+        return row | estimate("bystander_drop", bystander_drop)
 
     def _means(self, drops: Sequence[FloatArray], rows: Sequence[Mapping[str, Any]]) -> Means:
         """The means over tasks, with resamples of tasks, seeds and test examples."""
@@ -149,11 +154,11 @@ class Finding:
         here, there = means[cell], means.get(cell._replace(method=reference)) if reference else None
         row: dict[str, Any] = {**cell._asdict(), "neurons": here.neurons, "relative_drop": here.relative_drop}
         for name in MEASURES:
-            row |= _estimate(name, here.measures.get(name))
+            row |= estimate(name, here.measures.get(name))
         if there is not None:
             row["difference"] = {}
             for name, measure in here.measures.items():
-                row["difference"] |= _estimate(name, measure - there.measures[name])
+                row["difference"] |= estimate(name, measure - there.measures[name])
         return row
 
     def _matched_rows(
@@ -176,37 +181,6 @@ class Finding:
         return rows
 
 
-def mean_beside(matrix: FloatArray, related: npt.NDArray[np.bool_], draws: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """The mean drop over each task's related tasks, as often as each is drawn, and how often that task then counts.
-
-    Args:
-        matrix: drops [1 + R, own task, measured task].
-        related: which measured tasks (columns) are averaged for each own task (row), [T, T].
-        draws: how often each resample draws each task, [1 + R, T].
-
-    Returns:
-        The means [1 + R, T], 0 where none of a task's related tasks is drawn, and each own task's weight [1 + R, T]:
-        how often it is drawn, but 0 there.
-    """
-    weights = draws[:, None, :] * related
-    total = weights.sum(-1)
-    mean = (weights * matrix).sum(-1) / np.where(total > 0, total, 1)
-    return mean, draws * (total > 0)
-
-
-def weighted(values: FloatArray, weights: FloatArray) -> FloatArray:
-    """The weighted mean over tasks, [1 + R], of values [1 + R, T]."""
-    mean: FloatArray = (values * weights).sum(1) / weights.sum(1)
-    return mean
-
-
-def _estimate(name: str, quantity: FloatArray | None) -> dict[str, Any]:
-    """A quantity as {name: measured value, name_ci95: its interval}; nulls for one that there is not."""
-    if quantity is None:
-        return {name: None, f"{name}_ci95": None}
-    return {name: float(quantity[0]), f"{name}_ci95": interval_of(quantity)}
-
-
 def interpolated(curve: Sequence[CurvePoint], level: float) -> FloatArray:
     """The bystanders' drop at an own drop (`level`, above 0), [1 + R], on straight lines through (0, 0) and the curve.
 
@@ -224,7 +198,7 @@ def interpolated(curve: Sequence[CurvePoint], level: float) -> FloatArray:
 
 
 def _reached(name: str, quantity: FloatArray) -> dict[str, Any]:
-    """`_estimate` of a quantity that may be NaN: nulls if the measured value is, an interval over the others."""
+    """`estimate` of a quantity that may be NaN: nulls if the measured value is, an interval over the others."""
     if np.isnan(quantity[0]):
-        return _estimate(name, None)
-    return _estimate(name, quantity[np.isfinite(quantity)])
+        return estimate(name, None)
+    return estimate(name, quantity[np.isfinite(quantity)])

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from hones_offline.comparison.estimates import estimate, mean_beside, weighted
 from hones_offline.comparison.finder import Finder
-from hones_offline.comparison.finding import mean_beside, weighted
 from hones_offline.comparison.settings import COMPARATORS, CompareSettings
 from hones_offline.comparison.splits import Splits, Steered
 from hones_offline.comparison.study import STEERED, steered_profiles
@@ -60,8 +60,8 @@ class Steering:
     def _values(self, scores: Scores) -> FloatArray:
         return self.bootstrap.values(scores.task.name, scores.statistics, scores.task.aggregate)
 
-    def _estimate(self, name: str, per_seed: Sequence[FloatArray]) -> dict[str, Any]:
-        return estimate(name, self.bootstrap.over_seeds(per_seed))
+    def _estimate(self, name: str, per_seed: Sequence[FloatArray], interval: str = "") -> dict[str, Any]:
+        return estimate(name, self.bootstrap.over_seeds(per_seed), interval)
 
     # ------------------------------------------------------------------------------------ the main method's bank
 
@@ -93,14 +93,7 @@ class Steering:
         splits = self.tasks[task]
         profiles = [self.profiles(task, seed)["hones"] * strength for seed in self.seeds]
         values = [self._values(splits.measure("test", steering=profile)) for profile in profiles]
-        value = self._estimate("value", values)
-        return {
-            "task": task,
-            "strength": strength,
-            "value": value["value"],
-            "ci95": value["value_ci95"],
-            "n": len(splits.test),
-        }
+        return {"task": task, "strength": strength, **self._estimate("value", values, "ci95"), "n": len(splits.test)}
 
     def group_gain(self, task: str, banks: Mapping[int, Bank]) -> dict[str, Any]:
         """The gain on a task from factors for these neurons, {seed: bank}, that were learned on the task."""
@@ -109,8 +102,7 @@ class Steering:
         for seed, bank in banks.items():
             profile = splits.learned("hones", bank, replace(fit, seed=seed), progress=self.progress)
             gains.append(self.gain(task, profile))
-        cell = self._estimate("gain", gains)
-        return {"gain": cell["gain"], "ci95": cell["gain_ci95"]}
+        return self._estimate("gain", gains, "ci95")
 
     # ---------------------------------------------------------------------------------------------- wrong routes
 
@@ -120,9 +112,8 @@ class Steering:
 
     def _wrong_routes(self, gains: Mapping[str, Sequence[FloatArray]]) -> dict[str, Any]:
         """A row's keys for what other tasks gain, or lose, where they are steered with this task's."""
-        cells = {other: self._estimate("gain", of) for other, of in gains.items()}
         return {
-            "elsewhere": {other: {"gain": cell["gain"], "ci95": cell["gain_ci95"]} for other, cell in cells.items()},
+            "elsewhere": {other: self._estimate("gain", of, "ci95") for other, of in gains.items()},
             **self._estimate("elsewhere_mean", [np.mean(of, axis=0) for of in zip(*gains.values(), strict=True)]),
         }
 
@@ -164,12 +155,10 @@ class Steering:
         splits = self.tasks[task]
         base = self._values(splits.measure("test"))
         values = [base + gain for gain in selection.own]
-        value = self._estimate("value", values)
         row = {
             "task": task,
             "method": selection.name,
-            "value": value["value"],
-            "ci95": value["value_ci95"],
+            **self._estimate("value", values, "ci95"),
             **self._estimate("gain", selection.own),
             "by_seed": [float(of_seed[0]) for of_seed in values],
             "n": len(splits.test),
@@ -247,11 +236,6 @@ def _chosen(steered: Steered) -> dict[str, float]:
     return {"lr": method["lr"], "epoch": method["epoch"], "strength": method["chosen_on_dev"]["strength"]}
 
 
-def estimate(name: str, quantity: FloatArray) -> dict[str, Any]:
-    """A quantity as {name: measured value, name_ci95: its interval}."""
-    return {name: float(quantity[0]), f"{name}_ci95": interval_of(quantity)}
-
-
 def share(name: str, gain: FloatArray, whole: FloatArray) -> dict[str, Any]:
     """A mean gain as a share of another: the ratio of the two, with the interval of the resamples' ratios.
 
@@ -273,8 +257,7 @@ def steering_row(bootstrap: CrossedBootstrap, name: str, base: Scores, measured:
     return {
         "task": task.name,
         "method": name,
-        "value": float(value[0]),
-        "ci95": interval_of(value),
+        **estimate("value", value, "ci95"),
         **estimate("gain", gain),
         "n": base.n,
         "seeds": len(measured),

@@ -19,11 +19,17 @@ STEERED = ("base", *STEERING_METHODS)
 
 
 def steered_profiles(
-    splits: Splits, bank: Bank, random_bank: Bank, settings: FitSettings, *, progress: bool = False
+    splits: Splits,
+    bank: Bank,
+    random_bank: Bank,
+    settings: FitSettings,
+    methods: Sequence[str] = tuple(STEERING_METHODS),
+    *,
+    progress: bool = False,
 ) -> dict[str, Profile]:
-    """A profile for each way of steering."""
+    """A profile for each of these ways of steering."""
     inputs = splits.steering_inputs(bank, random_bank, settings, progress=progress)
-    return {name: method.profile(inputs) for name, method in STEERING_METHODS.items()}
+    return {name: STEERING_METHODS[name].profile(inputs) for name in methods}
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,8 @@ class StudySettings:
     """Bank sizes tried on dev; the one whose masking costs most beyond random masking is taken."""
     random_banks: int = 5
     """Random banks masked on test; the first also carries the baseline "random_neurons"."""
+    steering: Sequence[str] = tuple(STEERING_METHODS)
+    """The ways of steering, "hones" among them, whose profile gets the evidence."""
     fit: FitSettings = field(default_factory=FitSettings)
 
 
@@ -63,7 +71,7 @@ def study(
     bank = attribution.importance.bank(fraction)
     random_banks = [bank.random(index, seed) for seed in range(settings.random_banks)]
     report("learning scales, grid search on dev")
-    steered = steered_profiles(splits, bank, random_banks[0], settings.fit, progress=progress)
+    steered = steered_profiles(splits, bank, random_banks[0], settings.fit, settings.steering, progress=progress)
     report("everything on test")
     test = {"base": splits.measure("test"), "masked": splits.measure("test", mask=bank)}
     masked_random = [splits.measure("test", mask=neurons).value for neurons in random_banks]

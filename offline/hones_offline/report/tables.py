@@ -88,7 +88,7 @@ def with_interval(name: str, interval: str = "") -> Callable[[Row], Cell]:
 
     def cell(row: Row) -> Cell:
         ci95 = row.get(interval or f"{name}_ci95")
-        return {"value": row[name], "ci95": list(ci95) if ci95 else None} if name in row else None
+        return {"value": row[name], "ci95": list(ci95) if ci95 else None} if row.get(name) is not None else None
 
     return cell
 
