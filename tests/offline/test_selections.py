@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,16 @@ def test_sizes_and_choices_are_said(steering: Steering, section: Any) -> None:
                 assert (chosen["epoch"] in (1, 2, 3, 4), chosen["strength"] in (1, 2)) == (True, True)
 
 
+def test_nested_choice_takes_what_is_best_on_dev(steering: Steering) -> None:
+    for task, seed in product(TASKS, steering.seeds):
+        on_dev = {
+            name: steering.tasks[task].dev_score(steering.selected(task, name, seed)) for name in ("dvp", "random")
+        }
+        best = max(on_dev, key=on_dev.__getitem__)
+        assert steering.selected(task, "best_on_dev", seed) is steering.selected(task, best, seed)
+    assert on_dev["dvp"] != on_dev["random"]
+
+
 def test_means_differences_and_shares_are_those_of_the_rows(section: Any) -> None:
     rows = {(row["task"], row["method"]): row for row in section["rows"]}
     means = {row["method"]: row for row in section["means"]}
@@ -228,7 +239,10 @@ def test_the_main_methods_profiles_are_measured_on_the_other_tasks(p: Problem, o
         ({"selections": ()}, "the stage 'selections' has none to compare"),
         ({"selections": ("best",)}, "unknown method 'best'"),
         ({"selections": ("dvp", "dvp")}, "selections and comparators name dvp twice"),
-        ({"comparators": ("ia3", "dora")}, "unknown comparators dora; choose from grid_search, sparse, ia3, lora"),
+        (
+            {"comparators": ("ia3", "dora")},
+            "unknown comparators dora; choose from grid_search, sparse, ia3, lora, best",
+        ),
         ({"selection_reference": "ap"}, "selection_reference must be one of the selections or comparators, not 'ap'"),
         ({"lora_lrs": (0.1, 0.2)}, "lora_lrs must be as many as the grid's learning rates, 1,"),
         ({"lora_lrs": (-1.0,)}, "lrs must be positive, not -1.0"),

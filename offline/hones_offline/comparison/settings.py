@@ -18,8 +18,10 @@ from hones_steer.errors import DataError
 METHODS: tuple[str, ...] = tuple(reversed([*methods.METHODS]))
 """The methods compared by default. Variants follow a colon: "hones_logprob:contrastive+rank", "dvp:ratio"."""
 STAGES = ("masking", "finding", "groups", "steer_groups", "steering", "strength", "selections")
-COMPARATORS = ("grid_search", "sparse", *ADAPTERS)
-"""The comparators of selections: one factor, sparsity learned with the factors, and adapters of PEFT."""
+NESTED_CHOICE = "best_on_dev"
+"""The selection whose profile is best on dev, chosen anew for each task and seed."""
+COMPARATORS = ("grid_search", "sparse", *ADAPTERS, NESTED_CHOICE)
+"""The comparators of selections: one factor, sparsity learned with the factors, adapters of PEFT, nested choice."""
 ABLATIONS = ("zero", "mean")
 """Values that a masked neuron's activation is set to: 0, or its mean over the tasks (docs/methods.md)."""
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from hones_offline.comparison.estimates import estimate, mean_beside, weighted
 from hones_offline.comparison.finder import Finder
-from hones_offline.comparison.settings import COMPARATORS, CompareSettings
+from hones_offline.comparison.settings import COMPARATORS, NESTED_CHOICE, CompareSettings
 from hones_offline.comparison.splits import Splits, Steered
 from hones_offline.comparison.study import STEERED, steered_profiles
 from hones_offline.data.metrics import CrossedBootstrap, FloatArray, interval_of
@@ -122,6 +122,8 @@ class Steering:
     def _selected(self, task: str, name: str, seed: int) -> Steered:
         """The profile or adapter of a selection or comparator for a task, chosen on dev from the settings' grid."""
         settings, splits = self.settings, self.tasks[task]
+        if name == NESTED_CHOICE:
+            return max((self.selected(task, one, seed) for one in settings.selections), key=splits.dev_score)
         fit = replace(settings.fit, seed=seed)
         if name in ADAPTERS:
             grid = replace(settings.grid, lrs=settings.lora_lrs) if name == "lora" else settings.grid

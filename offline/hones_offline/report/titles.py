@@ -6,6 +6,7 @@ A summary writes a method as `name` or `name:variant`, such as `hones_logprob:ra
 from collections.abc import Iterable
 
 from hones_offline.attribution.methods import METHODS
+from hones_offline.comparison.settings import NESTED_CHOICE
 from hones_offline.comparison.study import STEERED
 from hones_offline.learning.adapters import ADAPTERS
 from hones_offline.learning.methods import STEERING_METHODS
@@ -15,7 +16,7 @@ def method_title(method: str) -> str:
     """The title shown: `hones_logprob:rank` becomes HONES-LP rank. A name not known here stays as it is."""
     name, colon, variant = method.partition(":")
     known = METHODS.get(name) or STEERING_METHODS.get(name) or ADAPTERS.get(name)
-    title = known.title if known else name
+    title = known.title if known else {NESTED_CHOICE: "best on dev"}.get(name, name)
     return f"{title} {variant}" if colon else title
 
 
