@@ -273,9 +273,9 @@ def test_equal_names_in_other_folders_are_other_images() -> None:
     check_disjoint(dev=photo("/film/a/000000000001.jpg"), test=photo("/film/b/000000000001.jpg"))
 
 
-def test_texts_alone_are_shared_freely() -> None:
-    text = Example("1", "What?", ("cat",), None)
-    check_disjoint(discovery=[text], test=[text])
+def test_prompts_are_shared_freely() -> None:
+    text, photographed = Example("1", "What?", ("cat",), None), photo("/coco/cat.jpg")
+    check_disjoint(discovery=[text, *photographed], test=[replace(text, targets=("dog",)), *photo("/coco/dog.jpg")])
 
 
 def test_a_fingerprint_is_of_what_is_asked_and_answered_and_seen() -> None:
