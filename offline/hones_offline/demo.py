@@ -46,7 +46,7 @@ COMPARED = CompareSettings(
     pool=128,
     top_heads=8,
     stages=("masking",),
-    fit=FitSettings(epochs=1, lr=0.15, batch_size=32, accumulation_steps=1),
+    fit=FitSettings(epochs=1, lr=0.03, batch_size=32, accumulation_steps=1),
 )
 SETTINGS = StudySettings(fractions=(0.05, 0.1), steering=STEERING, fit=COMPARED.fit)
 COMPARED_ON = 200
