@@ -126,7 +126,9 @@ def _attribute_steps() -> list[Step]:
 def _fit(name: str, task: str, *options: str, quick: bool = False) -> Step:
     bank = f"attribute-{task}"
     dev = "../inputs/dev/" + ("coco.json" if task == "retrieval" else f"{task}.jsonl")
-    sizes = ("--limit", "24", "--fit-batch-size", "8", "--lr", "0.1", "--epochs", "2")
+    sizes = ["--limit", "24", "--fit-batch-size", "8"]
+    if not {"fixed_amp", "grid_search"} & set(options):
+        sizes += ["--lr", "0.1", "--epochs", "2"]
     files = ("--bank", f"{bank}/run", "--dev", dev, "--state", f"{name}/run", "--out", f"{name}/profile.safetensors")
     return Step(name, ("fit", MODEL, *_data(task, "discovery"), *sizes, *files, *options), quick)
 

@@ -345,7 +345,8 @@ def test_fit_writes_a_profile_with_its_evidence(
 ) -> None:
     path = tmp_path / "cats.safetensors"
     command = ["fit", root / "vlm", "--task", "cats", "--data", root / "cats.jsonl", "--bank", found, "--out", path]
-    command += ["--dev", root / "dev.jsonl", "--method", method, "--state", tmp_path / "state", *FIT]
+    command += ["--dev", root / "dev.jsonl", "--method", method, "--state", tmp_path / "state"]
+    command += [] if method in ("fixed_amp", "grid_search") else FIT
     code, out, error = hones(*command, "--description", "cats, red", "--license", "cc0-1.0", "--json")
     assert (code, error) == (0, "")
     result, fitted = json.loads(out), load_profile(path)
@@ -741,6 +742,8 @@ def test_usage_errors_name_what_is_missing(hones: Run, root: Path, found: Path, 
         (["--lr", "0.1", "0.2"], "--lr has several values to choose from on --dev data; give that, or one value"),
         (["--strengths", "1", "2"], "--strengths has several values to choose from on --dev data; give that, or one"),
         (["--patience", "3"], "--patience counts epochs on --dev data; give that, or leave it out"),
+        (["--method", "fixed_amp", "--lr", "0.1"], "fixed_amp learns nothing, so that --lr has no effect; leave it"),
+        (["--method", "grid_search", "--epochs", "3"], "grid_search learns nothing, so that --epochs has no effect"),
     ):
         code, _, error = hones(*fit, *option)
         assert code == 2

@@ -201,7 +201,11 @@ def _check_writable(file: Path) -> None:
 
 
 def _check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Leave with the parser's error where an option needs dev data that is not given."""
+    """Leave with the parser's error where an option has no effect, or needs dev data that is not given."""
+    if not STEERING_METHODS[args.method].learned:
+        for name in ("lr", "epochs", "patience", "strengths"):
+            if getattr(args, name) is not None:
+                parser.error(f"{args.method} learns nothing, so that --{name} has no effect; leave it out")
     if args.dev is not None:
         return
     if STEERING_METHODS[args.method].chosen_on_dev:

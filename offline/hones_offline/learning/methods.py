@@ -50,6 +50,8 @@ class SteeringMethod:
     profile: Callable[[SteeringInputs], Profile]
     chosen_on_dev: bool = False
     """Whether dev examples are needed."""
+    learned: bool = True
+    """Whether factors are learned, so that settings of learning count."""
 
 
 STEERING_METHODS: Mapping[str, SteeringMethod] = MappingProxyType(
@@ -58,12 +60,14 @@ STEERING_METHODS: Mapping[str, SteeringMethod] = MappingProxyType(
             "fixed factor",
             "fixed ×2",
             lambda inputs: uniform_profile(inputs.prepared, inputs.bank, FIXED_AMP, "fixed_amp"),
+            learned=False,
         ),
         "grid_search": SteeringMethod(
             "grid search",
             "grid",
             lambda inputs: grid_search(inputs.prepared, inputs.bank, inputs.dev_metric),
             chosen_on_dev=True,
+            learned=False,
         ),
         "random_neurons": SteeringMethod(
             "random neurons",
