@@ -322,6 +322,12 @@ def test_too_few_examples_for_the_seeds_and_a_single_task_are_refused(p: Problem
     with pytest.raises(DataError, match="'pets' has 6 examples to draw from, so that each seed would draw the same"):
         Comparison(tasks, with_stages(attribution_examples=6))
     Comparison(tasks, with_stages(attribution_examples=6, seeds=1, group_seeds=1))
+    places = {**examples["places"], "discovery": examples["places"]["discovery"][:4]}
+    few = splits(p, {**examples, "places": places}, out / "few")
+    with pytest.raises(DataError, match="'places' has 4 examples to draw from"):
+        Comparison(few, SETTINGS)
+    finder = Comparison(few, with_stages(measured=("pets", "sizes"), contrast_tasks=("places",))).finder
+    assert [len(finder.examples("places", seed)) for seed in (0, 1)] == [4, 4]
     with pytest.raises(DataError, match="selectivity compares tasks; give at least two"):
         Comparison({"pets": tasks["pets"]}, SETTINGS)
     for name in ("measured", "contrast_tasks"):

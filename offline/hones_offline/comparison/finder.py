@@ -28,27 +28,29 @@ from hones_steer.errors import DataError
 class Finder:
     """Banks of every task, method, size and seed.
 
-    A seed draws `attribution_examples` of a task's discovery examples, and every method gets the same draw. Heads are
-    run once on every example that may be drawn (the pool); importances are steps of the task's run folder.
+    A seed draws `attribution_examples` of a task's discovery examples, and every method gets the same draw; a task that
+    is only compared with gives all it has, if that is fewer. Heads are run once on every example that may be drawn (the
+    pool); importances are steps of the task's run folder.
 
     Raises:
-        DataError: there are so few discovery examples that all seeds would draw the same ones, a method compares tasks
-            and has none to compare with, or an example needs more memory than there is.
+        DataError: a task that gets banks has so few discovery examples that all seeds would draw the same ones, a
+            method compares tasks and has none to compare with, or an example needs more memory than there is.
         LayoutError: a method cannot be run on the model.
     """
 
     def __init__(self, tasks: Mapping[str, Splits], settings: CompareSettings, *, progress: bool = False) -> None:
         self.tasks, self.settings, self.progress = tasks, settings, progress
         self.pools = {task: splits.discovery.first(settings.pool) for task, splits in tasks.items()}
-        for task, pool in self.pools.items():
-            if settings.seeds > 1 and len(pool) <= settings.attribution_examples:
+        with_banks = list(tasks) if settings.measured is None else settings.measured
+        for task in with_banks:
+            if settings.seeds > 1 and len(self.pools[task]) <= settings.attribution_examples:
                 raise DataError(
-                    f"task {task!r} has {len(pool)} examples to draw from, so that each seed would draw the same; set "
+                    f"task {task!r} has {len(self.pools[task])} examples to draw from, so that each seed would draw the same; set "
                     "attribution_examples lower or give more discovery examples"
                 )
         names = dict.fromkeys((*settings.methods, *settings.selections))
         for name in names:
-            for task in tasks if settings.measured is None else settings.measured:
+            for task in with_banks:
                 if parse(name).compares_tasks and not self.others(task):
                     raise DataError(
                         f"method {name!r} has no task to contrast {task!r} with; name another one in contrast_tasks"
