@@ -43,9 +43,10 @@ class Finder:
         self.pools = {task: splits.discovery.first(settings.pool) for task, splits in tasks.items()}
         with_banks = list(tasks) if settings.measured is None else settings.measured
         for task in with_banks:
-            if settings.seeds > 1 and len(self.pools[task]) <= settings.attribution_examples:
+            size = len(self.pools[task])
+            if settings.seeds > 1 and size <= settings.attribution_examples:
                 raise DataError(
-                    f"task {task!r} has {len(self.pools[task])} examples to draw from, so that each seed would draw the same; set "
+                    f"task {task!r} has {size} examples to draw from, so that each seed would draw the same; set "
                     "attribution_examples lower or give more discovery examples"
                 )
         names = dict.fromkeys((*settings.methods, *settings.selections))
