@@ -260,6 +260,7 @@ def measure(case: Case, metric: str, modes: Sequence[str], rounds: int) -> list[
                 start = clock()
                 attributions[mode] = attribute(
                     *case.arguments(),
+                    method="hones",
                     top_heads=case.top_heads,
                     top_fraction=TOP_FRACTION,
                     head_metric=metric,  # type: ignore[arg-type]
@@ -305,7 +306,7 @@ def measure(case: Case, metric: str, modes: Sequence[str], rounds: int) -> list[
     ]
 
 
-EXACT = AttributionOptions(head_metric="logprob", top_fraction=TOP_FRACTION)
+EXACT = AttributionOptions("hones", head_metric="logprob", top_fraction=TOP_FRACTION)
 WAYS: Mapping[str, AttributionOptions] = {
     "hones": EXACT,
     "hones, race": replace(EXACT, heads="race"),
@@ -322,8 +323,9 @@ def compared_ways(case: Case, rounds: int) -> list[dict[str, Any]]:
     found = {}
     for _ in range(rounds):
         for name, options in WAYS.items():
+            sized = replace(options, top_heads=case.top_heads) if options.entry.guided else options
             start = clock()
-            found[name] = find_bank(prepared, replace(options, top_heads=case.top_heads), Execution())
+            found[name] = find_bank(prepared, sized, Execution())
             seconds[name].append(clock() - start)
     exact = found["hones"]
     heads, neurons = {head[:2] for head in exact.heads}, set(exact.bank.pairs())

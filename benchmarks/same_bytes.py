@@ -93,7 +93,8 @@ def _data(task: str, split: str) -> tuple[str, ...]:
 
 
 def _attribute(name: str, task: str, *options: str, limit: int = 32, quick: bool = False) -> Step:
-    sizes = ("--limit", str(limit), "--top-heads", "6", "--top-fraction", "0.05")
+    method = () if "--method" in options else ("--method", "hones", "--top-heads", "6")
+    sizes = ("--limit", str(limit), *method, "--top-fraction", "0.05")
     arguments = ("attribute", MODEL, *_data(task, "discovery"), *sizes, "--out", f"{name}/run", *options)
     return Step(name, arguments, quick)
 

@@ -11,4 +11,4 @@ shift 4
 here=$(dirname "$0")
 ${LAUNCH:-accelerate launch --config_file "$here/8_gpus.yaml"} -m hones_steer attribute \
     "${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct}" --task "$task" --data "$data" --images "$images" --out "$out" \
-    --dtype bfloat16 --top-heads 25 --top-fraction 0.01 --batch-size 16 --memory-gb 4 "$@"
+    --dtype bfloat16 --method hones --top-heads 25 --top-fraction 0.01 --batch-size 16 --memory-gb 4 "$@"

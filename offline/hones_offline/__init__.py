@@ -1,9 +1,9 @@
-"""Attribution, learning and evaluation of steering profiles: the HONES method (arXiv 2604.17941).
+"""Attribution, learning and evaluation of steering profiles: by the HONES method (arXiv 2604.17941), and beyond it.
 
 from hones_offline import attribute, fit, evaluate, get_task
 
 task = get_task("vqa")
-found = attribute(model, processor, task, discovery)       # heads → importance → bank
+found = attribute(model, processor, task, discovery)       # importance → bank
 profile = fit(model, processor, task, discovery, found.bank)
 scores = evaluate(model, processor, task, test, steering=profile)
 """

@@ -32,6 +32,7 @@ def run(p: Problem, folder: Path) -> None:
         p.processor,
         p.task,
         p.examples,
+        method="hones",
         top_heads=6,
         top_fraction=0.05,
         head_metric="logprob",

@@ -28,6 +28,7 @@ from problems import Problem, problem
 
 from hones_steer.errors import DataError, HonesError
 
+HONES = {"method": "hones", "top_heads": 4}
 METHODS = ("fisher", "head_grad", "grad_act", "ap")
 
 
@@ -49,13 +50,12 @@ def run(p: Problem, folder: Path, processes: Processes, **options: Any) -> None:
         p.processor,
         p.task,
         p.examples,
-        top_heads=4,
         top_fraction=0.05,
         batch_size=2,
         run_dir=folder,
         max_failures=0.2,
         processes=processes,
-        **{"head_metric": "logprob", **options},
+        **{"head_metric": "logprob", **(options if "method" in options else {**HONES, **options})},
     )
     name = f"{folder.name}-of-{processes.rank}.npz"
     np.savez(folder.parent / name, found.head_scores, found.importance, np.array([found.n, found.base]))

@@ -24,7 +24,7 @@ def test_attribution_learning_and_evaluation_refuse_a_bidirectional_prompt() -> 
     p = problem("paligemma", "text")
     bank = {0: np.array([1, 7], dtype=np.int32)}
     runs: list[Callable[[], object]] = [
-        lambda: attribute(*asked(p), head_metric="logprob"),
+        lambda: attribute(*asked(p), method="hones", head_metric="logprob"),
         lambda: fit(*asked(p), bank),
         lambda: evaluate(*asked(p)),
     ]

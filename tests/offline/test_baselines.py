@@ -68,7 +68,7 @@ def test_only_active_neurons_need_a_gate_that_is_told(method: str, tmp_path: Any
     p = problem("llama", "text")
     for layer in p.model.model.layers:
         layer.mlp.act_fn = torch.nn.Sigmoid()
-    run = partial(attribute, *asked(p), method=method, head_metric="logprob", top_heads=4, run_dir=tmp_path / "run")
+    run = partial(attribute, *asked(p), method=method, head_metric="logprob", run_dir=tmp_path / "run")
     if method != "ap":
         run()
         return
@@ -183,15 +183,16 @@ def test_entropy_needs_two_tasks() -> None:
 def test_attribute_takes_every_method_and_option(tmp_path: Any) -> None:
     p = problem("llama", "text")
     prepared = prepare(p.model, p.processor, p.task, p.examples)
-    plain = {"top_heads": 4, "top_fraction": 0.1, "head_metric": "logprob", "batch_size": 9}
-    paper = attribute(*asked(p), **plain, run_dir=tmp_path / "paper")
+    plain = {"top_fraction": 0.1, "head_metric": "logprob", "batch_size": 9}
+    hones = {**plain, "method": "hones", "top_heads": 4}
+    paper = attribute(*asked(p), **hones, run_dir=tmp_path / "paper")
     ap = attribute(*asked(p), **plain, method="ap", run_dir=tmp_path / "ap")
     close(ap.importance, activation_probability(prepared, Execution(batch_size=9)))
     assert ap.base == pytest.approx(paper.base)
     assert (ap.heads, ap.head_scores.shape, ap.bank.size) == ([], (0, 0), paper.bank.size)
     scores = head_scores(prepared, "logprob", *head_statistics(prepared, "logprob", Execution(batch_size=9))).by_head
     heads = weigh(top_heads(scores, 4), "rank")
-    varied = attribute(*asked(p), **plain, target="centred", positive_part="example", head_weights="rank")
+    varied = attribute(*asked(p), **hones, target="centred", positive_part="example", head_weights="rank")
     expected = head_guided_importance(
         prepared, target_directions(prepared, "centred"), heads, Execution(batch_size=9), positive_part="example"
     )
@@ -211,6 +212,7 @@ def test_attribute_takes_every_method_and_option(tmp_path: Any) -> None:
             {"method": "lape"},
             "method must be one of hones, head_grad, .*, ma, ap, random, not 'lape'",
         ),
+        ({"top_heads": 4}, "method 'fisher' scores no heads; leave top_heads=4 out, or choose 'hones'"),
         ({"target": "mean"}, "target must be one of paper, contrastive, centred, not 'mean'"),
         ({"positive_part": "no"}, "positive_part must be one of mean, example, not 'no'"),
         ({"head_weights": "one"}, "head_weights must be one of score, rank, not 'one'"),

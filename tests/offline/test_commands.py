@@ -30,7 +30,8 @@ from hones_steer.cli import main
 from hones_steer.profile import load_profile
 
 DATA = Path(__file__).parent / "data" / "coco_excerpt.json"
-QUICK = ["--head-metric", "logprob", "--top-heads", "4", "--top-fraction", "0.05"]
+SMALL = ["--head-metric", "logprob", "--top-fraction", "0.05"]
+QUICK = [*SMALL, "--method", "hones", "--top-heads", "4"]
 FIT = ["--epochs", "1", "--lr", "0.05", "--accumulation-steps", "1"]
 Run = Callable[..., tuple[int, str, str]]
 
@@ -183,14 +184,17 @@ def test_the_first_line_of_a_task_of_ones_own(hones: Run, root: Path, tmp_path: 
 
 
 def test_attribute_by_another_method_says_which(hones: Run, root: Path, tmp_path: Path) -> None:
-    command = ["attribute", root / "text", "--task", "words", "--data", root / "text.jsonl", *QUICK]
+    command = ["attribute", root / "text", "--task", "words", "--data", root / "text.jsonl", *SMALL]
+    assert hones(*command, "--out", tmp_path / "default")[0] == 0
+    result = json.loads((tmp_path / "default" / "result.json").read_bytes())
+    assert (result["method"], result["options"], result["heads"]) == ("fisher", {}, [])
     code, out, _ = hones(*command, "--out", tmp_path / "dvp", "--method", "dvp", "--target", "centred")
     assert code == 0
     assert "strongest heads" not in out
     result = json.loads((tmp_path / "dvp" / "result.json").read_bytes())
     assert (result["method"], result["options"], result["heads"]) == ("dvp", {"target": "centred"}, [])
     options = ["--target", "centred", "--positive-part", "example", "--head-weights", "rank"]
-    assert hones(*command, "--out", tmp_path / "hones", *options)[0] == 0
+    assert hones(*command, "--out", tmp_path / "hones", "--method", "hones", "--top-heads", "4", *options)[0] == 0
     varied = json.loads((tmp_path / "hones" / "result.json").read_bytes())
     assert varied["heads"][0][2] == 1
     assert varied["bank"] != result["bank"]
@@ -287,7 +291,7 @@ def test_attribute_against_a_run_that_cannot_be_compared(
     )
     assert "--contrast says how to compare with other runs; name them with --against" in refused("--contrast", "max")
     assert "was found with method 'hones' and this run has 'dvp'; importances of different methods" in refused(
-        "--against", found, "--method", "dvp"
+        "--against", found, "--method", "dvp", "--top-heads", "30"
     )
     for option, value, message in (
         ("--head-metric", "task", "was found with head_metric 'logprob' and this run has 'task'; importances of diff"),
@@ -295,7 +299,9 @@ def test_attribute_against_a_run_that_cannot_be_compared(
         ("--top-heads", "5", "was found with top_heads 4 and this run has 5; importances of different options cannot"),
     ):
         assert message in refused("--against", found, option, value)
-    assert "method 'random' draws its importances" in refused("--against", found, "--method", "random")
+    assert "method 'random' draws its importances" in refused(
+        "--against", found, "--method", "random", "--top-heads", "30"
+    )
     lines = [*(root / "vqa.jsonl").read_text().splitlines(), (root / "cats.jsonl").read_text().splitlines()[1]]
     (root / "mixed.jsonl").write_text("\n".join(lines))
     assert (
@@ -502,7 +508,8 @@ def test_the_papers_coco_file(hones: Run, root: Path, tmp_path: Path) -> None:
         pixels = rng.integers(0, 255, (info["height"] // 8, info["width"] // 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / info["file_name"])
     command = ["attribute", root / "vlm", "--task", "retrieval", "--data", DATA, "--images", tmp_path]
-    command += ["--negatives", "3", "--limit", "6", "--top-heads", "3", "--out", tmp_path / "run", "--json"]
+    command += ["--negatives", "3", "--limit", "6", "--method", "hones", "--top-heads", "3"]
+    command += ["--out", tmp_path / "run", "--json"]
     code, out, error = hones(*command)
     assert (code, error) == (0, "")
     result = json.loads(out)
@@ -570,7 +577,7 @@ def test_a_trained_model_with_the_papers_head_scores(hones: Run, tmp_path: Path)
     run, path = tmp_path / "run", tmp_path / "ocr.safetensors"
     common = [checkpoint(), "--task", "ocr", "--data"]
     data = [*common, tmp_path / "discovery.jsonl"]
-    assert hones("attribute", *data, "--out", run, "--top-heads", "8", "--top-fraction", "0.1")[0] == 0
+    assert hones("attribute", *data, "--out", run, "--top-fraction", "0.1")[0] == 0
     assert hones("fit", *data, "--bank", run, "--out", path, *FIT)[0] == 0
     code, out, error = hones("evaluate", *common, tmp_path / "dev.jsonl", "--profile", path, "--mask", run, "--json")
     assert (code, error) == (0, "")
@@ -708,6 +715,9 @@ def test_options_of_attribution_are_checked_before_data_and_model(fails: Callabl
     ]
     assert "method 'ap' takes no target" in fails(*nothing, "--method", "ap", "--target", "centred")
     assert "top_heads must be at least 1, not 0" in fails(*nothing, "--top-heads", "0")
+    assert "method 'fisher' scores no heads; leave top_heads=8 out, or choose 'hones'" in fails(
+        *nothing, "--top-heads", "8"
+    )
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,8 @@ def dvp(prepared: Prepared) -> Importance:
 
 def attributed(prepared: Prepared, **options: Any) -> Attribution:
     """The attribution of a run of its own."""
-    return find_bank(prepared, AttributionOptions(**{"head_metric": "logprob", "top_heads": 4, **options}), RUN)
+    defaults = {"method": "hones", "head_metric": "logprob", "top_heads": 4}
+    return find_bank(prepared, AttributionOptions(**{**defaults, **options}), RUN)
 
 
 # ------------------------------------------------------------------------------------------------- finding

@@ -168,7 +168,7 @@ def test_an_attribution_against_others_keeps_its_importance_and_takes_the_contra
     tmp_path: Any, method: str
 ) -> None:
     p = problem("llama", "text")
-    options = {"top_heads": 4, "top_fraction": 0.1, "head_metric": "logprob", "method": method}
+    options = {"top_fraction": 0.1, "head_metric": "logprob", "method": method}
     own, other = (
         attribute(p.model, p.processor, p.task, examples, **options, run_dir=tmp_path / name)
         for name, examples in {"own": p.examples[:3], "other": p.examples[3:]}.items()

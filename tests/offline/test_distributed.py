@@ -116,7 +116,8 @@ def test_launchers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             {"image": f"{i}.png", "prompt": "what is the " + "big " * i + "cat", "targets": ["red", "a dog"]}
         )
     (tmp_path / "cats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    settings = ["--head-metric", "logprob", "--top-heads", 4, "--top-fraction", 0.05, "--batch-size", 2]
+    settings = ["--method", "hones", "--head-metric", "logprob", "--top-heads", 4]
+    settings += ["--top-fraction", 0.05, "--batch-size", 2]
     attribute = ["attribute", tmp_path / "model", "--task", "cats", "--data", tmp_path / "cats.jsonl", *settings]
 
     two = ["--nproc-per-node", 2]

@@ -181,7 +181,7 @@ def test_the_head_mediated_gradient_equals_the_plain_one(case: tuple[Problem, Pr
 def test_head_scores_guide_it(tmp_path: Any) -> None:
     p = problem("llama", "text")
     plain = {"top_heads": 3, "top_fraction": 0.1, "head_metric": "logprob", "batch_size": 9}
-    hones = attribute(*asked(p), **plain)
+    hones = attribute(*asked(p), **plain, method="hones")
     found = attribute(*asked(p), **plain, method="head_grad", run_dir=tmp_path / "run")
     assert found.heads == hones.heads
     close(found.importance, reference.head_gradient(*asked(p), hones.heads))

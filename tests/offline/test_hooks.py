@@ -138,7 +138,7 @@ def test_a_down_projection_that_is_passed_by_is_refused() -> None:
     runs: list[Callable[[], object]] = [
         *(lambda method=method: attribute(*asked(p), method=method, head_metric="logprob") for method in ("ma", "dvp")),
         lambda: attribute(*asked(p), method="grad_act", head_metric="logprob"),
-        lambda: attribute(*asked(p), head_metric="logprob"),
+        lambda: attribute(*asked(p), method="hones", head_metric="logprob"),
         lambda: evaluate(*asked(p), mask=bank),
         lambda: fit(*asked(p), bank),
     ]

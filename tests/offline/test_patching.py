@@ -33,7 +33,7 @@ CASES = every_architecture(
     ]
 )
 RUN = Execution(batch_size=4)
-SETTINGS: dict[str, Any] = {"top_heads": 2, "top_fraction": 0.05, "batch_size": 2}
+SETTINGS: dict[str, Any] = {"method": "hones", "top_heads": 2, "top_fraction": 0.05, "batch_size": 2}
 
 
 def prepared_of(p: Problem) -> Prepared:
@@ -193,7 +193,7 @@ def test_too_little_memory_and_a_model_without_a_backward_pass_are_refused_befor
 def test_a_margin_that_is_no_share(margin: float) -> None:
     p = problem("llama", "text")
     with pytest.raises(DataError, match="margin is a share of top_heads, zero or more, not"):
-        attribute(p.model, p.processor, p.task, p.examples, heads="patch", margin=margin)
+        attribute(p.model, p.processor, p.task, p.examples, method="hones", heads="patch", margin=margin)
 
 
 def test_the_command_says_what_was_saved_and_by_what_heads_were_preselected(
@@ -206,7 +206,8 @@ def test_the_command_says_what_was_saved_and_by_what_heads_were_preselected(
     lines = [json.dumps({"prompt": f"what is {word}", "targets": [words[-i]]}) for i, word in enumerate(words)]
     (tmp_path / "words.jsonl").write_text("\n".join(lines))
     command = ["attribute", tmp_path / "model", "--task", "words", "--data", tmp_path / "words.jsonl"]
-    command += ["--heads", "patch", "--head-metric", "logprob", "--top-heads", 2, "--top-fraction", 0.05]
+    command += ["--method", "hones", "--heads", "patch", "--head-metric", "logprob"]
+    command += ["--top-heads", 2, "--top-fraction", 0.05]
     assert main([*map(str, command), "--margin", "1", "--out", str(tmp_path / "run")]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["preselection"] == {

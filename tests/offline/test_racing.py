@@ -122,7 +122,7 @@ def p() -> Problem:
     )
 
 
-SETTINGS: dict[str, Any] = {"top_heads": 2, "top_fraction": 0.05, "batch_size": 8}
+SETTINGS: dict[str, Any] = {"method": "hones", "top_heads": 2, "top_fraction": 0.05, "batch_size": 8}
 
 
 @pytest.mark.parametrize("head_metric", ["task", "logprob"])
@@ -231,7 +231,8 @@ def test_the_command_says_what_was_saved(tmp_path: Path, capsys: pytest.CaptureF
         "--out",
         tmp_path / "run",
     ]
-    command += ["--heads", "race", "--error", 0.1, "--head-metric", "logprob", "--top-heads", 1, "--top-fraction", 0.05]
+    command += ["--method", "hones", "--heads", "race", "--error", 0.1, "--head-metric", "logprob", "--top-heads", 1]
+    command += ["--top-fraction", 0.05]
     assert main([*map(str, command)]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["race"]["error"] == 0.1

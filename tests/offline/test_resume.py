@@ -48,7 +48,8 @@ def p() -> Problem:
 
 
 def attribution(p: Problem, folder: Path, **changes):
-    settings = {"top_heads": 4, "top_fraction": 0.05, "head_metric": "logprob", "batch_size": 4, **changes}
+    settings = {"method": "hones", "top_heads": 4, "top_fraction": 0.05, "head_metric": "logprob", "batch_size": 4}
+    settings |= changes
     return attribute(p.model, p.processor, p.task, p.examples, run_dir=folder, **settings)
 
 

@@ -33,13 +33,13 @@ from hones_steer.errors import DataError
 
 @dataclass(frozen=True)
 class AttributionOptions:
-    """The method that finds a task's neurons, and all that decides its result; the defaults are the paper's choices.
+    """The method that finds a task's neurons, and all that decides its result; the defaults of "hones" are the paper's.
 
     Raises:
         DataError: a value is out of range, or the method does not take the option.
     """
 
-    method: str = "hones"
+    method: str = "fisher"
     """One of `SINGLE_TASK_METHODS`."""
     head_metric: HeadMetric = "task"
     """The utility that heads are scored by: the task's metric, or the mean log-probability of the answers."""
@@ -78,8 +78,12 @@ class AttributionOptions:
         if not 0 <= self.margin < math.inf:
             raise DataError(f"margin is a share of top_heads, zero or more, not {self.margin}")
         check_seed(self.seed)
-        if self.heads != "exact" and not self.entry.guided:
-            raise DataError(f"method {self.method!r} scores no heads; leave heads={self.heads!r} out")
+        for name in ("heads", "top_heads"):
+            value = getattr(self, name)
+            if value != getattr(type(self), name) and not self.entry.guided:
+                raise DataError(
+                    f"method {self.method!r} scores no heads; leave {name}={value!r} out, or choose 'hones'"
+                )
         for name in ("target", "positive_part", "head_weights", "leave_out", "by_damage"):
             if getattr(self, name) != getattr(type(self), name) and name not in self.entry.options:
                 raise DataError(f"method {self.method!r} takes no {name}; leave it out")

@@ -83,7 +83,7 @@ def attribute(
     top_heads: int = 30,
     top_fraction: float = 0.01,
     head_metric: HeadMetric = "task",
-    method: str = "hones",
+    method: str = "fisher",
     target: Target = "paper",
     positive_part: PositivePart = "mean",
     head_weights: HeadWeights = "score",
@@ -100,21 +100,23 @@ def attribute(
     progress: bool = False,
     processes: Processes = ALONE,
 ) -> Attribution:
-    """Find the FFN neurons a task depends on: the method of arXiv 2604.17941, section 3.
+    """Find the FFN neurons a task depends on: by their factors' Fisher information, or as in arXiv 2604.17941.
 
     Args:
         model: a Hugging Face causal LM or VLM, in eval mode.
         processor: its processor; the tokenizer for a text-only model.
         task: the task.
         examples: the discovery examples.
-        top_heads: how many heads guide the importance (30 for LLaVA-1.5-7B, 25 for Qwen2.5-VL-7B).
+        top_heads: how many heads guide the importance, for methods with heads (30 for LLaVA-1.5-7B, 25 for
+            Qwen2.5-VL-7B).
         top_fraction: the bank's share of all L·I neurons.
-        head_metric: score heads by the task's metric under greedy generation ("task", the paper's) or by the mean
-            log-probability of the answers ("logprob": one forward per batch, so much faster).
-        method: "hones"; "head_grad", guided by heads as well (the head-mediated gradient); or a method without heads:
-            "dvp" (the write-in alone), "fisher", "grad_all" and "grad_abs" (mean square, mean and absolute mean of the
-            utility's gradient by the neuron's factor), "grad_act" (gradient × activation at the last prompt token),
-            "ap" and "ma" (activation probability and mean activation), "random".
+        head_metric: the utility that heads are scored by, and that the untouched model has: the task's metric under
+            greedy generation ("task", the paper's) or the mean log-probability of the answers ("logprob": one forward
+            per batch, so much faster).
+        method: "fisher", "grad_all" or "grad_abs" (mean square, mean and absolute mean of the utility's gradient by the
+            neuron's factor); guided by heads, "hones" (the paper's, section 3) or "head_grad" (the head-mediated
+            gradient); "dvp" (the write-in alone), "grad_act" (gradient × activation at the last prompt token), "ap" and
+            "ma" (activation probability and mean activation), "random". docs/methods.md says whose they are.
         target: the direction of the write-in: the "paper"'s, "contrastive" (less that of the other answers) or
             "centred" (of unembedding rows less their mean).
         positive_part: taken of the "mean" over examples (the paper's) or of each "example" before the mean.

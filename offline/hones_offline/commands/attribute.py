@@ -80,12 +80,15 @@ def run(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hones attribute",
-        description="Find the FFN neurons a task depends on. Scores every attention head by what replacing it costs, "
-        "then the neurons by how much the best heads drive what they write towards the answers. A killed run goes on "
-        "where it stopped when the same command is given again. Several GPUs share the work when torchrun or "
-        "accelerate launch starts one process for each (docs/scaling.md).",
+        description="Find the FFN neurons a task depends on: those whose scaling moves its answers most, told from one "
+        "backward pass of each example. --method hones is the paper's way: it scores every attention head by what "
+        "replacing it costs, then the neurons by how much the best heads drive what they write towards the answers. "
+        "With --against, the neurons that other tasks need as well are passed over. A killed run goes on where it "
+        "stopped when the same command is given again. Several GPUs share the work when torchrun or accelerate launch "
+        "starts one process for each (docs/scaling.md).",
         epilog="examples: hones attribute llava-hf/llava-1.5-7b-hf --task vqa --data vqa.jsonl --out runs/vqa   |   "
-        "hones attribute MODEL --task ocr --data coco.json --images coco/ --out runs/ocr --head-metric logprob   |   "
+        "hones attribute MODEL --task ocr --data coco.json --images coco/ --out runs/ocr --method hones "
+        "--head-metric logprob   |   "
         "hones attribute MODEL --task vqa --data vqa.jsonl --out runs/vqa --against runs/ocr runs/caption   |   "
         "torchrun --nproc-per-node 8 -m hones_steer attribute MODEL --task vqa --data vqa.jsonl --out runs/vqa",
     )
@@ -96,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=30,
         metavar="K",
-        help="heads that guide the importance; 30 for LLaVA-1.5-7B, 25 for Qwen2.5-VL-7B (default: %(default)s)",
+        help="with --method hones or head_grad: heads that guide the importance; 30 for LLaVA-1.5-7B, 25 for "
+        "Qwen2.5-VL-7B (default: %(default)s)",
     )
     parser.add_argument(
         "--top-fraction",
@@ -109,8 +113,8 @@ def _parser() -> argparse.ArgumentParser:
         "--head-metric",
         choices=get_args(HeadMetric),
         default="task",
-        help="score heads by the task's metric under greedy generation (the paper's way), or by the answers' "
-        "log-probability: one forward per batch, much faster (default: %(default)s)",
+        help="score heads, and the untouched model, by the task's metric under greedy generation (the paper's way), or "
+        "by the answers' log-probability: one forward per batch, much faster (default: %(default)s)",
     )
     parser.add_argument(
         "--heads",
@@ -167,13 +171,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
-    others = [f"{name}, {METHODS[name].meaning}" for name in SINGLE_TASK_METHODS[1:] if name != "random"]
-    others.append("random, importances drawn evenly")
+    meanings = {name: method.meaning for name, method in METHODS.items()}
+    meanings |= {"hones": "the paper's, guided by heads", "random": "importances drawn evenly"}
     parser.add_argument(
         "--method",
         choices=SINGLE_TASK_METHODS,
-        default="hones",
-        help=f"hones, or another: {'; '.join(others)} (default: %(default)s)",
+        default=AttributionOptions.method,
+        help=f"{'; '.join(f'{name}, {meanings[name]}' for name in SINGLE_TASK_METHODS)} (default: %(default)s)",
     )
     parser.add_argument(
         "--target",

@@ -118,7 +118,9 @@ class Finder:
     def _attribute(self, task: str, name: str, seed: int) -> Attribution:
         """The attribution on a seed's draw, its bank of the main size; the importance is a kept step."""
         splits = self.tasks[task]
-        options = replace(parse(name).options, top_heads=self.settings.top_heads, top_fraction=self.settings.fraction)
+        options = replace(parse(name).options, top_fraction=self.settings.fraction)
+        if options.entry.guided:
+            options = replace(options, top_heads=self.settings.top_heads)
         execution = Execution(splits.batch_size, self.settings.memory_gb, folder=splits.run, progress=self.progress)
         with naming(f"task {task!r}, method {name!r}, seed {seed}"):
             if not options.entry.guided:
