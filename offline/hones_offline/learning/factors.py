@@ -38,14 +38,14 @@ CHUNK = 64  # optimizer steps between two resumable states, of which each epoch'
 
 @dataclass(frozen=True)
 class FitSettings:
-    """Settings of the learning of factors; the defaults are the paper's.
+    """Settings of the learning of factors; the defaults are the paper's, but for the learning rate (there 5e-4).
 
     Raises:
         DataError: a value is out of range.
     """
 
     epochs: int = 2
-    lr: float = 5e-4
+    lr: float = 0.02
     beta_kl: float = 0.05
     l2: float = 1e-5
     clamp: float = 1.5
@@ -79,7 +79,7 @@ def fit(
     max_failures: float = 0.05,
     progress: bool = False,
     epochs: int = 2,
-    lr: float = 5e-4,
+    lr: float = 0.02,
     beta_kl: float = 0.05,
     l2: float = 1e-5,
     clamp: float = 1.5,
