@@ -145,8 +145,30 @@ def test_all_methods_share_one_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: A
     for method in (gradient, fisher, absolute_gradient):
         method(prepared, execution)
     assert sorted(passes) == [2, 3]  # five examples, three at a time
+    assert len(list((tmp_path / "run").glob("gradients-*"))) == 2
     other = prepared.only(range(4))
     assert np.abs(factor_moments(other, execution) - factor_moments(prepared, execution)).max() > 0
+
+
+def test_a_pass_is_resumed_from_the_batches_that_are_kept(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And batches beyond the number of steps share one."""
+    p = problem("llama", "text")
+    prepared = prepare(*asked(p))
+    monkeypatch.setattr("hones_offline.attribution.gradients.STEPS", 3)
+    execution = Execution(1, folder=RunFolder(tmp_path, {}))
+    whole = factor_moments(prepared, execution)
+    first, second, third = sorted(tmp_path.glob("gradients-*"), key=lambda file: file.stat().st_mtime_ns)
+    assert [file.stem.rpartition("-")[2] for file in (first, second, third)] == ["0", "2", "4"]
+    second.unlink()
+    passes = []
+
+    def counted(decoder: Any, pairs: Sequence[Any], **how: Any) -> dict[int, Tensor]:
+        passes.append(len(pairs))
+        return factor_gradients(decoder, pairs, **how)
+
+    monkeypatch.setattr("hones_offline.attribution.gradients.factor_gradients", counted)
+    np.testing.assert_array_equal(factor_moments(prepared, execution), whole)
+    assert passes == [1, 1]
 
 
 def test_attribute_takes_them(tmp_path: Any) -> None:
@@ -157,10 +179,8 @@ def test_attribute_takes_them(tmp_path: Any) -> None:
         found = attribute(*asked(p), **plain, method=method, run_dir=tmp_path / method)
         close(found.importance, importance)
         assert found.heads == []
-        assert [file.name.partition("-")[0] for file in sorted((tmp_path / method).glob("*-*.safetensors"))] == [
-            "gradients",
-            "importance",
-        ]
+        kinds = {file.name.partition("-")[0] for file in (tmp_path / method).glob("*-*.safetensors")}
+        assert kinds == {"gradients", "importance"}
 
 
 HEADS = [(0, 1, 0.5), (1, 3, 0.25), (2, 0, 0.125)]

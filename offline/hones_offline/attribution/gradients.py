@@ -2,7 +2,7 @@
 
 g_{x,i} = Σ z_i·∂P_x/∂z_i is the gradient of example x's utility by a factor on neuron i, at 1: what scaling the neuron
 by 1 + ε changes, per ε. P_x is the mean over the example's (prompt, answer) pairs of the mean log-probability of the
-answer's tokens. Its mean over examples and its mean square come from one pass, one resumable step for all the methods
+answer's tokens. Its mean over examples and its mean square come from one pass, in resumable steps for all the methods
 made from them. The head-mediated gradient is the part of it that heads account for: what replacing a head takes from
 z·∂P/∂z. docs/methods.md has the definitions.
 """
@@ -10,6 +10,7 @@ z·∂P/∂z. docs/methods.md has the definitions.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,8 @@ from hones_offline.running.prompts import Pair, Prepared
 from hones_offline.running.readings import ffn_inputs, ffn_products
 from hones_offline.running.run_folder import step_name
 
+STEPS = 16  # that a run folder resumes from, each N numbers of a sum or more
+
 
 def gradient(prepared: Prepared, execution: Execution) -> Importance:
     """The mean of g over examples: to first order what the utility loses when the neuron is set to 0."""
@@ -55,20 +58,12 @@ def _importance(prepared: Prepared, values: FloatArray) -> Importance:
 
 
 def factor_moments(prepared: Prepared, execution: Execution) -> FloatArray:
-    """The means over examples of g and of g², float64 [2, N]: one resumable step that the processes share.
+    """The means over examples of g and of g², float64 [2, N], in resumable steps that the processes share.
 
     Raises:
         LayoutError: the model cannot be run backward.
         DataError: the longest example needs more memory than the execution has.
     """
-    name = step_name("gradients", [example.id for example in prepared.examples])
-    moments: FloatArray = execution.shared_step(name, lambda running: {"moments": _moments(prepared, running)})[
-        "moments"
-    ]
-    return moments
-
-
-def _moments(prepared: Prepared, execution: Execution) -> FloatArray:
     pairs = prepared.pairs_by_example()
     rows = rows_at_once(prepared, execution)
     lengths = [max(len(prompt) + len(answer) for prompt, answer in own) for own in pairs]
@@ -78,7 +73,7 @@ def _moments(prepared: Prepared, execution: Execution) -> FloatArray:
         gradients = example_gradients(prepared, [pairs[i] for i in items], rows)
         return np.stack([gradients.sum(0), np.square(gradients).sum(0)])
 
-    return _mean_over_examples(prepared, execution, of_batch, chosen, count=2)
+    return _mean_over_examples(prepared, execution, of_batch, chosen, count=2, decisive="gradients")
 
 
 def _mean_over_examples(
@@ -86,21 +81,37 @@ def _mean_over_examples(
     execution: Execution,
     of_batch: Callable[[Sequence[int]], FloatArray],
     chosen: Sequence[Sequence[int]],
+    *,
     count: int,
+    decisive: Any,
 ) -> FloatArray:
-    """The sum [count, N] of `of_batch` over the batches `chosen`, over the examples; processes share the batches."""
-    shape = (count, NeuronIndex.of(prepared.decoder.layout).size)
+    """The sum [count, N] of `of_batch` over the batches `chosen`, over the examples.
+
+    The batches are taken in at most `STEPS` resumable steps, whose batches the processes share; `decisive` (JSON) tells
+    a step from those of other sums over the same examples.
+    """
+    processes, shape = execution.processes, (count, NeuronIndex.of(prepared.decoder.layout).size)
+    name = step_name("gradients", [decisive, [example.id for example in prepared.examples], list(map(list, chosen))])
+    size = -(-len(chosen) // STEPS)
+    total = np.zeros(shape)
     with (
         frozen(prepared.decoder.model),
         progress_bar(f"{prepared.task.name}: gradients", len(chosen), show=execution.shows_progress) as bar,
     ):
 
-        def counted(items: Sequence[int]) -> FloatArray:
-            found = of_batch(items)
-            bar.update(execution.processes.size)
-            return found
+        def sums(start: int, _: Execution) -> dict[str, FloatArray]:
+            some = chosen[start : start + size]
 
-        total = execution.processes.sum([partial(counted, items) for items in chosen], shape)
+            def counted(items: Sequence[int]) -> FloatArray:
+                found = of_batch(items)
+                bar.update(min(processes.size, start + len(some) - bar.n))
+                return found
+
+            return {"sums": processes.sum([partial(counted, items) for items in some], shape)}
+
+        for start in range(0, len(chosen), size):
+            total += execution.shared_step(f"{name}-{start}", partial(sums, start))["sums"]
+            bar.update(min(start + size, len(chosen)) - bar.n)
     return total / len(prepared)
 
 
@@ -153,7 +164,7 @@ def mean_product_drops(prepared: Prepared, heads: Sequence[Head], execution: Exe
         ablation = HeadAblation(prepared.decoder, products, beside)
         return ablation.undisturbed() - np.stack(ablation.ablated(heads))
 
-    return _mean_over_examples(prepared, execution, of_batch, chosen, count=len(heads))
+    return _mean_over_examples(prepared, execution, of_batch, chosen, count=len(heads), decisive=list(heads))
 
 
 class GradientProducts:
