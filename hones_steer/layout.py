@@ -1,7 +1,7 @@
 """Layout of a model: where its decoder layers, FFN down-projections and attention heads are.
 
 Steering needs one thing per decoder layer: the FFN's down-projection, whose *input* is scaled. Attribution
-also needs the attention output projection, the head count, the final norm and the unembedding; if one of them is not
+also needs the attention output projection, the head count and the unembedding; if one of them is not
 recognized, `steer` still works, and `Layout.require_attribution()` says what is missing.
 
 A model is recognized by its structure. To add an architecture, add its names to the tuples below (and a tiny config to
@@ -51,7 +51,15 @@ _ATTENTION_OUTPUTS = (
 )
 # Names in `config.layer_types` of layers that carry nothing but keys and values from one token to the next.
 _PLAIN_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
-_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
+_FINAL_NORMS = (
+    "norm",
+    "ln_f",
+    "final_layer_norm",
+    "final_layernorm",
+    "norm_f",
+    "embedding_norm",  # LFM2, whose final norm it is in spite of its name
+    "layer_norm",  # XGLM, BioGPT
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +102,6 @@ class Layout:
             for part, recognized in (
                 ("attn_out", all(layer.attn_out is not None for layer in self.layers)),
                 ("num_heads", all(layer.num_heads is not None for layer in self.layers)),
-                ("final_norm", self.final_norm is not None),
                 ("unembedding", self.unembedding is not None),
             )
             if not recognized

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import further_models
 import numpy as np
 import pytest
 import tiny_models
 import tiny_processors
+import unusual_models
 from hones_offline.data.examples import Example, MemoryImage
 from hones_offline.data.tasks import JsonlTask, Task, get_task
 from PIL import Image
@@ -18,12 +20,13 @@ SMALL_DEMO = ("--discovery", "24", "--dev", "8", "--test", "10")
 CANDIDATES = ("a cat on the mat", "a big dog", "small town", "red square left of a blue circle")
 
 
+_MODELS = (tiny_models, further_models, unusual_models)
 _IMAGES = ("llava", "qwen2_5_vl", "idefics3", "smolvlm", "internvl")
 
 
 def every_architecture(represented: Sequence[tuple[str, str]]) -> list[Any]:
     """Cases (architecture, task), `represented` and all others that docs/attribution.md lists, these in the matrix."""
-    cases = [(name, "text") for name in tiny_models.ALL]
+    cases = [(name, "text") for name in (*tiny_models.ALL, *further_models.FURTHER)]
     cases += [(name, task) for name in _IMAGES for task in ("vqa", "retrieval")]
     rest = [pytest.param(case, marks=pytest.mark.matrix) for case in cases if case not in represented]
     return [*represented, *rest]
@@ -42,7 +45,8 @@ def problem(architecture: str, task_name: str, count: int = 5) -> Problem:
 
     Those of "text" and "shots" have no image, of a vision-language model either.
     """
-    model = getattr(tiny_models, architecture)()
+    models = next(module for module in _MODELS if hasattr(module, architecture))
+    model = getattr(models, architecture)()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
     text = task_name in ("text", "shots")
     if text:

@@ -31,6 +31,7 @@ CASES = every_architecture(
         ("llama", "shots"),
         ("opt", "text"),  # FFN inputs [rows·T, I]
         ("gpt2", "text"),  # weights transposed, learned positions
+        ("granite", "text"),  # a factor on the logits
         *(("llava", task) for task in ("vqa", "ocr", "caption", "retrieval")),
         ("qwen2_5_vl", "caption"),  # positions on three axes
         ("qwen2_5_vl", "retrieval"),

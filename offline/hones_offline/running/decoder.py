@@ -78,6 +78,8 @@ class TextDecoder:
         self.unembedding: nn.Module = self.layout.unembedding
         text_config = self.model.config.get_text_config()
         self._softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
+        self.logit_factor = 1.0
+        """What the model multiplies its logits by, one of `configured_factors`; the check of the decoder finds it."""
         self._cache_token_bytes = 0
         self.end_tokens = _end_tokens(model)
 
@@ -99,6 +101,7 @@ class TextDecoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states after the final norm [..., hidden] to float32 logits [..., vocabulary]."""
         logits: Tensor = self.unembedding(hidden.to(next(self.unembedding.parameters()).device)).float()
+        logits = logits if self.logit_factor == 1 else logits * self.logit_factor
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
     def collate(self, segments: Sequence[Segment], side: Literal["left", "right"] = "left") -> Batch:
@@ -245,6 +248,21 @@ class TextDecoder:
         """Text tokens [n] following `prompt` as a segment: positions go on by one on every axis."""
         steps = torch.arange(1, len(ids) + 1)
         return Segment(self.embed(ids).detach().cpu(), prompt.positions[:, -1:] + steps)
+
+
+def configured_factors(model: Any) -> list[float]:
+    """Numbers by which a model may multiply its logits: 1, and what its configuration names.
+
+    A wrapper around a text model need not do what the text model's configuration says, so that the logits must tell.
+    """
+    configs = (model.config, model.config.get_text_config())
+    found = [getattr(config, name, None) for config in configs for name in _FACTORS]
+    divisors = [getattr(config, "logits_scaling", None) for config in configs]
+    found += [1 / divisor for divisor in divisors if divisor]
+    return list(dict.fromkeys([1.0, *(float(value) for value in found if isinstance(value, int | float))]))
+
+
+_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 
 
 def _end_tokens(model: nn.Module) -> tuple[int, ...]:
