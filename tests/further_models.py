@@ -5,18 +5,32 @@ Their names say the architecture; what is special about each stands beside it.
 
 from tiny_models import GROUPED, TEXT, VOCABULARY, _build
 from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
     BioGptConfig,
     BioGptForCausalLM,
     Cohere2Config,
     Cohere2ForCausalLM,
     CohereConfig,
     CohereForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     MiniCPM3Config,
     MiniCPM3ForCausalLM,
     NanoChatConfig,
     NanoChatForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
+    OlmoHybridConfig,
+    OlmoHybridForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     XGLMConfig,
     XGLMForCausalLM,
 )
@@ -67,6 +81,94 @@ def xglm(seed=0):
     return _build(XGLMForCausalLM, config, seed)
 
 
+def qwen3_5_text(seed=0):
+    """Layers of linear attention, which have no heads, beside one with heads."""
+    config = Qwen3_5TextConfig(
+        **GROUPED,
+        head_dim=8,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    )
+    return _build(Qwen3_5ForCausalLM, config, seed)
+
+
+def lfm2(seed=0):
+    """Layers of short convolutions beside one with heads."""
+    config = Lfm2Config(
+        **{**GROUPED, "intermediate_size": 96},
+        block_auto_adjust_ff_dim=False,
+        layer_types=["conv", "full_attention", "conv"],
+    )
+    return _build(Lfm2ForCausalLM, config, seed)
+
+
+def bamba(seed=0):
+    """State-space mixers beside one layer with heads."""
+    config = BambaConfig(
+        **GROUPED, attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=4, mamba_n_groups=1
+    )
+    return _build(BambaForCausalLM, config, seed)
+
+
+def olmo_hybrid(seed=0):
+    config = OlmoHybridConfig(
+        **GROUPED,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    )
+    return _build(OlmoHybridForCausalLM, config, seed)
+
+
+def nemotron_h(seed=0):
+    """Each layer is a state-space mixer, an attention or an FFN."""
+    config = NemotronHConfig(
+        **GROUPED,
+        head_dim=8,
+        layers_block_type=["linear_attention", "mlp", "full_attention", "mlp"],
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        ssm_state_size=4,
+        n_groups=1,
+    )
+    return _build(NemotronHForCausalLM, config, seed)
+
+
+def gemma4_shared(seed=0):
+    """Each layer looks the tokens up again, and the last one uses keys and values of the first, which is like it."""
+    config = Gemma4TextConfig(
+        **GROUPED,
+        head_dim=8,
+        global_head_dim=8,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        num_kv_shared_layers=1,
+    )
+    return _build(Gemma4ForCausalLM, config, seed)
+
+
+def gemma3n(seed=0):
+    """As Gemma 4, with several residual streams."""
+    config = Gemma3nTextConfig(
+        **{**GROUPED, "num_hidden_layers": 4},
+        head_dim=8,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        num_kv_shared_layers=1,
+        laurel_rank=4,
+        altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0] * 4,
+    )
+    return _build(Gemma3nForCausalLM, config, seed)
+
+
 FURTHER = {
     "granite": granite,
     "cohere": cohere,
@@ -75,4 +177,11 @@ FURTHER = {
     "nanochat": nanochat,
     "biogpt": biogpt,
     "xglm": xglm,
+    "qwen3_5_text": qwen3_5_text,
+    "lfm2": lfm2,
+    "bamba": bamba,
+    "olmo_hybrid": olmo_hybrid,
+    "nemotron_h": nemotron_h,
+    "gemma4_shared": gemma4_shared,
+    "gemma3n": gemma3n,
 }

@@ -10,8 +10,10 @@ import pytest
 import tiny_models
 import tiny_processors
 import unusual_models
+from hones_offline.attribution.heads import WeightedHead
 from hones_offline.data.examples import Example, MemoryImage
 from hones_offline.data.tasks import JsonlTask, Task, get_task
+from hones_offline.running.prompts import Prepared
 from PIL import Image
 
 SMALL_DEMO = ("--discovery", "24", "--dev", "8", "--test", "10")
@@ -21,15 +23,26 @@ CANDIDATES = ("a cat on the mat", "a big dog", "small town", "red square left of
 
 
 _MODELS = (tiny_models, further_models, unusual_models)
-_IMAGES = ("llava", "qwen2_5_vl", "idefics3", "smolvlm", "internvl")
+_IMAGES = ("llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma", "idefics3", "smolvlm", "internvl")
 
 
 def every_architecture(represented: Sequence[tuple[str, str]]) -> list[Any]:
     """Cases (architecture, task), `represented` and all others that docs/attribution.md lists, these in the matrix."""
     cases = [(name, "text") for name in (*tiny_models.ALL, *further_models.FURTHER)]
     cases += [(name, task) for name in _IMAGES for task in ("vqa", "retrieval")]
-    rest = [pytest.param(case, marks=pytest.mark.matrix) for case in cases if case not in represented]
+    old = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in PaliGemma's processor
+    marks = {"paligemma": [pytest.mark.matrix, old]}
+    rest = [pytest.param(c, marks=marks.get(c[0], pytest.mark.matrix)) for c in cases if c not in represented]
     return [*represented, *rest]
+
+
+HEADS = ((0, 1, 0.5), (1, 3, 0.25), (2, 0, 0.125))
+
+
+def some_heads(prepared: Prepared) -> list[WeightedHead]:
+    """Heads to be guided by as (layer, head, weight), in layers that have some."""
+    layers = [layer.index for layer in prepared.decoder.layout.layers if layer.attn_out is not None]
+    return [(layers[layer % len(layers)], head, weight) for layer, head, weight in HEADS]
 
 
 @dataclass
