@@ -3,6 +3,7 @@
 Their names say the architecture; what is special about each stands beside it.
 """
 
+import unusual_models
 from tiny_models import GROUPED, TEXT, VOCABULARY, _build
 from transformers import (
     BambaConfig,
@@ -182,6 +183,8 @@ FURTHER = {
     "bamba": bamba,
     "olmo_hybrid": olmo_hybrid,
     "nemotron_h": nemotron_h,
+    "falcon_h1": unusual_models.falcon_h1,
+    "gemma4_text": unusual_models.gemma4_text,
     "gemma4_shared": gemma4_shared,
     "gemma3n": gemma3n,
 }

@@ -41,6 +41,7 @@ CASES = every_architecture(
         ("gemma3", "vqa"),  # an image's tokens see one another
     ]
 )
+CASES.append(pytest.param(("mllama", "text"), marks=pytest.mark.matrix))  # a layer that does not run
 
 
 RUN = Execution(batch_size=9)
