@@ -43,10 +43,12 @@ class Verification:
     intermediate_size: int
     layers_not_run: tuple[str, ...]
     profiles: tuple[VerifiedProfile, ...]
+    layers_without_ffn: int = 0
 
     def lines(self) -> list[str]:
         """The report for a person."""
         width = f"{self.num_layers} layers of {self.intermediate_size} neurons"
+        width += f" ({self.layers_without_ffn} of them have no FFN)" if self.layers_without_ffn else ""
         return [
             f"{self.model_type}: {width}, every down-projection is hooked",
             *(
@@ -81,8 +83,8 @@ def self_test(
     """
     if model.training:
         raise StateError("the model is in training mode, where dropout hides differences; call model.eval() first")
-    present = {layer.down_proj for layer in find_layout(model).layers}
-    for layer in layout.layers:
+    present = {layer.down_proj for layer in find_layout(model).with_ffn}
+    for layer in layout.with_ffn:
         if layer.down_proj not in present or not injection.is_attached_to(layer.down_proj):
             raise StateError(f"{layer.name}: its down-projection was replaced after steer(); detach() and steer again")
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), _layers_run(layout) as run:
@@ -97,8 +99,9 @@ def self_test(
         layout.model_type,
         len(layout.layers),
         layout.intermediate_size,
-        tuple(layer.name for layer in layout.layers if layer.index not in run),
+        tuple(layer.name for layer in layout.with_ffn if layer.index not in run),
         verified,
+        len(layout.layers) - len(layout.with_ffn),
     )
 
 
@@ -113,7 +116,7 @@ def _verify_profile(
 ) -> VerifiedProfile:
     with _recorded(layout, first=True) as before, _recorded(layout, first=False) as after, tasks([None, name]):
         steered = forward()
-    for layer in layout.layers:
+    for layer in layout.with_ffn:
         z, scaled = before.get(layer.index), after.get(layer.index)
         if z is None or scaled is None:
             if layer.index in run:
@@ -137,7 +140,7 @@ def _layers_run(layout: Layout) -> Generator[set[int]]:
     """Collect, within the block, the indices of the layers that are called or whose down-projection is."""
     run: set[int] = set()
     with ExitStack() as stack:
-        for layer in layout.layers:
+        for layer in layout.with_ffn:
             for module in (layer.module, layer.down_proj):
                 handle = module.register_forward_pre_hook(lambda *_, index=layer.index: run.add(index))
                 stack.callback(handle.remove)
@@ -156,7 +159,7 @@ def _recorded(layout: Layout, *, first: bool) -> Generator[dict[int, Tensor]]:
         inputs[index] = args[0].detach().clone()
 
     with ExitStack() as stack:
-        for layer in layout.layers:
+        for layer in layout.with_ffn:
             hook = functools.partial(keep, layer.index)
             stack.callback(layer.down_proj.register_forward_pre_hook(hook, prepend=first).remove)
         yield inputs

@@ -80,7 +80,7 @@ class Steering:
         layout = find_layout(model)
         self._identity = ModelIdentity.from_model(inner)
         self._allow_mismatch = allow_mismatch
-        self._profiles = {name: self._checked(name, source) for name, source in _sources(profiles).items()}
+        self._profiles = {name: self._checked(name, source, layout) for name, source in _sources(profiles).items()}
         self._key = object()  # identifies this steering's blocks, without keeping it in memory
         self._generating: ContextVar[bool] = ContextVar("hones_steer_generating", default=False)
         self._open: list[Routing] = []
@@ -154,8 +154,8 @@ class Steering:
             MismatchError: the profile was made for another model.
             StateError: the steering is detached.
         """
-        self._require_attached()
-        self._profiles = {**self._profiles, name: self._checked(name, profile)}
+        layout = self._require_attached().layout
+        self._profiles = {**self._profiles, name: self._checked(name, profile, layout)}
 
     def unload(self, name: str) -> None:
         """Forget a profile.
@@ -223,7 +223,7 @@ class Steering:
             attached is not None
             and unwrap(model) is attached.model
             and attached.injection.replaced() is None
-            and all(attached.injection.is_attached_to(layer.down_proj) for layer in attached.layout.layers)
+            and all(attached.injection.is_attached_to(layer.down_proj) for layer in attached.layout.with_ffn)
         )
 
     def detach(self) -> None:
@@ -292,11 +292,12 @@ class Steering:
             raise RoutingError(f"there is no profile for the task {name!r}; {hint}")
         return self._profiles[name]
 
-    def _checked(self, name: str, source: Profile | StrPath) -> Profile:
+    def _checked(self, name: str, source: Profile | StrPath, layout: Layout) -> Profile:
         if not is_task_name(name):
             raise ProfileError(f"{name!r} cannot name a task; use letters, digits, '_', '.' and '-' (not 'none')")
         profile = source if isinstance(source, Profile) else load_profile(source)
         profile.base_model.check(self._identity, allow_mismatch=self._allow_mismatch)
+        layout.require_ffns(profile.layers)
         return profile
 
     def _generate(self, generate: Callable[P, R], injection: Injection) -> Callable[P, R]:

@@ -130,17 +130,17 @@ class Injection:
         self._routing: Routing | None = None  # the block that this forward is in
         self._slots: tuple[int, ...] = (IDENTITY,)  # one for each of its rows, or one for all
         self._with_gradients = ForwardsWithGradients()
-        devices = [execution_device(layer.down_proj, layer.name) for layer in layout.layers]
+        devices = _devices(layout)
         self.tables = ScaleTables(devices, layout.intermediate_size, slots)
         self._rows = {device: RowSlots(device) for device in devices}
         self._written: tuple[tuple[int, ...], int] = ((IDENTITY,), 1)
-        self._edges = _edges(model, [layer.down_proj for layer in layout.layers])
+        self._edges = _edges(model, [layer.down_proj for layer in layout.with_ffn])
         self._layer_hooks: list[LayerHook] = []
         self._handles: list[RemovableHandle] = []
         self._attach(model, layout, devices)
 
     def _attach(self, model: nn.Module, layout: Layout, devices: Sequence[torch.device]) -> None:
-        modules = [model, *(layer.down_proj for layer in layout.layers)]
+        modules = [model, *(layer.down_proj for layer in layout.with_ffn)]
         if any(isinstance(hook, _Hook) for module in modules for hook in module._forward_pre_hooks.values()):
             raise StateError("the model is steered already; use that Steering, or detach() it first")
         try:
@@ -149,7 +149,8 @@ class Injection:
             self._handles.append(model.register_forward_hook(_LeaveHook(self), always_call=True))
             if layout.decoder is not model:
                 self._handles.append(layout.decoder.register_forward_pre_hook(_DecoderHook(self)))
-            for layer, table, device in zip(layout.layers, self.tables.tables, devices, strict=True):
+            for layer in layout.with_ffn:
+                table, device = self.tables.tables[layer.index], devices[layer.index]
                 hook = LayerHook(self, layer.name, table, self._rows[device])
                 self._layer_hooks.append(hook)
                 self._handles.append(layer.down_proj.register_forward_pre_hook(hook))
@@ -419,6 +420,13 @@ def refuse_recording() -> None:
         f"{recorder} cannot record a steered model, whose task changes from call to call; detach() first, and record a "
         "checkpoint made by merge_into() for a steered program"
     )
+
+
+def _devices(layout: Layout) -> list[torch.device]:
+    """Where each layer's FFN computes; a layer without one is put where that of another is."""
+    devices = {layer.index: execution_device(layer.down_proj, layer.name) for layer in layout.with_ffn}
+    anywhere = next(iter(devices.values()))
+    return [devices.get(layer.index, anywhere) for layer in layout.layers]
 
 
 def _edges(model: nn.Module, modules: Sequence[nn.Module]) -> list[Edge]:

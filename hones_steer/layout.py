@@ -1,7 +1,7 @@
 """Layout of a model: where its decoder layers, FFN down-projections and attention heads are.
 
 Steering needs one thing per decoder layer: the FFN's down-projection, whose *input* is scaled. Attribution
-also needs the attention output projection, the head count, the final norm and the unembedding; if one of them is not
+also needs the attention output projection, the head count and the unembedding; if one of them is not
 recognized, `steer` still works, and `Layout.require_attribution()` says what is missing.
 
 A model is recognized by its structure. To add an architecture, add its names to the tuples below (and a tiny config to
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hones_steer.errors import LayoutError
 
 # Dotted names inside the decoder or inside one decoder layer, most common first.
-_LAYER_LISTS = ("layers", "h", "blocks", "layer", "block")
+_LAYER_LISTS = ("layers", "h", "blocks", "layer", "block", "encoder.layer")
 _DOWN_PROJECTIONS = (
     "mlp.down_proj",  # Llama, Qwen, Mistral, Gemma, Phi-3, ...
     "mlp.c_proj",  # GPT-2, GPT-BigCode, StarCoder2, GPT-Neo
@@ -33,6 +33,7 @@ _DOWN_PROJECTIONS = (
     "feed_forward.down_proj",
     "feed_forward.w2",  # LFM2, InternLM2
     "feed_forward.value",  # RWKV
+    "output.dense",  # GIT, BERT
 )
 # Of the projections hidden -> I of a gated FFN, the one that goes through the activation; and projections hidden -> 2 I
 # that hold both, the gate first.
@@ -48,27 +49,50 @@ _ATTENTION_OUTPUTS = (
     "attention.dense",
     "self_attention.dense",
     "self_attn.c_proj",
+    "mixer.o_proj",  # Nemotron-H
+    "attention.output.dense",  # GIT, BERT
 )
-# Names in `config.layer_types` of layers that carry nothing but keys and values from one token to the next.
-_PLAIN_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
-_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
+# Names in `config.layer_types` of layers that keep nothing but keys and values from one token to the next, or nothing.
+_PLAIN_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "mlp")
+_FINAL_NORMS = (
+    "norm",
+    "ln_f",
+    "final_layer_norm",
+    "final_layernorm",
+    "norm_f",
+    "embedding_norm",  # LFM2, whose final norm it is in spite of its name
+    "layer_norm",  # XGLM, BioGPT
+)
 
 
 @dataclass(frozen=True, eq=False)
 class DecoderLayer:
     """A decoder layer of the text model, the `index`-th from 0.
 
-    `name` is its dotted path in the model (without PEFT or `torch.compile` wrappers). `attn_out`, the
-    attention's output projection, takes the concatenated heads, `[..., num_heads * head_dim]`, as its input;
-    it and `num_heads` are None where they were not recognized.
+    `name` is its dotted path in the model (without PEFT or `torch.compile` wrappers). `ffn_out` is the FFN's
+    down-projection, None in a layer that has no FFN beside others that have one. `attn_out`, the attention's output
+    projection, takes the concatenated heads, `[..., num_heads * head_dim]`, as its input; it and `num_heads` are None
+    where there is no attention or it was not recognized.
     """
 
     index: int
     name: str
     module: nn.Module
-    down_proj: nn.Module
+    ffn_out: nn.Module | None
     attn_out: nn.Module | None
     num_heads: int | None
+
+    @property
+    def has_ffn(self) -> bool:
+        """Whether the layer has an FFN."""
+        return self.ffn_out is not None
+
+    @property
+    def down_proj(self) -> nn.Module:
+        """The FFN's down-projection; raises LayoutError, naming the layer, if it has no FFN."""
+        if self.ffn_out is None:
+            raise LayoutError(f"{self.name} ({type(self.module).__name__}) has no FFN; choose neurons of other layers")
+        return self.ffn_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,15 +110,45 @@ class Layout:
     final_norm: nn.Module | None
     unembedding: nn.Module | None
 
+    @property
+    def with_ffn(self) -> tuple[DecoderLayer, ...]:
+        """The layers that have an FFN, in order; all of them but in some hybrids."""
+        return tuple(layer for layer in self.layers if layer.has_ffn)
+
+    def require_ffns(self, layers: Iterable[int]) -> None:
+        """Raise LayoutError, naming the first of these layers that has no FFN, if there is one."""
+        for index in layers:
+            _ = self.layers[index].down_proj
+
+    @property
+    def keeps_only_keys_and_values(self) -> bool:
+        """Whether layers keep nothing of earlier tokens but their keys and values, as far as the configuration says.
+
+        Linear attention, state-space mixers and convolutions keep a state that cannot be cut at a token;
+        cross-attention keeps keys and values of something else.
+        """
+        config = getattr(self.decoder, "config", None)
+        kinds = getattr(config, "layer_types", None) or ()
+        if getattr(self.decoder, "_is_stateful", False) or getattr(config, "cross_attention_layers", None):
+            return False
+        return all(kind in _PLAIN_ATTENTION for kind in kinds)
+
     def require_attribution(self) -> None:
-        """Raise LayoutError, naming the culprit, unless attribution can run the decoder and knows all its parts."""
-        self._require_plain_decoder()
+        """Raise LayoutError, naming the culprit, unless attribution can run the decoder and knows all its parts.
+
+        A layer without attention has no heads to score; one layer with attention is needed, and the head count of each.
+        """
+        if getattr(getattr(self.decoder, "config", None), "is_encoder_decoder", False):
+            raise LayoutError(
+                f"model type {self.model_type!r} is an encoder-decoder, whose prompts go to the encoder; attribution "
+                "needs a decoder that reads prompt and answer; steering this model works, attributing on it does not"
+            )
+        with_attention = [layer for layer in self.layers if layer.attn_out is not None]
         missing = [
             part
             for part, recognized in (
-                ("attn_out", all(layer.attn_out is not None for layer in self.layers)),
-                ("num_heads", all(layer.num_heads is not None for layer in self.layers)),
-                ("final_norm", self.final_norm is not None),
+                ("attn_out", bool(with_attention)),
+                ("num_heads", all(layer.num_heads is not None for layer in with_attention)),
                 ("unembedding", self.unembedding is not None),
             )
             if not recognized
@@ -103,19 +157,6 @@ class Layout:
             raise LayoutError(
                 f"attribution needs {', '.join(missing)}, not recognized in model type {self.model_type!r}; "
                 f"name it with hones_steer.register_layout({self.model_type!r}, {missing[0]}=...)"
-            )
-
-    def _require_plain_decoder(self) -> None:
-        """Raise LayoutError for a decoder that needs more than embeddings, positions, a mask, and keys and values."""
-        config = getattr(self.decoder, "config", None)
-        kinds = getattr(config, "layer_types", None) or ()
-        unsupported = [f"layers of type {kind!r}" for kind in dict.fromkeys(kinds) if kind not in _PLAIN_ATTENTION]
-        if getattr(config, "hidden_size_per_layer_input", 0):
-            unsupported.append("per-layer inputs")  # a second embedding of the token ids, which `inputs_embeds` lacks
-        if unsupported:
-            raise LayoutError(
-                f"model type {self.model_type!r}: its text decoder has {', '.join(unsupported)}, which attribution "
-                "does not carry yet; steering this model works, attributing on it does not"
             )
 
 
@@ -175,8 +216,10 @@ def find_layout(model: nn.Module) -> Layout:
         _describe_layer(index, paths[id(module)], module, model_type, names, text_config)
         for index, module in enumerate(modules)
     )
-    hidden_size, intermediate_size = _common_shape(layers, model_type)
-    _refuse_shards(layers, text_config)
+    if not any(layer.has_ffn for layer in layers):
+        raise _unrecognized(model_type, _no_ffn(layers[0].name, layers[0].module))
+    hidden_size, intermediate_size = _common_shape([layer for layer in layers if layer.has_ffn], model_type)
+    _refuse_shards([layer for layer in layers if layer.has_ffn], text_config)
     return Layout(
         model_type=model_type,
         decoder=decoder,
@@ -323,12 +366,12 @@ def _describe_layer(
     index: int, name: str, module: nn.Module, model_type: str, names: _Names, text_config: Any
 ) -> DecoderLayer:
     if names.down_proj is not None:
-        down_proj = _required(module, names.down_proj, model_type)
+        down_proj: nn.Module | None = _required(module, names.down_proj, model_type)
     else:
         _refuse_experts(name, module, model_type)
         named = _first(module, _DOWN_PROJECTIONS)
         down_proj = named if named is not None else _down_projection_by_shape(name, module, model_type)
-    if linear_shape(down_proj) is None:
+    if down_proj is not None and linear_shape(down_proj) is None:
         raise _unrecognized(
             model_type, f"the down-projection of {name} is a {type(down_proj).__name__}, not a linear layer"
         )
@@ -341,14 +384,21 @@ def _describe_layer(
     return DecoderLayer(index, name, module, down_proj, attn_out, num_heads)
 
 
-def _down_projection_by_shape(name: str, layer: nn.Module, model_type: str) -> nn.Module:
+def _down_projection_by_shape(name: str, layer: nn.Module, model_type: str) -> nn.Module | None:
     """The layer's only linear I → hidden that is beside one or two linears hidden → I, or one hidden → 2 I.
 
     Attention does not count. If I < hidden, the projections up and down of a plain FFN could be confused, so only wide
-    FFNs (I > hidden) count. Raises LayoutError unless there is exactly one.
+    FFNs (I > hidden) count. None if there is none; raises LayoutError if there are several.
     """
-    candidates: list[nn.Module] = []
-    mixers: list[str] = []  # blocks that have linears of these shapes among other weights
+    candidates = [down for _, down, alone in _wide_blocks(layer) if alone]
+    if len(candidates) > 1:
+        raise _unrecognized(model_type, f"{name} ({type(layer).__name__}) has {len(candidates)} modules like an FFN")
+    return candidates[0] if candidates else None
+
+
+def _wide_blocks(layer: nn.Module) -> list[tuple[str, nn.Module, bool]]:
+    """Modules with linears hidden → I → hidden (I > hidden): what they are, the second linear, and if that is all."""
+    blocks = []
     for path, parent in layer.named_modules():
         linears = {
             child: shape
@@ -359,16 +409,16 @@ def _down_projection_by_shape(name: str, layer: nn.Module, model_type: str) -> n
             up = [shape for shape in linears.values() if shape in ((hidden, width), (hidden, 2 * width))]
             if width > hidden and up:
                 alone = len(linears) == 1 + len(up) and len(up) <= 2 and not _has_other_weights(parent, parent is layer)
-                if alone:
-                    candidates.append(down)
-                else:
-                    mixers.append(f"{path} ({type(parent).__name__})".lstrip())
-    if len(candidates) == 1:
-        return candidates[0]
+                blocks.append((f"{path} ({type(parent).__name__})".lstrip(), down, alone))
+    return blocks
+
+
+def _no_ffn(name: str, layer: nn.Module) -> str:
+    """Say that a layer has no FFN, and what in it is none."""
     what = f"{name} ({type(layer).__name__}) has no recognized FFN"
-    if mixers and not candidates:
+    if mixers := [block for block, _, alone in _wide_blocks(layer) if not alone]:
         what += f", and its {mixers[0]} is none: it holds more weights than an FFN's (as state-space mixers do)"
-    raise _unrecognized(model_type, what)
+    return what
 
 
 def _is_attention(path: str) -> bool:

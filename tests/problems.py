@@ -4,12 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import further_models
 import numpy as np
 import pytest
 import tiny_models
 import tiny_processors
+import unusual_models
+from hones_offline.attribution.heads import WeightedHead
 from hones_offline.data.examples import Example, MemoryImage
 from hones_offline.data.tasks import JsonlTask, Task, get_task
+from hones_offline.running.prompts import Prepared
 from PIL import Image
 
 SMALL_DEMO = ("--discovery", "24", "--dev", "8", "--test", "10")
@@ -18,15 +22,27 @@ SMALL_DEMO = ("--discovery", "24", "--dev", "8", "--test", "10")
 CANDIDATES = ("a cat on the mat", "a big dog", "small town", "red square left of a blue circle")
 
 
-_IMAGES = ("llava", "qwen2_5_vl", "idefics3", "smolvlm", "internvl")
+_MODELS = (tiny_models, further_models, unusual_models)
+_IMAGES = ("llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma", "idefics3", "smolvlm", "internvl")
 
 
 def every_architecture(represented: Sequence[tuple[str, str]]) -> list[Any]:
     """Cases (architecture, task), `represented` and all others that docs/attribution.md lists, these in the matrix."""
-    cases = [(name, "text") for name in tiny_models.ALL]
+    cases = [(name, "text") for name in (*tiny_models.ALL, *further_models.FURTHER)]
     cases += [(name, task) for name in _IMAGES for task in ("vqa", "retrieval")]
-    rest = [pytest.param(case, marks=pytest.mark.matrix) for case in cases if case not in represented]
+    old = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in PaliGemma's processor
+    marks = {"paligemma": [pytest.mark.matrix, old]}
+    rest = [pytest.param(c, marks=marks.get(c[0], pytest.mark.matrix)) for c in cases if c not in represented]
     return [*represented, *rest]
+
+
+HEADS = ((0, 1, 0.5), (1, 3, 0.25), (2, 0, 0.125))
+
+
+def some_heads(prepared: Prepared) -> list[WeightedHead]:
+    """Heads to be guided by as (layer, head, weight), in layers that have some."""
+    layers = [layer.index for layer in prepared.decoder.layout.layers if layer.attn_out is not None]
+    return [(layers[layer % len(layers)], head, weight) for layer, head, weight in HEADS]
 
 
 @dataclass
@@ -42,7 +58,8 @@ def problem(architecture: str, task_name: str, count: int = 5) -> Problem:
 
     Those of "text" and "shots" have no image, of a vision-language model either.
     """
-    model = getattr(tiny_models, architecture)()
+    models = next(module for module in _MODELS if hasattr(module, architecture))
+    model = getattr(models, architecture)()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
     text = task_name in ("text", "shots")
     if text:

@@ -143,9 +143,11 @@ def answer_logits(model, processor, example, prompt, answer):
     if isinstance(end, list):
         end = tokenizer.eos_token_id if tokenizer.eos_token_id in end else end[0]
     ids = torch.tensor([[*tokenizer(answer, add_special_tokens=False)["input_ids"], end]])
-    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+    inputs.pop("labels", None)
+    text = torch.full_like(ids, model.config.model_type == "paligemma")  # whose type 0 is the prompt
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
         if name in inputs:
-            more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}.get(name, torch.zeros_like(ids))
+            more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}.get(name, text)
             inputs[name] = torch.cat([inputs[name], more], dim=1)
     return model(**inputs).logits[0, length - 1 : -1], ids[0]
 
@@ -163,10 +165,14 @@ def mean_log_probability(model, processor, task, examples):
 
 
 def head_scores(model, processor, task, examples, utility):
-    """S(h) = P(θ) − P(θ_Ih) (2.1), [L][H]; utility is `metric` or `mean_log_probability`."""
+    """S(h) = P(θ) − P(θ_Ih) (2.1), [L][H], NaN in a layer without heads; utility: `metric`, `mean_log_probability`."""
     base = utility(model, processor, task, examples)
     scores = []
+    most = max(layer.num_heads or 0 for layer in find_layout(model).layers)
     for layer in find_layout(model).layers:
+        if layer.attn_out is None:
+            scores.append([math.nan] * most)
+            continue
         row = []
         for head in range(layer.num_heads):
             with head_replaced(model, layer.index, head):
@@ -176,8 +182,12 @@ def head_scores(model, processor, task, examples, utility):
 
 
 def head_slopes(model, processor, task, examples, share):
-    """Σ_positions ⟨x_h − x_h', ∂P/∂x_h⟩ of each pair with every head `share` of the way to x_h', [pairs][L][H]."""
-    layers = find_layout(model).layers
+    """Σ_positions ⟨x_h − x_h', ∂P/∂x_h⟩ of each pair with every head `share` of the way to x_h', [pairs][L][H].
+
+    NaN in a layer without heads.
+    """
+    every = find_layout(model).layers
+    layers = [layer for layer in every if layer.attn_out is not None]
     slopes = []
     for example in examples:
         for index, answer in task.answers(example):
@@ -201,12 +211,12 @@ def head_slopes(model, processor, task, examples, share):
                     stack.callback(layer.attn_out.register_forward_pre_hook(hook).remove)
                 logits, ids = answer_logits(model, processor, example, task.prompts(example)[index], answer)
             logits.log_softmax(-1)[range(len(ids)), ids].mean().backward()
-            slopes.append([])
+            slopes.append([[math.nan] * layers[0].num_heads for _ in every])
             for layer in layers:
                 x = recorded[layer.index]
                 gradients = x.grad.split(x.shape[-1] // layer.num_heads, dim=-1)
                 pieces = zip(ways[layer.index], gradients, strict=True)
-                slopes[-1].append([(way * gradient).sum().item() for way, gradient in pieces])
+                slopes[-1][layer.index] = [(way * gradient).sum().item() for way, gradient in pieces]
             model.zero_grad()
     return slopes
 
@@ -230,12 +240,18 @@ def directions(model, processor, task, examples):
     return [u / u.norm() for u in sums]
 
 
+def by_layer(model, values):
+    """{layer: [I]} as [L, I], 0 for layers without an FFN or whose FFN did not run; values may have more dimensions."""
+    some = next(iter(values.values()))
+    return torch.stack([values.get(i, torch.zeros_like(some)) for i in range(len(find_layout(model).layers))])
+
+
 @contextmanager
 def ffn_inputs_recorded(model):
     """The input of every layer's down-projection in the forwards of the block, of one row: {layer: [T, I]}."""
     recorded = {}
     with ExitStack() as stack:
-        for layer in find_layout(model).layers:
+        for layer in find_layout(model).with_ffn:
 
             def hook(_module, args, layer=layer):
                 recorded[layer.index] = z = args[0].reshape(-1, args[0].shape[-1])  # OPT's has no row dimension
@@ -250,7 +266,7 @@ def activation(model, processor, example, prompt):
     """Z at the last token of a prompt (2.2), [L, I]."""
     with ffn_inputs_recorded(model) as recorded:
         model(**prompt_inputs(processor, example, prompt))
-    return torch.stack([recorded[layer][-1] for layer in sorted(recorded)])
+    return by_layer(model, {layer: z[-1] for layer, z in recorded.items()})
 
 
 def activations(model, processor, task, examples):
@@ -270,7 +286,7 @@ def position_means(model, processor, task, examples):
         for index, answer in task.answers(example):
             with ffn_inputs_recorded(model) as recorded:
                 answer_logits(model, processor, example, task.prompts(example)[index], answer)
-            z = torch.stack([recorded[layer][:-1] for layer in sorted(recorded)])
+            z = by_layer(model, {layer: z[:-1] for layer, z in recorded.items()})
             total, positions = total + z.sum(1), positions + z.shape[1]
     return total / positions
 
@@ -278,12 +294,13 @@ def position_means(model, processor, task, examples):
 @torch.no_grad()
 def write_ins(model, processor, task, examples, units):
     """c_{l,i} = z_i·⟨W_down[:,i], u_y⟩ at the first prompt's last token (2.2) of every example, one [L, I] each."""
-    layers = find_layout(model).layers
-    weights = [
-        layer.down_proj.weight.T if is_transposed(layer.down_proj) else layer.down_proj.weight for layer in layers
-    ]
+    weights = {
+        layer.index: layer.down_proj.weight.T if is_transposed(layer.down_proj) else layer.down_proj.weight
+        for layer in find_layout(model).with_ffn
+    }
     every = [activation(model, processor, example, task.prompts(example)[0]) for example in examples]
-    return [z * torch.stack([unit @ w for w in weights]) for z, unit in zip(every, units, strict=True)]
+    aligned = [by_layer(model, {layer: unit @ w for layer, w in weights.items()}) for unit in units]
+    return [z * a for z, a in zip(every, aligned, strict=True)]
 
 
 def mean_write_in(model, processor, task, examples, units=None):
@@ -295,7 +312,7 @@ def mean_write_in(model, processor, task, examples, units=None):
 def importance(model, processor, task, examples, scores, top_heads):
     """Head-guided importance (2.3) from the scores [L][H] of all heads, [L, I]."""
     ranked = sorted(
-        ((score, -layer, -head) for layer, row in enumerate(scores) for head, score in enumerate(row)),
+        ((s, -layer, -head) for layer, row in enumerate(scores) for head, s in enumerate(row) if not math.isnan(s)),
         reverse=True,
     )[:top_heads]
     base = mean_write_in(model, processor, task, examples)
@@ -355,7 +372,7 @@ def gradient_activation(model, processor, task, examples):
                 z.retain_grad()
             logits.log_softmax(-1)[range(len(ids)), ids].mean().backward()
             last = -len(ids) - 1
-            products.append(torch.stack([(z * z.grad)[last].detach() for _, z in sorted(recorded.items())]))
+            products.append(by_layer(model, {i: (z * z.grad)[last].detach() for i, z in recorded.items()}))
             model.zero_grad()
     return sum(products) / len(products)
 
@@ -371,7 +388,7 @@ def factor_gradients(model, processor, task, examples):
             for z in recorded.values():
                 z.retain_grad()
             logits.log_softmax(-1)[range(len(ids)), ids].mean().backward()
-            of_pairs.append(torch.stack([(z * z.grad).sum(0).detach() for _, z in sorted(recorded.items())]))
+            of_pairs.append(by_layer(model, {i: (z * z.grad).sum(0).detach() for i, z in recorded.items()}))
             model.zero_grad()
         gradients.append(sum(of_pairs) / len(of_pairs))
     return gradients
@@ -405,8 +422,8 @@ def head_gradient(model, processor, task, examples, heads):
                 logits.log_softmax(-1)[range(len(ids)), ids].mean().backward()
                 with torch.no_grad(), head_replaced(model, layer, head), ffn_inputs_recorded(model) as replaced:
                     answer_logits(model, processor, *pair)
-                differences = [(z - replaced[i]) * z.grad for i, z in sorted(recorded.items())]
-                of_pairs.append(torch.stack([difference.sum(0).detach() for difference in differences]))
+                differences = {i: (z - replaced[i]) * z.grad for i, z in recorded.items()}
+                of_pairs.append(by_layer(model, {i: drop.sum(0).detach() for i, drop in differences.items()}))
                 model.zero_grad()
             drops.append(sum(of_pairs) / len(of_pairs))
         total = total + weight * (sum(drops) / len(drops)).clamp(min=0)
@@ -426,11 +443,13 @@ def activation_probability(model, processor, task, examples):
                 given.append(output.flatten(0, -2)[:-1])  # without the end token, after which nothing is read
 
             with ExitStack() as stack:
-                for layer in find_layout(model).layers:
-                    (function,) = (m for m in layer.module.modules() if "activation" in type(m).__module__)
+                for layer in find_layout(model).with_ffn:
+                    ffn = next(m for m in layer.module.modules() if layer.down_proj in m.children())
+                    (function,) = (m for m in ffn.modules() if "activation" in type(m).__module__)
                     stack.callback(function.register_forward_hook(hook).remove)
                 answer_logits(model, processor, example, task.prompts(example)[index], answer)
-            active.append(torch.stack([(row > 0).sum(0) for row in given]))
+            layers = [layer.index for layer in find_layout(model).with_ffn]
+            active.append(by_layer(model, dict(zip(layers, [(row > 0).sum(0) for row in given], strict=True))))
             tokens += len(given[0])
     return sum(active) / tokens
 
@@ -528,9 +547,10 @@ def fit_penalty(model, layers, l2):
     """L2 · the mean over all FFN neurons of λ², λ = scale − 1 of those listed and 0 of the others."""
     offsets = [
         torch.zeros(layer.down_proj.weight.numel() // model.config.get_text_config().hidden_size)
-        for layer in find_layout(model).layers
+        for layer in find_layout(model).with_ffn
     ]
+    places = {layer.index: place for place, layer in enumerate(find_layout(model).with_ffn)}
     for layer, (neurons, scales) in layers.items():
         for neuron, scale in zip(neurons.tolist(), scales.tolist(), strict=True):
-            offsets[layer][neuron] = scale - 1
+            offsets[places[layer]][neuron] = scale - 1
     return l2 * torch.cat(offsets).square().mean()

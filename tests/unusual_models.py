@@ -10,6 +10,8 @@ from transformers import (
     FalconMambaForCausalLM,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
+    GitConfig,
+    GitForCausalLM,
     GlmMoeDsaConfig,
     GlmMoeDsaForCausalLM,
     IdeficsConfig,
@@ -192,6 +194,11 @@ def blip2(seed=0):
         image_token_index=IMAGE,
     )
     return _build(Blip2ForConditionalGeneration, config, seed)
+
+
+def git(seed=0):
+    """Its decoder is called an encoder, and embeds images itself."""
+    return _build(GitForCausalLM, GitConfig(**TEXT, vision_config=VISION), seed)
 
 
 def kosmos2(seed=0):

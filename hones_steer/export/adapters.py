@@ -21,9 +21,14 @@ PREFIX = "base_model.model."  # every tensor's name begins with it
 
 
 def checked_layout(profile: Profile, model: nn.Module, allow_mismatch: bool) -> Layout:
-    """The model's layout; raises LayoutError if there is none, and MismatchError if the profile is another model's."""
+    """The model's layout.
+
+    Raises LayoutError if there is none or a layer that the profile scales has no FFN, and MismatchError if the profile
+    is another model's.
+    """
     layout = find_layout(model)
     profile.base_model.check(ModelIdentity.from_model(unwrap(model)), allow_mismatch=allow_mismatch)
+    layout.require_ffns(profile.layers)
     return layout
 
 
@@ -41,7 +46,7 @@ def module_pattern(modules: Mapping[int, str]) -> str:
 
 def is_conv1d(layout: Layout) -> bool:
     """Whether the down-projections keep their weights as `[I, hidden]`, which PEFT calls `fan_in_fan_out`."""
-    return is_transposed(base_layer(layout.layers[0].down_proj))
+    return is_transposed(base_layer(layout.with_ffn[0].down_proj))
 
 
 def common_settings(profile: Profile) -> dict[str, Any]:

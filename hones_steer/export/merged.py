@@ -56,6 +56,7 @@ def merge_into(
     base = open_checkpoint(os.fspath(checkpoint))
     _refuse_unmergeable(base)
     profile.base_model.check(ModelIdentity.from_model(base.model), allow_mismatch=allow_mismatch)
+    base.layout.require_ffns(profile.layers)
     names = module_names(base.model, base.layout)
     modules = {layer: name for layer, name in names.items() if layer in profile.layers}
     targets = {layer: _target(f"{name}.weight", base) for layer, name in modules.items()}
@@ -127,7 +128,7 @@ def _refuse_not_finite(
 
 
 def _transposed(base: Checkpoint) -> bool:
-    return is_transposed(base.layout.layers[0].down_proj)
+    return is_transposed(base.layout.with_ffn[0].down_proj)
 
 
 # The copy -----------------------------------------------------------------------------------------

@@ -63,4 +63,4 @@ def parse_sidecar(text: bytes) -> Sidecar:
 def module_names(model: nn.Module, layout: Layout) -> dict[int, str]:
     """Dotted name of each layer's down-projection in the Hugging Face model (without wrappers), by layer."""
     paths = {id(module): name for name, module in unwrap(model).named_modules()}
-    return {layer.index: paths[id(layer.down_proj)] for layer in layout.layers}
+    return {layer.index: paths[id(layer.down_proj)] for layer in layout.with_ffn}

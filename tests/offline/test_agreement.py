@@ -33,21 +33,6 @@ def test_attribution_learning_and_evaluation_refuse_a_bidirectional_prompt() -> 
             run()
 
 
-@pytest.mark.parametrize(
-    ("architecture", "takes"),
-    [
-        ("paligemma", "an attention mask of its own"),
-        ("gemma3", "an attention mask of its own"),
-        ("qwen3_vl", "deepstack_visual_embeds, visual_pos_masks"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # PaliGemma's processor, of its own
-def test_images_that_change_more_than_embeddings_are_refused(architecture: str, takes: str) -> None:
-    p = problem(architecture, "vqa", count=1)
-    with pytest.raises(LayoutError, match=f"{architecture}: its text decoder also takes {takes}"):
-        prepare(*asked(p))
-
-
 Change = Callable[[torch.Tensor, torch.Tensor], Any]
 """(input embeddings, mask) -> the share of the reversed hidden state [rows, T, hidden] that is added to it."""
 

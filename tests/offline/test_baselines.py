@@ -20,7 +20,7 @@ from hones_offline.attribution.write_in import Target, head_guided_importance, t
 from hones_offline.data.neurons import Importance, NeuronIndex
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
-from problems import Problem, every_architecture, problem
+from problems import HEADS, Problem, every_architecture, problem, some_heads
 
 from hones_steer.errors import DataError, LayoutError
 from hones_steer.layout import ffn_gate
@@ -35,7 +35,7 @@ CASES = every_architecture(
         ("llava", "retrieval"),
     ]
 )
-HEADS = [(0, 1, 0.5), (1, 3, 0.25), (2, 0, 0.125)]
+UNGATED = ("opt", "gpt2", "nanochat", "biogpt", "xglm", "nemotron_h")
 
 
 @pytest.fixture(params=CASES, ids="-".join, scope="module")
@@ -58,9 +58,9 @@ def test_activation_probability_counts_active_gates_at_all_tokens(case: tuple[Pr
     expected = reference.activation_probability(*asked(p))
     for batch_size in (1, 3):
         close(activation_probability(prepared, Execution(batch_size)), expected)
-    for layer in prepared.decoder.layout.layers:
+    for layer in prepared.decoder.layout.with_ffn:
         gate = ffn_gate(layer)
-        assert (gate is None) == (p.model.config.get_text_config().model_type in ("opt", "gpt2"))
+        assert (gate is None) == (p.model.config.get_text_config().model_type in UNGATED)
 
 
 @pytest.mark.parametrize("method", ["ap", "hones", "ma"])
@@ -105,14 +105,16 @@ def test_gradient_times_activation(case: tuple[Problem, Prepared]) -> None:
 def test_the_positive_part_of_each_example(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
     units = target_directions(prepared)
-    plain = head_guided_importance(prepared, units, HEADS, Execution(batch_size=9))
-    found = head_guided_importance(prepared, units, HEADS, Execution(batch_size=9), positive_part="example")
-    close(found, reference.importance_by_example(*asked(p), HEADS, [u.detach() for u in units]))
+    plain = head_guided_importance(prepared, units, some_heads(prepared), Execution(batch_size=9))
+    found = head_guided_importance(
+        prepared, units, some_heads(prepared), Execution(batch_size=9), positive_part="example"
+    )
+    close(found, reference.importance_by_example(*asked(p), some_heads(prepared), [u.detach() for u in units]))
     found, plain = np.asarray(found), np.asarray(plain)
     assert (found >= plain - 1e-6).all()  # the positive part is convex
     assert (found > plain + 1e-6).any()
     tight = Execution(batch_size=2, memory_gb=1e-9)
-    small = head_guided_importance(prepared, units, HEADS, tight, positive_part="example")
+    small = head_guided_importance(prepared, units, some_heads(prepared), tight, positive_part="example")
     close(small, found)
 
 
@@ -139,7 +141,7 @@ def test_targets_that_are_all_the_same_have_none(asks: tuple[str, str]) -> None:
 
 
 def test_ranks_as_weights_fall_evenly_to_one_share() -> None:
-    assert weigh(HEADS, "score") == HEADS
+    assert weigh(HEADS, "score") == list(HEADS)
     assert weigh(HEADS, "rank") == [(0, 1, 1.0), (1, 3, pytest.approx(2 / 3)), (2, 0, pytest.approx(1 / 3))]
 
 

@@ -20,7 +20,7 @@ from hones_offline.running.evaluation import intervention, position_means, score
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
 from hones_offline.running.run_folder import RunFolder, read_arrays
-from problems import Problem, every_architecture, problem
+from problems import Problem, every_architecture, problem, some_heads
 from tokenizers import decoders
 
 from hones_steer.errors import LayoutError
@@ -31,11 +31,17 @@ CASES = every_architecture(
         ("llama", "shots"),
         ("opt", "text"),  # FFN inputs [rows·T, I]
         ("gpt2", "text"),  # weights transposed, learned positions
+        ("granite", "text"),  # a factor on the logits
+        ("qwen3_5_text", "text"),  # layers without heads that keep a state
+        ("nemotron_h", "text"),  # layers without an FFN
         *(("llava", task) for task in ("vqa", "ocr", "caption", "retrieval")),
         ("qwen2_5_vl", "caption"),  # positions on three axes
         ("qwen2_5_vl", "retrieval"),
+        ("qwen3_vl", "vqa"),  # features for deeper layers
+        ("gemma3", "vqa"),  # an image's tokens see one another
     ]
 )
+CASES.append(pytest.param(("mllama", "text"), marks=pytest.mark.matrix))  # a layer that does not run
 
 
 RUN = Execution(batch_size=9)
@@ -67,8 +73,9 @@ def test_head_scores(case: tuple[Problem, Prepared], head_metric: HeadMetric) ->
     base = utility(p.model, p.processor, p.task, p.examples)
     found = head_scores(prepared, head_metric, *head_statistics(prepared, head_metric, RUN))
     assert found.base == pytest.approx(base, abs=1e-5)
-    for head, value in enumerate(found.by_head[1]):
-        with reference.head_replaced(p.model, 1, head):
+    layer = some_heads(prepared)[1][0]
+    for head, value in enumerate(found.by_head[layer]):
+        with reference.head_replaced(p.model, layer, head):
             expected = base - utility(p.model, p.processor, p.task, p.examples)
         assert value == pytest.approx(expected, abs=1e-5)
 
@@ -163,7 +170,8 @@ def test_write_in_reads_the_last_prompt_token(case: tuple[Problem, Prepared]) ->
 
 def test_masking_and_steering_equal_plain_multiplication(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
-    bank = Bank({1: np.arange(0, 40, 2), 2: np.arange(5, 30)})
+    lower, higher = [layer.index for layer in prepared.decoder.layout.with_ffn][-2:]
+    bank = Bank({lower: np.arange(0, 40, 2), higher: np.arange(5, 30)})
     plain = score(prepared, batch_size=9).outputs
     with intervention(prepared, mask=bank):
         found = score(prepared, batch_size=9).outputs
@@ -185,7 +193,8 @@ def test_mean_ablation_equals_setting_neurons_to_their_means(case: tuple[Problem
     expected_means = reference.position_means(p.model, p.processor, p.task, p.examples)
     found_means = Importance(NeuronIndex.of(prepared.decoder.layout), means.astype(np.float32))
     np.testing.assert_allclose(found_means, expected_means, rtol=1e-4, atol=1e-5 * float(expected_means.abs().max()))
-    bank = Bank({1: np.arange(0, 40, 2), 2: np.arange(5, 30)})
+    lower, higher = [layer.index for layer in prepared.decoder.layout.with_ffn][-2:]
+    bank = Bank({lower: np.arange(0, 40, 2), higher: np.arange(5, 30)})
     with intervention(prepared, mask=bank, fill=50 * means):  # far from what the model does, so that outputs change
         found = score(prepared, batch_size=9).outputs
     filled = {layer: (neurons, 50 * np.asarray(found_means)[layer][neurons]) for layer, neurons in bank.items()}
@@ -204,7 +213,8 @@ def test_mean_ablation_equals_setting_neurons_to_their_means(case: tuple[Problem
 def test_learning_follows_the_gradient_of_the_plain_loss(case: tuple[Problem, Prepared]) -> None:
     """One SGD-like step: the first AdamW step moves every factor against the sign of the reference's gradient."""
     p, prepared = case
-    bank = Bank({0: [1, 7, 20], 2: [3, 11]})
+    lowest, *_, highest = (layer.index for layer in prepared.decoder.layout.with_ffn)
+    bank = Bank({lowest: [1, 7, 20], highest: [3, 11]})
     settings = FitSettings(epochs=1, lr=1e-2, batch_size=100, accumulation_steps=1, l2=0.0)
     profile = learn(prepared, bank, settings, Execution())
     flat = np.concatenate([scales for _, scales in profile.layers.values()])

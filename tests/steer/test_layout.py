@@ -1,5 +1,7 @@
 """Models that `find_layout` recognizes, and how it refuses the rest."""
 
+import further_models
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -15,9 +17,10 @@ from transformers import LlamaConfig, LlamaModel
 
 from hones_steer import layout as layout_module
 from hones_steer.errors import LayoutError
+from hones_steer.export.peft import export_peft
 from hones_steer.huggingface import steer
 from hones_steer.layout import down_weight, ffn_gate, find_layout, register_layout
-from hones_steer.profile import ModelIdentity
+from hones_steer.profile import ModelIdentity, Profile
 
 
 @pytest.fixture(params=tiny_models.ALL)
@@ -48,6 +51,18 @@ def test_every_architecture(any_model):
         assert layer.attn_out in set(layer.module.modules())
     assert layout.unembedding is any_model.get_output_embeddings()
     assert layout.final_norm in set(layout.decoder.children())
+
+
+@pytest.mark.parametrize("architecture", ["biogpt", "xglm"])
+def test_a_final_norm_of_another_name(architecture):
+    layout = find_layout(further_models.FURTHER[architecture]())
+    assert layout.final_norm is layout.decoder.layer_norm
+
+
+def test_a_final_norm_without_a_weight_is_none_and_attribution_does_without():
+    layout = find_layout(further_models.nanochat())
+    layout.require_attribution()
+    assert layout.final_norm is None
 
 
 def test_down_weight_is_a_view_hidden_by_neurons(any_model):
@@ -221,15 +236,63 @@ def test_a_compiled_part_is_steered_like_any_other(model, part):
 
 
 @pytest.mark.parametrize(
-    "architecture",
-    ["falcon_h1", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("gemma4_text", "glm_moe_dsa"))],
+    ("architecture", "heads", "ffns", "cached"),
+    [
+        ("qwen3_5_text", [None, 4, None], [True, True, True], False),
+        ("nemotron_h", [None, None, 4, None], [False, True, False, True], False),
+        pytest.param("lfm2", [None, 4, None], [True, True, True], False, marks=pytest.mark.matrix),
+        pytest.param("bamba", [None, 4, None], [True, True, True], False, marks=pytest.mark.matrix),
+        pytest.param("olmo_hybrid", [None, 4, None], [True, True, True], False, marks=pytest.mark.matrix),
+        pytest.param("gemma4_shared", [4, 4, 4], [True, True, True], True, marks=pytest.mark.matrix),
+    ],
 )
-def test_a_decoder_that_takes_or_keeps_more_is_steered_but_not_attributed(architecture):
+def test_layers_without_heads_or_ffn_beside_others(architecture, heads, ffns, cached):
+    layout = find_layout(further_models.FURTHER[architecture]())
+    layout.require_attribution()
+    assert [layer.num_heads for layer in layout.layers] == heads
+    assert [layer.has_ffn for layer in layout.layers] == ffns
+    assert [layer.index for layer in layout.with_ffn] == [i for i, there in enumerate(ffns) if there]
+    assert layout.keeps_only_keys_and_values == cached
+
+
+def test_where_some_layers_have_no_ffn_the_others_are_steered(tmp_path):
+    model = further_models.nemotron_h()
+    neurons = {i: (np.arange(0, 96, 3, dtype=np.int32), np.full(32, 2.0, np.float32)) for i in (1, 3)}
+    profile = Profile(task="a", layers=neurons, base_model=ModelIdentity.from_model(model))
+    assert (profile.base_model.num_layers, profile.base_model.intermediate_size) == (4, 96)
+    inputs = tiny_models.text_inputs()
+    plain = model(**inputs).logits
+    expected = further_models.nemotron_h()
+    with torch.no_grad():
+        for i in (1, 3):
+            expected.model.layers[i].mixer.down_proj.weight[:, ::3] *= 2
+    with steer(model, {"a": profile}) as steering:
+        assert "(2 of them have no FFN)" in steering.verify().lines()[0]
+        with steering.tasks(["a", None, "a", None]):
+            steered = model(**inputs).logits
+        torch.testing.assert_close(steered[::2], expected(**inputs).logits[::2], rtol=1e-4, atol=1e-4)
+        assert steered[1::2].equal(plain[1::2])
+    assert model(**inputs).logits.equal(plain)
+    wrong = Profile(task="a", layers={0: neurons[1]}, base_model=profile.base_model)
+    for refused in (lambda: steer(model, {"a": wrong}), lambda: export_peft(wrong, model, tmp_path / "out")):
+        with pytest.raises(LayoutError, match=r"model\.layers\.0 \(NemotronHBlock\) has no FFN"):
+            refused()
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=pytest.mark.matrix) for name in ("git", "glm_moe_dsa", "falcon_h1", "gemma4_text")],
+)
+def test_a_decoder_that_takes_or_keeps_more_is_steered(architecture):
     model = getattr(unusual_models, architecture)()
     with steer(model, {"a": tiny_models.random_profile(model, 1)}) as steering:
         assert steering.verify().layers_not_run == ()
-        with pytest.raises(LayoutError, match="steering this model works, attributing on it does not"):
-            find_layout(model).require_attribution()
+
+
+def test_an_encoder_decoder_is_refused_by_attribution(model):
+    model.config.is_encoder_decoder = True
+    with pytest.raises(LayoutError, match=r"'llama' is an encoder-decoder, whose prompts go to the encoder"):
+        find_layout(model).require_attribution()
 
 
 def test_a_configuration_that_names_two_text_decoders_is_refused(model):

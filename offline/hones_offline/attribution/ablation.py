@@ -24,7 +24,7 @@ from hones_offline.running.cache import KVCache
 from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.execution import Execution
 from hones_offline.running.hooks import Head
-from hones_offline.running.resumption import LayerInput, recorded_states
+from hones_offline.running.resumption import LayerInput, recorded_states, resumed_from
 from hones_steer.layout import linear_shape
 
 Base = TypeVar("Base")
@@ -46,7 +46,7 @@ class Resumption:
 
     @property
     def layer(self) -> int:
-        """The lowest layer that runs, that of the heads."""
+        """The lowest layer that something changes in, that of the heads."""
         return self.heads[0][0]
 
 
@@ -84,8 +84,8 @@ class HeadAblation(Generic[Base, Result]):
     def __init__(self, decoder: TextDecoder, measurement: Measurement[Base, Result], execution: Execution) -> None:
         self.decoder, self.measurement = decoder, measurement
         layout = decoder.layout
-        assert layout.layers[0].attn_out is not None  # Layout.require_attribution has been called
-        heads_size, _ = linear_shape(layout.layers[0].attn_out) or (layout.hidden_size, 0)
+        outputs = [layer.attn_out for layer in layout.layers if layer.attn_out is not None]
+        heads_size = max((linear_shape(output) or (layout.hidden_size, 0))[0] for output in outputs)
         token_bytes = (layout.hidden_size + heads_size) * next(decoder.embedding.parameters()).element_size()
         self._layers_at_once = max(1, gib(execution.memory_gb) // (measurement.token_count * token_bytes))
         self._recording: _Recording[Base] | None = None
@@ -100,7 +100,7 @@ class HeadAblation(Generic[Base, Result]):
         """The measurement with each of `heads` replaced."""
         results: dict[Head, Result] = {}
         for together in self._batches(heads):
-            recording = self._recorded(together[0][0])
+            recording = self._recorded(resumed_from(self.decoder.layout, together[0][0]))
             resumption = self._resumption(together, recording)
             results.update(zip(together, self.measurement.ablated(resumption, recording.base), strict=True))
             del recording, resumption  # so that its states are gone when the next ones are recorded
@@ -126,7 +126,7 @@ class HeadAblation(Generic[Base, Result]):
         return self._recording
 
     def _resumption(self, heads: Sequence[Head], recording: _Recording[Base]) -> Resumption:
-        states = recording.states[heads[0][0]]
+        states = recording.states[resumed_from(self.decoder.layout, heads[0][0])]
         following = iter(states)
 
         def run(batch: Batch, cache: KVCache | None) -> tuple[Tensor, KVCache | None]:

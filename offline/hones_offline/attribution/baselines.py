@@ -16,7 +16,7 @@ from hones_offline.attribution.write_in import mean_write_in
 from hones_offline.data.metrics import FloatArray
 from hones_offline.data.neurons import Importance, NeuronIndex
 from hones_offline.running.backward import AnsweredBatch, factor_gradients, frozen, rows_at_once
-from hones_offline.running.batching import PrefixBatch, batches
+from hones_offline.running.batching import batches
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared
 from hones_offline.running.readings import active_tokens, recorded_ffn
@@ -51,7 +51,7 @@ def activation_probability(prepared: Prepared, execution: Execution) -> Importan
 
 def require_gates(prepared: Prepared, _execution: Execution) -> None:
     """Raise LayoutError, naming the layer, unless it is known in every FFN which neurons are active."""
-    for layer in prepared.decoder.layout.layers:
+    for layer in prepared.decoder.layout.with_ffn:
         ffn_gate(layer)
 
 
@@ -62,7 +62,7 @@ def mean_activation(prepared: Prepared, execution: Execution) -> Importance:
 
     def of_batch(numbers: Sequence[int]) -> FloatArray:
         total = np.zeros(index.size)
-        batch = PrefixBatch([prompts[i] for i in numbers], [1] * len(numbers), decoder.device)
+        batch = decoder.prefix_batch([prompts[i] for i in numbers], [1] * len(numbers))
         with torch.no_grad(), recorded_ffn(decoder.layout, batch.ends - 1) as recorded:
             batch.run(decoder.run)
         for layer, z in recorded.items():

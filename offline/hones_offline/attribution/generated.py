@@ -19,7 +19,8 @@ from hones_offline.attribution.ablation import HeadAblation, Resumption
 from hones_offline.data.metrics import FloatArray
 from hones_offline.running.batching import PrefixBatch, Run, Segment, gib
 from hones_offline.running.cache import KVCache, right_aligned
-from hones_offline.running.decoder import DecodeState, TextDecoder
+from hones_offline.running.decoder import TextDecoder
+from hones_offline.running.decoding import CachedRows, DecodeState, WholeRows
 from hones_offline.running.evaluation import decoded_texts
 from hones_offline.running.execution import Execution
 from hones_offline.running.hooks import Head
@@ -84,8 +85,8 @@ class DecodeQueue:
 
     def add(self, state: DecodeState, answers: Sequence[Tokens]) -> None:
         """Let rows wait, with the answer of each; if memory does not suffice, those that wait are decoded first."""
-        waiting_bytes = sum(waiting.cache_bytes for waiting, _ in self._waiting)
-        if gib(self.execution.memory_gb) < state.cache_bytes + waiting_bytes:
+        waiting_bytes = sum(waiting.rows.nbytes for waiting, _ in self._waiting)
+        if gib(self.execution.memory_gb) < state.rows.nbytes + waiting_bytes:
             self.decode()
         self._waiting.append((state, list(answers)))
 
@@ -116,16 +117,22 @@ class DraftedAnswers:
         self.buckets = LengthBuckets(self.decoder, segments, [1 + len(ids) for ids in fed], execution)
         self.copies, self.token_count = self.buckets.copies, self.buckets.token_count
         self.drafted = [
-            DraftBatch(batch, bucket, [prompts[i] for i in bucket], [self.drafts[i] for i in bucket])
+            DraftBatch(
+                batch,
+                bucket,
+                [prompts[i] for i in bucket],
+                [segments[i] for i in bucket],
+                [self.drafts[i] for i in bucket],
+            )
             for bucket, batch in self.buckets
         ]
 
-    def undisturbed(self, run: Run) -> list[KVCache]:
-        """Run prompts and drafts with every head in place: each bucket's KV cache."""
-        prefix_cache = self.buckets.run_prefix(run)
-        return [drafted.batch.run_rest(run, prefix_cache, keep=True)[1] for drafted in self.drafted]
+    def undisturbed(self, run: Run) -> list[KVCache | None]:
+        """Run prompts and drafts with every head in place: each bucket's KV cache, if the decoder has one."""
+        prefix_cache, keep = self.buckets.run_prefix(run), self.decoder.has_kv_cache
+        return [drafted.batch.run_rest(run, prefix_cache, keep=keep)[1] for drafted in self.drafted]
 
-    def ablated(self, resumption: Resumption, caches: Sequence[KVCache]) -> list[list[Tokens]]:
+    def ablated(self, resumption: Resumption, caches: Sequence[KVCache | None]) -> list[list[Tokens]]:
         """Run them with heads replaced: for each head the tokens of every item."""
         answers: list[list[Tokens]] = [[[]] * len(self.drafts) for _ in resumption.heads]
         prefix_cache = self.buckets.run_prefix(resumption.run)
@@ -137,12 +144,11 @@ class DraftedAnswers:
         return answers
 
     def _bucket_answers(
-        self, drafted: "DraftBatch", undisturbed: KVCache, resumption: Resumption, prefix_cache: KVCache | None
+        self, drafted: "DraftBatch", undisturbed: KVCache | None, resumption: Resumption, prefix_cache: KVCache | None
     ) -> list[list[Tokens]]:
         """For each head the tokens of the bucket's items; `undisturbed` is the KV cache with every head in place."""
         heads = resumption.heads
-        hidden, cache = drafted.batch.run_rest(resumption.run, prefix_cache, keep=True)
-        assert cache is not None
+        hidden, cache = drafted.batch.run_rest(resumption.run, prefix_cache, keep=self.decoder.has_kv_cache)
         chosen, expected = self._chosen(drafted, hidden, len(heads)), drafted.expected.repeat(len(heads), 1)
         end = torch.isin(chosen, torch.tensor(self.decoder.end_tokens))
         agrees = (chosen == expected) | (expected == _ANY) | (end & (expected == _END))
@@ -155,8 +161,10 @@ class DraftedAnswers:
                 diverged.append((row, at))
         if diverged:
             rows, kept = torch.tensor(diverged).T
-            layers = [(layer, rows % len(drafted.drafts)) for layer in undisturbed.layers[: resumption.unchanged]]
-            layers += [(layer, rows) for layer in cache.layers[resumption.unchanged :]]
+            layers = None
+            if cache is not None and undisturbed is not None:
+                layers = [(layer, rows % len(drafted.drafts)) for layer in undisturbed.layers[: resumption.unchanged]]
+                layers += [(layer, rows) for layer in cache.layers[resumption.unchanged :]]
             state = drafted.diverged(rows, kept, chosen, layers, budget=self.budget, heads=heads)
             self.queue.add(state, [answers[row] for row, _ in diverged])
         count = len(drafted.drafts)
@@ -177,9 +185,16 @@ class DraftBatch:
     """A bucket whose rows are prompts followed by their drafts."""
 
     def __init__(
-        self, batch: PrefixBatch, items: Sequence[int], prompts: Sequence[Segment], drafts: Sequence[Tokens]
+        self,
+        batch: PrefixBatch,
+        items: Sequence[int],
+        prompts: Sequence[Segment],
+        segments: Sequence[Segment],
+        drafts: Sequence[Tokens],
     ) -> None:
+        """Prepare the bucket of the items with these numbers; `segments` are prompts with their drafts."""
         self.batch, self.items, self.drafts = batch, items, drafts
+        self.segments = segments
         self.prompts = torch.tensor([len(prompt) for prompt in prompts])
         """Length of each prompt."""
         firsts = self.prompts - batch.shared - 1
@@ -195,7 +210,7 @@ class DraftBatch:
         rows: Tensor,
         kept: Tensor,
         chosen: Tensor,
-        layers: Sequence[tuple[KVCache, Tensor]],
+        layers: Sequence[tuple[KVCache, Tensor]] | None,
         *,
         budget: int,
         heads: Sequence[Head],
@@ -203,15 +218,21 @@ class DraftBatch:
         """The state from which greedy decoding goes on with rows that diverge from their drafts.
 
         `rows` [n] count through the copies of the bucket, one for each of `heads`; of its draft a row keeps `kept` [n]
-        tokens, then comes the `chosen` one. `layers` holds each layer of the cache and which of its rows to take.
+        tokens, then comes the `chosen` one. `layers` holds each layer of the cache and which of its rows to take; None
+        without a cache.
         """
         prompts = rows % len(self.drafts)
-        cache, mask = right_aligned(layers, self.prompts[prompts] + kept)
-        device = self.batch.rest.mask.device
+        lengths = self.prompts[prompts] + kept
+        running: CachedRows | WholeRows
+        if layers is None:
+            pairs = zip(prompts.tolist(), lengths.tolist(), strict=True)
+            running = WholeRows([self.segments[prompt].split(length)[0] for prompt, length in pairs])
+        else:
+            cache, mask = right_aligned(layers, lengths)
+            device = self.batch.rest.mask.device
+            running = CachedRows(cache, mask.to(device), (self.last[:, prompts] + kept)[..., None].to(device))
         return DecodeState(
-            cache,
-            mask.to(device),
-            (self.last[:, prompts] + kept)[..., None].to(device),
+            running,
             chosen[rows, kept],
             [budget - at for at in kept.tolist()],
             [heads[row // len(self.drafts)] for row in rows.tolist()],

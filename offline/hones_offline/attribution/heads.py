@@ -36,7 +36,12 @@ _ROWS = 4096  # (head, item) pairs of a step: enough to decode together, few eno
 
 
 def head_count(layer: DecoderLayer) -> int:
-    """The number of a layer's attention heads; raises LayoutError if there is no other to replace one by."""
+    """The number of a layer's attention heads, 0 for a layer without attention.
+
+    Raises LayoutError if there is no other head to replace one by.
+    """
+    if layer.attn_out is None:
+        return 0
     if layer.num_heads is None or layer.num_heads < 2:
         raise LayoutError(
             f"layer {layer.index} has {layer.num_heads} attention head(s); replacing one by the others needs two"
@@ -89,7 +94,7 @@ class HeadScores:
     base: float
     """P(θ), the utility of the untouched model: the task's metric, or the mean log-probability of the answers."""
     by_head: npt.NDArray[np.float32]
-    """S(h), float32 [L, H]; [0, 0] for a method without heads."""
+    """S(h), float32 [L, H], NaN where a layer has fewer heads or none; [0, 0] for a method without heads."""
     finished: npt.NDArray[np.bool_] | None = None
     """Where not all were, which heads were run on all items, [L, H]; the scores of the others are estimates."""
     race: Race | None = None
@@ -144,14 +149,26 @@ class ScoredItems:
 
 
 def all_heads(prepared: Prepared) -> list[list[Head]]:
-    """Every head, by layer."""
+    """Every head, by layer; a layer without attention has none."""
     return [[(layer.index, head) for head in range(head_count(layer))] for layer in prepared.decoder.layout.layers]
 
 
+def heads_shape(prepared: Prepared) -> tuple[int, int]:
+    """[L, H]: the number of layers, and of the heads of a layer that has most."""
+    heads = all_heads(prepared)
+    return len(heads), max(map(len, heads))
+
+
 def head_statistics(prepared: Prepared, head_metric: HeadMetric, execution: Execution) -> tuple[FloatArray, FloatArray]:
-    """Every item's statistics: with all heads in place [items, k], and with each replaced [L, H, items, k]."""
+    """Every item's statistics: with all heads in place [items, k], and with each replaced [L, H, items, k].
+
+    They are NaN where a layer has fewer than H heads.
+    """
     base, replaced = statistics_of(prepared, head_metric, all_heads(prepared), execution)
-    return base, np.stack(replaced)
+    table = np.full((*heads_shape(prepared), *base.shape), np.nan)
+    for layer, of_layer in enumerate(replaced):
+        table[layer, : len(of_layer)] = of_layer
+    return base, table
 
 
 def base_statistics(prepared: Prepared, head_metric: HeadMetric, execution: Execution) -> FloatArray:
@@ -237,8 +254,10 @@ def _step(
 def head_scores(prepared: Prepared, head_metric: HeadMetric, base: FloatArray, replaced: FloatArray) -> HeadScores:
     """Utility P(θ) and scores S(h) = P(θ) − P(θ_Ih), from `head_statistics` of all items or of some."""
     whole = utility(prepared, head_metric, base)
-    scores = [[whole - utility(prepared, head_metric, head) for head in layer] for layer in replaced]
-    return HeadScores(whole, np.array(scores, dtype=np.float32))
+    scores = np.full(replaced.shape[:2], np.nan, dtype=np.float32)
+    for index in np.argwhere(~np.isnan(replaced).any(axis=(2, 3))):
+        scores[tuple(index)] = whole - utility(prepared, head_metric, replaced[tuple(index)])
+    return HeadScores(whole, scores)
 
 
 def utility(prepared: Prepared, head_metric: HeadMetric, statistics: FloatArray) -> float:

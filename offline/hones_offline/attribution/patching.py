@@ -55,14 +55,17 @@ def preselect(
     for of_layer, values in zip(heads, replaced, strict=True):
         for head, value in zip(of_layer, values, strict=True):
             scores[head] = whole - utility(prepared, head_metric, value)
-    run, items = int(finished.sum()), len(base)
-    costs = Preselection(margin, len(prepared.pairs()), run * items, finished.size * items, run)
+    run, items, every = int(finished.sum()), len(base), sum(map(len, all_heads(prepared)))
+    costs = Preselection(margin, len(prepared.pairs()), run * items, every * items, run)
     return HeadScores(whole, scores, finished, preselection=costs)
 
 
 def highest(estimates: FloatArray, count: int) -> npt.NDArray[np.bool_]:
-    """Mark `count` heads, bool [L, H]: the first by each of the `estimates` [3, L, H], then the second, and so on."""
-    rankings = len(estimates)
+    """Mark `count` heads, bool [L, H]: the first by each of the `estimates` [3, L, H], then the second, and so on.
+
+    Where estimates are NaN there is no head.
+    """
+    rankings, count = len(estimates), min(count, int((~np.isnan(estimates[0])).sum()))
     ranks = np.argsort(np.argsort(-estimates.reshape(rankings, -1), axis=1, kind="stable"), axis=1)
     marked = np.zeros(estimates.shape[1:], dtype=np.bool_)
     marked.flat[np.argsort(ranks.min(axis=0) * rankings + ranks.argmin(axis=0))[:count]] = True
@@ -70,9 +73,10 @@ def highest(estimates: FloatArray, count: int) -> npt.NDArray[np.bool_]:
 
 
 def head_estimates(prepared: Prepared, execution: Execution) -> FloatArray:
-    """Three estimates of S(h) by log-probability, float64 [3, L, H]; a batch of pairs is a step of one process.
+    """Three estimates of S(h) by log-probability, float64 [3, L, H], NaN where a layer has fewer than H heads.
 
-    They are means over pairs: of the first-order cost, of its absolute value, and of the slope half-way.
+    They are means over pairs: of the first-order cost, of its absolute value, and of the slope half-way. A batch of
+    pairs is a step of one process.
 
     Raises:
         DataError: an estimate is not finite, or the longest pair needs more memory than the execution has.
@@ -95,7 +99,7 @@ def head_estimates(prepared: Prepared, execution: Execution) -> FloatArray:
             bar.update(1)
     shared = {number: sums for of_process in processes.share(computed) for number, sums in of_process.items()}
     means: FloatArray = np.sum([shared[number] for number in sorted(shared)], axis=0) / len(pairs)
-    if not np.isfinite(means).all():
+    if not np.isfinite(means).all(axis=0).sum() == sum(map(len, all_heads(prepared))):
         raise DataError(
             f"task {prepared.task.name!r}: the gradients that heads are estimated by are not finite; "
             "use --dtype bfloat16 or float32, or --heads exact"
@@ -104,7 +108,14 @@ def head_estimates(prepared: Prepared, execution: Execution) -> FloatArray:
 
 
 def slopes(decoder: TextDecoder, pairs: Sequence[Pair], share: float) -> FloatArray:
-    """Cost of moving each head to its replacement, with all a `share` of the way there: float64 [pairs, L, H]."""
+    """Cost of moving each head to its replacement, with all a `share` of the way there: float64 [pairs, L, H].
+
+    NaN where a layer has fewer than H heads.
+    """
     with frozen(decoder.model):
         gradients = gradients_by(partial(moved_heads, share=share), AnsweredBatch(decoder, pairs))
-    return -np.stack([of_layer.double().cpu().numpy() for of_layer in gradients.values()], axis=1)
+    heads = max(of_layer.shape[1] for of_layer in gradients.values())
+    found = np.full((len(pairs), len(decoder.layout.layers), heads), np.nan)
+    for layer, of_layer in gradients.items():
+        found[:, layer, : of_layer.shape[1]] = -of_layer.double().cpu().numpy()
+    return found

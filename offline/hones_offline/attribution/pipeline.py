@@ -55,7 +55,7 @@ class Attribution:
     """A task's bank, and everything on the way to it."""
 
     head_scores: npt.NDArray[np.float32]
-    """S(h), float32 [L, H]; [0, 0] for a method without heads."""
+    """S(h), float32 [L, H], NaN where a layer has fewer heads or none; [0, 0] for a method without heads."""
     importance: Importance
     """I_{l,i}, not contrasted; `numpy.asarray` gives float32 [L, I]."""
     bank: Bank
@@ -310,7 +310,7 @@ def guiding_heads(
 def _relative(scores: npt.NDArray[np.float32]) -> FloatArray:
     """Scores as shares of the highest, those below zero as zero."""
     positive = scores.astype(np.float64).clip(min=0)
-    shares: FloatArray = positive / (positive.max() or 1.0)
+    shares: FloatArray = positive / (np.nanmax(positive) or 1.0)
     return shares
 
 

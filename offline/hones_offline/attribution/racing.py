@@ -23,7 +23,15 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
-from hones_offline.attribution.heads import HeadMetric, HeadScores, Race, all_heads, statistics_of, utility
+from hones_offline.attribution.heads import (
+    HeadMetric,
+    HeadScores,
+    Race,
+    all_heads,
+    heads_shape,
+    statistics_of,
+    utility,
+)
 from hones_offline.data.metrics import FloatArray
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared
@@ -47,9 +55,9 @@ def race(
     alive = all_heads(prepared)
     items = len(prepared.pairs()) if head_metric == "logprob" else len(prepared)
     order, stages = np.random.default_rng(seed).permutation(items), rounds(items)
-    shape = len(alive), len(alive[0])
+    shape, heads = heads_shape(prepared), sum(map(len, alive))
     base, replaced = np.empty(items), np.full((*shape, items), np.nan)
-    level = error / (keep * math.prod(shape) * max(1, len(stages) - 1))
+    level = error / (keep * heads * max(1, len(stages) - 1))
     evaluations = 0
     for number, (begin, end) in enumerate(pairwise([0, *stages])):
         drawn, seen = np.sort(order[begin:end]), np.sort(order[:end])
@@ -70,12 +78,14 @@ def race(
     def mean(values: FloatArray) -> float:
         return utility(prepared, head_metric, values[:, None])
 
-    scores = np.empty(shape, dtype=np.float32)
+    scores = np.full(shape, np.nan, dtype=np.float32)
     for index in np.ndindex(shape):
         run_on = ~np.isnan(replaced[index])
+        if not run_on.any():
+            continue  # there is no such head
         scores[index] = mean(base[run_on]) - mean(replaced[index][run_on])
     finished = ~np.isnan(replaced).any(axis=-1)
-    costs = Race(error, evaluations, math.prod(shape) * items, int(finished.sum()))
+    costs = Race(error, evaluations, heads * items, int(finished.sum()))
     return HeadScores(mean(base), scores, finished, costs)
 
 

@@ -6,7 +6,7 @@ head in place and with each head replaced (`ablation.py`); the sums of all batch
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -173,9 +173,9 @@ class WriteInForwards:
         self.decoder, self.layout = decoder, decoder.layout
         self.index = NeuronIndex.of(decoder.layout)
         self.buckets = LengthBuckets(decoder, prompts, [1] * len(prompts), execution)
-        weights = [down_weight(layer) for layer in self.layout.layers]
-        self.alignments = [directions.to(weight.device) @ weight.float() for weight in weights]
-        """⟨W_down[:,i], u_y⟩ of each layer, [prompts, I]."""
+        weights = {layer.index: down_weight(layer) for layer in self.layout.with_ffn}
+        self.alignments = {layer: directions.to(weight.device) @ weight.float() for layer, weight in weights.items()}
+        """⟨W_down[:,i], u_y⟩ of each layer that has an FFN, [prompts, I]."""
 
     def run(self, run: Run, copies: int = 1, first: int = 0) -> Iterator[tuple[int, list[int], Tensor]]:
         """Run the prompts: (layer, prompts' numbers, c [copies, n, I]) for each bucket and layer from `first` on."""
@@ -225,14 +225,14 @@ class WriteInDrops:
         self.forwards = forwards
         self.copies, self.token_count = forwards.buckets.copies, forwards.buckets.token_count
 
-    def undisturbed(self, run: Run) -> list[Tensor]:
+    def undisturbed(self, run: Run) -> dict[int, Tensor]:
         """Run the prompts with every head in place: c(θ) of every layer."""
-        base = [torch.zeros_like(alignments) for alignments in self.forwards.alignments]
+        base = {layer: torch.zeros_like(alignments) for layer, alignments in self.forwards.alignments.items()}
         for layer, items, c in self.forwards.run(run):
             base[layer][items] = c[0]
         return base
 
-    def ablated(self, resumption: Resumption, base: Sequence[Tensor]) -> list[FloatArray]:
+    def ablated(self, resumption: Resumption, base: Mapping[int, Tensor]) -> list[FloatArray]:
         """Run them with heads replaced: the drops' sums for each head, 0 in layers below the head's."""
         copies = len(resumption.heads)
         drops = (

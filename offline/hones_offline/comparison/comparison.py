@@ -149,7 +149,7 @@ class Comparison:
                 "model_type": identity.model_type,
                 "num_layers": identity.num_layers,
                 "intermediate_size": identity.intermediate_size,
-                "num_heads": splits.discovery.decoder.layout.layers[0].num_heads,
+                "num_heads": max(layer.num_heads or 0 for layer in splits.discovery.decoder.layout.layers),
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
             },
             "tasks": {task: self._task(task) for task in self.tasks},
@@ -192,7 +192,8 @@ class Comparison:
         attributions = [self.finder.attribution(task, main, seed) for seed in self.seeds]
         return {
             "metric": parse(main).options.head_metric,
-            "scores": np.mean([attribution.head_scores for attribution in attributions], axis=0).tolist(),
+            # No head is shown as one that costs nothing.
+            "scores": np.nan_to_num(np.mean([found.head_scores for found in attributions], axis=0)).tolist(),
             "chosen": attributions[0].heads,
             "seeds": len(self.seeds),
             "n": attributions[0].n,

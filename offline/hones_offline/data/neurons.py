@@ -26,12 +26,12 @@ class NeuronIndex:
     """
 
     widths: tuple[int, ...]
-    """I of each layer, the number of its FFN's neurons."""
+    """I of each layer, the number of its FFN's neurons; 0 for a layer without an FFN."""
 
     @classmethod
     def of(cls, layout: Layout) -> "NeuronIndex":
         """The neurons of a model."""
-        return cls((layout.intermediate_size,) * len(layout.layers))
+        return cls(tuple(layout.intermediate_size if layer.has_ffn else 0 for layer in layout.layers))
 
     @cached_property
     def _starts(self) -> tuple[int, ...]:
@@ -146,7 +146,7 @@ def _indices(layer: int, neurons: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
 class Importance:
     """The importance I_{l,i} of every neuron for a task; higher is more important.
 
-    `numpy.asarray` gives it as float32 [L, I].
+    `numpy.asarray` gives it as float32 [L, I], 0 for a layer without an FFN.
     """
 
     index: NeuronIndex
@@ -156,8 +156,10 @@ class Importance:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         if copy is False:
             raise ValueError("an Importance is made into a matrix by copying it")
-        layers = [self.values[self.index.layer(layer)] for layer in range(len(self.index.widths))]
-        return np.array(np.stack(layers), dtype=dtype)
+        matrix = np.zeros((len(self.index.widths), max(self.index.widths)), dtype=self.values.dtype)
+        for layer, width in enumerate(self.index.widths):
+            matrix[layer, :width] = self.values[self.index.layer(layer)]
+        return matrix.astype(dtype, copy=False)
 
     @property
     def shape(self) -> tuple[int, ...]:

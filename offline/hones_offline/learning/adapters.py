@@ -170,7 +170,7 @@ def _injected(decoder: TextDecoder, kind: str) -> Iterator[tuple[TextDecoder, di
 def _targets(layout: Layout, kind: str) -> list[nn.Module]:
     """The modules that an adapter wraps; raises LayoutError, naming the layer, for one that PEFT may not know."""
     targets = []
-    for layer in layout.layers:
+    for layer in layout.with_ffn:
         for module in ADAPTERS[kind].modules(layer):
             if base_layer(module) is not module:
                 raise DataError(f"{layer.name} has a PEFT adapter already; merge or unload it first")

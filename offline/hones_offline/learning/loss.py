@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hones_offline.data.tasks import Answers
-from hones_offline.running.batching import PrefixBatch, batches
+from hones_offline.running.batching import batches
 from hones_offline.running.evaluation import answer_columns
 from hones_offline.running.prompts import Pair, Prepared
 
@@ -85,7 +85,7 @@ class EpochLoss:
         prompts, answers = zip(*chain.from_iterable(pairs), strict=True)
         segments = [decoder.answered(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         tail = [len(answer) for answer in answers]
-        batch = PrefixBatch(segments, tail, decoder.device, shared=0 if self.losses.whole else None)
+        batch = decoder.prefix_batch(segments, tail, shared=0 if self.losses.whole else None)
         if self.losses.whole:
             batch.rest = replace(batch.rest, wanted=None)
         hidden, _ = batch.run(decoder.run)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hones_offline.running.batching import PrefixBatch, Segment
-from hones_offline.running.decoder import TextDecoder
+from hones_offline.running.batching import Segment
+from hones_offline.running.decoder import TextDecoder, configured_factors
 from hones_steer.errors import LayoutError
 from hones_steer.layout import unwrap
 
@@ -39,6 +39,7 @@ def check_agreement(decoder: TextDecoder, samples: Sequence[Sample]) -> None:
     """
     written = [_written(decoder, sample.inputs) for sample in samples]
     prompts = [sample.prompt for sample in samples]
+    _find_factor(decoder, prompts[0], written[0][1][:1])
     for prompt, (answer, reference) in zip(prompts, written, strict=True):
         hidden, _ = decoder.run(decoder.collate([prompt]))
         _compare(decoder, "run alone", decoder.logits(hidden[:, -1]), reference[:1])
@@ -48,14 +49,26 @@ def check_agreement(decoder: TextDecoder, samples: Sequence[Sample]) -> None:
     logits, real = decoder.answer_logits(prompts, answers)
     _compare(decoder, "run on rows padded on the left", logits[real], torch.cat(expected))
     segments = [decoder.answered(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    batch = PrefixBatch(segments, [len(answer) for answer in answers], decoder.device)
+    batch = decoder.prefix_batch(segments, [len(answer) for answer in answers])
     hidden, _ = batch.run(decoder.run)
     read = [hidden[i, end - len(answers[i]) : end] for i, end in enumerate(batch.ends.tolist())]
     _compare(decoder, "run on rows padded on the right", decoder.logits(torch.cat(read)), torch.cat(expected))
-    if all(len(segment) > 1 for segment in segments):
-        halves = [segment.split(len(segment) // 2) for segment in segments]
+    middles = [segment.closed(len(segment) // 2) or segment.closed(len(segment) - 1) for segment in segments]
+    if all(middles):
+        halves = [segment.split(middle) for segment, middle in zip(segments, middles, strict=True)]
         final = decoder.candidate_logits([first for first, _ in halves], [[second] for _, second in halves], rows=2)
         _compare(decoder, "run in two parts", torch.cat(final), torch.stack([logits[-1] for logits in expected]))
+
+
+def _find_factor(decoder: TextDecoder, prompt: Segment, reference: Tensor) -> None:
+    """Have the decoder multiply its logits by the configured factor that brings them nearest to the model's own."""
+    hidden, _ = decoder.run(decoder.collate([prompt]))
+
+    def difference(factor: float) -> float:
+        decoder.logit_factor = factor
+        return float((decoder.logits(hidden[:, -1]) - reference.to(hidden.device)).abs().max())
+
+    decoder.logit_factor = min(configured_factors(decoder.model), key=difference)
 
 
 def _written(decoder: TextDecoder, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -92,11 +105,13 @@ def _rows_of_different_lengths(
 
 def _compare(decoder: TextDecoder, how: str, logits: Tensor, expected: Tensor) -> None:
     """Raise LayoutError if logits differ by more than rounding, which is coarser in half precision."""
-    difference = float((logits - expected.to(logits.device)).abs().max())
+    of_positions = (logits - expected.to(logits.device)).abs().amax(-1)
+    difference, at = float(of_positions.max()), int(of_positions.argmax()) + 1
     tolerance = 1e-3 if next(decoder.embedding.parameters()).dtype == torch.float32 else 5e-2
     if not difference <= tolerance * float(expected.abs().max()):
         raise LayoutError(
             f"{decoder.layout.model_type}: its text decoder {how} gives other logits than the whole model that writes "
-            f"token by token (by {difference:.3g}), as where tokens attend to later ones (a bidirectional prefix) or "
-            "to padding; steering this model works, attributing, learning and evaluating on it do not"
+            f"token by token (by {difference:.3g} at position {at} of {len(logits)} that are read), as where tokens "
+            "attend to later ones (a bidirectional prefix) or to padding; steering this model works, attributing, "
+            "learning and evaluating on it do not"
         )

@@ -5,8 +5,8 @@ the prefix that they share runs once, as a row of its own, and the rests go on f
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 import torch
@@ -22,38 +22,80 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens ready for the decoder: embeds [T, hidden], position ids [axes, T] (one axis but for M-RoPE)."""
+    """A run of tokens ready for the decoder: embeds [T, hidden], position ids [axes, T] (one axis but for M-RoPE).
+
+    `more` has whatever else the decoder is given for each token, [T, ...] by name (`inputs.py`); what a segment has no
+    value of is 0 for its tokens. Names that begin with `AHEAD` say how many tokens farther a token sees, [T].
+    """
 
     embeds: Tensor
     positions: Tensor
+    more: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.embeds.shape[0]
 
     def __add__(self, following: "Segment") -> "Segment":
         return Segment(
-            torch.cat([self.embeds, following.embeds]), torch.cat([self.positions, following.positions], dim=1)
+            torch.cat([self.embeds, following.embeds]),
+            torch.cat([self.positions, following.positions], dim=1),
+            {name: torch.cat(both) for name, both in _filled([self, following]).items()},
         )
 
     def split(self, at: int) -> tuple["Segment", "Segment"]:
         """The first `at` tokens and the rest."""
         return (
-            Segment(self.embeds[:at], self.positions[:, :at]),
-            Segment(self.embeds[at:], self.positions[:, at:]),
+            Segment(self.embeds[:at], self.positions[:, :at], {name: x[:at] for name, x in self.more.items()}),
+            Segment(self.embeds[at:], self.positions[:, at:], {name: x[at:] for name, x in self.more.items()}),
         )
+
+    def closed(self, at: int) -> int:
+        """The largest number of tokens, at most `at`, of which none sees a token after them."""
+        last = torch.arange(len(self))
+        for name, ahead in self.more.items():
+            if name.startswith(AHEAD):
+                last = torch.maximum(last, torch.arange(len(self)) + ahead)
+        farthest = last.cummax(0).values if len(self) else last  # that the tokens up to each one see
+        ends = (farthest[:at] == torch.arange(at)).nonzero().flatten()
+        return int(ends[-1]) + 1 if len(ends) else 0
+
+
+AHEAD = "ahead in "
+"""Beginning of the names of what says how many tokens farther than itself a token sees; a mask's name follows."""
+
+
+def _filled(segments: Sequence[Segment]) -> dict[str, list[Tensor]]:
+    """Collect what the segments have by name, [T, ...] of each: zeros for a segment that has none."""
+    examples = {name: x for segment in segments for name, x in segment.more.items()}
+    return {
+        name: [segment.more.get(name, x.new_zeros(len(segment), *x.shape[1:])) for segment in segments]
+        for name, x in examples.items()
+    }
 
 
 @dataclass(frozen=True)
 class Batch:
     """Padded segments: embeds [B, T, hidden], mask [B, T] (1 = token), positions [axes, B, T].
 
-    `wanted` [B, n] are the columns whose hidden states will be read, or None for all.
+    `wanted` [B, n] are the columns whose hidden states will be read, or None for all; `more` is what the segments have
+    by name, [B, T, ...].
     """
 
     embeds: Tensor
     mask: Tensor
     positions: Tensor
     wanted: Tensor | None = None
+    more: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def repeat(self, copies: int) -> "Batch":
+        """Copies of the rows, copy after copy."""
+        return Batch(
+            self.embeds.repeat(copies, 1, 1),
+            self.mask.repeat(copies, 1),
+            self.positions.repeat(1, copies, 1),
+            None if self.wanted is None else self.wanted.repeat(copies, 1),
+            {name: x.repeat(copies, *[1] * (x.dim() - 1)) for name, x in self.more.items()},
+        )
 
 
 Run = Callable[[Batch, KVCache | None], tuple[Tensor, KVCache | None]]
@@ -76,6 +118,7 @@ def collate(segments: Sequence[Segment], device: torch.device, side: Literal["le
         torch.stack([pad(s.embeds) for s in segments]).to(device),
         torch.stack([pad(torch.ones(len(s), dtype=torch.long)) for s in segments]).to(device),
         torch.stack([pad(s.positions.T) for s in segments]).permute(2, 0, 1).to(device),
+        more={name: torch.stack([pad(x) for x in rows]).to(device) for name, rows in _filled(segments).items()},
     )
 
 
@@ -168,7 +211,9 @@ def shared_length(segments: Sequence[Segment], tail: Sequence[int]) -> int:
     for segment in segments[1:]:
         same &= (segment.embeds[:most] == first.embeds[:most]).all(-1)
         same &= (segment.positions[:, :most] == first.positions[:, :most]).all(0)
-    shared = int(same.cumprod(0).sum())
+        for one, other in _filled([first, segment]).values():
+            same &= (one[:most] == other[:most]).flatten(1).all(-1) if one.dim() > 1 else one[:most] == other[:most]
+    shared = first.closed(int(same.cumprod(0).sum()))
     return shared if shared >= _WORTH_SHARING else 0
 
 

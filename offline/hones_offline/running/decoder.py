@@ -5,64 +5,33 @@ decoder. From there on the decoder alone is run, batched, with its own KV cache:
 candidates that share a prefix, log-probabilities of answers, FFN activations.
 """
 
+import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hones_offline.running.batching import Batch, PrefixBatch, Run, Segment, collate, selected_rows
+from hones_offline.running.batching import (
+    Batch,
+    PrefixBatch,
+    Run,
+    Segment,
+    collate,
+    selected_rows,
+    shared_length,
+)
 from hones_offline.running.cache import KVCache, cache_bytes, new_cache, right_aligned
+from hones_offline.running.decoding import CachedRows, DecodeState, WholeRows
 from hones_offline.running.hooks import Head
+from hones_offline.running.inputs import DecoderInputs
 from hones_offline.running.interventions import replaced_heads
 from hones_offline.running.resumption import LayerInput, last_ffn_at, resumed
 from hones_steer._transformers import cache_name, returned_cache
 from hones_steer.errors import LayoutError
 from hones_steer.layout import Layout, find_layout
-
-
-@dataclass
-class DecodeState:
-    """The state of a greedy decode after its first token.
-
-    cache, mask [B, cached], positions [axes, B, 1] of the last cached token, tokens [B] to be run next, how many tokens
-    each row may get (that one included), and the head that is replaced in each row, if any are.
-    """
-
-    cache: KVCache
-    mask: Tensor
-    positions: Tensor
-    tokens: Tensor
-    budgets: Sequence[int]
-    heads: Sequence[Head] = ()
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of the KV cache."""
-        return cache_bytes(self.cache)
-
-    @staticmethod
-    def joined(states: Sequence["DecodeState"]) -> "DecodeState":
-        """The rows of all states in one batch, padded on the left."""
-        length = max(state.mask.shape[1] for state in states)
-        cache = new_cache()
-        for index, layers in enumerate(zip(*(state.cache.layers for state in states), strict=True)):
-            keys, values = (
-                torch.cat([F.pad(x, (0, 0, length - x.shape[2], 0)) for x in tensors])  # [rows, kv heads, T, head_dim]
-                for tensors in ([layer.keys for layer in layers], [layer.values for layer in layers])
-            )
-            cache.update(keys, values, index)
-        return DecodeState(
-            cache,
-            torch.cat([F.pad(state.mask, (length - state.mask.shape[1], 0)) for state in states]),
-            torch.cat([state.positions for state in states], dim=1),
-            torch.cat([state.tokens for state in states]),
-            [budget for state in states for budget in state.budgets],
-            [head for state in states for head in state.heads],
-        )
 
 
 class TextDecoder:
@@ -78,8 +47,13 @@ class TextDecoder:
         self.unembedding: nn.Module = self.layout.unembedding
         text_config = self.model.config.get_text_config()
         self._softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
+        self.logit_factor = 1.0
+        """Number that the model multiplies its logits by, one of `configured_factors`; the decoder's check finds it."""
         self._cache_token_bytes = 0
         self.end_tokens = _end_tokens(model)
+        self.inputs = DecoderInputs(self.layout.model_type, getattr(self.layout.decoder, "config", text_config))
+        self.has_kv_cache = self.layout.keeps_only_keys_and_values
+        """Whether all that layers keep of a token is its keys and values. If not, every row is run from its start."""
 
     @property
     def device(self) -> torch.device:
@@ -91,6 +65,18 @@ class TextDecoder:
         embeds: Tensor = self.embedding(ids.to(self.device))
         return embeds
 
+    def of_text(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Token ids [rows, T] to what the decoder takes of text tokens: embeddings, and what else by name.
+
+        Besides embeddings that is at most a second embedding for each layer.
+        """
+        embeds, decoder = self.embed(ids), self.layout.decoder
+        if not getattr(getattr(decoder, "config", None), "hidden_size_per_layer_input", 0):
+            return embeds, {}
+        look_up: Any = decoder.get_per_layer_inputs
+        takes = len(inspect.signature(look_up).parameters)
+        return embeds, {"per_layer_inputs": look_up(*(ids.to(self.device), embeds)[:takes])}
+
     @property
     def vocabulary(self) -> int:
         """The number of logits of a position."""
@@ -99,6 +85,7 @@ class TextDecoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states after the final norm [..., hidden] to float32 logits [..., vocabulary]."""
         logits: Tensor = self.unembedding(hidden.to(next(self.unembedding.parameters()).device)).float()
+        logits = logits if self.logit_factor == 1 else logits * self.logit_factor
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
     def collate(self, segments: Sequence[Segment], side: Literal["left", "right"] = "left") -> Batch:
@@ -118,12 +105,28 @@ class TextDecoder:
         with last_ffn_at(self.layout, batch.wanted):
             out = self.layout.decoder(
                 inputs_embeds=batch.embeds,
-                attention_mask=mask,
                 position_ids=positions,
+                **self.inputs.arguments(batch, mask, cache),
                 use_cache=cache is not None,
                 **{self._cache_name: cache},
             )
-        return out.last_hidden_state, returned_cache(out)
+        return out.last_hidden_state, None if cache is None else returned_cache(out)
+
+    def last_hidden(self, segments: Sequence[Segment]) -> Tensor:
+        """Hidden states after the final norm at the last token of each segment, run from its start: [B, hidden]."""
+        ends = torch.tensor([len(segment) for segment in segments])
+        hidden, _ = self.run(replace(self.collate(segments, side="right"), wanted=ends[:, None] - 1))
+        return hidden[torch.arange(len(ends)), ends - 1]
+
+    def shared_length(self, segments: Sequence[Segment], tail: Sequence[int]) -> int:
+        """How many tokens that all segments begin with are run once for all of them; the last `tail[i]` never are."""
+        return shared_length(segments, tail) if self.has_kv_cache else 0
+
+    def prefix_batch(self, segments: Sequence[Segment], tail: Sequence[int], shared: int | None = None) -> PrefixBatch:
+        """A batch of segments of which the last `tail[i]` hidden states will be read; `shared` as in `PrefixBatch`."""
+        return PrefixBatch(
+            segments, tail, self.device, self.shared_length(segments, tail) if shared is None else shared
+        )
 
     def resume(
         self, batch: Batch, layer_input: LayerInput, heads: Sequence[Head], cache: KVCache | None = None
@@ -136,44 +139,55 @@ class TextDecoder:
         copies = len(heads)
         layer_input = layer_input.repeat(copies)
         head_of_row = [head for head in heads for _ in range(len(batch.mask))]
-        embeds = layer_input.hidden.to(self.device)
-        wanted = None if batch.wanted is None else batch.wanted.repeat(copies, 1)
-        repeated = Batch(embeds, batch.mask.repeat(copies, 1), batch.positions.repeat(1, copies, 1), wanted)
+        repeated = batch.repeat(copies)
         with resumed(self.layout, layer_input), replaced_heads(self.layout, head_of_row):
             hidden, cache = self.run(repeated, cache)
         if cache is not None:
-            placeholder = embeds.new_zeros(len(embeds), 1, embeds.shape[1], 1)
+            rows, length = repeated.embeds.shape[:2]
+            placeholder = repeated.embeds.new_zeros(rows, 1, length, 1)
             for layer in range(layer_input.unchanged):  # the next forward's mask is made from the lowest layer's length
                 cache.update(placeholder, placeholder, layer)
         return hidden, cache
 
     @torch.no_grad()
     def cache_token_bytes(self, prompt: Segment) -> int:
-        """Bytes of the KV cache for one token of one row; measured on the first token of the first prompt given."""
+        """Bytes that are kept for one token of a row that waits; measured on the first token of the first prompt given.
+
+        They are those of the KV cache, or without one of the embeddings.
+        """
         if not self._cache_token_bytes:
-            _, cache = self.run(self.collate([prompt.split(1)[0]]), new_cache())
-            self._cache_token_bytes = cache_bytes(cache)
+            first = prompt.split(1)[0]
+            if self.has_kv_cache:
+                _, cache = self.run(self.collate([first]), new_cache())
+                self._cache_token_bytes = cache_bytes(cache)
+            else:
+                self._cache_token_bytes = WholeRows([first]).nbytes
         return self._cache_token_bytes
 
     @torch.no_grad()
     def greedy(self, prompts: Sequence[Segment], max_new_tokens: int) -> list[list[int]]:
         """Greedy continuations of a batch of prompts: token ids up to, not including, the end token."""
-        batch = PrefixBatch(prompts, [1] * len(prompts), self.device)
+        budgets = [max_new_tokens] * len(prompts)
+        if not self.has_kv_cache:
+            first = self.logits(self.last_hidden(prompts)).argmax(-1)
+            return self.continue_greedy(DecodeState(WholeRows(list(prompts)), first, budgets))
+        batch = self.prefix_batch(prompts, [1] * len(prompts))
         hidden, cache = batch.run(self.run, keep=True)
         assert cache is not None
         rows = torch.arange(len(batch))
         first = self.logits(hidden[rows, batch.ends - 1]).argmax(-1)
         cache, mask = right_aligned([(layer, rows) for layer in cache.layers], batch.shared + batch.ends)
         last = batch.rest.positions[:, rows, batch.ends - 1]
-        mask = mask.to(self.device)
-        return self.continue_greedy(DecodeState(cache, mask, last[..., None], first, [max_new_tokens] * len(prompts)))
+        return self.continue_greedy(
+            DecodeState(CachedRows(cache, mask.to(self.device), last[..., None]), first, budgets)
+        )
 
     @torch.no_grad()
     def continue_greedy(self, state: DecodeState) -> list[list[int]]:
         """Decode on from each row's first new token: token ids from that one up to, not including, the end token."""
-        cache, mask, positions, next_tokens = state.cache, state.mask, state.positions, state.tokens
+        running, next_tokens = state.rows, state.tokens
         tokens: list[list[int]] = [[] for _ in state.budgets]
-        rows = list(range(len(tokens)))  # of the cache
+        rows = list(range(len(tokens)))  # of those that are running
         unfinished = set(rows)
         while True:
             for row, token in zip(rows, next_tokens.tolist(), strict=True):
@@ -185,13 +199,12 @@ class TextDecoder:
                 return tokens
             if 4 * len(unfinished) <= 3 * len(rows):  # dropping rows copies the cache, so not for each that ends
                 kept = torch.tensor([at for at, row in enumerate(rows) if row in unfinished])
-                cache.batch_select_indices(kept)
-                mask, positions, next_tokens = mask[kept], positions[:, kept], next_tokens[kept]
+                running.select(kept)
+                next_tokens = next_tokens[kept]
                 rows = [row for row in rows if row in unfinished]
-            mask, positions = F.pad(mask, (0, 1), value=1), positions + 1
             with replaced_heads(self.layout, [state.heads[row] for row in rows] if state.heads else []):
-                hidden, cache = self.run(Batch(self.embed(next_tokens[:, None]), mask, positions), cache)
-            next_tokens = self.logits(hidden[:, -1]).argmax(-1)
+                hidden = running.next_hidden(self, next_tokens)
+            next_tokens = self.logits(hidden).argmax(-1)
 
     @torch.no_grad()
     def candidate_logits(
@@ -199,22 +212,30 @@ class TextDecoder:
     ) -> list[Tensor]:
         """Next-token logits after each candidate: one [candidates, vocabulary] per prefix.
 
-        Each prefix runs once; its candidates' suffixes continue from its KV cache, at most `rows` at a time. `run`
-        stands in for `TextDecoder.run` and may return several copies of its rows, which then come one after another.
+        Each prefix runs once; its candidates' suffixes continue from its KV cache, at most `rows` at a time. Without a
+        cache, or where a prefix is empty, the candidates run whole. `run` stands in for `TextDecoder.run` and may
+        return several copies of its rows, which then come one after another.
         """
         run = run or self.run
-        prefix = self.collate(prefixes)
-        hidden, cache = run(prefix, new_cache())
-        copies = len(hidden) // len(prefixes)
         owners = torch.tensor([i for i, group in enumerate(suffixes) for _ in group])
         flat = [segment for group in suffixes for segment in group]
+        if whole := not self.has_kv_cache or not all(map(len, prefixes)):
+            flat = [prefixes[owner] + segment for owner, segment in zip(owners.tolist(), flat, strict=True)]
+        else:
+            prefix = self.collate(prefixes)
+            hidden, cache = run(prefix, new_cache())
+            copies = len(hidden) // len(prefixes)
         pieces = []
         for start in range(0, len(flat), rows):
             owner, chosen = owners[start : start + rows], flat[start : start + rows]
-            repeated = torch.cat([owner + number * len(prefixes) for number in range(copies)])
             batch = self.collate(chosen, side="right")
-            mask = torch.cat([prefix.mask[owner], batch.mask], dim=1)
-            hidden, _ = run(Batch(batch.embeds, mask, batch.positions), selected_rows(cache, repeated))
+            if whole:
+                hidden, _ = run(batch, None)
+                copies = len(hidden) // len(chosen)
+            else:
+                repeated = torch.cat([owner + number * len(prefixes) for number in range(copies)])
+                mask = torch.cat([prefix.mask[owner], batch.mask], dim=1)
+                hidden, _ = run(replace(batch, mask=mask), selected_rows(cache, repeated))
             last = torch.tensor([len(segment) - 1 for segment in chosen], device=hidden.device).repeat(copies)
             logits = self.logits(hidden[torch.arange(len(last), device=hidden.device), last])
             pieces.append(logits.unflatten(0, (copies, -1)))
@@ -244,7 +265,29 @@ class TextDecoder:
     def continuation(self, prompt: Segment, ids: Tensor) -> Segment:
         """Text tokens [n] following `prompt` as a segment: positions go on by one on every axis."""
         steps = torch.arange(1, len(ids) + 1)
-        return Segment(self.embed(ids).detach().cpu(), prompt.positions[:, -1:] + steps)
+        text = self.text(ids)
+        return replace(text, positions=prompt.positions[:, -1:] + steps)
+
+    @torch.no_grad()
+    def text(self, ids: Tensor) -> Segment:
+        """Text tokens [n] as a segment, at positions from 0 on."""
+        embeds, more = self.of_text(ids[None])
+        return Segment(embeds[0].cpu(), torch.arange(len(ids))[None], {name: x[0].cpu() for name, x in more.items()})
+
+
+def configured_factors(model: Any) -> list[float]:
+    """Numbers by which a model may multiply its logits: 1, and what its configuration names.
+
+    A wrapper around a text model need not do what the text model's configuration says, so that the logits must tell.
+    """
+    configs = (model.config, model.config.get_text_config())
+    found = [getattr(config, name, None) for config in configs for name in _FACTORS]
+    divisors = [getattr(config, "logits_scaling", None) for config in configs]
+    found += [1 / divisor for divisor in divisors if divisor]
+    return list(dict.fromkeys([1.0, *(float(value) for value in found if isinstance(value, int | float))]))
+
+
+_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 
 
 def _end_tokens(model: nn.Module) -> tuple[int, ...]:

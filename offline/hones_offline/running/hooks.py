@@ -9,6 +9,7 @@ None recomputes what the model computes anyway: every hook reads or replaces an 
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,13 +30,15 @@ Hook = tuple[DecoderLayer, nn.Module, Callable[[Tensor, Shape], Tensor]]
 def hooked(layout: Layout, hooks: Iterable[Hook], outputs: Iterable[Hook] = ()) -> Iterator[None]:
     """Within the block, replace each module's input by its function of the input and of the forward's shape.
 
-    Those of `outputs` replace the module's output. A forward of the decoder that does not call one of the modules
-    raises LayoutError, naming the layer.
+    Those of `outputs` replace the module's output. A forward of the decoder that runs a layer without calling one of
+    its modules raises LayoutError, naming the layer. Layers that it leaves out (cross-attention to an image that is not
+    there) have nothing to replace.
     """
     hooks, outputs = list(hooks), list(outputs)
     modules = [(layer, module) for layer, module, _ in (*hooks, *outputs)]
     shape: Shape = (0, 0)
     called: set[int] = set()
+    ran: set[int] = set()
 
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal shape
@@ -43,10 +46,11 @@ def hooked(layout: Layout, hooks: Iterable[Hook], outputs: Iterable[Hook] = ()) 
         rows, positions = next(x for x in given if x is not None).shape[:2]
         shape = rows, positions
         called.clear()
+        ran.clear()
 
     def leave(*_: object) -> None:
         for layer, module in modules:
-            if id(module) not in called:
+            if id(module) not in called and layer.index in ran:
                 raise LayoutError(
                     f"{layer.name}: its {type(module).__name__} was not called in a forward of the decoder, so that "
                     "nothing can be read or changed there; use a model that calls it (no fused or replaced kernels)"
@@ -62,10 +66,17 @@ def hooked(layout: Layout, hooks: Iterable[Hook], outputs: Iterable[Hook] = ()) 
     with ExitStack() as stack:
         stack.callback(layout.decoder.register_forward_pre_hook(enter, with_kwargs=True).remove)
         stack.callback(layout.decoder.register_forward_hook(leave).remove)
+        for layer in {layer.index: layer for layer, _ in modules}.values():
+            note = partial(_note, ran, layer.index)
+            stack.callback(layer.module.register_forward_pre_hook(note).remove)
         stack.enter_context(input_hooks((module, noted(module, replace)) for _, module, replace in hooks))
         for _, module, replace in outputs:
             stack.callback(module.register_forward_hook(_output_hook(noted(module, replace))).remove)
         yield
+
+
+def _note(ran: set[int], index: int, *_: object) -> None:
+    ran.add(index)
 
 
 def _output_hook(replace: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:

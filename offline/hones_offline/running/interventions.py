@@ -61,7 +61,7 @@ def moved_heads(layout: Layout, share: float) -> Iterator[dict[int, Tensor]]:
 
         return move
 
-    with hooked(layout, _on_heads(layout.layers, mover)):
+    with hooked(layout, _on_heads([layer for layer in layout.layers if layer.attn_out is not None], mover)):
         yield shares
 
 
@@ -112,7 +112,7 @@ def ffn_factors(layout: Layout, columns: Tensor | None = None) -> Iterator[dict[
 
         return multiply
 
-    with hooked(layout, [(layer, layer.down_proj, multiplier(layer)) for layer in layout.layers]):
+    with hooked(layout, [(layer, layer.down_proj, multiplier(layer)) for layer in layout.with_ffn]):
         yield factors
 
 

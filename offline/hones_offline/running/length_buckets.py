@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from hones_offline.running.batching import PrefixBatch, Run, Segment, gib, shared_length
+from hones_offline.running.batching import PrefixBatch, Run, Segment, gib
 from hones_offline.running.cache import KVCache
 from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.execution import Execution
@@ -21,11 +21,11 @@ class LengthBuckets:
 
         A bucket has at most `execution.batch_size` of them.
         """
-        shared = shared_length(segments, tail)
-        heads = decoder.layout.layers[0].num_heads or 1
+        shared = decoder.shared_length(segments, tail)
+        heads = max(layer.num_heads or 1 for layer in decoder.layout.layers)
         self.items = cut_buckets([len(segment) - shared for segment in segments], heads, execution.batch_size)
         self.batches = [
-            PrefixBatch([segments[i] for i in bucket], [tail[i] for i in bucket], decoder.device, shared)
+            decoder.prefix_batch([segments[i] for i in bucket], [tail[i] for i in bucket], shared)
             for bucket in self.items
         ]
         self.token_count = shared + sum(batch.token_count - shared for batch in self.batches)

@@ -16,12 +16,9 @@ from hones_offline.running.batching import Segment
 from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.progress import with_progress
 from hones_offline.running.readings import capture_call
-from hones_steer._transformers import CACHE_NAMES
-from hones_steer.errors import DataError, LayoutError
+from hones_steer.errors import DataError
 
 _CHECKED = 2  # examples on which the decoder is compared with the whole model
-# Arguments that a decoder may get besides embeddings and positions and that are no part of the prompt.
-_IGNORED = {"input_ids", "inputs_embeds", "position_ids", "use_cache", "cache_position", *CACHE_NAMES}
 
 Pair = tuple[Segment, Tensor]
 """A prompt and the token ids [n] of its answer."""
@@ -182,7 +179,8 @@ def _special_tokens(tokenizer: Any, text: str) -> dict[str, bool]:
 def encode(decoder: TextDecoder, processor: Any, image: Image.Image | None, prompts: Sequence[str]) -> Encoded:
     """Encode an example's prompts; its image goes through the vision tower once.
 
-    The prompts are split at the end of their longest common prefix, so that the prefix's keys and values can be shared.
+    The prompts are split at the end of their longest common prefix of which no token sees one after it, so that the
+    prefix's keys and values can be shared; it may be empty.
 
     Raises:
         DataError: there is an image and the processor takes none, or the prompts differ before the image.
@@ -202,14 +200,13 @@ def encode(decoder: TextDecoder, processor: Any, image: Image.Image | None, prom
         segments, ids = _image_segments(decoder, processor, image, texts, ids)
     if len(segments) == 1:
         return Encoded(segments[0], ())
-    common = _common_prefix(ids)
+    common = min(segment.closed(_common_prefix(ids)) for segment in segments)
     shared = segments[0].split(common)[0]
     return Encoded(shared, tuple(segment.split(common)[1] for segment in segments))
 
 
-@torch.no_grad()
 def _text_segment(decoder: TextDecoder, ids: Sequence[int]) -> Segment:
-    return Segment(decoder.embed(torch.tensor(ids)).cpu(), torch.arange(len(ids))[None])
+    return _captured(decoder, {"input_ids": torch.tensor([ids], device=decoder.device)})
 
 
 def _image_segments(
@@ -222,12 +219,12 @@ def _image_segments(
     """Segments and token ids of prompts about one image.
 
     Each of `ids` has one image placeholder, which the processor widens to the image's tokens. The widened tokens of the
-    first prompt are reused for the others. If the placeholder cannot be located in the widened ids, every prompt goes
-    through the processor and the vision tower.
+    first prompt are reused for the others. If the placeholder cannot be located in the widened ids, or the text after
+    the image is more to the decoder than text, every prompt goes through the processor and the vision tower.
     """
     first, first_ids = _processed(decoder, processor, image, texts[0])
     span = _image_span(processor, ids[0], first_ids)
-    if span is None or len(texts) == 1:
+    if span is None or len(texts) == 1 or not _continues_as_text(decoder, first, first_ids, span[1]):
         rest = [_processed(decoder, processor, image, text) for text in texts[1:]]
         return [first, *(segment for segment, _ in rest)], [first_ids, *(row for _, row in rest)]
     start, stop = span
@@ -245,16 +242,37 @@ def _image_segments(
     return segments, widened
 
 
-@torch.no_grad()
+def _continues_as_text(decoder: TextDecoder, segment: Segment, ids: Sequence[int], at: int) -> bool:
+    """Whether a segment's tokens from `at` on are what the decoder is given of text, and none before sees them."""
+    following = decoder.continuation(segment.split(at)[0], torch.tensor(ids[at:]))
+    own, as_text = segment.split(at)[1], segment.split(at)[0] + following
+    pairs = [(own.embeds, following.embeds)]
+    pairs += [(x[at:], as_text.more[name][at:]) for name, x in segment.more.items()]
+    return segment.closed(at) == at and all(torch.equal(*pair) for pair in pairs)
+
+
 def _processed(decoder: TextDecoder, processor: Any, image: Image.Image, text: str) -> tuple[Segment, list[int]]:
     """Run one prompt with its image up to the decoder: processor, vision tower, projector. Its segment and ids."""
     inputs = _model_inputs(decoder, processor, image, text)
-    call = capture_call(decoder.layout.decoder, lambda: decoder.model(**inputs))
-    embeds = call["inputs_embeds"][0].cpu()
-    _refuse_unknown_arguments(decoder, call)
-    positions = call.get("position_ids")
+    return _captured(decoder, inputs), inputs["input_ids"][0].tolist()
+
+
+@torch.no_grad()
+def _captured(decoder: TextDecoder, inputs: dict[str, Tensor]) -> Segment:
+    """Make a segment of what the whole model's forward on one prompt calls its text decoder with."""
+
+    def call(inputs: dict[str, Tensor]) -> dict[str, Any]:
+        return capture_call(decoder.layout.decoder, lambda: decoder.model(**inputs))
+
+    given = call(inputs)
+    if given.get("inputs_embeds") is None:  # a text model, which hands on the ids
+        decoder.inputs.require_none(given)
+        return decoder.text(inputs["input_ids"][0])
+    more = decoder.inputs.of_tokens(given, lambda: call({name: torch.cat([x, x]) for name, x in inputs.items()}))
+    embeds = given["inputs_embeds"][0].cpu()
+    positions = given.get("position_ids")
     positions = torch.arange(len(embeds))[None] if positions is None else positions.cpu()
-    return Segment(embeds, positions.reshape(-1, len(embeds))), inputs["input_ids"][0].tolist()
+    return Segment(embeds, positions.reshape(-1, len(embeds)), more)
 
 
 def _model_inputs(decoder: TextDecoder, processor: Any, image: Image.Image | None, text: str) -> dict[str, Tensor]:
@@ -268,26 +286,6 @@ def _model_inputs(decoder: TextDecoder, processor: Any, image: Image.Image | Non
         name: value.to(decoder.device, dtype if value.is_floating_point() else value.dtype)
         for name, value in inputs.items()
     }
-
-
-def _refuse_unknown_arguments(decoder: TextDecoder, call: dict[str, Any]) -> None:
-    """Raise LayoutError if the decoder got more than embeddings, positions and a plain mask: it could not be rerun.
-
-    A mask that is not [rows, tokens] lets tokens attend to later ones, of an image or of the whole prompt.
-    """
-    mask = call.pop("attention_mask", None)
-    more = [
-        name
-        for name, value in call.items()
-        if name not in _IGNORED and isinstance(value, Tensor | list | tuple | dict) and len(value) > 0
-    ]
-    if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.dim() != 2):
-        more.append("an attention mask of its own")
-    if more:
-        raise LayoutError(
-            f"{decoder.layout.model_type}: its text decoder also takes {', '.join(sorted(more))}, which attribution "
-            "does not carry yet; steering this model works, attributing on it does not"
-        )
 
 
 def _image_span(processor: Any, ids: list[int], widened: list[int]) -> tuple[int, int] | None:

@@ -85,7 +85,8 @@ def recorded_ffn(layout: Layout, columns: Tensor, *, first: int = 0) -> Iterator
 
         return record
 
-    with hooked(layout, [(layer, layer.down_proj, recorder(layer)) for layer in layout.layers[first:]]):
+    layers = [layer for layer in layout.with_ffn if layer.index >= first]
+    with hooked(layout, [(layer, layer.down_proj, recorder(layer)) for layer in layers]):
         yield recorded
 
 
@@ -102,7 +103,7 @@ def summed_ffn(layout: Layout, real: Tensor) -> Iterator[dict[int, Tensor]]:
 
         return add
 
-    with hooked(layout, [(layer, layer.down_proj, adder(layer)) for layer in layout.layers]):
+    with hooked(layout, [(layer, layer.down_proj, adder(layer)) for layer in layout.with_ffn]):
         yield sums
 
 
@@ -122,7 +123,7 @@ def ffn_inputs(layout: Layout) -> Iterator[dict[int, Tensor]]:
 
         return record
 
-    with hooked(layout, [(layer, layer.down_proj, recorder(layer)) for layer in layout.layers]):
+    with hooked(layout, [(layer, layer.down_proj, recorder(layer)) for layer in layout.with_ffn]):
         yield recorded
 
 
@@ -144,7 +145,8 @@ def ffn_products(layout: Layout, weights: Mapping[int, Tensor], *, first: int = 
 
         return record
 
-    with hooked(layout, [(layer, layer.down_proj, recorder(layer)) for layer in layout.layers[first:]]):
+    layers = [layer for layer in layout.with_ffn if layer.index >= first]
+    with hooked(layout, [(layer, layer.down_proj, recorder(layer)) for layer in layers]):
         yield recorded
 
 
@@ -167,7 +169,7 @@ def active_tokens(layout: Layout, real: Tensor) -> Iterator[dict[int, Tensor]]:
 
         return count
 
-    gates = [(layer, ffn_gate(layer)) for layer in layout.layers]
+    gates = [(layer, ffn_gate(layer)) for layer in layout.with_ffn]
     inputs = [(layer, layer.down_proj, counter(layer)) for layer, gate in gates if gate is None]
     outputs = [(layer, gate, counter(layer)) for layer, gate in gates if gate is not None]
     with hooked(layout, inputs, outputs):

@@ -4,9 +4,9 @@
 last FFN only where it is read.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,18 +21,22 @@ from hones_steer.layout import DecoderLayer, Layout
 class LayerInput:
     """The state from which a forward can be resumed at a layer, recorded in an undisturbed forward.
 
-    `hidden` [rows, T, hidden] entered the layer; `heads` [rows, T, heads·head_dim] is what its attention heads put out,
-    the same whichever of them is replaced, or None where the attention must run again (`_Recorder`).
+    `hidden` [rows, T, hidden] entered the layer ([streams, rows, T, hidden] where there are several residual streams);
+    `heads` [rows, T, heads·head_dim] is what its attention heads put out, the same whichever of them is replaced, or
+    None where the attention must run again (`_Recorder`). `returned` says of each layer that ran how many values it
+    returned, 0 for a tensor by itself.
     """
 
     layer: int
     hidden: Tensor
     heads: Tensor | None = None
+    returned: Mapping[int, int] = field(default_factory=dict)
 
     def repeat(self, copies: int) -> "LayerInput":
         """Copies of the rows, copy after copy: [copies·rows, T, ...]."""
         heads = None if self.heads is None else self.heads.repeat(copies, 1, 1)
-        return LayerInput(self.layer, self.hidden.repeat(copies, 1, 1), heads)
+        streams = [1] * (self.hidden.dim() - 3)
+        return replace(self, hidden=self.hidden.repeat(*streams, copies, 1, 1), heads=heads)
 
     @property
     def unchanged(self) -> int:
@@ -40,11 +44,40 @@ class LayerInput:
         return self.layer if self.heads is None else self.layer + 1
 
 
+def resumed_from(layout: Layout, layer: int) -> int:
+    """The layer at which a forward is resumed whose first change is in `layer`: that one, or a lower one.
+
+    What a layer lends its keys and values to has to be run with it.
+    """
+    lenders = lending_layers(layout)
+    return min(layer, lenders[0]) if lenders else layer
+
+
+def lending_layers(layout: Layout) -> list[int]:
+    """Layers whose keys and values later layers use, which have none of their own (Gemma 3n, Gemma 4); ascending."""
+    config = getattr(layout.decoder, "config", None)
+    borrowing = getattr(config, "num_kv_shared_layers", 0) or 0
+    if not borrowing:
+        return []
+    kinds: list[str] = config.layer_types[: len(layout.layers) - borrowing]  # type: ignore[union-attr]
+    return sorted({kind: layer for layer, kind in enumerate(kinds)}.values())
+
+
 @contextmanager
 def recorded_states(layout: Layout, layers: Collection[int]) -> Iterator[dict[int, list[LayerInput]]]:
     """Record, for each of `layers`, the state it can be resumed from in each forward, in the forwards' order."""
-    recorders = {index: _Recorder(layout.layers[index]) for index in layers}
+    lenders, returned = lending_layers(layout), dict[int, int]()
+    recorders = {index: _Recorder(layout.layers[index], returned, lends=index in lenders) for index in layers}
+
+    def note(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], result: object) -> None:
+            returned[index] = len(result) if isinstance(result, tuple) else 0
+
+        return hook
+
     with ExitStack() as stack:
+        for layer in layout.layers:
+            stack.callback(layer.module.register_forward_hook(note(layer.index)).remove)
         for recorder in recorders.values():
             recorder.place(stack)
         yield {index: recorder.inputs for index, recorder in recorders.items()}
@@ -55,17 +88,19 @@ class _Recorder:
 
     The attention need not run again if it returns exactly (output projection of the heads' output, weights). Weights,
     the attention probabilities, are only for show: no layer computes with them. An attention that flattens its rows is
-    run again, because copies of the rows are made along a dimension of their own.
+    run again, because copies of the rows are made along a dimension of their own, and so is one that lends its keys and
+    values to later layers. A layer without heads has none to record.
     """
 
-    def __init__(self, layer: DecoderLayer) -> None:
-        self.layer, self.inputs = layer, list[LayerInput]()
+    def __init__(self, layer: DecoderLayer, returned: Mapping[int, int], *, lends: bool) -> None:
+        self.layer, self.returned, self.lends, self.inputs = layer, returned, lends, list[LayerInput]()
         self._hidden = self._heads = self._projected = torch.empty(0)
 
     def place(self, stack: ExitStack) -> None:
         """Set the hooks, which are removed with the stack."""
         stack.enter_context(input_hooks([(self.layer.module, self._note_input)]))
-        assert self.layer.attn_out is not None  # Layout.require_attribution has been called
+        if self.layer.attn_out is None:
+            return
         for module, hook in (
             (self.layer.attn_out, self._note_heads),
             (parent_of(self.layer, self.layer.attn_out), self._record),
@@ -74,6 +109,8 @@ class _Recorder:
 
     def _note_input(self, hidden: Tensor) -> Tensor:
         self._hidden = hidden.detach()
+        if self.layer.attn_out is None:
+            self.inputs.append(LayerInput(self.layer.index, self._hidden, None, self.returned))
         return hidden
 
     def _note_heads(self, _module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
@@ -81,8 +118,8 @@ class _Recorder:
 
     def _record(self, _module: nn.Module, _args: tuple[Any, ...], result: Any) -> None:
         plain = isinstance(result, tuple) and len(result) == 2 and result[0] is self._projected
-        plain = plain and self._heads.shape[:-1] == self._hidden.shape[:-1]
-        self.inputs.append(LayerInput(self.layer.index, self._hidden, self._heads if plain else None))
+        plain = plain and not self.lends and self._heads.shape[:-1] == self._hidden.shape[-3:-1]
+        self.inputs.append(LayerInput(self.layer.index, self._hidden, self._heads if plain else None, self.returned))
 
 
 @contextmanager
@@ -94,8 +131,13 @@ def resumed(layout: Layout, layer_input: LayerInput) -> Iterator[None]:
     """
     layer = layout.layers[layer_input.layer]
 
-    def skip(hidden_states: Tensor, *_args: object, **_kwargs: object) -> Tensor:
-        return hidden_states
+    def skip(index: int) -> Callable[..., Any]:
+        more = layer_input.returned.get(index, 0)
+
+        def forward(hidden_states: Tensor, *_args: object, **_kwargs: object) -> Any:
+            return (hidden_states, *[None] * (more - 1)) if more else hidden_states
+
+        return forward
 
     def project(*_args: object, **_kwargs: object) -> tuple[Tensor, None]:
         assert layer.attn_out is not None
@@ -103,7 +145,7 @@ def resumed(layout: Layout, layer_input: LayerInput) -> Iterator[None]:
 
     with ExitStack() as stack:
         for below in layout.layers[: layer_input.layer]:
-            _assign_forward(stack, below.module, skip)
+            _assign_forward(stack, below.module, skip(below.index))
         if layer_input.heads is not None:
             _assign_forward(stack, parent_of(layer, layer.attn_out), project)
         stack.enter_context(input_hooks([(layer.module, lambda _: layer_input.hidden)]))
@@ -133,7 +175,7 @@ def last_ffn_at(layout: Layout, columns: Tensor | None) -> Iterator[None]:
     called with states [rows, T, ...] alone runs everywhere, as with `columns` None.
     """
     layer = layout.layers[-1]
-    ffn = parent_of(layer, layer.down_proj)
+    ffn = parent_of(layer, layer.down_proj) if layer.has_ffn else layer.module
     if columns is None or ffn is layer.module:
         yield
         return
