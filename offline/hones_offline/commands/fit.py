@@ -20,7 +20,7 @@ from hones_offline.commands.result import read_bank
 from hones_offline.data.examples import check_disjoint
 from hones_offline.data.neurons import Bank, NeuronIndex
 from hones_offline.learning.choosing import DevScore, FitGrid, choose_fit, dev_log_probabilities, strengthened
-from hones_offline.learning.factors import FitSettings, fit_run_settings, learn
+from hones_offline.learning.factors import FitSettings, fit_prepared, fit_run_settings
 from hones_offline.learning.methods import STEERING_METHODS, SteeringInputs
 from hones_offline.running.evaluation import score
 from hones_offline.running.execution import Execution
@@ -261,7 +261,7 @@ class _Fitting:
         wanted = fit_run_settings(self.data, bank, settings)
         if self.dev is None:
             execution = Execution(folder=RunFolder(folder, wanted), progress=True)
-            profile = learn(self.data, bank, settings, execution, name=name)
+            profile = fit_prepared(self.data, bank, settings, execution, name=name)
             return strengthened(profile, self.grid.strengths[0])
         for of_the_grid in ("lr", "epochs"):
             del wanted[of_the_grid]
