@@ -1,4 +1,4 @@
-"""What a search will take, told from one optimizer step and one batch of dev examples."""
+"""Estimates of the time that a search takes, from one optimizer step and one batch of dev examples."""
 
 import math
 from collections.abc import Callable

@@ -74,7 +74,7 @@ def _as_json(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def _others(splits: Splits, others: Sequence[Prepared], profile: Profile) -> dict[str, Any]:
-    """What other tasks gain, or mostly lose, with the profile, and the mean over them."""
+    """Other tasks without the profile and with it, and the mean of what they gain, which is mostly a loss."""
     bootstrap, rows, gains = CrossedBootstrap(), {}, []
     for prepared in others:
         base, steered = (_measured(splits, prepared, steering) for steering in (None, profile))

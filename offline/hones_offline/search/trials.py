@@ -24,7 +24,7 @@ from hones_offline.search.settings import SearchSettings, Trial
 from hones_steer.profile import Profile
 
 Row = dict[str, Any]
-"""What a trial was, which epoch and strength dev chose in it, and how well that does there."""
+"""A trial with the epoch and strength that dev chose in it, and how well these do there."""
 Say = Callable[[str], object]
 
 
