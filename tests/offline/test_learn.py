@@ -133,6 +133,13 @@ def profile_of(folder: Path) -> Profile:
 # ------------------------------------------------------------------------------------------------- the way through
 
 
+def test_help_teaches(hones: Run) -> None:
+    code, out, _ = hones("learn", "--help")
+    assert code == 0
+    assert "hones learn MODEL " in out.partition("examples:")[2]
+    assert "the exit code is 0" in out
+
+
 def test_a_gain_is_said_with_its_interval_and_written_into_the_profile(
     root: Path, gained: tuple[Path, int, str]
 ) -> None:

@@ -36,10 +36,10 @@ from hones_steer.profile import Profile, save_profile
 
 _DESCRIPTION = f"""Learn a steering profile for a task from its data, and say what it gains.
 
-Neurons are found, factors are learned for them on --data, and learning rate, epochs and strength are chosen on --dev;
-so for each of --selections, --sizes and --lr, in a fixed order (the first of each first), until all have been tried or
---budget is over. The best on dev is measured on --test, once, and on --others, which should lose nothing. What is not
-given of --dev and --test is drawn from --data by image, a quarter each. Both need {LEAST} examples or more.
+Neurons are found and factors are learned for them on --data; epochs and strength are chosen on --dev. This is done for
+each of --selections, --sizes and --lr, in a fixed order that begins with the first of each, until all have been tried
+or --budget is over. The best on dev is measured on --test, once, and on --others, which should lose nothing. What is
+not given of --dev and --test is drawn from --data by image, a quarter each. Both need {LEAST} examples or more.
 
 If the gain's 95% interval on --test is above 0, the profile is written into RUN/profiles and the exit code is 0.
 Otherwise the exit code is 1, and no profile is written unless --keep is given. The profile holds all of this as its

@@ -84,8 +84,8 @@ class Clock:
         if self.budget is not None and not self.allows_another():
             raise DataError(
                 f"a budget of {duration(self.budget)} is too small for one trial, which takes about "
-                f"{duration(self.per_trial)} here, beside {duration(self.spent + self._measuring)} to prepare and to "
-                "measure; give more, or fewer examples or epochs"
+                f"{duration(self.per_trial)} here, with {duration(self.spent)} gone already and "
+                f"{duration(self._measuring)} to measure in the end; give more, or fewer examples or epochs"
             )
 
     @contextmanager

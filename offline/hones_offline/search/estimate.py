@@ -25,9 +25,8 @@ def estimate(encoded: EncodedData, settings: SearchSettings, execution: Executio
     grid, fit = settings.grid, replace(settings.fit, epochs=1)
     per_step = fit.batch_size * fit.accumulation_steps
     index = NeuronIndex.of(encoded.data.decoder.layout)
-    bank = index.bank(
-        np.arange(bank_size(max(settings.sizes), index.size))
-    )  # of the first layers: the longest way back
+    # Neurons of the first layers, from which the way back is the longest.
+    bank = index.bank(np.arange(bank_size(max(settings.sizes), index.size)))
     step = _seconds(lambda: fit_prepared(encoded.data.first(per_step), bank, fit, Execution()))
     batch = encoded.dev.first(execution.batch_size)
 

@@ -1,4 +1,4 @@
-"""The winner of a search on the test examples, each time that they are used, and on other tasks."""
+"""Evidence for the winner of a search: the test examples, with a note of each use of them, and other tasks."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -80,8 +80,8 @@ def _others(splits: Splits, others: Sequence[Prepared], profile: Profile) -> dic
         base, steered = (_measured(splits, prepared, steering) for steering in (None, profile))
         values = [bootstrap.values(one.task.name, one.statistics, one.task.aggregate) for one in (base, steered)]
         gains.append(values[1] - values[0])
-        rows[prepared.task.name] = {**steered.evidence(base, "others"), "gain_ci95": interval_of(gains[-1])}
-        del rows[prepared.task.name]["split"]
+        row = {**steered.evidence(base, "others"), "gain_ci95": interval_of(gains[-1])}
+        rows[prepared.task.name] = {key: value for key, value in row.items() if key != "split"}
     mean: FloatArray = np.mean(gains, axis=0)
     return {"others": rows, "others_mean": {"gain": float(mean[0]), "gain_ci95": interval_of(mean)}}
 
