@@ -24,7 +24,7 @@ from hones_steer._blocks import Routing, block_of, carry, innermost
 from hones_steer._folding import Folded
 from hones_steer._selftest import Verification, self_test
 from hones_steer.errors import ProfileError, RoutingError, StateError
-from hones_steer.injection import Injection
+from hones_steer.injection import Injection, is_injected
 from hones_steer.layout import Layout, find_layout, unwrap
 from hones_steer.profile import ModelIdentity, Profile, StrPath, is_task_name, load_profile
 from hones_steer.slots import SlotPool
@@ -57,6 +57,11 @@ def steer(
         StateError: the model is steered already.
     """
     return Steering(model, profiles, max_profiles=max_profiles, allow_mismatch=allow_mismatch)
+
+
+def is_steered(model: nn.Module) -> bool:
+    """Whether a `Steering` is attached to the model, in a block or not; raises LayoutError as `steer` does."""
+    return is_injected(unwrap(model), find_layout(model))
 
 
 class Steering:
@@ -380,9 +385,7 @@ class _InstanceMethods:
                 self._model.__dict__[name] = before
 
 
-def _sources(
-    profiles: Mapping[str, Profile | StrPath] | StrPath | ProfileStore,
-) -> dict[str, Profile | StrPath]:
+def _sources(profiles: Mapping[str, Profile | StrPath] | StrPath | ProfileStore) -> dict[str, Profile | StrPath]:
     if isinstance(profiles, Mapping):
         return dict(profiles)
     store = ProfileStore(profiles) if isinstance(profiles, str | os.PathLike) else profiles

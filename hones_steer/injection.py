@@ -81,6 +81,12 @@ class Edge:
         return present is self.child or getattr(present, "_orig_mod", None) is self.child
 
 
+def is_injected(model: nn.Module, layout: Layout) -> bool:
+    """Whether an `Injection` has its hooks on the model; inside a wrapper, `model` is the one that it calls."""
+    modules = [model, *(layer.down_proj for layer in layout.with_ffn)]
+    return any(isinstance(hook, _Hook) for module in modules for hook in module._forward_pre_hooks.values())
+
+
 class Injection:
     """The hooks of one steered model, and the state that they share; `detach` removes every hook.
 
@@ -140,8 +146,7 @@ class Injection:
         self._attach(model, layout, devices)
 
     def _attach(self, model: nn.Module, layout: Layout, devices: Sequence[torch.device]) -> None:
-        modules = [model, *(layer.down_proj for layer in layout.with_ffn)]
-        if any(isinstance(hook, _Hook) for module in modules for hook in module._forward_pre_hooks.values()):
+        if is_injected(model, layout):
             raise StateError("the model is steered already; use that Steering, or detach() it first")
         try:
             self._handles.append(model.register_forward_pre_hook(_EnterHook(self), with_kwargs=True))

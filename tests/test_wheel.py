@@ -85,7 +85,7 @@ def test_it_brings_the_commands_and_the_extras(wheel: Path) -> None:
     entry_points = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
     commands = archive.read(entry_points).decode()
     steer = ("inspect", "diff", "verify", "export", "import", "push", "pull")
-    for name in (*steer, "attribute", "fit", "evaluate", "demo", "report", "serve", "route"):
+    for name in (*steer, "learn", "attribute", "fit", "evaluate", "demo", "report", "serve", "route"):
         assert f"\n{name} = " in commands
     metadata = archive.read(entry_points.replace("entry_points.txt", "METADATA")).decode()
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]

@@ -66,4 +66,6 @@ def shown(value: object) -> str:
     """A JSON value as one line of text, numbers with four digits."""
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, list) and all(isinstance(item, float) for item in value):
+        return f"[{', '.join(map(shown, value))}]"
     return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))

@@ -25,6 +25,7 @@ OK, NO, BAD_INPUT = 0, 1, 2
 INTERRUPTED, READER_LEFT = 130, 141  # 128 + SIGINT and SIGPIPE: a shell's codes for a program that they end
 
 _SUMMARIES = {
+    "learn": "from a task's data to a measured profile, in one command",
     "attribute": "find the neurons that matter for a task",
     "fit": "learn scales for a task's neurons and write its profile",
     "evaluate": "measure a task with and without steering or masking",

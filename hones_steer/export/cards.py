@@ -13,8 +13,8 @@ from hones_steer.profile import Profile
 # A card without this line was written by hand, and is left alone.
 GENERATED = "<!-- Written by `hones push`, which replaces it. Delete this line to keep a text of your own. -->"
 
-# The columns that `hones fit` and `hones demo` write come first, in this order.
-_EVIDENCE_ORDER = ("metric", "split", "n", "base", "steered", "gain_ci95", "masked")
+# The columns that `hones learn`, `fit` and `demo` write come first, in this order.
+_EVIDENCE_ORDER = ("metric", "split", "n", "base", "steered", "gain_ci95", "masked", "others", "others_mean")
 
 
 def card(profiles: Sequence[Profile], paragraphs: Sequence[str], **header: Any) -> str:
@@ -124,11 +124,18 @@ def _table(rows: Sequence[Mapping[str, object]], order: Sequence[str] = ()) -> s
 
 def _cell(value: object) -> str:
     """A value from a profile as one table cell that can neither end its row nor smuggle in HTML."""
-    if isinstance(value, float):
-        text = f"{value:.4g}"
-    elif isinstance(value, list) and all(isinstance(item, int | float) for item in value):
-        text = f"[{', '.join(map(_cell, value))}]"
-    else:
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = _text(value)
     text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
+def _text(value: object) -> str:
+    """A value in one line, numbers with four digits: an interval as [0.1, 0.2], an object as its keys and values."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list) and all(isinstance(item, int | float) for item in value):
+        return f"[{', '.join(map(_text, value))}]"
+    if isinstance(value, Mapping):
+        parts = (f"{key}: ({_text(x)})" if isinstance(x, Mapping) else f"{key}: {_text(x)}" for key, x in value.items())
+        return ", ".join(parts)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

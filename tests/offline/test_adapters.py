@@ -18,7 +18,7 @@ from hones_offline.learning.adapters import (
     ffn_linears,
     trained_by_epoch,
 )
-from hones_offline.learning.factors import FitSettings, learn
+from hones_offline.learning.factors import FitSettings, fit_prepared
 from hones_offline.running.evaluation import score
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
@@ -94,7 +94,7 @@ def test_ia3_is_factors_learned_for_all_neurons(llama: Prepared) -> None:
     index = NeuronIndex.of(llama.decoder.layout)
     every = Bank({layer: np.arange(width) for layer, width in enumerate(index.widths)})
     unbounded = FitSettings(**{**vars(SETTINGS), "l2": 0.0, "clamp": 1e6})
-    profile = learn(llama, every, unbounded, Execution())
+    profile = fit_prepared(llama, every, unbounded, Execution())
     adapter = list(trained(llama, "ia3"))[-1]
     factors = [scales for _, scales in profile.layers.values()]
     assert [name.split(".")[2] for name in adapter.weights] == [str(layer) for layer in profile.layers]

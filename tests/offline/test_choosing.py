@@ -12,7 +12,7 @@ import torch
 from hones_offline.comparison.splits import Splits
 from hones_offline.data.neurons import Bank, NeuronIndex
 from hones_offline.learning.choosing import DevScore, FitGrid, choose, dev_log_probabilities
-from hones_offline.learning.factors import FitSettings, learn, learned_by_epoch, losses_of
+from hones_offline.learning.factors import FitSettings, fit_prepared, learned_by_epoch, losses_of
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
 from offline.killed_run import contents
@@ -105,7 +105,7 @@ def test_a_grid_out_of_range_is_refused(change, message: str) -> None:
 
 
 def test_dev_is_measured_as_one_example_at_a_time_would(p: Problem, prepared: Prepared) -> None:
-    profile = learn(prepared, BANK, SETTINGS, Execution())
+    profile = fit_prepared(prepared, BANK, SETTINGS, Execution())
     with reference.neurons_scaled(p.model, profile.layers):
         expected = reference.mean_log_probability(p.model, p.processor, p.task, p.examples)
     assert dev_log_probabilities(prepared, profile, batch_size=5).mean() == pytest.approx(expected, abs=1e-5)
@@ -194,7 +194,7 @@ def test_a_shared_beginning_runs_once(prepared: Prepared) -> None:
 
     hook = prepared.decoder.layout.decoder.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        learn(prepared, BANK, replace(SETTINGS, epochs=1, batch_size=12), Execution())
+        fit_prepared(prepared, BANK, replace(SETTINGS, epochs=1, batch_size=12), Execution())
     finally:
         hook.remove()
     # Twice a prefix of one row and the rest of twelve: the original, and one optimizer step.
@@ -226,4 +226,4 @@ def test_pruning_ends_at_exactly_as_many_neurons_as_asked(prepared: Prepared) ->
     }
     assert all((scales != 1).all() for _, scales in last.layers.values())
     assert mean_loss(prepared, last) < mean_loss(prepared, epochs[3]) < mean_loss(prepared, None)
-    assert learn(prepared, bank, settings, Execution()).digest == last.digest
+    assert fit_prepared(prepared, bank, settings, Execution()).digest == last.digest

@@ -15,7 +15,7 @@ from hones_offline.attribution.write_in import PositivePart, head_guided_importa
 from hones_offline.data.examples import Example
 from hones_offline.data.neurons import Bank, Importance, NeuronIndex
 from hones_offline.data.tasks import JsonlTask, Task
-from hones_offline.learning.factors import FitSettings, _Learner, fit_run_settings, learn, losses_of
+from hones_offline.learning.factors import FitSettings, _Learner, fit_prepared, fit_run_settings, losses_of
 from hones_offline.running.evaluation import intervention, position_means, score
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
@@ -216,7 +216,7 @@ def test_learning_follows_the_gradient_of_the_plain_loss(case: tuple[Problem, Pr
     lowest, *_, highest = (layer.index for layer in prepared.decoder.layout.with_ffn)
     bank = Bank({lowest: [1, 7, 20], highest: [3, 11]})
     settings = FitSettings(epochs=1, lr=1e-2, batch_size=100, accumulation_steps=1, l2=0.0)
-    profile = learn(prepared, bank, settings, Execution())
+    profile = fit_prepared(prepared, bank, settings, Execution())
     flat = np.concatenate([scales for _, scales in profile.layers.values()])
 
     for scale, slope in zip(flat, slopes(p, bank, settings.seed), strict=True):
@@ -271,7 +271,9 @@ def test_an_epochs_gradient_is_of_the_drawn_pairs_averaged_over_each_example(
     prepared = prepare(p.model, p.processor, p.task, p.examples)
     bank = Bank({0: [1, 7, 20], 2: [3, 11]})
     settings = FitSettings(epochs=1, batch_size=batch_size, accumulation_steps=5, l2=0, max_grad_norm=1e6, seed=3)
-    learn(prepared, bank, settings, Execution(folder=RunFolder(tmp_path, fit_run_settings(prepared, bank, settings))))
+    fit_prepared(
+        prepared, bank, settings, Execution(folder=RunFolder(tmp_path, fit_run_settings(prepared, bank, settings)))
+    )
     (state,) = (read_arrays(file) for file in tmp_path.glob("hones-*.safetensors"))
     expected = slopes(p, bank, settings.seed)
     gradient = state["exp_avg"] / (1 - 0.9)  # Adam's first moment after one step
@@ -290,7 +292,8 @@ def test_gradient_checkpointing_learns_the_same() -> None:
     prepared = prepare(p.model, p.processor, p.task, p.examples)
     bank = Bank({0: [1, 7], 2: [3]})
     plain, checkpointed = (
-        learn(prepared, bank, FitSettings(lr=1e-2, gradient_checkpointing=flag), Execution()) for flag in (False, True)
+        fit_prepared(prepared, bank, FitSettings(lr=1e-2, gradient_checkpointing=flag), Execution())
+        for flag in (False, True)
     )
     for layer in bank:
         np.testing.assert_allclose(plain.layers[layer][1], checkpointed.layers[layer][1], atol=1e-5)

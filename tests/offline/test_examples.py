@@ -14,6 +14,7 @@ from hones_offline.data.examples import (
     fingerprint,
     load_jsonl,
     scene_examples,
+    split_by_image,
 )
 from hones_offline.data.scenes import scenes
 from PIL import Image
@@ -294,3 +295,21 @@ def test_a_fingerprint_is_of_what_is_asked_and_answered_and_seen() -> None:
     ]
     assert len({fingerprint(example) for example in (one, *others)}) == 7
     assert len(fingerprint(one)) == 12
+
+
+def test_splits_are_drawn_by_image_seeded_and_leave_the_rest() -> None:
+    names = [f"/coco/{release}/{i:012}.jpg" for i in range(20) for release in ("train2017", "val2017")]
+    seen = [Example(str(i), "?", ("a",), FileImage(Path(name))) for i, name in enumerate(names)]
+    text = [Example(f"t{i}", f"{i // 2}?", ("a",), None) for i in range(20)]
+    examples = [*seen, *text]  # 20 photographs under two names each, and 10 questions asked twice
+    rest, drawn = split_by_image(examples, {"dev": 0.25, "test": 0.2}, seed=1)
+    check_disjoint(data=rest, **drawn)
+    assert {name: len(part) for name, part in drawn.items()} == {"dev": 16, "test": 12}  # pairs stay together
+    assert sorted(e.id for part in (rest, *drawn.values()) for e in part) == sorted(e.id for e in examples)
+    for part in (rest, *drawn.values()):
+        assert part == [e for e in examples if e in part]  # in their order
+    assert split_by_image(examples, {"dev": 0.25, "test": 0.2}, seed=1) == (rest, drawn)
+    assert split_by_image(examples, {"dev": 0.25, "test": 0.2}, seed=2) != (rest, drawn)
+    assert split_by_image(examples, {}, seed=1) == (examples, {})
+    with pytest.raises(DataError, match="2 examples with 1 images cannot be divided into 2 splits that share none"):
+        split_by_image(seen[:2], {"dev": 0.5}, seed=1)

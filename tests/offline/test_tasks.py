@@ -13,7 +13,7 @@ from hones_offline.data.examples import Example, scene_examples
 from hones_offline.data.neurons import Bank
 from hones_offline.data.scenes import scenes
 from hones_offline.data.tasks import TASKS, JsonlTask, Task, first_line, get_task
-from hones_offline.learning.factors import FitSettings, fit_run_settings, learn
+from hones_offline.learning.factors import FitSettings, fit_prepared, fit_run_settings
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import prepare
 from problems import problem
@@ -366,7 +366,7 @@ def test_a_prompt_can_be_drawn_as_numpy_draws_it() -> None:
     prepared = prepare(p.model, p.processor, Draws(), p.examples)
     settings = FitSettings(epochs=1, batch_size=2)
     assert fit_run_settings(prepared, Bank({0: [1]}), settings) == fit_run_settings(prepared, Bank({0: [1]}), settings)
-    assert learn(prepared, Bank({0: [1]}), settings, Execution()).num_neurons == 1
+    assert fit_prepared(prepared, Bank({0: [1]}), settings, Execution()).num_neurons == 1
 
 
 def test_a_task_of_ones_own_is_scored_by_exact_match_unless_it_says_otherwise() -> None:

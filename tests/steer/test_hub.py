@@ -120,6 +120,14 @@ def test_the_card_tells_model_tasks_evidence_and_use(hub):
         assert usage in text
 
 
+def test_the_card_tells_what_other_tasks_lose(hub):
+    others = {"ocr": {"n": 9, "base": 0.123456, "gain_ci95": [-0.03, 0.01]}, "x|y": {}}
+    push_profile(make("vqa", evidence={"n": 3, "others": others, "others_mean": {"gain": -0.0123456}}), REPO)
+    text = hub.repos[REPO].files()["README.md"].decode()
+    assert "| task | n | others | others_mean |" in text
+    assert "| vqa | 3 | ocr: (n: 9, base: 0.1235, gain_ci95: [-0.03, 0.01]), x\\|y: () | gain: -0.01235 |" in text
+
+
 def test_text_from_a_profile_stays_in_its_cell(hub):
     nasty = make("vqa", description="a | b\n\n# Head <script>", evidence={"x|y": "1\n|---|"})
     push_profile(nasty, REPO)

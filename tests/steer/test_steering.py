@@ -16,7 +16,7 @@ from tiny_models import random_profile, text_inputs
 
 from hones_steer._transformers import disable_checkpointing, enable_checkpointing
 from hones_steer.errors import LayoutError, MismatchError, ProfileError, RoutingError, StateError
-from hones_steer.huggingface import steer
+from hones_steer.huggingface import is_steered, steer
 from hones_steer.profile import save_profile
 from hones_steer.store import ProfileStore
 
@@ -351,7 +351,9 @@ class TestNeverSilentlyUnsteered:
             steered(model)
         with pytest.raises(StateError, match="steered already"):
             steer(model.model.language_model, {})
+        assert is_steered(model)
         steering.detach()
+        assert not is_steered(model)
         steered(model)[0].detach()
 
     def test_a_failed_attach_leaves_nothing(self, model):

@@ -1,4 +1,4 @@
-"""Arguments, data and printed results that `hones attribute`, `hones fit` and `hones evaluate` have in common."""
+"""Arguments, data and printed results that `hones learn`, `attribute`, `fit` and `evaluate` have in common."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ from hones_offline.data.datasets import load_dataset
 from hones_offline.data.examples import Loaded, load_jsonl
 from hones_offline.data.metrics import METRICS
 from hones_offline.data.tasks import TASKS, JsonlTask, Protocol, Task, get_task
+from hones_offline.learning.factors import FitSettings
 from hones_offline.running.distributed import number_of_processes
 from hones_offline.running.evaluation import Scores, intervention, score
 from hones_offline.running.prompts import Prepared
@@ -94,6 +95,48 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of examples with unusable images before it is an error (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add how factors are learned, but for what dev may choose."""
+    defaults = FitSettings()
+    parser.add_argument(
+        "--beta-kl",
+        type=float,
+        default=defaults.beta_kl,
+        help="weight of the KL to the original (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--fit-batch-size",
+        type=int,
+        default=defaults.batch_size,
+        metavar="N",
+        help="examples per forward and backward (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--accumulation-steps",
+        type=int,
+        default=defaults.accumulation_steps,
+        metavar="N",
+        help="(default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="(default: %(default)s)")
+    parser.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="less memory, more time: recompute layers going back",
+    )
+
+
+def fit_settings(args: argparse.Namespace) -> FitSettings:
+    """The settings of `add_fit_arguments`."""
+    return FitSettings(
+        beta_kl=args.beta_kl,
+        batch_size=args.fit_batch_size,
+        accumulation_steps=args.accumulation_steps,
+        seed=args.seed,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
 
 
 def load_data(args: argparse.Namespace) -> tuple[Task, Loaded]:

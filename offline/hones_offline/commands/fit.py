@@ -9,8 +9,10 @@ from typing import Any
 
 from hones_offline.commands.arguments import (
     add_data_arguments,
+    add_fit_arguments,
     check_one_process,
     failure_lines,
+    fit_settings,
     load_data,
     load_file,
     show,
@@ -20,7 +22,7 @@ from hones_offline.commands.result import read_bank
 from hones_offline.data.examples import check_disjoint
 from hones_offline.data.neurons import Bank, NeuronIndex
 from hones_offline.learning.choosing import DevScore, FitGrid, choose_fit, dev_log_probabilities, strengthened
-from hones_offline.learning.factors import FitSettings, fit_run_settings, learn
+from hones_offline.learning.factors import FitSettings, fit_prepared, fit_run_settings
 from hones_offline.learning.methods import STEERING_METHODS, SteeringInputs
 from hones_offline.running.evaluation import score
 from hones_offline.running.execution import Execution
@@ -127,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--description", default="", help="text for the profile")
     parser.add_argument("--license", default="", help="license of the profile, e.g. apache-2.0")
     _add_chosen_arguments(parser)
-    _add_fit_arguments(parser)
+    add_fit_arguments(parser)
     return parser
 
 
@@ -164,36 +166,6 @@ def _add_chosen_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_fit_arguments(parser: argparse.ArgumentParser) -> None:
-    defaults = FitSettings()
-    parser.add_argument(
-        "--beta-kl",
-        type=float,
-        default=defaults.beta_kl,
-        help="weight of the KL to the original (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--fit-batch-size",
-        type=int,
-        default=defaults.batch_size,
-        metavar="N",
-        help="examples per forward and backward (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--accumulation-steps",
-        type=int,
-        default=defaults.accumulation_steps,
-        metavar="N",
-        help="(default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="(default: %(default)s)")
-    parser.add_argument(
-        "--gradient-checkpointing",
-        action="store_true",
-        help="less memory, more time: recompute layers going back",
-    )
-
-
 def _check_writable(file: Path) -> None:
     """Raise DataError, before hours of work, if the file cannot be written."""
     if file.is_dir() or not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
@@ -220,14 +192,10 @@ def _check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 def _fit_settings(args: argparse.Namespace) -> FitSettings:
     """How factors are learned; learning rate and epochs count without dev only."""
     defaults = FitSettings()
-    return FitSettings(
+    return replace(
+        fit_settings(args),
         epochs=defaults.epochs if args.epochs is None else args.epochs,
         lr=args.lr[0] if args.lr else defaults.lr,
-        beta_kl=args.beta_kl,
-        batch_size=args.fit_batch_size,
-        accumulation_steps=args.accumulation_steps,
-        seed=args.seed,
-        gradient_checkpointing=args.gradient_checkpointing,
     )
 
 
@@ -261,7 +229,7 @@ class _Fitting:
         wanted = fit_run_settings(self.data, bank, settings)
         if self.dev is None:
             execution = Execution(folder=RunFolder(folder, wanted), progress=True)
-            profile = learn(self.data, bank, settings, execution, name=name)
+            profile = fit_prepared(self.data, bank, settings, execution, name=name)
             return strengthened(profile, self.grid.strengths[0])
         for of_the_grid in ("lr", "epochs"):
             del wanted[of_the_grid]

@@ -15,7 +15,7 @@ from hones_offline.data.metrics import FloatArray
 from hones_offline.data.neurons import Bank, NeuronIndex
 from hones_offline.learning.adapters import Adapter, adapted, adapter_run_settings, trained_by_epoch
 from hones_offline.learning.choosing import DevScore, FitGrid, choose, choose_fit, dev_log_probabilities
-from hones_offline.learning.factors import FitSettings, fit_run_settings, learn, losses_of
+from hones_offline.learning.factors import FitSettings, fit_prepared, fit_run_settings, losses_of
 from hones_offline.learning.methods import SteeringInputs
 from hones_offline.running.evaluation import Scores, intervention, position_means, score
 from hones_offline.running.execution import Execution
@@ -108,9 +108,9 @@ class Splits:
         return DevScore(self.measure("dev", steering=steering).value, float(means.mean()))
 
     def learned(self, name: str, bank: Bank, settings: FitSettings, *, progress: bool = False) -> Profile:
-        """`learn` on the discovery examples, kept in a folder of its own; the same is learned once."""
+        """`fit_prepared` on the discovery examples, kept in a folder of its own; the same is learned once."""
         execution = Execution(folder=self._fit_folder(name, bank, settings), progress=progress)
-        return learn(self.discovery, bank, settings, execution, name=name)
+        return fit_prepared(self.discovery, bank, settings, execution, name=name)
 
     def learned_on_dev(
         self, name: str, bank: Bank, settings: FitSettings, grid: FitGrid, *, progress: bool = False

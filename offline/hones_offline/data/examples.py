@@ -2,7 +2,7 @@
 
 `datasets.py` reads published datasets. Every loader returns `Loaded(examples, skipped)`: the usable examples, and for
 each record left out the reason, by id. An image stays on disk until `load()`, which raises `DataError` naming the file
-if it is missing or damaged. `check_disjoint` keeps the splits apart.
+if it is missing or damaged. `check_disjoint` keeps the splits apart, and `split_by_image` makes them.
 """
 
 import hashlib
@@ -10,11 +10,13 @@ import json
 import math
 import re
 import struct
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from hones_offline.data.records import is_text, naming, parse_json, read_file
@@ -245,6 +247,41 @@ def check_disjoint(**splits: Sequence[Example]) -> None:
                     f"Splits '{first_split}' and '{split}' share image '{key}'{also}; "
                     "each image may be in one split only."
                 )
+
+
+def split_by_image(
+    examples: Sequence[Example], shares: Mapping[str, float], seed: int
+) -> tuple[list[Example], dict[str, list[Example]]]:
+    """Draw splits that share no image with one another nor with the rest, told apart as in `check_disjoint`.
+
+    Images are drawn at random, each with all its examples, until a split has its share of them; so it can have a few
+    more. Within a split the examples keep their order. `shares` maps each split's name to its share of all examples.
+
+    Returns:
+        The rest, and the splits by name.
+
+    Raises:
+        DataError: there are too few images.
+    """
+    images = [fingerprint(e) if e.image is None else _identity(e.image.key) for e in examples]
+    sizes = Counter(images)
+    left = [list(sizes)[i] for i in np.random.default_rng(seed).permutation(len(sizes))]
+    split_of: dict[str, str] = {}
+    for split, share in shares.items():
+        wanted = round(share * len(examples))
+        while wanted > 0 and left:
+            image = left.pop()
+            split_of[image] = split
+            wanted -= sizes[image]
+    if not left:
+        raise DataError(
+            f"{len(examples)} examples with {len(sizes)} images cannot be divided into {len(shares) + 1} splits that "
+            "share none; give more images, or the splits as files"
+        )
+    parts: dict[str, list[Example]] = {split: [] for split in ("", *shares)}
+    for example, image in zip(examples, images, strict=True):
+        parts[split_of.get(image, "")].append(example)
+    return parts.pop(""), parts
 
 
 def fingerprint(example: Example) -> str:

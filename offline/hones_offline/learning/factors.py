@@ -141,7 +141,7 @@ def fit(
     checked.check(NeuronIndex.of(prepared.decoder.layout))
     _check_keep(checked, settings)
     run = None if run_dir is None else RunFolder(run_dir, fit_run_settings(prepared, checked, settings))
-    return learn(prepared, checked, settings, Execution(folder=run, progress=progress))
+    return fit_prepared(prepared, checked, settings, Execution(folder=run, progress=progress))
 
 
 def _check_keep(bank: Bank, settings: FitSettings) -> None:
@@ -162,7 +162,7 @@ def fit_run_settings(prepared: Prepared, bank: Bank, settings: FitSettings) -> d
     }
 
 
-def learn(
+def fit_prepared(
     prepared: Prepared, bank: Bank, settings: FitSettings, execution: Execution, *, name: str = "hones"
 ) -> Profile:
     """`fit` on examples that are already encoded and a bank that is the model's.
@@ -182,7 +182,7 @@ def learned_by_epoch(
     name: str = "hones",
     losses: Losses | None = None,
 ) -> Generator[tuple[int, Profile]]:
-    """`learn`, giving (number, from 1; profile) after each epoch.
+    """`fit_prepared`, giving (number, from 1; profile) after each epoch.
 
     An epoch is learned when its profile is asked for; the learning rate falls over all of `settings.epochs`, however
     many that are. Epochs before the end of pruning (`settings.keep`) give no profile. `losses` is what `losses_of`
