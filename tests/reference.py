@@ -445,7 +445,8 @@ def activation_probability(model, processor, task, examples):
             with ExitStack() as stack:
                 for layer in find_layout(model).with_ffn:
                     ffn = next(m for m in layer.module.modules() if layer.down_proj in m.children())
-                    (function,) = (m for m in ffn.modules() if "activation" in type(m).__module__)
+                    functions = [m for m in ffn.modules() if "activation" in type(m).__module__]
+                    (function,) = functions or [ffn.w1]  # LFM2 calls SiLU by name, which keeps its gate's sign
                     stack.callback(function.register_forward_hook(hook).remove)
                 answer_logits(model, processor, example, task.prompts(example)[index], answer)
             layers = [layer.index for layer in find_layout(model).with_ffn]
