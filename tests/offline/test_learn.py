@@ -362,7 +362,7 @@ class Forwards:
 
     def __init__(self, p: Problem) -> None:
         self.count, self.interrupt_at = 0, None
-        p.model.model.register_forward_pre_hook(self)
+        p.model.model.layers[0].register_forward_pre_hook(self)  # the decoder is also entered to see its inputs
 
     def __call__(self, *_: object) -> None:
         self.count += 1

@@ -156,10 +156,10 @@ class Importance:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         if copy is False:
             raise ValueError("an Importance is made into a matrix by copying it")
-        matrix = np.zeros((len(self.index.widths), max(self.index.widths)), dtype=self.values.dtype)
+        matrix = np.zeros((len(self.index.widths), max(self.index.widths)), dtype=np.float32)
         for layer, width in enumerate(self.index.widths):
             matrix[layer, :width] = self.values[self.index.layer(layer)]
-        return matrix.astype(dtype, copy=False)
+        return np.asarray(matrix, dtype=dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
