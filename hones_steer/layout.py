@@ -285,7 +285,7 @@ def ffn_gate(layer: DecoderLayer) -> nn.Module | None:
             projections[path] = module
     projections = {path: module for path, module in projections.items() if not _holds(layer.down_proj, module)}
     [down] = (path for path, module in layer.module.named_modules() if module is layer.down_proj)
-    beside = {path for path in projections if path.startswith(down.rpartition(".")[0])}  # not a convolution's
+    beside = [path for path in projections if path.startswith(down.rpartition(".")[0])]  # not a convolution's
     projections = {path: projections[path] for path in beside or projections}
     fused = [path for path, module in projections.items() if linear_shape(module) == (hidden, 2 * width)]
     if len(projections) == 1 and not fused:
