@@ -1,4 +1,4 @@
-"""What the embedded model is trained on: the prompts and answers of a generalist, which does not know a data set.
+"""The prompts and answers that the embedded model is trained on: a generalist's, which does not know a data set.
 
 A task is asked for in many wordings, and answered as different sources would answer: each has its own form, and its own
 idea of what is to be said (from whose side left is, in which order things are named, whether a caption must be

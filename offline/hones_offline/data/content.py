@@ -1,4 +1,4 @@
-"""What an answer about a generated scene says, apart from how it says it.
+"""The content of an answer about a generated scene, apart from its form.
 
 A task's metric counts the data set's convention: "The circle is red." is no match for "red". These scores count the
 content alone, so that what steering teaches of a form can be told from what it teaches of a picture. Each lies between

@@ -60,7 +60,7 @@ DIGITS = "".join(filter(str.isdigit, CHARACTERS))
 
 Split = Literal["train", "discovery", "dev", "test"]
 Look = Literal["clear", "noisy", "dim", "blurred", "gray"]
-"""What the camera did to a picture."""
+"""A camera's effect on a picture."""
 
 LOOKS: dict[Look, float] = {"clear": 62, "noisy": 9, "dim": 9, "blurred": 11, "gray": 9}
 """How often pictures look how, in percent."""
