@@ -166,8 +166,11 @@ def test_the_papers_protocol_goes_from_the_command_line_into_every_run(hones: Ru
     command = ["fit", *common, "--bank", tmp_path / "run", "--out", tmp_path / "vqa.safetensors", *FIT]
     for protocol in ("paper", "default"):
         state = tmp_path / protocol
-        assert hones(*command, "--protocol", protocol, "--state", state)[0] == 0
+        more = ["--test", root / "dev.jsonl", "--protocol", protocol, "--state", state]
+        assert hones(*command, *more)[0] == 0
         assert json.loads((state / "run.json").read_bytes())["protocol"] == protocol
+        evidence = load_profile(tmp_path / "vqa.safetensors").evidence
+        assert evidence.get("protocol", "default") == protocol
 
     for protocol in ("paper", "default"):
         code, out, _ = hones("evaluate", *common, "--protocol", protocol, "--json")

@@ -49,10 +49,15 @@ class Scores:
         return paired_bootstrap_interval(self.statistics, base.statistics, self.task.aggregate, seed=0)
 
     def evidence(self, base: "Scores", split: str) -> dict[str, Any]:
-        """The evidence that a profile carries: the metric without and with it on a split, and the gain's interval."""
+        """The evidence that a profile carries: the metric without and with it on a split, and the gain's interval.
+
+        It has "protocol" where that is not the default one.
+        """
+        protocol = {} if self.task.protocol == "default" else {"protocol": self.task.protocol}
         return {
             "split": split,
             "metric": self.task.metric,
+            **protocol,
             "n": self.n,
             "base": base.value,
             "steered": self.value,
