@@ -5,10 +5,12 @@ only: `w17 w42` is a prompt of two tokens, unknown words are all the same token.
 sketch tells one seed from another.
 """
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from tiny_models import GROUPED, IMAGE, VIDEO, VISION_END, VISION_START, _build
 from tiny_models import TEXT as ALIKE
 from tiny_models import llama as build_llama
@@ -81,6 +83,14 @@ QWEN_VISION = {
     "temporal_patch_size": 2,
     "out_hidden_size": TEXT["hidden_size"],
 }
+INTERLEAVED = {"rope_type": "default", "mrope_interleaved": True}  # transformers does so anyway, vLLM if it is said
+LINEAR = {
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
 QWEN_TOKENS = {
     "image_token_id": IMAGE,
     "video_token_id": VIDEO,
@@ -108,7 +118,7 @@ def qwen2_5_vl(folder: Path, seed: int = 0) -> Path:
 def qwen3_vl(folder: Path, seed: int = 0) -> Path:
     """Write a Qwen3-VL like `qwen2_5_vl`'s; its decoder takes what the vision tower says in its first layer as well."""
     config = Qwen3VLConfig(
-        text_config={**GROUPED_TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [6, 5, 5]}},
+        text_config={**GROUPED_TEXT, "rope_parameters": {**INTERLEAVED, "mrope_section": [6, 5, 5]}},
         vision_config={**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
         **QWEN_TOKENS,
         tie_word_embeddings=False,
@@ -119,12 +129,9 @@ def qwen3_vl(folder: Path, seed: int = 0) -> Path:
 
 def qwen3_5(folder: Path, seed: int = 0) -> Path:
     """Write a Qwen3.5 like `qwen3_vl`'s, whose layers have linear attention, but for one."""
-    kinds = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
-    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
-    linear |= {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
-    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25}
+    rope = {**INTERLEAVED, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25}
     config = Qwen3_5Config(
-        text_config={**GROUPED_TEXT, **linear, "layer_types": kinds, "rope_parameters": rope},
+        text_config={**GROUPED_TEXT, **LINEAR, "rope_parameters": rope},
         vision_config={**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": []},
         **QWEN_TOKENS,
         tie_word_embeddings=False,
@@ -146,8 +153,17 @@ def gemma3(folder: Path, seed: int = 0) -> Path:
     )
     model = _build(Gemma3ForConditionalGeneration, config, seed)
     names = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<image>"}
-    processor = gemma3_processor(config)
-    return _write(folder, model, processor, "Gemma3Processor", "Gemma3", names=names, image_seq_length=4)
+    newlines = ["\n" * count for count in range(1, 5)]  # which vLLM insists on
+    smaller = copy.deepcopy(config)
+    smaller.text_config.vocab_size -= len(newlines)
+    processor = gemma3_processor(smaller)
+    processor.tokenizer.add_tokens(newlines)
+    _write(folder, model, processor, "Gemma3Processor", "Gemma3", names=names, image_seq_length=4)
+    # Transformers 5 saves it without the level `vision_model`, which published files and vLLM have.
+    file = folder / "model.safetensors"
+    tensors = {key.replace("vision_tower.", "vision_tower.vision_model."): t for key, t in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
 
 
 def idefics3(folder: Path, seed: int = 0) -> Path:
@@ -230,7 +246,7 @@ UNGATED: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "falcon": {"ffn_hidden_size": 512},
     "starcoder2": {"num_key_value_heads": 2},
-    "bloom": {"n_layer": 3, "n_head": 4},
+    "bloom": {"n_layer": 3, "n_head": 4, "tie_word_embeddings": True},  # as vLLM takes it
     "gptj": {**_GPT, "rotary_dim": 16},
     "gpt_bigcode": _GPT,
     "nemotron": _HEADS,
@@ -250,7 +266,7 @@ GATED: dict[str, dict[str, Any]] = {
     "olmo2": {"num_key_value_heads": 2},
     "glm4": _HEADS,
     "stablelm": {"num_key_value_heads": 2},
-    "qwen3_5_text": _HEADS,
+    "qwen3_5_text": {**_HEADS, **LINEAR, "num_hidden_layers": 4},
 }
 
 

@@ -1,4 +1,4 @@
-"""Steering in a vLLM worker: scale tables, each token's slot, and the activation that multiplies.
+"""Steering in a vLLM worker: scale tables, each token's slot, and the product before each down-projection.
 
 A worker keeps the profile of every request that the engine has scheduled and not finished. When a step is prepared,
 the profiles of its requests are put into slots of the tables, and each token gets its request's slot. A profile needs
@@ -108,26 +108,27 @@ class SteeredInput(nn.Module):
 
         Not eager, this reads tensors only, so that compiled code and captured graphs see every later change.
         """
-        if self._eager:
-            return self._scale_in_place(z)
-        return scale(z, self.table.index_select(0, self.index[: z.shape[-2]]))
+        if not self._eager:
+            return scale(z, self.table.index_select(0, self.index[: z.shape[-2]]))
+        if self._tokens.runs:
+            self._scale_in_place(z if z.dim() == 2 else z[0])
+        return z
 
-    def _scale_in_place(self, z: Tensor) -> Tensor:
+    def _scale_in_place(self, z: Tensor) -> None:
         runs = self._tokens.runs
         if self._tokens.by_run:
             for start, end, slot in runs:
-                z[..., start:end, :].mul_(self.table[slot])
-            return z
-        step = max(1, _CHUNK // z.shape[-1])
+                z[start:end].mul_(self.table[slot])
+            return
+        step = max(1, _CHUNK // z.shape[1])
         for start in range(runs[0][0], runs[-1][1], step):
             end = min(start + step, runs[-1][1])
-            z[..., start:end, :].mul_(self.table.index_select(0, self.index[start:end]))
-        return z
+            z[start:end].mul_(self.table.index_select(0, self.index[start:end]))
 
 
 def _scaled(down_projection: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of a down-projection, the first one scaled by its part."""
-    return (down_projection.hones_scaling(args[0]), *args[1:])
+    """The arguments of a down-projection, the first one scaled by its part; calling the part would cost more."""
+    return (down_projection.hones_scaling.forward(args[0]), *args[1:])
 
 
 class WorkerSteering:
@@ -193,10 +194,10 @@ def install() -> None:
 
 
 def attach(runner: Any, config: Any, settings: Settings) -> WorkerSteering:
-    """Put tables and scaled activations into a runner's loaded model, and follow the steps that it runs.
+    """Have every down-projection of a runner's loaded model scale its input, and follow the steps that it runs.
 
     Raises:
-        LayoutError: the model's FFNs are not supported; the message names them.
+        LayoutError: a layer's down-projection is not found; the message names the layer.
         StateError: vLLM's configuration is not supported.
     """
     compat.refuse_unsupported(config, settings)
