@@ -37,8 +37,6 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
-    Qwen3_5Config,
-    Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
@@ -84,13 +82,6 @@ QWEN_VISION = {
     "out_hidden_size": TEXT["hidden_size"],
 }
 INTERLEAVED = {"rope_type": "default", "mrope_interleaved": True}  # transformers does so anyway, vLLM if it is said
-LINEAR = {
-    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
-}
 QWEN_TOKENS = {
     "image_token_id": IMAGE,
     "video_token_id": VIDEO,
@@ -124,19 +115,6 @@ def qwen3_vl(folder: Path, seed: int = 0) -> Path:
         tie_word_embeddings=False,
     )
     model = _build(Qwen3VLForConditionalGeneration, config, seed)
-    return _write(folder, model, qwen3_vl_processor(config), "Qwen3VLProcessor", "Qwen2VL", "Qwen3VL")
-
-
-def qwen3_5(folder: Path, seed: int = 0) -> Path:
-    """Write a Qwen3.5 like `qwen3_vl`'s, whose layers have linear attention, but for one."""
-    rope = {**INTERLEAVED, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25}
-    config = Qwen3_5Config(
-        text_config={**GROUPED_TEXT, **LINEAR, "rope_parameters": rope},
-        vision_config={**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": []},
-        **QWEN_TOKENS,
-        tie_word_embeddings=False,
-    )
-    model = _build(Qwen3_5ForConditionalGeneration, config, seed)
     return _write(folder, model, qwen3_vl_processor(config), "Qwen3VLProcessor", "Qwen2VL", "Qwen3VL")
 
 
@@ -198,7 +176,6 @@ def internvl(folder: Path, seed: int = 0) -> Path:
 VLMS = {
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
-    "qwen3_5": qwen3_5,
     "gemma3": gemma3,
     "idefics3": idefics3,
     "internvl": internvl,
@@ -266,7 +243,6 @@ GATED: dict[str, dict[str, Any]] = {
     "olmo2": {"num_key_value_heads": 2},
     "glm4": _HEADS,
     "stablelm": {"num_key_value_heads": 2},
-    "qwen3_5_text": {**_HEADS, **LINEAR, "num_hidden_layers": 4},
 }
 
 

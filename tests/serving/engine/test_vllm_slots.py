@@ -112,7 +112,7 @@ def test_shards_put_together_are_the_whole() -> None:
 
 
 def linear(rank: int, width: int = WIDTH, *, parallel: bool = True) -> Any:
-    """What is read of a row-parallel down-projection of `width` neurons, on one of two ranks."""
+    """The attributes of a row-parallel down-projection of `width` neurons, on one of two ranks."""
     half = width // 2
     return SimpleNamespace(input_size=width, input_is_parallel=parallel, input_size_per_partition=half, tp_rank=rank)
 
