@@ -77,7 +77,7 @@ def _decoder_stack(model: Any) -> tuple[nn.Module, nn.ModuleList]:
 
 def _down_projection(name: str, layer: nn.Module, hidden: int) -> nn.Module:
     """The one linear module outside attention that has a down-projection's name; errors call the layer `name`."""
-    candidates = {
+    candidates: dict[str, nn.Module] = {
         path: module
         for path, module in layer.named_modules()
         if path.rpartition(".")[2] in _NAMES
