@@ -391,7 +391,11 @@ def memory(llm: Any) -> Memory:
 
 def steering_bytes(model: Any) -> int:
     """Bytes of scale tables and of the slots of the tokens, or of adapters."""
-    tensors = [buffer for name, buffer in model.named_buffers() if name.endswith(("act_fn.table", "act_fn.index"))]
+    tensors = [
+        buffer
+        for name, buffer in model.named_buffers()
+        if name.endswith(("hones_scaling.table", "hones_scaling.index"))
+    ]
     for module in model.modules():
         for name in ("lora_a_stacked", "lora_b_stacked"):
             tensors += getattr(module, name, ())

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from hones_steer.errors import LayoutError
 
 # Dotted names inside the decoder or inside one decoder layer, most common first.
-_LAYER_LISTS = ("layers", "h", "blocks", "layer", "block", "encoder.layer")
-_DOWN_PROJECTIONS = (
+LAYER_LISTS = ("layers", "h", "blocks", "layer", "block", "encoder.layer")
+DOWN_PROJECTIONS = (
     "mlp.down_proj",  # Llama, Qwen, Mistral, Gemma, Phi-3, ...
     "mlp.c_proj",  # GPT-2, GPT-BigCode, StarCoder2, GPT-Neo
     "fc2",  # OPT, BART, XGLM
@@ -54,7 +54,7 @@ _ATTENTION_OUTPUTS = (
 )
 # Names in `config.layer_types` of layers that keep nothing but keys and values from one token to the next, or nothing.
 _PLAIN_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "mlp")
-_FINAL_NORMS = (
+FINAL_NORMS = (
     "norm",
     "ln_f",
     "final_layer_norm",
@@ -352,14 +352,14 @@ def _find_decoder(model: nn.Module, model_type: str, names: _Names) -> nn.Module
     decoder = get_decoder() if callable(get_decoder) else None
     if isinstance(decoder, nn.Module):
         # Some wrappers return a language model that still has its head, or an encoder, around the stack.
-        while _first(decoder, _LAYER_LISTS) is None and (inner := _first(decoder, ("model", "decoder"))) is not None:
+        while _first(decoder, LAYER_LISTS) is None and (inner := _first(decoder, ("model", "decoder"))) is not None:
             decoder = inner
         return decoder
     raise _unrecognized(model_type, "no text decoder was found")
 
 
 def _find_layer_list(decoder: nn.Module, model_type: str, names: _Names) -> nn.ModuleList:
-    layers = _required(decoder, names.layers, model_type) if names.layers else _first(decoder, _LAYER_LISTS)
+    layers = _required(decoder, names.layers, model_type) if names.layers else _first(decoder, LAYER_LISTS)
     if isinstance(layers, nn.ModuleList) and len(layers) > 0:
         return layers
     raise _unrecognized(model_type, f"{type(decoder).__name__} has no list of decoder layers")
@@ -372,7 +372,7 @@ def _describe_layer(
         down_proj: nn.Module | None = _required(module, names.down_proj, model_type)
     else:
         _refuse_experts(name, module, model_type)
-        named = _first(module, _DOWN_PROJECTIONS)
+        named = _first(module, DOWN_PROJECTIONS)
         down_proj = named if named is not None else _down_projection_by_shape(name, module, model_type)
     if down_proj is not None and linear_shape(down_proj) is None:
         raise _unrecognized(
@@ -503,7 +503,7 @@ def _stored_width(module: nn.Module) -> tuple[int, int]:
 
 
 def _find_final_norm(decoder: nn.Module, model_type: str, names: _Names, hidden_size: int) -> nn.Module | None:
-    norm = _required(decoder, names.final_norm, model_type) if names.final_norm else _first(decoder, _FINAL_NORMS)
+    norm = _required(decoder, names.final_norm, model_type) if names.final_norm else _first(decoder, FINAL_NORMS)
     weight = getattr(norm, "weight", None)
     return norm if isinstance(weight, Tensor) and weight.shape == (hidden_size,) else None
 

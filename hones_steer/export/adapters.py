@@ -9,9 +9,9 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from hones_steer.errors import DataError
+from hones_steer.errors import DataError, LayoutError
 from hones_steer.export.cards import card, describe_model, evidence_table, profiles_table
-from hones_steer.export.sidecar import SIDECAR
+from hones_steer.export.sidecar import SIDECAR, without_wrappers
 from hones_steer.files import new_folder
 from hones_steer.layout import Layout, base_layer, find_layout, is_transposed, unwrap
 from hones_steer.profile import ModelIdentity, Profile, StrPath
@@ -32,16 +32,29 @@ def checked_layout(profile: Profile, model: nn.Module, allow_mismatch: bool) -> 
     return layout
 
 
-def module_pattern(modules: Mapping[int, str]) -> str:
-    """A regular expression that matches these modules only; a vision tower may have modules of the same last name."""
+def module_pattern(model: nn.Module, modules: Mapping[int, str]) -> str:
+    """A regular expression that matches these modules only; a vision tower may have modules of the same last name.
+
+    `modules` maps layers to names in the model.
+
+    Raises LayoutError if PEFT, which matches names as here, would find other modules of the model by it, or none: it
+    refuses such an adapter itself, but vLLM serves the model without it.
+    """
     layers: dict[tuple[str, str], list[str]] = {}
     for layer, name in modules.items():
         before, _, after = name.rpartition(f".{layer}.")
         layers.setdefault((before, after), []).append(str(layer))
-    return "|".join(
+    pattern = "|".join(
         rf"{re.escape(before)}\.({'|'.join(numbers)})\.{re.escape(after)}"
         for (before, after), numbers in layers.items()
     )
+    found = [name for name in map(without_wrappers, dict(unwrap(model).named_modules())) if re.fullmatch(pattern, name)]
+    if sorted(found) != sorted(modules.values()):
+        raise LayoutError(
+            f"an adapter for {len(modules)} modules, the first being {next(iter(modules.values()))}, would match "
+            f"{len(found)} of the model's by its names; export from the model as transformers loads it"
+        )
+    return pattern
 
 
 def is_conv1d(layout: Layout) -> bool:

@@ -94,7 +94,7 @@ def export_lora(
         rank_pattern=patterns,
         alpha_pattern=patterns,
         lora_dropout=0.0,
-        target_modules=module_pattern(targets),
+        target_modules=module_pattern(model, targets),
         fan_in_fan_out=is_conv1d(layout),
         **common_settings(profile),
     )

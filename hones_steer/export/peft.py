@@ -39,7 +39,7 @@ def export_peft(profile: Profile, model: nn.Module, folder: StrPath, *, allow_mi
         f"{PREFIX}{name}{IA3_SUFFIX}": scale_row(profile, layer, layout.intermediate_size)[None]
         for layer, name in modules.items()
     }
-    pattern = module_pattern(modules)
+    pattern = module_pattern(model, modules)
     config = peft_package().IA3Config(
         target_modules=pattern,
         feedforward_modules=pattern,

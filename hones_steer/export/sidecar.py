@@ -62,5 +62,10 @@ def parse_sidecar(text: bytes) -> Sidecar:
 
 def module_names(model: nn.Module, layout: Layout) -> dict[int, str]:
     """Dotted name of each layer's down-projection in the Hugging Face model (without wrappers), by layer."""
-    paths = {id(module): name for name, module in unwrap(model).named_modules()}
+    paths = {id(module): without_wrappers(name) for name, module in unwrap(model).named_modules()}
     return {layer.index: paths[id(layer.down_proj)] for layer in layout.with_ffn}
+
+
+def without_wrappers(name: str) -> str:
+    """A module's name as it is where no part of the model is compiled by itself, in the file of a checkpoint say."""
+    return name.replace("_orig_mod.", "")

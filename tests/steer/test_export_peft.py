@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from steer.conversions import INPUTS, MODELS, few_layers, logits, steered_logits
 from torch import nn
 
-from hones_steer import MismatchError, ProfileError, export_peft, import_peft
-from hones_steer.errors import DataError
+from hones_steer import MismatchError, ProfileError, export_lora, export_peft, import_peft, layout, register_layout
+from hones_steer.errors import DataError, LayoutError
 from hones_steer.profile import serialize_profile
 
 WEIGHTS = "adapter_model.safetensors"
@@ -50,6 +50,49 @@ def test_only_the_language_models_steered_layers_are_touched(tmp_path):
     adapted = PeftModel.from_pretrained(model, tmp_path / "ia3").get_base_model()
     touched = [name for name, module in adapted.named_modules() if hasattr(module, "ia3_l")]
     assert touched == [f"model.language_model.layers.{layer}.mlp.down_proj" for layer in (0, 2)]
+
+
+LANGUAGE_MODEL = {
+    **dict.fromkeys(["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "internvl"], "model.language_model"),
+    "idefics3": "model.text_model",
+    "smolvlm": "model.text_model",
+    "llama": "model",
+}
+
+
+@pytest.mark.parametrize(("export", "part"), [(export_peft, "ia3_l"), (export_lora, "lora_A")])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "gemma3" else pytest.mark.matrix) for name in LANGUAGE_MODEL]
+)
+def test_names_are_those_of_transformers_5_and_match_its_modules(name, export, part, tmp_path):
+    """Loads an adapter with PEFT and with transformers; vLLM's side is in serving/engine/test_vllm_families.py."""
+    model, again = tiny_models.ALL[name](), tiny_models.ALL[name]()
+    export(few_layers(model), model, tmp_path / "adapter")
+    expected = [f"{LANGUAGE_MODEL[name]}.layers.{layer}.mlp.down_proj" for layer in (0, 2)]
+    keys = [key.removeprefix("base_model.model.") for key in load_file(tmp_path / "adapter" / WEIGHTS)]
+    assert {key.partition(".down_proj")[0] + ".down_proj" for key in keys} == set(expected)
+    again.load_adapter(str(tmp_path / "adapter"))
+    for adapted in (PeftModel.from_pretrained(model, tmp_path / "adapter").get_base_model(), again):
+        assert [at for at, module in adapted.named_modules() if hasattr(module, part)] == expected
+
+
+def test_of_a_model_with_a_compiled_part_names_are_the_plain_ones(adapter, tmp_path):
+    model = tiny_models.llama()
+    model.model = torch.compile(model.model, backend="eager")
+    export_peft(few_layers(model), model, tmp_path / "compiled")
+    assert (tmp_path / "compiled" / WEIGHTS).read_bytes() == (adapter / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("export", [export_peft, export_lora])
+def test_an_adapter_that_would_match_no_module_is_not_written(export, tmp_path, monkeypatch):
+    """Layers that a registered list numbers otherwise than their names do cannot be named by number."""
+    monkeypatch.setattr(layout, "_registered", {})
+    model = tiny_models.llama()
+    model.model.reversed = nn.ModuleList(reversed(model.model.layers))
+    register_layout("llama", layers="reversed")
+    with pytest.raises(LayoutError, match=r"for 2 modules, the first being .* would match 0 of the model's"):
+        export(few_layers(model), model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_a_round_trip_changes_no_byte(model, adapter):

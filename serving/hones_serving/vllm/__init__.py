@@ -2,7 +2,8 @@
 
 compat.py    the functions of vLLM that the plugin relies on, checked at start, and the settings it refuses
 front.py     before the engine: an expression or an HTTP admission becomes the request's profile and cache salt
-worker.py    in the worker: scale tables, each token's slot, the scaled activation
+layout.py    in the worker: the loaded model's down-projections
+worker.py    in the worker: scale tables, each token's slot, the scaled input of each down-projection
 endpoint.py  the HTTP side of the API server
 
 `hones serve` runs the API server, which starts the engine core as a process of its own. There is one worker for each
@@ -11,8 +12,8 @@ file to the multiplied activation, and back to the response's headers, through `
 `.registry`, the modules of this package, and `hones_steer.slots`; `register` has wrapped the methods of vLLM:
 
 At start
-    worker       1. `worker.attach`, after vLLM's `Worker.load_model`: gives every layer a table of scales and
-                    replaces its FFN's activation with a `SteeredActivation` that reads the table
+    worker       1. `worker.attach`, after vLLM's `Worker.load_model`: finds every layer's down-projection
+                    (`layout.find_decoder`), and gives it a `SteeredInput` with a table of scales
     API server   2. `front.attach`, to which `Endpoint.init_state` gives the identity of the model, having asked the
                     workers for it: its `ProfileRegistry` reads every profile file of the folder and checks it
 For each request
@@ -29,7 +30,7 @@ For each step
                  8. `WorkerSteering.fill`, before the runner's `_prepare_inputs`, if the step's requests are not those
                     of the last step: takes a slot for each profile (`SlotPool.acquire`, which writes its scales with
                     `ScaleTables.write`) and sets each token's slot (`TokenSlots.write`)
-                 9. `SteeredActivation.forward`, once per layer: activation(x) * table[slot of each token]
+                 9. `SteeredInput.forward`, before each down-projection: z * table[slot of each token]
 For each request
     API server  10. `middleware._steering_headers`, as the response starts: X-Hones-Profile and X-Hones-Route
                 11. `Front.leave`, after `OutputProcessor._finish_request`: counts the tokens and gives the slot back

@@ -1,4 +1,4 @@
-"""Steering in a vLLM worker: scale tables, each token's slot, and the activation that multiplies.
+"""Steering in a vLLM worker: scale tables, each token's slot, and the product before each down-projection.
 
 A worker keeps the profile of every request that the engine has scheduled and not finished. When a step is prepared,
 the profiles of its requests are put into slots of the tables, and each token gets its request's slot. A profile needs
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from hones_serving.settings import Settings
 from hones_serving.vllm import compat
 from hones_serving.vllm.front import PROFILE
+from hones_serving.vllm.layout import find_decoder
 from hones_steer import __version__
-from hones_steer.errors import LayoutError, StateError
+from hones_steer.errors import StateError
 from hones_steer.injection import scale
-from hones_steer.profile import ModelIdentity, Profile, parse_profile, sketch_of
+from hones_steer.profile import ModelIdentity, Profile, parse_profile
 from hones_steer.slots import IDENTITY, ScaleTables, SlotPool
 
 _CHUNK = 2**22  # float32 scales gathered at a time in eager mode: 16 MB
@@ -73,45 +74,61 @@ def _runs(slots: Sequence[int], counts: Sequence[int]) -> list[tuple[int, int, i
     return runs
 
 
-class SteeredActivation(nn.Module):
-    """An FFN's activation whose output `[tokens, w]` is scaled: each token's row times its slot's row of the table.
+class SteeredInput(nn.Module):
+    """Scales the input of a down-projection: each token's row times its slot's row of the table.
 
-    `w` is the number of neurons that this worker holds. vLLM fuses activations of types that it knows with
-    quantization, which would leave nothing to scale; this type it does not know.
+    It is a part of the down-projection that `place` calls before it; the table and the slots are its buffers, so that
+    vLLM compiles them as it does the model's own.
     """
 
     table: Tensor
     index: Tensor
 
-    def __init__(self, activation: nn.Module, table: Tensor, tokens: TokenSlots, *, eager: bool) -> None:
+    def __init__(self, table: Tensor, tokens: TokenSlots, *, eager: bool) -> None:
         super().__init__()
-        self.activation = activation
         self.register_buffer("table", table, persistent=False)
         self.register_buffer("index", tokens.index, persistent=False)
         self._tokens = tokens
         self._eager = eager
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Activations `[tokens, w]` of `x`, each row multiplied by its token's scales.
+    def place(self, down_projection: Any) -> None:
+        """Become a part of `down_projection`; raises StateError if it has one already.
+
+        A hook leaves the module's type and its weights' names alone, which LoRA and reloading of weights go by.
+        """
+        if hasattr(down_projection, "hones_scaling"):
+            raise StateError("the model is steered already; start vLLM anew")
+        down_projection.hones_scaling = self
+        down_projection.register_forward_pre_hook(_scaled)
+        # Else some models' activations hand on a quantized product, which leaves nothing to scale.
+        down_projection.requires_unquantized_input = True
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Scale activations z, `[tokens, w]` or in transformers' code `[1, tokens, w]`; w neurons reach this worker.
 
         Not eager, this reads tensors only, so that compiled code and captured graphs see every later change.
         """
-        z: Tensor = self.activation(x)
-        if self._eager:
-            return self._scale_in_place(z)
-        return scale(z, self.table.index_select(0, self.index[: z.shape[0]]))
+        if not self._eager:
+            return scale(z, self.table.index_select(0, self.index[: z.shape[-2]]))
+        if self._tokens.runs:
+            self._scale_in_place(z if z.dim() == 2 else z[0])
+        return z
 
-    def _scale_in_place(self, z: Tensor) -> Tensor:
+    def _scale_in_place(self, z: Tensor) -> None:
         runs = self._tokens.runs
         if self._tokens.by_run:
             for start, end, slot in runs:
                 z[start:end].mul_(self.table[slot])
-            return z
+            return
         step = max(1, _CHUNK // z.shape[1])
         for start in range(runs[0][0], runs[-1][1], step):
             end = min(start + step, runs[-1][1])
             z[start:end].mul_(self.table.index_select(0, self.index[start:end]))
-        return z
+
+
+def _scaled(down_projection: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a down-projection, the first one scaled by its part; calling the part would cost more."""
+    return (down_projection.hones_scaling.forward(args[0]), *args[1:])
 
 
 class WorkerSteering:
@@ -177,106 +194,31 @@ def install() -> None:
 
 
 def attach(runner: Any, config: Any, settings: Settings) -> WorkerSteering:
-    """Put tables and scaled activations into a runner's loaded model, and follow the steps that it runs.
+    """Have every down-projection of a runner's loaded model scale its input, and follow the steps that it runs.
 
     Raises:
-        LayoutError: the model's FFNs are not supported; the message names them.
+        LayoutError: a layer's down-projection is not found; the message names the layer.
         StateError: vLLM's configuration is not supported.
     """
     compat.refuse_unsupported(config, settings)
-    stack = _decoder_stack(runner.get_model())
-    ffns = [_ffn(f"layer {i} of {type(stack).__name__}", layer) for i, layer in enumerate(stack.layers)]
-    identity = _identity(config.model_config, stack, len(ffns))
+    decoder = find_decoder(runner.get_model(), config.model_config)
     max_profiles = compat.max_profiles(config, settings)
     tables = ScaleTables(
-        [next(ffn.parameters()).device for ffn in ffns],
-        identity.intermediate_size,
+        [next(module.parameters()).device for module in decoder.down_projections],
+        decoder.identity.intermediate_size,
         max_profiles + 1,
-        _shard(ffns, identity.intermediate_size),
+        decoder.shard,
     )
     tokens = TokenSlots(_max_tokens(config), tables.tables[0].device)
     eager = _runs_eagerly(config)
-    for ffn, table in zip(ffns, tables.tables, strict=True):
-        ffn.act_fn = SteeredActivation(ffn.act_fn, table, tokens, eager=eager)
+    for module, table in zip(decoder.down_projections, tables.tables, strict=True):
+        SteeredInput(table, tokens, eager=eager).place(module)
     _change_compile_cache_key(config, max_profiles)
-    steering = WorkerSteering(identity, tables, tokens, max_profiles)
+    steering = WorkerSteering(decoder.identity, tables, tokens, max_profiles)
     _follow(runner, steering)
     fill = _fill_v2 if config.use_v2_model_runner else _fill_v1
     fill(runner, steering)
     return steering
-
-
-def _decoder_stack(model: Any) -> Any:
-    """The text decoder: the module that has `layers` and the final `norm`. Vision towers are never looked at.
-
-    Raises:
-        LayoutError: the model has none where vLLM's models keep it.
-    """
-    language_model = model.get_language_model() if hasattr(model, "get_language_model") else model
-    stack = getattr(language_model, "model", language_model)
-    if not isinstance(getattr(stack, "layers", None), nn.ModuleList):
-        raise LayoutError(
-            f"{type(model).__name__} keeps its decoder layers where hones-steer cannot find them in vLLM; "
-            "hones-steer supports no such model in vLLM in this version"
-        )
-    return stack
-
-
-def _ffn(name: str, layer: nn.Module) -> Any:
-    """A decoder layer's gated FFN: the one module with an `act_fn` and a `down_proj`. Errors call the layer `name`.
-
-    Raises:
-        LayoutError: the layer has no such module, or several.
-        StateError: the FFN is steered already.
-    """
-    candidates = [
-        module
-        for module in layer.modules()
-        if isinstance(getattr(module, "act_fn", None), nn.Module) and hasattr(module, "down_proj")
-    ]
-    if len(candidates) != 1:
-        kinds = ", ".join(type(module).__name__ for module in candidates) or "none"
-        raise LayoutError(
-            f"{name} ({type(layer).__name__}) has not one gated FFN with act_fn and down_proj (found: {kinds}); "
-            "hones-steer supports no other FFN in vLLM in this version"
-        )
-    if isinstance(candidates[0].act_fn, SteeredActivation):
-        raise StateError(f"{name} is steered already; start vLLM anew")
-    return candidates[0]
-
-
-def _shard(ffns: Sequence[Any], intermediate_size: int) -> slice:
-    """The neurons that this worker holds: all of them, or its tensor-parallel rank's share.
-
-    Raises:
-        LayoutError: the layers' shares differ, or do not add up to `intermediate_size`.
-    """
-    shards = set()
-    for ffn in ffns:
-        linear = getattr(ffn.down_proj, "base_layer", ffn.down_proj)  # `base_layer`: of a layer wrapped for LoRA
-        width = linear.input_size_per_partition
-        shards.add((linear.tp_rank * width, width, width * linear.tp_size))
-    if len(shards) != 1 or next(iter(shards))[2] != intermediate_size:
-        raise LayoutError(
-            f"the FFNs' shards (first neuron, width, neurons in all) are {sorted(shards)}, "
-            f"which do not make up {intermediate_size} neurons in every layer; "
-            "hones-steer supports no other sharding in this version"
-        )
-    start, width, _ = shards.pop()
-    return slice(start, start + width)
-
-
-def _identity(model_config: Any, stack: Any, num_layers: int) -> ModelIdentity:
-    text_config = model_config.hf_text_config
-    return ModelIdentity(
-        name="",
-        revision=None,
-        model_type=model_config.hf_config.model_type,
-        num_layers=num_layers,
-        intermediate_size=text_config.intermediate_size,
-        hidden_size=text_config.hidden_size,
-        sketch=sketch_of(getattr(stack, "norm", None), text_config.hidden_size),
-    )
 
 
 def _max_tokens(config: Any) -> int:

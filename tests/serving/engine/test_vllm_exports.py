@@ -15,29 +15,27 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from vllm.lora.request import LoRARequest
 
 from hones_steer import Profile, export_lora, merge_into
+from serving import checkpoints
 
 ROWS = 4
 
 
-@pytest.fixture(
-    scope="module",
-    params=["embedded", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("llama", "qwen2_5_vl"))],
-)
+MATRIX = ("llama", *checkpoints.VLMS)
+
+
+@pytest.fixture(scope="module", params=["embedded", *(pytest.param(name, marks=pytest.mark.matrix) for name in MATRIX)])
 def case(
-    request: pytest.FixtureRequest,
-    llama: Path,
-    qwen2_5_vl: Path,
-    embedded: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest, llama: Path, embedded: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
     """A checkpoint, a model loaded from it, a profile, requests, and their steered tokens."""
-    folder = tmp_path_factory.mktemp("profiles") / "profiles"
+    here = tmp_path_factory.mktemp("profiles")
+    folder = here / "profiles"
     if request.param == "llama":
         base, model, processor = llama, AutoModelForCausalLM.from_pretrained(llama), None
         asked: list[Prompt] = [*prompts(ROWS)]
-    elif request.param == "qwen2_5_vl":
-        base, model = qwen2_5_vl, AutoModelForImageTextToText.from_pretrained(qwen2_5_vl)
-        processor = AutoProcessor.from_pretrained(qwen2_5_vl)
+    elif request.param in checkpoints.VLMS:
+        base = checkpoints.VLMS[request.param](here / "model")
+        model, processor = AutoModelForImageTextToText.from_pretrained(base), AutoProcessor.from_pretrained(base)
         asked = [(chat(processor, f"what is w{10 * i} ?"), noise(i)) for i in range(ROWS)]
     else:
         base, model = embedded, AutoModelForImageTextToText.from_pretrained(embedded, dtype="float32")
@@ -58,7 +56,7 @@ def chat(processor: Any, text: str) -> str:
 
 
 def noise(seed: int) -> Image.Image:
-    """An image of 8 tokens."""
+    """An image, 32 wide and 16 high."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 32, 3), dtype=np.uint8))
 
 

@@ -14,12 +14,10 @@ from tiny_models import GROUPED, TEXT, _build
 from tiny_processors import text_tokenizer
 from transformers import (
     AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
 )
 
 from hones_steer.errors import DataError, LayoutError, MismatchError, ProfileError, RoutingError, StateError
@@ -34,8 +32,8 @@ PROMPTS = prompts(2)
 @pytest.mark.parametrize("plugins", ["hones", "none"])
 def test_without_a_folder_of_profiles_nothing_is_changed(llama: Path, plugins: str) -> None:
     with engine(llama, None, {"VLLM_PLUGINS": plugins}) as llm:
-        kinds = llm.apply_model(lambda model: [type(layer.mlp.act_fn).__name__ for layer in model.model.layers])
-        assert kinds == [["SiluAndMul"] * 4]
+        hooks = llm.apply_model(lambda model: sum(len(module._forward_pre_hooks) for module in model.modules()))
+        assert hooks == [0]
         unsteered, named = answers(llm, [PROMPTS[0]] * 2, [None, "whatever vLLM's users put there"])
         assert unsteered == named
 
@@ -145,14 +143,11 @@ def test_mixtures_of_experts(profiles: Path, tmp_path: Path) -> None:
         pass
 
 
-def test_ungated_ffns(profiles: Path, tmp_path: Path) -> None:
-    text = {key: value for key, value in {**TEXT, **WIDE}.items() if key != "intermediate_size"}
-    opt = checkpoint(tmp_path / "opt", OPTForCausalLM, OPTConfig(**text, ffn_dim=96, word_embed_proj_dim=128))
-    with pytest.raises(LayoutError, match="OPT"), engine(opt, profiles):
-        pass
-    wide = {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": TEXT["vocab_size"]}
-    gpt2 = checkpoint(tmp_path / "gpt2", GPT2LMHeadModel, GPT2Config(**wide, tie_word_embeddings=False))
-    with pytest.raises(LayoutError, match="GPT2"), engine(gpt2, profiles):
+def test_layers_without_an_ffn(profiles: Path, tmp_path: Path) -> None:
+    config = MambaConfig(vocab_size=TEXT["vocab_size"], hidden_size=128, state_size=16, num_hidden_layers=2)
+    mamba = checkpoint(tmp_path / "mamba", MambaForCausalLM, config)
+    message = r"layer 0 of MambaModel \(MambaDecoderLayer\) has not one FFN .*\(found: none\)"
+    with pytest.raises(LayoutError, match=message), engine(mamba, profiles):
         pass
 
 

@@ -1,7 +1,7 @@
 """Each token is scaled by its own request's profile: tables and slots by themselves, then in engines."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -11,7 +11,8 @@ import pytest
 import torch
 from hones_serving.registry import CapacityError
 from hones_serving.vllm import worker
-from hones_serving.vllm.worker import SteeredActivation, TokenSlots
+from hones_serving.vllm.layout import _shard
+from hones_serving.vllm.worker import SteeredInput, TokenSlots
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving.reference_slots import scale_tokens
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from vllm.exceptions import VLLMValidationError
 
 from hones_steer import ModelIdentity, Profile, RoutingError, save_profile
-from hones_steer.errors import LayoutError
+from hones_steer.errors import LayoutError, StateError
 from hones_steer.slots import ScaleTables
 from serving import steered
 
@@ -52,13 +53,6 @@ def tables_of(shard: slice | None = None) -> ScaleTables:
     return tables
 
 
-class Copy(nn.Module):
-    """An activation whose output is its input, in new memory as a real one's is."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
-
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [WIDTH, 7 * WIDTH, 2**22])
@@ -69,7 +63,7 @@ def test_step_after_step_each_token_gets_its_slot(
 ) -> None:
     """Tries steered and unsteered, longer and shorter steps, with one run of equally steered tokens, a few, or many."""
     tokens = TokenSlots(MAX_TOKENS, torch.device("cpu"))
-    activations = [SteeredActivation(Copy(), table, tokens, eager=eager) for table in tables_of().tables]
+    parts = [SteeredInput(table, tokens, eager=eager) for table in tables_of().tables]
     assert 1 < worker._FEW_RUNS < 12  # so steps have fewer runs than that, and more
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "_CHUNK", chunk)
@@ -78,14 +72,16 @@ def test_step_after_step_each_token_gets_its_slot(
             tokens.write(slots, counts)
             each = np.repeat(slots, counts).tolist()
             z = torch.randn(len(each), WIDTH, generator=torch.Generator().manual_seed(len(each))).to(dtype)
-            for layer, activation in enumerate(activations):
-                assert torch.equal(activation(z), scale_tokens(z, each, PROFILES, layer))
+            for layer, part in enumerate(parts):
+                expected = scale_tokens(z, each, PROFILES, layer)
+                assert torch.equal(part(z.clone()), expected)
+                assert torch.equal(part(z.clone()[None]), expected[None])  # as transformers' code has it
 
 
 def test_compiled_code_follows_the_slots_without_being_compiled_again() -> None:
     tokens = TokenSlots(MAX_TOKENS, torch.device("cpu"))
-    activation = SteeredActivation(Copy(), tables_of().tables[1], tokens, eager=False)
-    compiled = torch.compile(activation, backend="eager", fullgraph=True)
+    part = SteeredInput(tables_of().tables[1], tokens, eager=False)
+    compiled = torch.compile(part, backend="eager", fullgraph=True)
     z = torch.randn(10, WIDTH, generator=torch.Generator().manual_seed(0))
     tokens.write([1, 2], [5, 5])
     assert torch.equal(compiled(z), scale_tokens(z, [1] * 5 + [2] * 5, PROFILES, 1))
@@ -103,27 +99,46 @@ def test_shards_put_together_are_the_whole() -> None:
     tokens.write(slots, [1] * len(slots))
     z = torch.randn(len(slots), WIDTH, generator=torch.Generator().manual_seed(0))
 
-    def sharded(shards: list[slice]) -> torch.Tensor:
+    def sharded(shards: Sequence[slice]) -> torch.Tensor:
         parts = z.split(WIDTH // len(shards), dim=1)
         tables = [tables_of(shard).tables[1] for shard in shards]
         pairs = zip(tables, parts, strict=True)
-        return torch.cat([SteeredActivation(Copy(), table, tokens, eager=False)(part) for table, part in pairs], dim=1)
+        return torch.cat([SteeredInput(table, tokens, eager=False)(part) for table, part in pairs], dim=1)
 
-    halves = [worker._shard([ffn(rank)] * LAYERS, WIDTH) for rank in (0, 1)]
-    assert halves == [slice(0, WIDTH // 2), slice(WIDTH // 2, WIDTH)]
+    total, halves = zip(*(_shard([linear(rank)] * LAYERS) for rank in (0, 1)), strict=True)
+    assert (total, halves) == ((WIDTH, WIDTH), (slice(0, WIDTH // 2), slice(WIDTH // 2, WIDTH)))
     assert torch.equal(sharded(halves), scale_tokens(z, slots, PROFILES, 1))
     assert not torch.equal(sharded(halves[::-1]), scale_tokens(z, slots, PROFILES, 1))
 
 
-def ffn(rank: int, width: int = WIDTH // 2) -> Any:
-    return SimpleNamespace(down_proj=SimpleNamespace(input_size_per_partition=width, tp_rank=rank, tp_size=2))
+def linear(rank: int, width: int = WIDTH, *, parallel: bool = True) -> Any:
+    """The attributes of a row-parallel down-projection of `width` neurons, on one of two ranks."""
+    half = width // 2
+    return SimpleNamespace(input_size=width, input_is_parallel=parallel, input_size_per_partition=half, tp_rank=rank)
 
 
-def test_shards_that_are_not_the_whole_are_refused() -> None:
-    with pytest.raises(LayoutError, match="do not make up 12 neurons"):
-        worker._shard([ffn(0), ffn(0, width=WIDTH)], WIDTH)
-    with pytest.raises(LayoutError, match="do not make up 13 neurons"):
-        worker._shard([ffn(0)], WIDTH + 1)
+def test_a_down_projection_that_splits_its_input_itself_is_given_all_neurons() -> None:
+    assert _shard([linear(1, parallel=False)] * LAYERS) == (WIDTH, slice(0, WIDTH))
+
+
+def test_layers_of_different_widths_are_refused() -> None:
+    with pytest.raises(LayoutError, match=r"differ between layers: \[\(12, 6, 6\), \(24, 12, 12\)\]"):
+        _shard([linear(1), linear(1, 2 * WIDTH)])
+
+
+def test_a_part_leaves_the_names_of_weights_alone_and_is_placed_once() -> None:
+    """LoRA and the reloading of weights find them by name, and LoRA goes by the module's type as well."""
+    module = nn.Linear(WIDTH, 8)
+    tokens = TokenSlots(MAX_TOKENS, torch.device("cpu"))
+    names, kept, z = dict(module.named_parameters()).keys(), module.state_dict().keys(), torch.randn(3, WIDTH)
+    SteeredInput(tables_of().tables[1], tokens, eager=False).place(module)
+    assert type(module) is nn.Linear
+    assert (dict(module.named_parameters()).keys(), module.state_dict().keys()) == (names, kept)
+    tokens.write([2, 0, 1], [1, 1, 1])
+    expected = nn.functional.linear(scale_tokens(z, [2, 0, 1], PROFILES, 1), module.weight, module.bias)
+    assert torch.equal(module(z), expected)
+    with pytest.raises(StateError, match="is steered already; start vLLM anew"):
+        SteeredInput(tables_of().tables[1], tokens, eager=False).place(module)
 
 
 # In an engine -------------------------------------------------------------------------------------
