@@ -81,7 +81,6 @@ def test_options_become_flags_and_variables(model: Path, profiles: Path, tmp_pat
         "HONES_ALLOW_UNTESTED": "",
         "HONES_PLAYGROUND": "1",
         "VLLM_PLUGINS": "hones",
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
     }
 
 
@@ -140,18 +139,11 @@ def test_other_plugins_stay_as_they_were(
     assert environment["VLLM_PLUGINS"] == plugins
 
 
-@pytest.mark.parametrize(
-    ("environ", "runner"),
-    [
-        ({}, "0"),
-        ({"VLLM_USE_V2_MODEL_RUNNER": "1"}, "1"),
-        ({"HONES_ALLOW_UNTESTED": "1"}, None),
-        ({"HONES_ALLOW_UNTESTED": "0"}, "0"),
-    ],
-)
-def test_the_tested_model_runner_runs(model: Path, profiles: Path, environ: dict[str, str], runner: str | None) -> None:
+@pytest.mark.parametrize("environ", [{}, {"VLLM_USE_V2_MODEL_RUNNER": "0"}, {"HONES_ALLOW_UNTESTED": "1"}])
+def test_the_model_runner_is_vllms_choice_and_the_users(model: Path, profiles: Path, environ: dict[str, str]) -> None:
     _, environment = launch([str(model), "--profiles", str(profiles)], environ, set())
-    assert environment.get("VLLM_USE_V2_MODEL_RUNNER") == runner
+    assert environment.get("VLLM_USE_V2_MODEL_RUNNER") == environ.get("VLLM_USE_V2_MODEL_RUNNER")
+    assert environment["HONES_ALLOW_UNTESTED"] == environ.get("HONES_ALLOW_UNTESTED", "")
 
 
 def test_variables_from_another_server_do_not_leak_in(model: Path, profiles: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hones_offline.data.scenes import scenes
 from PIL import Image
+from serving.engines import V2
 from serving.steered import (
     MIXED,
     Reference,
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 PROMPTS = prompts(len(MIXED), longest=30)
 MODES = [  # eager, whole prompts: the test before
-    pytest.param({"max_num_batched_tokens": 8}, id="chunked prefill"),
+    pytest.param({"max_num_batched_tokens": 8}, id="chunked prefill", marks=pytest.mark.both_runners(everyday=True)),
     pytest.param({"enforce_eager": False, "max_num_batched_tokens": 16}, id="compiled chunked prefill"),
     pytest.param({"enforce_eager": False}, id="compiled", marks=pytest.mark.matrix),
 ]
@@ -49,6 +50,7 @@ def logprobs_of(outputs: list[Any]) -> list[list[dict[int, float]]]:
     ]
 
 
+@pytest.mark.both_runners
 def test_unsteered_requests_are_bit_equal_to_an_engine_without_hones(
     llama: Path, profiles: Path, expected: list[list[int]]
 ) -> None:
@@ -76,6 +78,7 @@ def test_each_request_of_a_mixed_batch_is_right(
         assert answers_alone(llm, PROMPTS, MIXED) == expected
 
 
+@pytest.mark.both_runners(everyday=True)
 def test_preempted_requests_come_back_steered(llama: Path, profiles: Path, expected: list[list[int]]) -> None:
     # 8 blocks of 32 tokens: all requests start, but some need a second block before others have finished.
     options = {"num_gpu_blocks_override": 9, "block_size": 32, "max_model_len": 64, "enable_prefix_caching": False}
@@ -85,6 +88,7 @@ def test_preempted_requests_come_back_steered(llama: Path, profiles: Path, expec
         assert preemptions.value > 0
 
 
+@pytest.mark.both_runners(everyday=True)
 def test_async_scheduling(
     llama: Path, profiles: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,12 +109,14 @@ def test_async_scheduling(
 
 # vLLM's client leaves its ZeroMQ context to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.both_runners
 def test_tensor_parallel_in_processes_of_their_own(llama: Path, profiles: Path, expected: list[list[int]]) -> None:
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with engine(llama, profiles, env, tensor_parallel_size=2) as llm:
         assert answers(llm, PROMPTS, MIXED) == expected
 
 
+@pytest.mark.both_runners
 def test_the_embedded_llava(embedded: Path, tmp_path: Path) -> None:
     drawn = scenes("test", len(MIXED))
     texts, images = [scene.prompt("caption") for scene in drawn], [scene.image() for scene in drawn]
@@ -119,6 +125,7 @@ def test_the_embedded_llava(embedded: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.matrix
+@pytest.mark.both_runners
 def test_qwen2_5_vl(qwen2_5_vl: Path, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (len(MIXED), 16, 32, 3), dtype=np.uint8)
     images = [Image.fromarray(image[:, : 16 + 16 * (i % 2)]) for i, image in enumerate(pixels)]  # 4 or 8 tokens each
@@ -127,7 +134,7 @@ def test_qwen2_5_vl(qwen2_5_vl: Path, tmp_path: Path) -> None:
 
 
 def check_with_images(folder: Path, texts: list[str], images: list[Any], profiles: Path, fraction: float) -> None:
-    """Check mixed batches with an image in each request: eager, in chunks of a few tokens, and compiled."""
+    """Check mixed batches with an image in each request: eager, in chunks of a few tokens, and with V1 compiled."""
     processor = AutoProcessor.from_pretrained(folder)
     requests = [
         (
@@ -143,7 +150,7 @@ def check_with_images(folder: Path, texts: list[str], images: list[Any], profile
     model = AutoModelForImageTextToText.from_pretrained(folder)
     write_profiles(model, profiles, fraction)
     expected = expected_tokens(Reference(model, profiles, processor), requests)
-    for options in ({"max_num_batched_tokens": 64}, {"enforce_eager": False}):
+    for options in [{"max_num_batched_tokens": 64}, {"enforce_eager": False}][: 1 if V2 else 2]:
         with engine(folder, profiles, **options) as llm:
             assert answers(llm, requests, MIXED) == expected
             assert answers_alone(llm, requests, MIXED) == expected
