@@ -21,7 +21,7 @@ if IN_A_PROCESS_FOR_IT:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest reads the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where this process has the V2 runner, leave out what is not for it; what is not everyday goes to the matrix."""
+    """Leave out what is not for the V2 runner, where it is this process's; what is not everyday goes to the matrix."""
     if not V2:
         return
     chosen = [item for item in items if item.get_closest_marker("both_runners")]
