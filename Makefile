@@ -20,7 +20,8 @@ BIN := .venv/bin
 	touch $@
 
 # Only the tests need vLLM. What the line above installs later fits it: both follow constraints.txt.
-.venv/.vllm: tests/serving/install_vllm.py tests/serving/torchvision_schemas.py constraints.txt | .venv/.installed
+VLLM_INSTALL := $(addprefix tests/serving/,install_vllm.py torchvision_schemas.py triton_backends.py)
+.venv/.vllm: $(VLLM_INSTALL) constraints.txt | .venv/.installed
 	$(BIN)/python tests/serving/install_vllm.py
 	touch $@
 

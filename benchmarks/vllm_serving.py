@@ -325,7 +325,6 @@ def serve(connection: Connection, name: str, inputs: Path, threads: int, options
         VLLM_NO_USAGE_STATS="1",
         VLLM_LOGGING_LEVEL="ERROR",
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_USE_V2_MODEL_RUNNER="0",
         VLLM_CACHE_ROOT=str(inputs / "vllm"),
         TORCHINDUCTOR_CACHE_DIR=str(inputs / "inductor"),
         OMP_NUM_THREADS=str(threads),

@@ -319,8 +319,6 @@ def _vllm_variables(
         **settings.to_env(),
         "VLLM_PLUGINS": ",".join(dict.fromkeys([*filter(None, plugin_names), PLUGIN])),
     }
-    if not settings.allow_untested and "VLLM_USE_V2_MODEL_RUNNER" not in environ:
-        variables["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     if options.api_key:
         variables["VLLM_API_KEY"] = options.api_key  # every user of the machine can read a command line
     return variables

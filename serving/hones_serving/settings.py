@@ -6,7 +6,7 @@
 ``HONES_ROUTING``                 routing file (YAML)
 ``HONES_ALLOW_PROFILE_UPDATES``   1: profiles can be replaced, and steering switched off, over HTTP
 ``HONES_PLAYGROUND``              1: a page at /hones on which people try profiles by hand
-``HONES_ALLOW_UNTESTED``          1: run also where only a part has been tested, as vLLM's V2 model runner
+``HONES_ALLOW_UNTESTED``          1: run also with settings of vLLM's that no test runs
 ================================  ====================================================================
 
 An empty value counts as unset.

@@ -1,7 +1,7 @@
 """Engines for a test: vLLM in this process (`offline`), or any server (`server`); both end with the block.
 
 Engines in one process come one after the other, each with the environment variables of its time. Processes that run
-vLLM need `ENVIRONMENT` from their start; the tests in engine/ have it.
+vLLM need `ENVIRONMENT` from their start, or `ENVIRONMENT_V2`; the tests in engine/ have it.
 """
 
 import gc
@@ -20,6 +20,8 @@ from typing import Any
 import httpx
 
 TORCHVISION = Path(sys.prefix, "torchvision")  # see install_vllm.py
+TRITON = Path(sys.prefix, "triton-interpreter")  # likewise; processes that see it run vLLM's V2 model runner, others V1
+V2 = str(TRITON) in sys.path  # whether this is such a process
 ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join(filter(None, [str(TORCHVISION), os.environ.get("PYTHONPATH")])),
     "HF_HUB_OFFLINE": "1",
@@ -31,6 +33,7 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "OMP_NUM_THREADS": "1",
 }
+ENVIRONMENT_V2 = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(TRITON), ENVIRONMENT["PYTHONPATH"]])}
 START_SECONDS = 300
 
 

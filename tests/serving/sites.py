@@ -143,7 +143,7 @@ def api_server(model: Path) -> list[str]:
 
 def plain_env(profiles: Path, **more: str) -> dict[str, str]:
     """The environment variables for vLLM's own command."""
-    return {**ENVIRONMENT, "HONES_PROFILES": str(profiles), "VLLM_USE_V2_MODEL_RUNNER": "0", **more}
+    return {**ENVIRONMENT, "HONES_PROFILES": str(profiles), **more}
 
 
 @dataclass(frozen=True)

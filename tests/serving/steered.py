@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from serving.engines import offline
+from serving.engines import V2, offline
 from tiny_models import random_profile
 
 from hones_steer import Profile, save_profile, steer
@@ -84,7 +84,10 @@ class Reference:
 
 @contextmanager
 def engine(model: Path, profiles: Path | None, env: Mapping[str, str] | None = None, **options: Any) -> Iterator[Any]:
-    """An engine of `engines.offline`, with HONES_PROFILES set to a folder; None: without hones-steer."""
+    """An engine of `engines.offline`, with HONES_PROFILES set to a folder; None: without hones-steer.
+
+    Which model runner it has is vLLM's choice, and must be the process's.
+    """
     import vllm.plugins
 
     with pytest.MonkeyPatch.context() as patch:
@@ -97,6 +100,7 @@ def engine(model: Path, profiles: Path | None, env: Mapping[str, str] | None = N
             patch.setenv(name, value)
         patch.setattr(vllm.plugins, "plugins_loaded", False)  # vLLM looks once per process
         with offline(model, **{"kv_cache_memory_bytes": KV_CACHE_BYTES, **options}) as llm:
+            assert llm.llm_engine.vllm_config.use_v2_model_runner == V2
             yield llm
 
 

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from hones_serving import listening
 from hones_serving.commands import check_address, launch
-from serving.engines import ENVIRONMENT, free_port, server
+from serving.engines import ENVIRONMENT, ENVIRONMENT_V2, free_port, server
 from steer.profiles import identity, make
 from tiny_models import random_profile
 from transformers import AutoModelForCausalLM
@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from hones_steer import DataError, save_profile
 from hones_steer.cli import main
 
+FOR_VLLM = ["--max-model-len", "128", "--enforce-eager"]
 SHAPES = {"num_hidden_layers": 6, "intermediate_size": 40, "hidden_size": 32}  # those of `make`'s profiles
 
 
@@ -81,7 +82,6 @@ def test_options_become_flags_and_variables(model: Path, profiles: Path, tmp_pat
         "HONES_ALLOW_UNTESTED": "",
         "HONES_PLAYGROUND": "1",
         "VLLM_PLUGINS": "hones",
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
     }
 
 
@@ -140,18 +140,11 @@ def test_other_plugins_stay_as_they_were(
     assert environment["VLLM_PLUGINS"] == plugins
 
 
-@pytest.mark.parametrize(
-    ("environ", "runner"),
-    [
-        ({}, "0"),
-        ({"VLLM_USE_V2_MODEL_RUNNER": "1"}, "1"),
-        ({"HONES_ALLOW_UNTESTED": "1"}, None),
-        ({"HONES_ALLOW_UNTESTED": "0"}, "0"),
-    ],
-)
-def test_the_tested_model_runner_runs(model: Path, profiles: Path, environ: dict[str, str], runner: str | None) -> None:
+@pytest.mark.parametrize("environ", [{}, {"VLLM_USE_V2_MODEL_RUNNER": "0"}, {"HONES_ALLOW_UNTESTED": "1"}])
+def test_the_model_runner_is_vllms_choice_and_the_users(model: Path, profiles: Path, environ: dict[str, str]) -> None:
     _, environment = launch([str(model), "--profiles", str(profiles)], environ, set())
-    assert environment.get("VLLM_USE_V2_MODEL_RUNNER") == runner
+    assert environment.get("VLLM_USE_V2_MODEL_RUNNER") == environ.get("VLLM_USE_V2_MODEL_RUNNER")
+    assert environment["HONES_ALLOW_UNTESTED"] == environ.get("HONES_ALLOW_UNTESTED", "")
 
 
 def test_variables_from_another_server_do_not_leak_in(model: Path, profiles: Path) -> None:
@@ -363,14 +356,15 @@ def test_a_routing_file_that_is_not_sound(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
+    ("options", "environment"),
     [
-        pytest.param(["--engine", "transformers"], id="transformers"),
+        pytest.param(["--engine", "transformers"], ENVIRONMENT, id="transformers"),
         # test_http.py has a server of vLLM's for many tests
-        pytest.param(["--max-model-len", "128", "--enforce-eager"], id="vllm", marks=pytest.mark.matrix),
+        pytest.param(FOR_VLLM, ENVIRONMENT, id="vllm", marks=pytest.mark.matrix),
+        pytest.param(FOR_VLLM, ENVIRONMENT_V2, id="vllm, V2 runner", marks=pytest.mark.matrix),
     ],
 )
-def test_a_server_starts(options: list[str], llama: Path, tmp_path: Path) -> None:
+def test_a_server_starts(options: list[str], environment: dict[str, str], llama: Path, tmp_path: Path) -> None:
     profiles = tmp_path / "profiles"
     profiles.mkdir()
     save_profile(
@@ -378,7 +372,8 @@ def test_a_server_starts(options: list[str], llama: Path, tmp_path: Path) -> Non
     )
     command = [sys.executable, "-m", "hones_steer", "serve", str(llama), "--profiles", str(profiles)]
     command += ["--api-key", "s3cret", "--served-model-name", "tiny", *options]
-    with server(command, tmp_path / "log", ENVIRONMENT) as running:
+    with server(command, tmp_path / "log", environment) as running:
+        assert ("Using V2 Model Runner" in running.log.read_text()) == (environment is ENVIRONMENT_V2)
         assert b"s3cret" not in Path(f"/proc/{running.process.pid}/cmdline").read_bytes()
         models = f"{running.url}/v1/models"
         assert httpx.get(models).status_code == 401

@@ -27,9 +27,9 @@ For each request
     engine core     vLLM's own scheduler puts new requests, `extra_args` included, into its `SchedulerOutput`
 For each step
     worker       7. `WorkerSteering.begin`, before the runner's `execute_model`: unpacks the profiles of new requests
-                 8. `WorkerSteering.fill`, before the runner's `_prepare_inputs`, if the step's requests are not those
-                    of the last step: takes a slot for each profile (`SlotPool.acquire`, which writes its scales with
-                    `ScaleTables.write`) and sets each token's slot (`TokenSlots.write`)
+                 8. `WorkerSteering.fill`, before the runner's `_prepare_inputs` (V1) or `prepare_inputs` (V2), if the
+                    step's requests are not those of the last step: takes a slot for each profile (`SlotPool.acquire`,
+                    which writes its scales with `ScaleTables.write`) and sets each token's slot (`TokenSlots.write`)
                  9. `SteeredInput.forward`, before each down-projection: z * table[slot of each token]
 For each request
     API server  10. `middleware._steering_headers`, as the response starts: X-Hones-Profile and X-Hones-Route

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import vllm
@@ -26,11 +26,15 @@ def check_version() -> None:
 
 
 def _expected_signatures() -> Iterator[tuple[Callable[..., Any], tuple[str, ...]]]:
-    """Yield (function, names of the parameters that it must begin with) for each function that the plugin wraps."""
+    """Yield (function, names of the parameters that it must begin with) for each function that the plugin wraps.
+
+    And for `BatchReqState`, which one of them is given.
+    """
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.engine.output_processor import OutputProcessor
+    from vllm.v1.worker.gpu.model_runner import BatchReqState
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
     from vllm.v1.worker.gpu_worker import Worker
@@ -49,19 +53,33 @@ def _expected_signatures() -> Iterator[tuple[Callable[..., Any], tuple[str, ...]
     yield RunnerV1._prepare_inputs, ("self", "scheduler_output", "num_scheduled_tokens")
     yield RunnerV2.execute_model, ("self", "scheduler_output", "intermediate_tensors", "dummy_run")
     yield RunnerV2.prepare_inputs, ("self", "scheduler_output", "batch_req_state")
+    yield BatchReqState, ("req_ids", "num_scheduled_tokens")
 
 
 def refuse_unsupported(config: Any, settings: Settings) -> None:
     """Refuse settings of vLLM under which requests would be steered wrongly, or under which steering was never tried.
 
-    `config` is vLLM's VllmConfig.
+    The latter are let through if `settings` allow what is untested. `config` is vLLM's VllmConfig.
 
     Raises:
         StateError: such a setting is on; the message names it.
     """
+    if names := _set(_unsupported(config)):
+        raise StateError(f"hones-steer does not support {names} in this version; start vLLM without")
+    if (names := _set(_untested(config))) and not settings.allow_untested:
+        raise StateError(
+            f"hones-steer was never run with {names}; start vLLM without, or try it with HONES_ALLOW_UNTESTED=1"
+        )
+
+
+def _set(settings: Mapping[str, bool]) -> str:
+    return " and ".join(name for name, is_set in settings.items() if is_set)
+
+
+def _unsupported(config: Any) -> dict[str, bool]:
+    """Settings that do not work, or would steer wrongly, by name; true: it is on."""
     model, parallel, speculative = config.model_config, config.parallel_config, config.speculative_config
-    backend = parallel.distributed_executor_backend
-    refused = {
+    return {
         "pooling models": model.runner_type != "generate",
         "encoder-decoder models": model.is_encoder_decoder,
         "diffusion models": model.is_diffusion,
@@ -70,21 +88,26 @@ def refuse_unsupported(config: Any, settings: Settings) -> None:
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
-        "data parallelism": parallel.data_parallel_size > 1,
         "more than one API server (--api-server-count)": parallel._api_process_count > 1,
         "the Rust frontend (VLLM_USE_RUST_FRONTEND)": envs.VLLM_USE_RUST_FRONTEND,
-        f"the executor backend {backend!r}": backend not in (None, "uni", "mp"),
         "a KV connector (--kv-transfer-config)": config.kv_transfer_config is not None,
+        # The number of tokens of each request is then known to the GPU only.
+        "adaptive verification (speculative_config.enable_adaptive_verification)": (
+            speculative is not None and speculative.enable_adaptive_verification
+        ),
+    }
+
+
+def _untested(config: Any) -> dict[str, bool]:
+    """Settings that no test runs, by name; true: it is on."""
+    parallel, speculative = config.parallel_config, config.speculative_config
+    backend = parallel.distributed_executor_backend
+    return {
+        "data parallelism": parallel.data_parallel_size > 1,
+        f"the executor backend {backend!r}": backend not in (None, "uni", "mp"),
         "an encoder-cache connector": config.ec_transfer_config is not None,
         "speculative decoding other than n-gram": speculative is not None and speculative.method != "ngram",
     }
-    if names := [name for name, is_set in refused.items() if is_set]:
-        raise StateError(f"hones-steer does not support {' and '.join(names)} in this version; start vLLM without")
-    if config.use_v2_model_runner and not settings.allow_untested:
-        raise StateError(
-            "hones-steer was never run with vLLM's V2 model runner; set VLLM_USE_V2_MODEL_RUNNER=0, "
-            "or HONES_ALLOW_UNTESTED=1 to try it"
-        )
 
 
 def max_profiles(config: Any, settings: Settings) -> int:

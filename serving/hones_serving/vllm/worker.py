@@ -271,7 +271,7 @@ def _fill_v1(runner: Any, steering: WorkerSteering) -> None:
 
 
 def _fill_v2(runner: Any, steering: WorkerSteering) -> None:
-    """Wrap the V2 runner's `prepare_inputs`: `batch_req_state` has the order of a step's tokens. Never run in tests."""
+    """Wrap the V2 runner's `prepare_inputs`: `batch_req_state` has the order of a step's tokens."""
     prepare_inputs = runner.prepare_inputs
 
     @functools.wraps(prepare_inputs)

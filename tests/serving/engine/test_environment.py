@@ -8,7 +8,7 @@ import pytest
 import torch
 from hones_offline.data.scenes import scenes
 from PIL import Image
-from serving.engines import offline
+from serving.engines import V2, offline
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 NEW_TOKENS = 16
@@ -31,6 +31,7 @@ def by_vllm(folder: Path, prompts: list[Any]) -> list[list[int]]:
     from vllm import SamplingParams
 
     with offline(folder) as llm:
+        assert llm.llm_engine.vllm_config.use_v2_model_runner == V2
         outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True))
     return [list(output.outputs[0].token_ids) for output in outputs]
 
@@ -56,6 +57,7 @@ def check_with_images(folder: Path, images: list[Image.Image], texts: list[str])
     assert by_vllm(folder, requests) == expected
 
 
+@pytest.mark.both_runners
 def test_llama(llama: Path) -> None:
     prompts = ["w17 w42 w3", "a red circle", "what color is the square on the left ?"]
     tokenizer = AutoTokenizer.from_pretrained(llama)
@@ -64,12 +66,14 @@ def test_llama(llama: Path) -> None:
     assert by_vllm(llama, prompts) == expected
 
 
+@pytest.mark.both_runners
 def test_the_embedded_llava(embedded: Path) -> None:
     drawn = scenes("test", 3)
     check_with_images(embedded, [scene.image() for scene in drawn], [scene.prompt("caption") for scene in drawn])
 
 
 @pytest.mark.matrix
+@pytest.mark.both_runners
 def test_qwen2_5_vl(qwen2_5_vl: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 32, 3), dtype=np.uint8)
     images = [Image.fromarray(pixels[0]), Image.fromarray(pixels[1, :, :16])]

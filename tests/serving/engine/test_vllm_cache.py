@@ -40,6 +40,7 @@ def profiles(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.both_runners
 def test_the_same_image_under_several_tasks(embedded: Path, tmp_path: Path) -> None:
     processor = AutoProcessor.from_pretrained(embedded)
     model = AutoModelForImageTextToText.from_pretrained(embedded)
@@ -112,6 +113,7 @@ def ask(llm: Any, expression: str | None, **salt: str) -> tuple[list[int], int]:
     return list(output.outputs[0].token_ids), output.num_cached_tokens
 
 
+@pytest.mark.both_runners(everyday=True)
 def test_across_tasks(llm: Any, reference: Reference) -> None:
     expected = reference.answers([PROMPT] * len(SEQUENCE), SEQUENCE)
     assert len({*map(tuple, expected)}) == 3

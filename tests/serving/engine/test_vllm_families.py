@@ -89,7 +89,7 @@ def test_each_request_of_a_mixed_batch_is_right(text: Case, mode: str) -> None:
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("mode", ["eager", "compiled"])
+@pytest.mark.parametrize("mode", [pytest.param("eager", marks=pytest.mark.both_runners), "compiled"])
 @pytest.mark.parametrize("vlm", checkpoints.VLMS, indirect=True)
 def test_with_images(vlm: Case, mode: str, tmp_path: Path) -> None:
     """Checks as well that vLLM finds every module of an exported LoRA: it leaves out unknown ones without a word."""

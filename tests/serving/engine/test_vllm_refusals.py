@@ -42,15 +42,18 @@ def test_without_a_folder_of_profiles_nothing_is_changed(llama: Path, plugins: s
 
 UBATCH = {"ubatch_size": 2, "all2all_backend": "deepep_low_latency"}
 DRAFT = {"method": "draft_model", "num_speculative_tokens": 2}
-REFUSED = {
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+UNSUPPORTED = {
     "pooling models": {"runner": "pooling"},
     "microbatching": UBATCH,
     "decode context parallelism": {"tensor_parallel_size": 4, "decode_context_parallel_size": 2},
     "pipeline parallelism": {"pipeline_parallel_size": 2},
-    "data parallelism": {"data_parallel_size": 2},
     "more than one API server": {"_api_process_count": 2},
-    "the executor backend 'external_launcher'": {"distributed_executor_backend": "external_launcher"},
     "a KV connector": {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+}
+UNTESTED = {
+    "data parallelism": {"data_parallel_size": 2},
+    "the executor backend 'external_launcher'": {"distributed_executor_backend": "external_launcher"},
     "an encoder-cache connector": {"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_both"}},
     "speculative decoding other than n-gram": {"speculative_config": DRAFT},
 }
@@ -64,10 +67,22 @@ def config_of(model: Path, **options: Any) -> Any:
     return EngineArgs(model=str(model), dtype="float32", max_model_len=256, **options).create_engine_config()
 
 
-@pytest.mark.parametrize(("name", "options"), REFUSED.items(), ids=REFUSED)
+@pytest.mark.parametrize(("name", "options"), UNSUPPORTED.items(), ids=UNSUPPORTED)
 def test_settings_refused_by_name(llama: Path, profiles: Path, name: str, options: dict[str, Any]) -> None:
-    with pytest.raises(StateError, match=f"does not support {name}.*start vLLM without"):
-        compat.refuse_unsupported(config_of(llama, **options), Settings(profiles))
+    config = config_of(llama, **options)
+    for allow_untested in (False, True):
+        with pytest.raises(StateError, match=f"does not support {name}.*start vLLM without"):
+            compat.refuse_unsupported(config, Settings(profiles, allow_untested=allow_untested))
+
+
+@pytest.mark.parametrize(("name", "options"), UNTESTED.items(), ids=UNTESTED)
+def test_untested_settings_want_to_be_asked_for(
+    llama: Path, profiles: Path, name: str, options: dict[str, Any]
+) -> None:
+    config = config_of(llama, **options)
+    with pytest.raises(StateError, match=f"never run with {name}; start vLLM without, or .*HONES_ALLOW_UNTESTED=1"):
+        compat.refuse_unsupported(config, Settings(profiles))
+    compat.refuse_unsupported(config, Settings(profiles, allow_untested=True))
 
 
 def test_several_at_once_are_all_named(llama: Path, profiles: Path) -> None:
@@ -89,19 +104,15 @@ def test_the_rust_frontend(llama: Path, profiles: Path, monkeypatch: pytest.Monk
         compat.refuse_unsupported(config_of(llama), Settings(profiles))
 
 
-def test_the_untested_model_runner_wants_to_be_asked_for(
-    llama: Path, profiles: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = config_of(llama)
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")  # later, as vLLM wants Triton for it
-    with pytest.raises(StateError, match="never run with vLLM's V2 model runner; set VLLM_USE_V2_MODEL_RUNNER=0"):
-        compat.refuse_unsupported(config, Settings(profiles))
-    compat.refuse_unsupported(config, Settings(profiles, allow_untested=True))
+def test_adaptive_verification(llama: Path, profiles: Path) -> None:
+    config = config_of(llama, speculative_config=NGRAM)
+    config.speculative_config.enable_adaptive_verification = True  # vLLM itself allows it only with CUDA graphs
+    with pytest.raises(StateError, match=r"adaptive verification \(speculative_config\.enable_adaptive"):
+        compat.refuse_unsupported(config, Settings(profiles, allow_untested=True))
 
 
 def test_what_is_supported_is_not_refused(llama: Path, profiles: Path) -> None:
-    ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
-    for options in ({}, {"tensor_parallel_size": 2}, {"enable_lora": True}, {"speculative_config": ngram}):
+    for options in ({}, {"tensor_parallel_size": 2}, {"enable_lora": True}, {"speculative_config": NGRAM}):
         compat.refuse_unsupported(config_of(llama, **options), Settings(profiles))
 
 

@@ -85,11 +85,13 @@ def check_rounded_model(folder: Path, profiles: Path, reference: Reference, **op
     assert distance(unsteered, steered) > 10 * noise
 
 
+@pytest.mark.both_runners
 def test_bfloat16(llama: Path, profiles: Path) -> None:
     reference = Reference(AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16), profiles)
     check_rounded_model(llama, profiles, reference, dtype="bfloat16")
 
 
+@pytest.mark.both_runners
 def test_int8_weights_and_activations(llama: Path, profiles: Path, tmp_path: Path) -> None:
     """Runs in bfloat16, because vLLM's int8 kernels for CPUs with AMX take no float32."""
     write_int8(llama, tmp_path / "int8")
@@ -132,6 +134,7 @@ def write_int8(llama: Path, folder: Path) -> None:
 # Other settings of the engine ---------------------------------------------------------------------
 
 
+@pytest.mark.both_runners
 def test_lora_beside_it(llama: Path, profiles: Path, reference: Reference, tmp_path: Path) -> None:
     """Gives the adapter to all requests of a batch or to none: on a CPU, vLLM mixes up batches with both."""
     from vllm.lora.request import LoRARequest
@@ -179,6 +182,7 @@ def greedy_without(banned: int, reference: Reference, prompt: list[int], express
 
 
 class TestSampling:
+    @pytest.mark.both_runners(everyday=True)
     def test_logprobs_of_prompts_and_tokens(self, llm: Any, reference: Reference) -> None:
         outputs = generate(llm, PROMPTS, MIXED, logprobs=0, prompt_logprobs=0)
         for output, prompt, expression, of_prompt in zip(
@@ -190,6 +194,7 @@ class TestSampling:
             expected = reference_logprobs(reference, prompt, expression)
             torch.testing.assert_close(of_prompt, expected, atol=1e-3, rtol=1e-3)
 
+    @pytest.mark.both_runners
     def test_several_sampled_sequences(self, llm: Any, reference: Reference) -> None:
         """The seed fixes the sampled tokens; their log-probabilities show that the steered model gave them."""
         sampled = {"n": 2, "temperature": 1.0, "seed": 7, "logprobs": 0}
@@ -204,7 +209,7 @@ class TestSampling:
             assert [list(sequence.token_ids) for sequence in alone.outputs] == [first, second]
 
     @pytest.mark.filterwarnings("ignore:max_rollback_tokens is deprecated:DeprecationWarning")  # vLLM sets it
-    @pytest.mark.parametrize("kind", ["choice", "regex"])
+    @pytest.mark.parametrize("kind", [pytest.param("choice", marks=pytest.mark.both_runners(everyday=True)), "regex"])
     def test_structured_output(self, llm: Any, reference: Reference, llama: Path, kind: str) -> None:
         """The answer is the allowed word to which the steered model gives the highest probability."""
         from vllm.sampling_params import StructuredOutputsParams
@@ -221,6 +226,7 @@ class TestSampling:
 
         assert [tokens[0] for tokens in tokens_of(outputs)] == likeliest(MIXED) != likeliest(UNSTEERED)
 
+    @pytest.mark.both_runners
     def test_stop_strings_and_minimum_lengths(self, llm: Any, reference: Reference, llama: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(llama)
         full = reference.tokens(PROMPTS[3], "vqa")
@@ -242,6 +248,7 @@ class TestSampling:
 
 @pytest.mark.filterwarnings("ignore::numba.core.errors.NumbaPendingDeprecationWarning")
 @pytest.mark.filterwarnings("ignore:`torch.distributed.reduce_op` is deprecated:FutureWarning")
+@pytest.mark.both_runners
 def test_n_gram_speculation(llama: Path, profiles: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     """The steered model checks the drafts, so tokens are the same as without speculation."""
     from vllm.triton_utils import dispatcher

@@ -227,6 +227,7 @@ class TestWithASlotForEachRequest:
         assert answers(llm, batch, expressions) == expected
         assert answers(llm, batch[::-1], expressions[::-1]) == expected[::-1]
 
+    @pytest.mark.both_runners
     def test_swapped_slots_are_noticed(self, llm: Any, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
         expected = reference.answers(PROMPTS, MIXED)
         assert answers(llm, PROMPTS, MIXED) == expected
@@ -237,6 +238,7 @@ class TestWithASlotForEachRequest:
         wrong = answers(llm, PROMPTS, MIXED)
         assert sum(a != b for a, b in zip(wrong, expected, strict=True)) >= 4
 
+    @pytest.mark.both_runners
     def test_replaced_while_queued(self, by_hand: ByHand, reference: Reference) -> None:
         """A request that waits or runs keeps the contents it came with; one that comes afterwards has the new ones."""
         for i in range(4):
@@ -265,6 +267,7 @@ class TestWithASlotForEachRequest:
         assert by_hand.tokens["running"] == reference.tokens(PROMPTS[0], "vqa")
         assert by_hand.tokens["beside it"] == reference.tokens(PROMPTS[1], "ocr")
 
+    @pytest.mark.both_runners
     def test_aborted_requests_leave_their_slots(self, by_hand: ByHand, reference: Reference) -> None:
         aborted = [by_hand.add(f"aborted {i}", PROMPTS[i], f"vqa@{i + 2}") for i in range(4)]
         waiting = by_hand.add("waiting", PROMPTS[4], "ocr")
@@ -281,6 +284,7 @@ class TestWithASlotForEachRequest:
         assert by_hand.tokens["again"] == reference.tokens(PROMPTS[0], "vqa@2")
         assert "waiting" not in by_hand.tokens
 
+    @pytest.mark.both_runners
     def test_a_worker_forgets_what_has_finished(self, by_hand: ByHand, llm: Any) -> None:
         """The worker keeps a request's profile as long as the request, and forgets it one step later."""
         driver = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker

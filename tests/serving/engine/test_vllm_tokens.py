@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from hones_offline.data.scenes import scenes
+from serving.engines import V2
 from serving.steered import (
     MIXED,
     Prompt,
@@ -22,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 PROMPTS = prompts(len(MIXED), longest=30)
 MODES = [  # eager, whole prompts: the test before
-    pytest.param({"max_num_batched_tokens": 8}, id="chunked prefill"),
+    pytest.param({"max_num_batched_tokens": 8}, id="chunked prefill", marks=pytest.mark.both_runners(everyday=True)),
     pytest.param({"enforce_eager": False, "max_num_batched_tokens": 16}, id="compiled chunked prefill"),
     pytest.param({"enforce_eager": False}, id="compiled", marks=pytest.mark.matrix),
 ]
@@ -48,6 +49,7 @@ def logprobs_of(outputs: list[Any]) -> list[list[dict[int, float]]]:
     ]
 
 
+@pytest.mark.both_runners
 def test_unsteered_requests_are_bit_equal_to_an_engine_without_hones(
     llama: Path, profiles: Path, expected: list[list[int]]
 ) -> None:
@@ -75,6 +77,7 @@ def test_each_request_of_a_mixed_batch_is_right(
         assert answers_alone(llm, PROMPTS, MIXED) == expected
 
 
+@pytest.mark.both_runners(everyday=True)
 def test_preempted_requests_come_back_steered(llama: Path, profiles: Path, expected: list[list[int]]) -> None:
     # 8 blocks of 32 tokens: all requests start, but some need a second block before others have finished.
     options = {"num_gpu_blocks_override": 9, "block_size": 32, "max_model_len": 64, "enable_prefix_caching": False}
@@ -84,6 +87,7 @@ def test_preempted_requests_come_back_steered(llama: Path, profiles: Path, expec
         assert preemptions.value > 0
 
 
+@pytest.mark.both_runners(everyday=True)
 def test_async_scheduling(
     llama: Path, profiles: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,14 +108,16 @@ def test_async_scheduling(
 
 # vLLM's client leaves its ZeroMQ context to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.both_runners
 def test_tensor_parallel_in_processes_of_their_own(llama: Path, profiles: Path, expected: list[list[int]]) -> None:
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with engine(llama, profiles, env, tensor_parallel_size=2) as llm:
         assert answers(llm, PROMPTS, MIXED) == expected
 
 
+@pytest.mark.both_runners
 def test_the_embedded_llava(embedded: Path, tmp_path: Path) -> None:
-    """Checks mixed batches with an image in each request: eager, in chunks of a few tokens, and compiled."""
+    """Checks mixed batches with an image in each request: eager, in chunks of a few tokens, and with V1 compiled."""
     processor, profiles = AutoProcessor.from_pretrained(embedded), tmp_path / "profiles"
     requests: list[Prompt] = []
     for scene in scenes("test", len(MIXED)):
@@ -122,7 +128,7 @@ def test_the_embedded_llava(embedded: Path, tmp_path: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(embedded)
     write_profiles(model, profiles, fraction=0.9)  # a trained model keeps its answers under a few scales
     expected = expected_tokens(Reference(model, profiles, processor), requests)
-    for options in ({"max_num_batched_tokens": 64}, {"enforce_eager": False}):
+    for options in [{"max_num_batched_tokens": 64}, {"enforce_eager": False}][: 1 if V2 else 2]:
         with engine(embedded, profiles, **options) as llm:
             assert answers(llm, requests, MIXED) == expected
             assert answers_alone(llm, requests, MIXED) == expected
