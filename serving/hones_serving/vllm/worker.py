@@ -8,7 +8,6 @@ with fewer, the front admits no more different profiles than there are slots.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from hones_serving.vllm import compat
 from hones_serving.vllm.front import PROFILE
 from hones_steer import __version__
 from hones_steer.errors import LayoutError, StateError
+from hones_steer.ffns import DENSE, Ffn
 from hones_steer.injection import scale
 from hones_steer.profile import ModelIdentity, Profile, parse_profile, sketch_of
 from hones_steer.slots import IDENTITY, ScaleTables, SlotPool
@@ -170,7 +170,8 @@ def install() -> None:
             self.hones_steering = attach(self.model_runner, self.vllm_config, settings)
 
     def hones_identity(self: Any) -> dict[str, Any]:
-        return dataclasses.asdict(self.hones_steering.identity)
+        identity: ModelIdentity = self.hones_steering.identity
+        return identity.to_json()
 
     worker.load_model = load_and_attach
     worker.hones_identity = hones_identity
@@ -188,15 +189,12 @@ def attach(runner: Any, config: Any, settings: Settings) -> WorkerSteering:
     ffns = [_ffn(f"layer {i} of {type(stack).__name__}", layer) for i, layer in enumerate(stack.layers)]
     identity = _identity(config.model_config, stack, len(ffns))
     max_profiles = compat.max_profiles(config, settings)
-    tables = ScaleTables(
-        [next(ffn.parameters()).device for ffn in ffns],
-        identity.intermediate_size,
-        max_profiles + 1,
-        _shard(ffns, identity.intermediate_size),
-    )
-    tokens = TokenSlots(_max_tokens(config), tables.tables[0].device)
+    shard = _shard(ffns, config.model_config.hf_text_config.intermediate_size)
+    places = {Ffn(i, DENSE): (next(ffn.parameters()).device, shard) for i, ffn in enumerate(ffns)}
+    tables = ScaleTables(places, max_profiles + 1)
+    tokens = TokenSlots(_max_tokens(config), places[Ffn(0, DENSE)][0])
     eager = _runs_eagerly(config)
-    for ffn, table in zip(ffns, tables.tables, strict=True):
+    for ffn, table in zip(ffns, tables.tables.values(), strict=True):
         ffn.act_fn = SteeredActivation(ffn.act_fn, table, tokens, eager=eager)
     _change_compile_cache_key(config, max_profiles)
     steering = WorkerSteering(identity, tables, tokens, max_profiles)
