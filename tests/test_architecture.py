@@ -31,18 +31,7 @@ PACKAGES = {
 }
 
 # Module of hones_steer -> the modules and rooms (packages) it may import. A new module needs a line here.
-_BELOW_HUGGINGFACE = {
-    "errors",
-    "ffns",
-    "profile",
-    "store",
-    "layout",
-    "slots",
-    "_blocks",
-    "injection",
-    "_folding",
-    "_selftest",
-}
+_BELOW_HUGGINGFACE = {"errors", "profile", "store", "layout", "slots", "_blocks", "injection", "_folding", "_selftest"}
 _ADAPTER = {"errors", "ffns", "layout", "profile", "slots", "_folding", "export.adapters", "export.sidecar"}
 ALLOWED = {
     "_version": set(),
