@@ -20,6 +20,7 @@ from safetensors import safe_open
 from steer.profiles import identity, make
 
 from hones_steer import MismatchError, ModelIdentity, Profile, ProfileError, load_profile, save_profile
+from hones_steer.cli import main
 from hones_steer.ffns import Ffn, FfnRun
 from hones_steer.profile import MAX_HEADER_BYTES, parse_profile, serialize_profile
 
@@ -297,3 +298,33 @@ def test_an_identity_has_one_width_or_ffns() -> None:
         mixture(intermediate_size=40)
     with pytest.raises(ProfileError, match="only dense FFNs of one width"):
         mixture(ffns=(FfnRun(0, 6, dense=40),))
+
+
+# The command line ---------------------------------------------------------------------------------
+
+
+def test_inspect_tells_what_is_in_experts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(GOLDEN)]) == 0
+    text = capsys.readouterr().out
+    assert "qwen3_moe, 6 layers (0 to 1: a dense FFN of 40 neurons; 3 to 4: 8 experts of 12" in text
+    assert "9 of 380 (2.37%), in 3 of 6 layers" in text
+    assert "4 in 3 routed experts, 2 in shared ones, 3 in dense FFNs" in text
+    assert main(["inspect", str(GOLDEN), "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert described["format"] == 2
+    assert described["base_model"]["ffns"][2] == {"layers": [5, 6], "dense": 20, "experts": [4, 10]}
+    assert described["layers"] == {"1": 2, "3": 3, "5": 4}
+    assert described["ffns"] == {"dense": 3, "shared": 2, "experts": 4}
+
+
+def test_diff_compares_neurons_of_the_same_ffn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = of_experts({**SOME, (5, 3): {0: 1.5}, (5, 2): {9: -0.5}}, base_model=golden().base_model)
+    save_profile(other, tmp_path / "other.safetensors")
+    assert main(["diff", str(GOLDEN), str(tmp_path / "other.safetensors"), "--json"]) == 1
+    compared = json.loads(capsys.readouterr().out)
+    assert compared["layers"][2] == {"layer": 5, "shared": 3, "rescaled": 1, "removed": 1, "added": 1}
+    save_profile(make(), tmp_path / "dense.safetensors")
+    assert main(["diff", str(GOLDEN), str(tmp_path / "dense.safetensors")]) == 1
+    text = capsys.readouterr().out
+    assert "base_model.ffns" in text
+    assert "base_model.intermediate_size" in text
