@@ -255,15 +255,15 @@ def blended(terms: Sequence[tuple[FfnScales, float]]) -> FfnScales:
 
 
 def _blended_entries(parts: Iterable[tuple[Entries, float]]) -> Entries:
-    parts = [(entries.keys, entries, weight) for entries, weight in parts]
-    union, first = np.unique(np.concatenate([keys for keys, _, _ in parts]), return_index=True)
+    keyed = [(entries.keys, entries, weight) for entries, weight in parts]
+    union, first = np.unique(np.concatenate([keys for keys, _, _ in keyed]), return_index=True)
     total, rest = np.zeros(len(union)), np.ones(len(union))
     with np.errstate(over="ignore", invalid="ignore"):
-        for keys, entries, weight in parts:
+        for keys, entries, weight in keyed:
             positions = np.searchsorted(union, keys)
             total[positions] += weight * entries.scales.astype(np.float64)
             rest[positions] -= weight
         scales = (total + rest).astype(np.float32)
-    neurons = np.concatenate([entries.neurons for _, entries, _ in parts])[first]
-    experts = [entries.experts for _, entries, _ in parts if entries.experts is not None]
+    neurons = np.concatenate([entries.neurons for _, entries, _ in keyed])[first]
+    experts = [entries.experts for _, entries, _ in keyed if entries.experts is not None]
     return Entries(neurons, scales, np.concatenate(experts)[first] if experts else None)

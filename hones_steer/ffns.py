@@ -31,7 +31,8 @@ class Ffn(NamedTuple):
     @classmethod
     def of(cls, key: object) -> Ffn:
         """The FFN of a layer's number (its dense one) or of a pair; raises ProfileError for anything else."""
-        layer, part = key if isinstance(key, tuple) and len(key) == 2 else (key, DENSE)
+        pair: Any = key if isinstance(key, tuple) and len(key) == 2 else (key, DENSE)
+        layer, part = pair
         if not _is_integer(layer):
             raise ProfileError(f"layer {shown(layer)} is not an integer")
         if isinstance(part, str) and part in (DENSE, SHARED):

@@ -57,7 +57,7 @@ class FoundImportance:
         _check_model(self.folder, "importance", self.model, model)
         index = NeuronIndex.of(find_layout(model))
         if len(self.values) != index.size:
-            raise _no_importance(self.folder, str(index.size))
+            raise _no_importance(self.folder, index.size)
         return Importance(index, self.values)
 
 
@@ -184,11 +184,11 @@ def _read_importance(folder: Path, examples: Sequence[Example], options: Attribu
         )
     values = read_arrays(folder / IMPORTANCE).get("importance")
     if values is None or values.dtype != np.float32 or values.ndim != 1 or not np.isfinite(values).all():
-        raise _no_importance(folder, "N")
+        raise _no_importance(folder, model.num_neurons)
     return FoundImportance(folder, task, values, model)
 
 
-def _no_importance(folder: Path, count: str) -> DataError:
+def _no_importance(folder: Path, count: int) -> DataError:
     return DataError(
         f"{folder / IMPORTANCE} is damaged (it holds no importance, float32 [{count}]); run its `hones attribute` "
         "again with the same arguments, which writes it anew"
