@@ -35,19 +35,20 @@ class VerifiedProfile:
 class Verification:
     """Report of a self-test that was passed.
 
-    `layers_not_run` names the layers that the test's inputs do not reach; they are not verified.
+    `widths` are the numbers of neurons that the layers' FFNs have, each once, ascending. `layers_not_run` names the
+    layers that the test's inputs do not reach; they are not verified.
     """
 
     model_type: str
     num_layers: int
-    intermediate_size: int
+    widths: tuple[int, ...]
     layers_not_run: tuple[str, ...]
     profiles: tuple[VerifiedProfile, ...]
     layers_without_ffn: int = 0
 
     def lines(self) -> list[str]:
         """The report for a person."""
-        width = f"{self.num_layers} layers of {self.intermediate_size} neurons"
+        width = f"{self.num_layers} layers of {' or '.join(map(str, self.widths))} neurons"
         width += f" ({self.layers_without_ffn} of them have no FFN)" if self.layers_without_ffn else ""
         return [
             f"{self.model_type}: {width}, every down-projection is hooked",
@@ -98,7 +99,7 @@ def self_test(
     return Verification(
         layout.model_type,
         len(layout.layers),
-        layout.intermediate_size,
+        tuple(sorted({layer.width for layer in layout.with_ffn})),
         tuple(layer.name for layer in layout.with_ffn if layer.index not in run),
         verified,
         len(layout.layers) - len(layout.with_ffn),
@@ -124,7 +125,7 @@ def _verify_profile(
                     f"{layer.name} ran, but its down-projection was not called; the model cannot be steered here"
                 )
             continue
-        s = scale_row(profile, layer.index, layout.intermediate_size).to(z.device)
+        s = scale_row(profile, layer.ffn).to(z.device)
         z, scaled = z.view(2, -1, z.shape[-1]), scaled.view(2, -1, z.shape[-1])
         if not torch.equal(scaled[0], z[0]) or not torch.equal(scaled[1], scale(z[1], s)):
             raise StateError(f"{layer.name}: its input is not scaled as {name!r} says; detach() and steer again")

@@ -302,7 +302,7 @@ class Steering:
             raise ProfileError(f"{name!r} cannot name a task; use letters, digits, '_', '.' and '-' (not 'none')")
         profile = source if isinstance(source, Profile) else load_profile(source)
         profile.base_model.check(self._identity, allow_mismatch=self._allow_mismatch)
-        layout.require_ffns(profile.layers)
+        layout.require_ffns(profile.ffns)
         return profile
 
     def _generate(self, generate: Callable[P, R], injection: Injection) -> Callable[P, R]:

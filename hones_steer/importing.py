@@ -17,6 +17,7 @@ from hones_steer.errors import ProfileError
 from hones_steer.export.adapters import CONFIG, PREFIX, WEIGHTS
 from hones_steer.export.peft import IA3_SUFFIX
 from hones_steer.export.sidecar import SIDECAR, Sidecar, module_names, parse_sidecar
+from hones_steer.ffns import DENSE, Ffn
 from hones_steer.layout import find_layout, unwrap
 from hones_steer.profile import ModelIdentity, Profile, StrPath
 from hones_steer.strict_json import parse_object
@@ -93,10 +94,10 @@ def _read_rows(file: Path, layers: Mapping[str, int], base_model: ModelIdentity)
         name = key.removeprefix(PREFIX).removesuffix(IA3_SUFFIX)
         if name not in layers or not key.endswith(IA3_SUFFIX):
             other_modules.add(re.sub(r"\.\d+\.", ".*.", name))
-        elif tensor.shape != (1, base_model.intermediate_size):
+        elif tensor.shape != (1, width := base_model.width(Ffn(layers[name], DENSE))):
             raise ProfileError(
                 f"{name} has factors of shape {list(tensor.shape)} where a profile scales the "
-                f"{base_model.intermediate_size} inputs of a down-projection; "
+                f"{width} inputs of a down-projection; "
                 "train with feedforward_modules naming the same modules as target_modules"
             )
         else:

@@ -16,7 +16,7 @@ Tracing finds out which ones compiled code calls, and the code sets `LayerHook.c
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
@@ -29,6 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from hones_steer._blocks import Routing
 from hones_steer._recomputation import ForwardsWithGradients
 from hones_steer.errors import LayoutError, RoutingError, StateError
+from hones_steer.ffns import Ffn
 from hones_steer.layout import Layout, base_layer
 from hones_steer.slots import IDENTITY, RowSlots, ScaleTables
 
@@ -136,16 +137,19 @@ class Injection:
         self._routing: Routing | None = None  # the block that this forward is in
         self._slots: tuple[int, ...] = (IDENTITY,)  # one for each of its rows, or one for all
         self._with_gradients = ForwardsWithGradients()
-        devices = _devices(layout)
-        self.tables = ScaleTables(devices, layout.intermediate_size, slots)
-        self._rows = {device: RowSlots(device) for device in devices}
+        places = {
+            layer.ffn: (execution_device(layer.down_proj, layer.name), slice(0, layer.width))
+            for layer in layout.with_ffn
+        }
+        self.tables = ScaleTables(places, slots)
+        self._rows = {device: RowSlots(device) for device, _ in places.values()}
         self._written: tuple[tuple[int, ...], int] = ((IDENTITY,), 1)
         self._edges = _edges(model, [layer.down_proj for layer in layout.with_ffn])
         self._layer_hooks: list[LayerHook] = []
         self._handles: list[RemovableHandle] = []
-        self._attach(model, layout, devices)
+        self._attach(model, layout, {ffn: self._rows[device] for ffn, (device, _) in places.items()})
 
-    def _attach(self, model: nn.Module, layout: Layout, devices: Sequence[torch.device]) -> None:
+    def _attach(self, model: nn.Module, layout: Layout, rows: Mapping[Ffn, RowSlots]) -> None:
         if is_injected(model, layout):
             raise StateError("the model is steered already; use that Steering, or detach() it first")
         try:
@@ -155,8 +159,7 @@ class Injection:
             if layout.decoder is not model:
                 self._handles.append(layout.decoder.register_forward_pre_hook(_DecoderHook(self)))
             for layer in layout.with_ffn:
-                table, device = self.tables.tables[layer.index], devices[layer.index]
-                hook = LayerHook(self, layer.name, table, self._rows[device])
+                hook = LayerHook(self, layer.name, self.tables.tables[layer.ffn], rows[layer.ffn])
                 self._layer_hooks.append(hook)
                 self._handles.append(layer.down_proj.register_forward_pre_hook(hook))
                 self._handles.append(layer.module.register_forward_hook(GuardHook(hook)))
@@ -425,13 +428,6 @@ def refuse_recording() -> None:
         f"{recorder} cannot record a steered model, whose task changes from call to call; detach() first, and record a "
         "checkpoint made by merge_into() for a steered program"
     )
-
-
-def _devices(layout: Layout) -> list[torch.device]:
-    """Where each layer's FFN computes; a layer without one is put where that of another is."""
-    devices = {layer.index: execution_device(layer.down_proj, layer.name) for layer in layout.with_ffn}
-    anywhere = next(iter(devices.values()))
-    return [devices.get(layer.index, anywhere) for layer in layout.layers]
 
 
 def _edges(model: nn.Module, modules: Sequence[nn.Module]) -> list[Edge]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hones_steer.errors import LayoutError
+from hones_steer.ffns import DENSE, Ffn
 
 # Dotted names inside the decoder or inside one decoder layer, most common first.
 LAYER_LISTS = ("layers", "h", "blocks", "layer", "block", "encoder.layer")
@@ -88,6 +89,17 @@ class DecoderLayer:
         return self.ffn_out is not None
 
     @property
+    def ffn(self) -> Ffn:
+        """The address of the layer's dense FFN."""
+        return Ffn(self.index, DENSE)
+
+    @property
+    def width(self) -> int:
+        """Number of neurons of the layer's FFN; 0 if it has none."""
+        shape = None if self.ffn_out is None else linear_shape(self.ffn_out)
+        return 0 if shape is None else shape[0]
+
+    @property
     def down_proj(self) -> nn.Module:
         """The FFN's down-projection; raises LayoutError, naming the layer, if it has no FFN."""
         if self.ffn_out is None:
@@ -99,6 +111,7 @@ class DecoderLayer:
 class Layout:
     """Parts of a model. `decoder` is the text decoder stack, which is called with `inputs_embeds`.
 
+    `intermediate_size` is the width of all FFNs, None where their widths differ (`DecoderLayer.width` has each).
     `final_norm` and `unembedding` are None where they were not recognized.
     """
 
@@ -106,7 +119,7 @@ class Layout:
     decoder: nn.Module
     layers: tuple[DecoderLayer, ...]
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int | None
     final_norm: nn.Module | None
     unembedding: nn.Module | None
 
@@ -115,10 +128,15 @@ class Layout:
         """The layers that have an FFN, in order; all of them but in some hybrids."""
         return tuple(layer for layer in self.layers if layer.has_ffn)
 
-    def require_ffns(self, layers: Iterable[int]) -> None:
-        """Raise LayoutError, naming the first of these layers that has no FFN, if there is one."""
-        for index in layers:
-            _ = self.layers[index].down_proj
+    def require_ffns(self, ffns: Iterable[Ffn]) -> None:
+        """Raise LayoutError, naming the first of these FFNs that cannot be steered here, if there is one."""
+        for ffn in ffns:
+            if ffn.part != DENSE:
+                raise LayoutError(
+                    f"{ffn} of model type {self.model_type!r} cannot be steered: mixture-of-experts FFNs are not "
+                    "supported yet; use a profile of dense FFNs"
+                )
+            _ = self.layers[ffn.layer].down_proj
 
     @property
     def keeps_only_keys_and_values(self) -> bool:
@@ -201,7 +219,7 @@ def find_layout(model: nn.Module) -> Layout:
 
     Raises:
         LayoutError: a layer has no recognized FFN (a state-space mixer is none), mixture-of-experts FFNs, or an FFN
-            that is sharded over devices (tensor parallelism), is shared with another layer, or has another width.
+            that is sharded over devices (tensor parallelism), or is shared with another layer.
     """
     model = unwrap(model)
     config = getattr(model, "config", None)
@@ -218,14 +236,14 @@ def find_layout(model: nn.Module) -> Layout:
     )
     if not any(layer.has_ffn for layer in layers):
         raise _unrecognized(model_type, _no_ffn(layers[0].name, layers[0].module))
-    hidden_size, intermediate_size = _common_shape([layer for layer in layers if layer.has_ffn], model_type)
+    widths, hidden_size = _common_shapes([layer for layer in layers if layer.has_ffn], model_type)
     _refuse_shards([layer for layer in layers if layer.has_ffn], text_config)
     return Layout(
         model_type=model_type,
         decoder=decoder,
         layers=layers,
         hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
+        intermediate_size=widths.pop() if len(widths) == 1 else None,
         final_norm=_find_final_norm(decoder, model_type, names, hidden_size),
         unembedding=_find_unembedding(model, model_type, names, hidden_size),
     )
@@ -449,9 +467,10 @@ def _refuse_experts(name: str, layer: nn.Module, model_type: str) -> None:
             )
 
 
-def _common_shape(layers: Iterable[DecoderLayer], model_type: str) -> tuple[int, int]:
-    """(hidden, I) of all layers; raises LayoutError if they differ, or if two layers share one FFN."""
-    shapes = {}
+def _common_shapes(layers: Iterable[DecoderLayer], model_type: str) -> tuple[set[int], int]:
+    """The layers' widths and their hidden size; raises LayoutError if that differs, or if two layers share one FFN."""
+    shapes: dict[int, str] = {}
+    widths = set()
     owners: dict[int, str] = {}
     for layer in layers:
         if (owner := owners.setdefault(id(layer.down_proj), layer.name)) != layer.name:
@@ -461,15 +480,15 @@ def _common_shape(layers: Iterable[DecoderLayer], model_type: str) -> tuple[int,
             )
         shape = linear_shape(layer.down_proj)
         assert shape is not None  # checked where the layer was described
-        shapes[shape] = layer.name
+        widths.add(shape[0])
+        shapes[shape[1]] = layer.name
     if len(shapes) != 1:
-        widths = ", ".join(f"{name} has {width}→{hidden}" for (width, hidden), name in shapes.items())
+        sizes = ", ".join(f"{name} has {hidden}" for hidden, name in shapes.items())
         raise LayoutError(
-            f"FFN widths of model type {model_type!r} differ between layers ({widths}), "
-            "but a profile has one width; use a model whose layers are alike"
+            f"hidden sizes of model type {model_type!r} differ between the layers' FFNs ({sizes}), "
+            "but a profile has one; use a model whose layers are alike"
         )
-    ((intermediate_size, hidden_size),) = shapes
-    return hidden_size, intermediate_size
+    return widths, next(iter(shapes))
 
 
 def _refuse_shards(layers: Iterable[DecoderLayer], text_config: Any) -> None:

@@ -1,6 +1,6 @@
 """Scale tables, and the allocation of their slots to profiles.
 
-Every decoder layer has one float32 table `[slots, I]`, where I is the width of the FFN. Slot 0 is the identity; every
+Every FFN has one float32 table `[slots, I]`, where I is its width. Slot 0 is the identity; every
 other slot holds one profile at a time. A batch row picks its scales by slot number. All tensors are allocated once and
 written in place, so that compiled code and CUDA graphs that have read them once see every later change.
 """
@@ -8,7 +8,7 @@ written in place, so that compiled code and CUDA graphs that have read them once
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch._dynamo
 from torch import Tensor
 
 from hones_steer.errors import RoutingError
+from hones_steer.ffns import Ffn
 from hones_steer.profile import Profile
 
 IDENTITY = 0
@@ -23,25 +24,24 @@ _INITIAL_ROWS = 256
 
 
 class ScaleTables:
-    """Tables `[slots, I]`, one per decoder layer and on its device; slot 0 is never written.
+    """Tables `[slots, I]`, one per FFN and on its device; slot 0 is never written.
 
-    Under tensor parallelism `shard` is the range of neurons that this process holds (default: all of them); its tables
-    are as wide as that.
+    `places` has each FFN's device, and the range of its neurons that this process holds: under tensor parallelism a
+    part of them. Its table is as wide as that.
     """
 
-    def __init__(
-        self, devices: Sequence[torch.device], intermediate_size: int, slots: int, shard: slice | None = None
-    ) -> None:
-        self._intermediate_size = intermediate_size
-        self._shard = shard or slice(0, intermediate_size)
-        width = self._shard.stop - self._shard.start
-        self.tables = [_static((slots, width), torch.float32, device, 1) for device in devices]
+    def __init__(self, places: Mapping[Ffn, tuple[torch.device, slice]], slots: int) -> None:
+        self._shards = {ffn: shard for ffn, (_, shard) in places.items()}
+        self.tables = {
+            ffn: _static((slots, shard.stop - shard.start), torch.float32, device, 1)
+            for ffn, (device, shard) in places.items()
+        }
 
     def write(self, slot: int, profile: Profile) -> None:
         """Write a profile's scales to a slot; neurons that it does not list get scale 1."""
         with torch.inference_mode(False), torch.no_grad():
-            for layer, table in enumerate(self.tables):
-                table[slot].copy_(scale_row(profile, layer, self._intermediate_size)[self._shard])
+            for ffn, table in self.tables.items():
+                table[slot].copy_(scale_row(profile, ffn)[self._shards[ffn]])
 
 
 class RowSlots:
@@ -104,14 +104,14 @@ class SlotPool:
         return self._slots.pop(oldest)
 
 
-def scale_row(profile: Profile, layer: int, width: int) -> Tensor:
-    """The scales of one layer as a dense float32 row `[width]` on the CPU, 1 where the profile lists nothing."""
-    neurons, scales = profile.layers.get(layer, ((), ()))
-    return dense_row(neurons, scales, width)
+def scale_row(profile: Profile, ffn: Ffn) -> Tensor:
+    """The scales of one FFN as a dense float32 row `[I]` on the CPU, 1 where the profile lists nothing."""
+    neurons, scales = profile.ffns.get(ffn, ((), ()))
+    return dense_row(neurons, scales, profile.base_model.width(ffn))
 
 
 def layer_tensors(profile: Profile, layer: int) -> tuple[Tensor, Tensor]:
-    """The neurons int64 `[k]` and scales float32 `[k]` of a layer that the profile lists."""
+    """The neurons int64 `[k]` and scales float32 `[k]` of a dense FFN that the profile lists."""
     neurons, scales = profile.layers[layer]
     return torch.tensor(neurons, dtype=torch.int64), torch.tensor(scales)
 

@@ -154,6 +154,21 @@ def gemma4_shared(seed=0):
     return _build(Gemma4ForCausalLM, config, seed)
 
 
+def gemma4_wide(seed=0):
+    """As Gemma 4 above; the layer that uses another's keys and values has an FFN of twice the width."""
+    config = Gemma4TextConfig(
+        **GROUPED,
+        head_dim=8,
+        global_head_dim=8,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        num_kv_shared_layers=1,
+        use_double_wide_mlp=True,
+    )
+    return _build(Gemma4ForCausalLM, config, seed)
+
+
 def gemma3n(seed=0):
     """As Gemma 4, with several residual streams."""
     config = Gemma3nTextConfig(
@@ -186,5 +201,6 @@ FURTHER = {
     "falcon_h1": unusual_models.falcon_h1,
     "gemma4_text": unusual_models.gemma4_text,
     "gemma4_shared": gemma4_shared,
+    "gemma4_wide": gemma4_wide,
     "gemma3n": gemma3n,
 }

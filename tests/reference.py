@@ -241,9 +241,13 @@ def directions(model, processor, task, examples):
 
 
 def by_layer(model, values):
-    """{layer: [I]} as [L, I], 0 for layers without an FFN or whose FFN did not run; values may have more dimensions."""
-    some = next(iter(values.values()))
-    return torch.stack([values.get(i, torch.zeros_like(some)) for i in range(len(find_layout(model).layers))])
+    """{layer: [I]} as [L, I], 0 for layers without an FFN or whose FFN did not run; values may have more dimensions.
+
+    I is the width of the widest layer; others have 0 beyond their own.
+    """
+    widest = max(values.values(), key=lambda value: value.shape[-1])
+    padded = {i: torch.nn.functional.pad(z, (0, widest.shape[-1] - z.shape[-1])) for i, z in values.items()}
+    return torch.stack([padded.get(i, torch.zeros_like(widest)) for i in range(len(find_layout(model).layers))])
 
 
 @contextmanager

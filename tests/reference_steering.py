@@ -26,7 +26,7 @@ def scaled(model, profile):
     modules = down_projections(model)
     for index, (neurons, scales) in layers.items():
         module = modules[index]
-        factor = torch.ones(profile.base_model.intermediate_size)
+        factor = torch.ones(module.weight.numel() // profile.base_model.hidden_size)
         for neuron, value in zip(neurons.tolist(), scales.tolist(), strict=True):
             factor[neuron] = value
 

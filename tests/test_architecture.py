@@ -1,7 +1,8 @@
 """Imports: who may import whom, and what `import hones_steer` and `hones --help` load.
 
 An arrow runs from who is imported to who imports. Inside hones_steer: errors → {files, strict_json} → profile → store;
-errors → layout; profile → slots; {layout, slots} → injection → huggingface; all these → the rooms export and cli.
+errors → ffns → layout; ffns → identity → profile → slots; {layout, slots} → injection → huggingface; all these → the
+rooms export and cli.
 Between the packages: hones_offline ← hones_steer → hones_serving. Imports inside functions count like all others.
 """
 
@@ -31,20 +32,34 @@ PACKAGES = {
 
 # Module of hones_steer -> the modules and rooms (packages) it may import. A new module needs a line here.
 _BELOW_HUGGINGFACE = {"errors", "profile", "store", "layout", "slots", "_blocks", "injection", "_folding", "_selftest"}
-_ADAPTER = {"errors", "layout", "profile", "slots", "_folding", "export.adapters", "export.sidecar"}
+_ADAPTER = {"errors", "ffns", "layout", "profile", "slots", "_folding", "export.adapters", "export.sidecar"}
 ALLOWED = {
     "_version": set(),
     "errors": set(),
     "_transformers": set(),
     "files": {"errors"},
     "strict_json": {"errors"},
-    "profile": {"_version", "errors", "files", "strict_json"},
+    "json_values": {"errors"},
+    "ffns": {"errors", "json_values"},
+    "identity": {"errors", "ffns", "json_values"},
+    "ffn_scales": {"errors", "ffns", "identity"},
+    "profile_file": {"errors", "ffn_scales", "ffns", "identity", "json_values", "strict_json"},
+    "profile": {
+        "_version",
+        "errors",
+        "ffn_scales",
+        "files",
+        "identity",
+        "json_values",
+        "profile_file",
+        "strict_json",
+    },
     "store": {"errors", "profile"},
-    "layout": {"errors"},
-    "slots": {"errors", "profile"},
+    "layout": {"errors", "ffns"},
+    "slots": {"errors", "ffns", "profile"},
     "_blocks": {"errors", "slots"},
     "_recomputation": {"_blocks", "errors", "slots"},
-    "injection": {"_blocks", "_recomputation", "errors", "layout", "slots"},
+    "injection": {"_blocks", "_recomputation", "errors", "ffns", "layout", "slots"},
     "_folding": {"errors", "injection", "layout", "profile", "slots"},
     "_selftest": {"errors", "injection", "layout", "profile", "slots"},
     "huggingface": _BELOW_HUGGINGFACE,
@@ -68,14 +83,14 @@ ALLOWED = {
         "export.checkpoint",
         "export.sidecar",
     },
-    "importing": {"errors", "layout", "profile", "strict_json", "export"},
+    "importing": {"errors", "ffns", "layout", "profile", "strict_json", "export"},
     "hub": {"errors", "profile", "store", "files", "strict_json", "export.cards"},
     "cli": {"cli.program"},
     "cli.streams": set(),
     "cli.program": {"_version", "errors", "cli.streams"},
     "cli.output": {"profile"},
-    "cli.inspect_command": {"profile", "cli.output"},
-    "cli.diff_command": {"profile", "cli.output"},
+    "cli.inspect_command": {"ffns", "profile", "cli.output"},
+    "cli.diff_command": {"ffns", "profile", "cli.output"},
     "cli.verify_command": {"errors", "profile", "huggingface", "loading", "cli.output"},
     "cli.export_command": {"profile", "loading", "export", "importing", "cli.output"},
     "cli.hub_commands": {"errors", "profile", "store", "hub", "cli.output"},
@@ -83,10 +98,11 @@ ALLOWED = {
     "__init__": {"_version", *_BELOW_HUGGINGFACE, "huggingface", "export", "importing", "hub"},
 }
 # The exceptions, each at one place: (module, function) -> imported module.
-EXCEPTIONS = {("profile", "ModelIdentity.from_model", "layout")}
+EXCEPTIONS = {("identity", "ModelIdentity.from_model", "layout")}
 
 # These run with the base dependencies; the commands import the rest inside their functions.
-BASE_MODULES = {"__init__", "__main__", "_version", "errors", "files", "profile", "store", "strict_json"}
+BASE_MODULES = {"__init__", "__main__", "_version", "errors", "files", "store", "strict_json"}
+BASE_MODULES |= {"ffn_scales", "ffns", "identity", "json_values", "profile", "profile_file"}
 EXTRAS = {"hones_steer": "hf", "hones_offline": "offline", "hones_serving": "serve"}
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "google_re2": "re2"}
 

@@ -45,6 +45,7 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 
+from hones_steer.ffns import DENSE, Ffn
 from hones_steer.profile import ModelIdentity, Profile
 
 VOCABULARY = 160
@@ -315,7 +316,7 @@ def random_profile(model, seed, task="random", fraction=0.3):
     generator = np.random.default_rng(seed)
     layers = {}
     for layer in range(identity.num_layers):
-        chosen = generator.random(identity.intermediate_size) < fraction
+        chosen = generator.random(identity.width(Ffn(layer, DENSE))) < fraction
         neurons = np.flatnonzero(chosen).astype(np.int32)
         layers[layer] = (neurons, generator.uniform(-2, 3, len(neurons)).astype(np.float32))
     return Profile(task=task, layers=layers, base_model=identity)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from hones_steer.cli.output import command_parser, print_json, shown, table
+from hones_steer.ffns import Ffn
 from hones_steer.profile import Profile, load_profile
 
 
@@ -33,54 +33,53 @@ def diff(argv: Sequence[str]) -> int:
 
 
 def _compare(a: Profile, b: Profile) -> dict[str, Any]:
-    offsets_a, offsets_b = _offsets(a), _offsets(b)
-    neurons = sorted(offsets_a.keys() | offsets_b.keys())
-    x = np.array([offsets_a.get(key, 0.0) for key in neurons])
-    y = np.array([offsets_b.get(key, 0.0) for key in neurons])
+    scales_a, scales_b = _scales(a), _scales(b)
+    neurons = sorted(scales_a.keys() | scales_b.keys(), key=lambda key: (key[0].order, key[1]))
+    x = np.array([scales_a.get(key, 1.0) - 1.0 for key in neurons])
+    y = np.array([scales_b.get(key, 1.0) - 1.0 for key in neurons])
     norm = float(np.linalg.norm(x) * np.linalg.norm(y))
     return {
         "equal": a.digest == b.digest,
         "digests": [a.digest, b.digest],
         "num_neurons": [a.num_neurons, b.num_neurons],
-        "layers": [_compare_layer(a, b, layer) for layer in sorted(a.layers.keys() | b.layers.keys())],
+        "layers": _compare_layers(scales_a, scales_b),
         "offset_cosine": float(x @ y) / norm if norm else None,
         "max_difference": float(np.abs(x - y).max()),
         "metadata": _metadata_differences(_metadata(a), _metadata(b)),
     }
 
 
-def _offsets(profile: Profile) -> dict[tuple[int, int], float]:
-    """Scale − 1 of each listed (layer, neuron)."""
+def _scales(profile: Profile) -> dict[tuple[Ffn, int], float]:
+    """The scale of each listed (FFN, neuron)."""
     return {
-        (layer, int(neuron)): float(scale) - 1.0
-        for layer, (neurons, scales) in profile.layers.items()
-        for neuron, scale in zip(neurons, scales, strict=True)
+        (ffn, neuron): scale
+        for ffn, (neurons, scales) in profile.ffns.items()
+        for neuron, scale in zip(neurons.tolist(), scales.tolist(), strict=True)
     }
 
 
-def _compare_layer(a: Profile, b: Profile, layer: int) -> dict[str, int]:
-    scales_a, scales_b = (
-        dict(zip(*map(np.ndarray.tolist, p.layers[layer]), strict=True)) if layer in p.layers else {} for p in (a, b)
-    )
-    shared = scales_a.keys() & scales_b.keys()
-    return {
-        "layer": layer,
-        "shared": len(shared),
-        "rescaled": sum(scales_a[neuron] != scales_b[neuron] for neuron in shared),
-        "removed": len(scales_a) - len(shared),
-        "added": len(scales_b) - len(shared),
-    }
+def _compare_layers(a: Mapping[tuple[Ffn, int], float], b: Mapping[tuple[Ffn, int], float]) -> list[dict[str, int]]:
+    rows: dict[int, dict[str, int]] = {}
+    for key in a.keys() | b.keys():
+        layer = key[0].layer
+        row = rows.setdefault(layer, {"layer": layer, "shared": 0, "rescaled": 0, "removed": 0, "added": 0})
+        if key in a and key in b:
+            row["shared"] += 1
+            row["rescaled"] += a[key] != b[key]
+        else:
+            row["removed" if key in a else "added"] += 1
+    return [rows[layer] for layer in sorted(rows)]
 
 
 def _metadata(profile: Profile) -> dict[str, Any]:
     names = ("task", "description", "license", "method", "evidence", "created_with")
     return {name: getattr(profile, name) for name in names} | {
-        f"base_model.{name}": value for name, value in dataclasses.asdict(profile.base_model).items()
+        f"base_model.{name}": value for name, value in profile.base_model.to_json().items()
     }
 
 
 def _metadata_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[Any]]:
-    return {name: [a[name], b[name]] for name in a if a[name] != b[name]}
+    return {name: [a.get(name), b.get(name)] for name in {**a, **b} if a.get(name) != b.get(name)}
 
 
 def _diff_lines(comparison: Mapping[str, Any]) -> list[str]:

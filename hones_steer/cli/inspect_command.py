@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from hones_steer.cli.output import command_parser, facts, print_json, printable, table
-from hones_steer.profile import FORMAT, ModelIdentity, Profile, file_sha256, load_profile
+from hones_steer.ffns import DENSE, EXPERTS, SHARED
+from hones_steer.profile import ModelIdentity, Profile, file_sha256, load_profile
 
 _BAR_WIDTH = 40
 _SCALE_BINS = (
@@ -45,15 +46,16 @@ def inspect(argv: Sequence[str]) -> int:
 def _described(profile: Profile, file: str) -> dict[str, Any]:
     values = _scales(profile)
     return {
-        "format": FORMAT,
+        "format": profile.format,
         "task": profile.task,
         "description": profile.description,
         "license": profile.license,
         "digest": profile.digest,
         "file": {"path": file, "bytes": Path(file).stat().st_size, "sha256": file_sha256(file)},
-        "base_model": dataclasses.asdict(profile.base_model),
+        "base_model": profile.base_model.to_json(),
         "num_neurons": profile.num_neurons,
-        "layers": {str(layer): len(neurons) for layer, (neurons, _) in profile.layers.items()},
+        "layers": {str(layer): count for layer, count in _neurons_by_layer(profile).items()},
+        "ffns": _neurons_by_part(profile),
         "scales": {
             "min": float(values.min()),
             "mean": float(values.mean()),
@@ -69,7 +71,6 @@ def _described(profile: Profile, file: str) -> dict[str, Any]:
 def _inspect_lines(profile: Profile, file: str) -> list[str]:
     described = _described(profile, file)
     scales, model = described["scales"], profile.base_model
-    total = model.num_layers * model.intermediate_size
     head = {
         "task": profile.task,
         "description": profile.description or "-",
@@ -78,12 +79,13 @@ def _inspect_lines(profile: Profile, file: str) -> list[str]:
         "file": f"{file}, {described['file']['bytes']:,} bytes",
         "file sha256": described["file"]["sha256"],
         "model": _model_text(model),
-        "neurons": f"{profile.num_neurons:,} of {total:,} ({profile.num_neurons / total:.2%}), "
-        f"in {len(profile.layers)} of {model.num_layers} layers",
+        "neurons": f"{profile.num_neurons:,} of {model.num_neurons:,} "
+        f"({profile.num_neurons / model.num_neurons:.2%}), in {len(described['layers'])} of {model.num_layers} layers",
+        **_expert_facts(profile),
         "scales": f"{scales['min']:.4g} to {scales['max']:.4g}, mean {scales['mean']:.4g} (1 = unchanged)",
         "written by": profile.created_with,
     }
-    counts = {str(i): len(profile.layers[i][0]) if i in profile.layers else 0 for i in range(model.num_layers)}
+    counts = {str(layer): described["layers"].get(str(layer), 0) for layer in range(model.num_layers)}
     lines = facts(head, indent="")
     lines += ["", "neurons per layer", *_bars(counts)]
     lines += ["", "neurons per scale", *_bars(scales["histogram"])]
@@ -95,13 +97,41 @@ def _inspect_lines(profile: Profile, file: str) -> list[str]:
 def _model_text(model: ModelIdentity) -> str:
     name = printable(model.name or "(no name)")
     revision = f" at {printable(model.revision)}" if model.revision else ""
-    shape = f"{model.num_layers} layers x {model.intermediate_size:,} FFN neurons, hidden {model.hidden_size:,}"
+    shape = f"{model.describe_ffns()}, hidden {model.hidden_size:,}"
     sketch = "" if model.sketch else ", no sketch (only the shapes can be compared with a model)"
     return f"{name}{revision}, {model.model_type}, {shape}{sketch}"
 
 
 def _scales(profile: Profile) -> np.ndarray[Any, np.dtype[np.float64]]:
-    return np.concatenate([scales for _, scales in profile.layers.values()]).astype(np.float64)
+    return np.concatenate([scales for _, scales in profile.ffns.values()]).astype(np.float64)
+
+
+def _neurons_by_layer(profile: Profile) -> Counter[int]:
+    """How many neurons are listed in each layer, over all its FFNs; layers without any are absent."""
+    counts: Counter[int] = Counter()
+    for ffn, (neurons, _) in profile.ffns.items():
+        counts[ffn.layer] += len(neurons)
+    return counts
+
+
+def _neurons_by_part(profile: Profile) -> dict[str, int]:
+    """How many neurons are listed in dense FFNs, shared experts and routed experts, over all layers."""
+    counts = dict.fromkeys((DENSE, SHARED, EXPERTS), 0)
+    for ffn, (neurons, _) in profile.ffns.items():
+        counts[str(ffn.group.part)] += len(neurons)
+    return counts
+
+
+def _expert_facts(profile: Profile) -> dict[str, str]:
+    """Say where the neurons are, for a model with experts."""
+    if all(run.is_dense for run in profile.base_model.runs):
+        return {}
+    counts = _neurons_by_part(profile)
+    experts = sum(not isinstance(ffn.part, str) for ffn in profile.ffns)
+    return {
+        "in experts": f"{counts[EXPERTS]:,} in {experts:,} routed experts, {counts[SHARED]:,} in shared ones, "
+        f"{counts[DENSE]:,} in dense FFNs"
+    }
 
 
 def _histogram(values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, int]:

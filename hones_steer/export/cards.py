@@ -34,8 +34,7 @@ def profiles_table(profiles: Sequence[Profile]) -> str:
     """Table of the profiles: task, digest, neurons, description, license."""
     rows = []
     for profile in profiles:
-        model = profile.base_model
-        share = profile.num_neurons / (model.num_layers * model.intermediate_size)
+        share = profile.num_neurons / profile.base_model.num_neurons
         rows.append(
             {
                 "task": profile.task,
@@ -62,8 +61,8 @@ def describe_model(profile: Profile) -> str:
     name = f"`{model.name}`" if model.name else "a model without a public name"
     revision = f" at revision `{model.revision}`" if model.revision else ""
     return (
-        f"{_cell(name + revision)} ({_cell(model.model_type)}, {model.num_layers} layers × "
-        f"{model.intermediate_size:,} FFN neurons, hidden size {model.hidden_size:,})"
+        f"{_cell(name + revision)} ({_cell(model.model_type)}, {model.describe_ffns('×')}, "
+        f"hidden size {model.hidden_size:,})"
     )
 
 

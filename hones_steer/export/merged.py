@@ -21,7 +21,7 @@ from hones_steer.export.checkpoint import DTYPES, INDEX, Checkpoint, Stored, ope
 from hones_steer.export.sidecar import SIDECAR, module_names, sidecar_text
 from hones_steer.files import new_file, new_folder
 from hones_steer.injection import scale
-from hones_steer.layout import is_transposed
+from hones_steer.layout import DecoderLayer, is_transposed
 from hones_steer.profile import ModelIdentity, Profile, StrPath
 from hones_steer.slots import layer_tensors
 
@@ -56,10 +56,10 @@ def merge_into(
     base = open_checkpoint(os.fspath(checkpoint))
     _refuse_unmergeable(base)
     profile.base_model.check(ModelIdentity.from_model(base.model), allow_mismatch=allow_mismatch)
-    base.layout.require_ffns(profile.layers)
+    base.layout.require_ffns(profile.ffns)
     names = module_names(base.model, base.layout)
     modules = {layer: name for layer, name in names.items() if layer in profile.layers}
-    targets = {layer: _target(f"{name}.weight", base) for layer, name in modules.items()}
+    targets = {layer: _target(base.layout.layers[layer], f"{name}.weight", base) for layer, name in modules.items()}
     files = sorted({tensor.file.name for tensor in base.stored.values()})
     with new_folder(folder) as temporary:
         _refuse_not_finite(profile, modules, targets, _transposed(base))  # before copying what may be large files
@@ -92,8 +92,8 @@ def _refuse_unmergeable(base: Checkpoint) -> None:
         )
 
 
-def _target(parameter: str, base: Checkpoint) -> Stored:
-    """The place of a down-projection's weight; raises DataError unless it is a plain matrix of the right shape."""
+def _target(layer: DecoderLayer, parameter: str, base: Checkpoint) -> Stored:
+    """The place of a down-projection's weight; raises DataError unless it is a plain matrix of the layer's shape."""
     key = base.keys.get(parameter)
     if key is None:
         raise DataError(
@@ -106,7 +106,7 @@ def _target(parameter: str, base: Checkpoint) -> Stored:
             f"{tensor.file}: {key} is stored as {tensor.dtype}: a quantized checkpoint cannot be scaled "
             "without quantizing it anew; merge into the original and quantize the result"
         )
-    shape = (base.layout.hidden_size, base.layout.intermediate_size)
+    shape = (base.layout.hidden_size, layer.width)
     if tensor.shape != (shape[::-1] if _transposed(base) else shape):
         raise DataError(
             f"{tensor.file}: {key} has shape {list(tensor.shape)}, not config.json's; the two do not belong together"
@@ -171,9 +171,10 @@ def _merged_card(profile: Profile, checkpoint: StrPath) -> str:
         f"# {base}, steered for `{profile.task}`",
         f"A copy of {describe_model(profile)} in which the steering profile with digest `{profile.digest}` is merged "
         f"into the weights by hones-steer: {profile.num_neurons:,} columns of the language model's FFN "
-        f"down-projections are multiplied by one factor each, in {len(profile.layers)} layers. All else is the base "
-        f"model's, the tokenizer and the license included; its own card is `{BASE_CARD}` where it has one. `{SIDECAR}` "
-        "lists the columns. The model is steered for every request; the profile itself can be chosen per request.",
+        f"down-projections are multiplied by one factor each, in {len(profile.steered_layers)} layers. All else is the "
+        f"base model's, the tokenizer and the license included; its own card is `{BASE_CARD}` where it has one. "
+        f"`{SIDECAR}` lists the columns. The model is steered for every request; the profile itself can be chosen per "
+        "request.",
         profiles_table([profile]),
         evidence_table([profile]),
     ]

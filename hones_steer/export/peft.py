@@ -36,7 +36,7 @@ def export_peft(profile: Profile, model: nn.Module, folder: StrPath, *, allow_mi
     layout = checked_layout(profile, model, allow_mismatch)
     modules = {layer: name for layer, name in module_names(model, layout).items() if layer in profile.layers}
     tensors = {
-        f"{PREFIX}{name}{IA3_SUFFIX}": scale_row(profile, layer, layout.intermediate_size)[None]
+        f"{PREFIX}{name}{IA3_SUFFIX}": scale_row(profile, layout.layers[layer].ffn)[None]
         for layer, name in modules.items()
     }
     pattern = module_pattern(model, modules)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -286,7 +285,7 @@ def _check_shapes(profile: Profile, path: Path, config: Mapping[str, Any]) -> No
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     shapes = {field: text[key] for field, key in _SHAPES.items() if isinstance(text.get(key), int)}
     try:
-        profile.base_model.check(dataclasses.replace(profile.base_model, **shapes), allow_mismatch=True)
+        profile.base_model.check_sizes(shapes)
     except MismatchError as error:
         raise MismatchError(f"{path}: {error}") from error
 

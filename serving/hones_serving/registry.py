@@ -267,7 +267,7 @@ def _described(name: str, entry: _Entry) -> dict[str, Any]:
         "name": name,
         "digest": profile.digest,
         "neurons": profile.num_neurons,
-        "layers": len(profile.layers),
+        "layers": len(profile.steered_layers),
         "description": profile.description,
         "file": entry.file,
     }

@@ -114,6 +114,7 @@ def test_it_is_the_derivative_of_the_utility_by_the_factor(
         found = factor_gradients(decoder, prepared.pairs())
     step = 2.0**-9  # 1 ± it are float32 numbers
     width = decoder.layout.intermediate_size
+    assert width is not None
 
     def utilities(layer: int, neuron: int, change: float) -> Tensor:
         scales = torch.ones(width)

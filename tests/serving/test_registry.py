@@ -1,12 +1,14 @@
 """The profiles that a server knows, their replacement, and the requests that use them."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hones_serving.registry import CapacityError, ProfileRegistry, label_of
 
 from hones_steer import MismatchError, ModelIdentity, Profile, ProfileError, RoutingError, StateError, save_profile
+from hones_steer.ffns import FfnRun
 from hones_steer.store import parse_expression
 
 IDENTITY = ModelIdentity("", None, "llama", 2, 8, 32, tuple(1.0 + i for i in range(16)))
@@ -71,6 +73,15 @@ def test_no_server_with_a_profile_of_another_model(folder):
     another_model = ModelIdentity("", None, "llama", 2, 8, 32, (5.0,) * 16)
     save_profile(profile("vqa", identity=another_model), folder / "vqa.safetensors")
     with pytest.raises(MismatchError, match=r"vqa\.safetensors: the profile belongs to another model.*made for$"):
+        registry(folder)
+
+
+def test_no_server_with_a_profile_of_experts_for_a_dense_model(folder):
+    mixture = replace(IDENTITY, intermediate_size=None, ffns=(FfnRun(0, 2, experts=4, expert_width=8),))
+    scaled = {(1, 3): (np.array([0], np.int32), np.array([2.0], np.float32))}
+    save_profile(Profile("vqa", scaled, mixture), folder / "vqa.safetensors")
+    message = r"vqa\.safetensors: .*layer 0 has 4 experts of 8 neurons in the profile and a dense FFN of 8 neurons"
+    with pytest.raises(MismatchError, match=message):
         registry(folder)
 
 

@@ -1,5 +1,6 @@
 """`hones serve`: arguments that it refuses at once, and the process that it becomes."""
 
+import dataclasses
 import json
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from hones_steer import DataError, save_profile
 from hones_steer.cli import main
+from hones_steer.ffns import FfnRun
 
 FOR_VLLM = ["--max-model-len", "128", "--enforce-eager"]
 SHAPES = {"num_hidden_layers": 6, "intermediate_size": 40, "hidden_size": 32}  # those of `make`'s profiles
@@ -325,6 +327,18 @@ def test_a_profile_for_a_model_of_another_shape(
     assert "cap.safetensors" in error
     assert "48" in error
     assert "32" in error
+
+
+def test_a_profile_of_several_widths_is_compared_as_far_as_config_json_tells(
+    model: Path, profiles: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = identity(intermediate_size=None, ffns=(FfnRun(0, 5, dense=40), FfnRun(5, 6, dense=80)))
+    save_profile(make("cap", base_model=wide), profiles / "cap.safetensors")
+    launch([str(model), "--profiles", str(profiles)], {}, set())
+    longer = dataclasses.replace(wide, num_layers=7)
+    save_profile(make("cap", base_model=longer), profiles / "cap.safetensors")
+    error = refusal(capsys, model, "--profiles", profiles)
+    assert "cap.safetensors: the profile belongs to another model: num_layers is 7 in the profile and 6 in the" in error
 
 
 @pytest.mark.parametrize("config", ["", "[]", None])

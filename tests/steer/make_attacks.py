@@ -193,7 +193,8 @@ def metadata_attacks() -> dict[str, Attack]:
         "metadata_key_missing": Attack(build(metadata=json.dumps(without("evidence"))), "lacks the key 'evidence'"),
         "metadata_key_unknown": Attack(with_metadata(author="me"), "unknown key 'author'"),
         "format_missing": Attack(build(metadata=json.dumps(without("format"))), "format is None"),
-        "format_2": Attack(with_metadata(format=2), "format is 2"),
+        "format_2_of_one_width": Attack(with_metadata(format=2), "base_model lacks the key 'ffns'"),
+        "format_3": Attack(with_metadata(format=3), "format is 3, but this hones-steer reads formats 1 and 2"),
         "format_string": Attack(with_metadata(format="1"), "format is '1'"),
         "format_true": Attack(with_metadata(format=True), "format is True"),
         "format_float": Attack(with_metadata(format=1.0), "format is 1.0"),
@@ -294,9 +295,158 @@ def tensor_attacks() -> dict[str, Attack]:
     }
 
 
+# Format 2 -----------------------------------------------------------------------------------------
+
+FFNS = [{"layers": [0, 1], "dense": 32}, {"layers": [2, 4], "experts": [8, 12], "shared": 24}]
+
+
+def sound_tensors_2() -> dict[str, Tensor]:
+    return {
+        "layers.0.neurons": int32(0, 31),
+        "layers.0.scales": float32(0.5, 1.5),
+        "layers.2.shared.neurons": int32(23),
+        "layers.2.shared.scales": float32(2.0),
+        "layers.2.experts.neurons": int32(4, 11, 0),
+        "layers.2.experts.scales": float32(1.25, 0.0, -3.0),
+        "layers.2.experts.index": int32(1, 1, 7),
+    }
+
+
+def build_2(ffns: Any = FFNS, **changes: Tensor | None) -> bytes:
+    """A file of format 2, with some tensors replaced, named like `layers_2_experts_index`; None removes one."""
+    base_model = {**sound_metadata()["base_model"], "ffns": ffns}
+    del base_model["intermediate_size"]
+    tensors: dict[str, Tensor | None] = {**sound_tensors_2()}
+    tensors.update({key.replace("_", "."): value for key, value in changes.items()})
+    metadata = sound_metadata() | {"format": 2, "base_model": base_model}
+    return build(
+        {name: tensor for name, tensor in tensors.items() if tensor is not None}, json.dumps(metadata, sort_keys=True)
+    )
+
+
+def with_run(**changes: Any) -> bytes:
+    """The sound file with its run of experts changed."""
+    return build_2([FFNS[0], {**FFNS[1], **changes}])
+
+
+def ffns_attacks() -> dict[str, Attack]:
+    base = sound_metadata()["base_model"]
+    dense, experts = FFNS
+    one_width = [{"layers": [0, 4], "dense": 32}]
+    return {
+        "ffns_in_format_1": Attack(with_metadata(base_model={**base, "ffns": FFNS}), "'ffns', which is for format 2"),
+        "ffns_beside_width": Attack(
+            with_metadata(format=2, base_model={**base, "ffns": FFNS}), "unknown key 'intermediate_size'"
+        ),
+        "ffns_not_list": Attack(build_2({"0": dense}), "base_model.ffns is {'0':"),
+        "ffns_null": Attack(build_2(None), "base_model.ffns is None, not a list"),
+        "ffns_none": Attack(build_2([]), "base_model.ffns has no FFNs"),
+        "ffns_of_one_width": Attack(build_2(one_width), "only dense FFNs of one width"),
+        "ffns_run_not_object": Attack(build_2([dense, 7]), "base_model.ffns[1] is 7, not an object"),
+        "ffns_run_key_unknown": Attack(with_run(heads=3), "base_model.ffns[1] has the unknown key 'heads'"),
+        "ffns_run_without_layers": Attack(
+            build_2([dense, {"experts": [8, 12]}]), "base_model.ffns[1] lacks the key 'layers'"
+        ),
+        "ffns_run_without_ffn": Attack(build_2([{"layers": [0, 1]}, experts]), "neither a dense FFN nor experts"),
+        "ffns_layers_float": Attack(with_run(layers=[2, 4.0]), "base_model.ffns[1].layers is [2, 4.0]"),
+        "ffns_layers_true": Attack(with_run(layers=[True, 4]), "base_model.ffns[1].layers is [True, 4]"),
+        "ffns_layers_empty": Attack(with_run(layers=[2, 2]), "is [2, 2], not a range of layers from 1 to 4"),
+        "ffns_layers_overlap": Attack(with_run(layers=[0, 4]), "is [0, 4], not a range of layers from 1 to 4"),
+        "ffns_layers_too_many": Attack(with_run(layers=[2, 5]), "is [2, 5], not a range of layers from 1 to 4"),
+        "ffns_runs_alike": Attack(
+            build_2([dense, {**experts, "layers": [2, 3]}, {**experts, "layers": [3, 4]}]), "[2] has the FFNs of"
+        ),
+        "ffns_dense_zero": Attack(with_run(dense=0), "base_model.ffns[1].dense is 0, not a positive"),
+        "ffns_shared_true": Attack(with_run(shared=True), "base_model.ffns[1].shared is True"),
+        "ffns_shared_alone": Attack(
+            build_2([dense, {"layers": [2, 4], "dense": 32, "shared": 24}]), "a shared expert and no experts"
+        ),
+        "ffns_experts_number": Attack(with_run(experts=8), "base_model.ffns[1].experts is 8, not two integers"),
+        "ffns_experts_none": Attack(with_run(experts=[0, 12]), "base_model.ffns[1].experts[0] is 0"),
+        "ffns_experts_huge": Attack(with_run(experts=[2**20, 2**20]), "more than 2147483647 neurons in one layer"),
+    }
+
+
+def expert_attacks() -> dict[str, Attack]:
+    renamed_shared = {"layers_0_shared_neurons": int32(1), "layers_0_shared_scales": float32(1.0)}
+    return {
+        "experts_index_missing": Attack(
+            build_2(layers_2_experts_index=None), "tensor layers.2.experts.index is missing"
+        ),
+        "experts_neurons_missing": Attack(
+            build_2(layers_2_experts_neurons=None), "tensor layers.2.experts.neurons is missing"
+        ),
+        "experts_index_int64": Attack(
+            build_2(layers_2_experts_index=Tensor("I64", [3], struct.pack("<3q", 1, 1, 7))), "'I64', expected I32"
+        ),
+        "experts_index_short": Attack(
+            build_2(layers_2_experts_index=int32(1, 7)), "layer 2's experts have 3 neurons and an index of 2"
+        ),
+        "experts_index_two_dimensions": Attack(
+            build_2(layers_2_experts_index=int32(1, 1, 7)._replace(shape=[3, 1])), "index has shape (3, 1)"
+        ),
+        "experts_index_descending": Attack(
+            build_2(layers_2_experts_index=int32(1, 7, 1)),
+            "layers.2.experts.index is not ascending: expert 1 follows 7",
+        ),
+        "experts_index_negative": Attack(
+            build_2(layers_2_experts_index=int32(-1, 1, 7)), "layers.2.experts.index contains -1, outside 0 to 7"
+        ),
+        "experts_index_too_large": Attack(
+            build_2(layers_2_experts_index=int32(1, 1, 8)), "layers.2.experts.index contains 8, outside 0 to 7"
+        ),
+        "experts_neurons_too_large": Attack(
+            build_2(layers_2_experts_neurons=int32(4, 12, 0)), "layers.2.experts.neurons contains 12, outside 0 to 11"
+        ),
+        "experts_neurons_unsorted": Attack(
+            build_2(layers_2_experts_neurons=int32(11, 4, 0)), "neuron 4 of expert 1 follows 11"
+        ),
+        "experts_neurons_duplicate": Attack(
+            build_2(layers_2_experts_neurons=int32(4, 4, 0)), "neuron 4 of expert 1 is listed twice"
+        ),
+        "experts_scales_nan": Attack(
+            build_2(layers_2_experts_scales=float32(1.0, float("nan"), 1.0)), "nan at neuron 11 of expert 1"
+        ),
+        "experts_empty": Attack(
+            build_2(
+                layers_2_experts_index=int32(), layers_2_experts_neurons=int32(), layers_2_experts_scales=float32()
+            ),
+            "layer 2's experts list no neurons",
+        ),
+        "experts_in_dense_layer": Attack(
+            build_2(layers_0_experts_neurons=int32(1)), "layer 0 has no experts; it has a dense FFN of 32 neurons"
+        ),
+        "shared_in_dense_layer": Attack(build_2(**renamed_shared), "layer 0 has no shared expert; it has a dense"),
+        "shared_index": Attack(build_2(layers_2_shared_index=int32(1)), "unexpected tensor 'layers.2.shared.index'"),
+        "shared_neurons_too_large": Attack(
+            build_2(layers_2_shared_neurons=int32(24)), "layers.2.shared.neurons contains 24, outside 0 to 23"
+        ),
+        "dense_in_expert_layer": Attack(
+            build_2(layers_2_neurons=int32(1), layers_2_scales=float32(1.0)),
+            "layer 2 has no dense FFN; it has 8 experts of 12 neurons and a shared one of 24",
+        ),
+        "dense_in_layer_without_ffn": Attack(
+            build_2(layers_1_neurons=int32(1), layers_1_scales=float32(1.0)), "layer 1 has no dense FFN; it has no FFN"
+        ),
+        "expert_by_number": Attack(
+            build_2(layers_2_experts_1_neurons=int32(1)), "unexpected tensor 'layers.2.experts.1.neurons'"
+        ),
+        "experts_in_format_1": Attack(
+            with_tensors(layers_1_experts_neurons=int32(1)), "only layers.<l>.neurons and layers.<l>.scales belong here"
+        ),
+    }
+
+
 def attacks() -> dict[str, Attack]:
     """The attacks by file name (without suffix)."""
-    return {**container_attacks(), **metadata_attacks(), **base_model_attacks(), **tensor_attacks()}
+    return {
+        **container_attacks(),
+        **metadata_attacks(),
+        **base_model_attacks(),
+        **tensor_attacks(),
+        **ffns_attacks(),
+        **expert_attacks(),
+    }
 
 
 def main() -> None:

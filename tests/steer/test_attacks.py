@@ -6,18 +6,19 @@ import os
 from pathlib import Path
 
 import pytest
-from steer.make_attacks import FOLDER, attacks, build
+from steer.make_attacks import FOLDER, attacks, build, build_2, with_metadata
 
 from hones_steer import ProfileError, load_profile
-from hones_steer.profile import MAX_FILE_BYTES
+from hones_steer.profile import MAX_FILE_BYTES, MAX_HEADER_BYTES
 
 ATTACKS = attacks()
 
 
-def test_the_file_the_attacks_deviate_from_is_sound(tmp_path: Path) -> None:
+def test_the_files_the_attacks_deviate_from_are_sound(tmp_path: Path) -> None:
     path = tmp_path / "sound.safetensors"
-    path.write_bytes(build())
-    assert load_profile(path).num_neurons == 5
+    for data, neurons in ((build(), 5), (build_2(), 6)):
+        path.write_bytes(data)
+        assert load_profile(path).num_neurons == neurons
 
 
 @pytest.mark.parametrize("name", sorted(ATTACKS))
@@ -50,6 +51,13 @@ def test_a_file_of_exactly_64_mib_is_parsed(tmp_path: Path) -> None:
     path.write_bytes(build())
     os.truncate(path, MAX_FILE_BYTES)
     with pytest.raises(ProfileError, match="not a sound safetensors file"):
+        load_profile(path)
+
+
+def test_a_header_beyond_4_mib_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    path = tmp_path / "big.safetensors"
+    path.write_bytes(with_metadata(description="a" * MAX_HEADER_BYTES))
+    with pytest.raises(ProfileError, match=r"header has 4,[0-9,]+ bytes, more than the 4 MiB allowed"):
         load_profile(path)
 
 

@@ -47,7 +47,7 @@ def test_it_is_identified_or_refused(model_type, name):
     except LayoutError:
         return
     assert identity.num_layers > 1
-    assert identity.intermediate_size > identity.hidden_size / 2
+    assert all(run.dense > identity.hidden_size / 2 for run in identity.runs)
 
 
 def test_most_can_be_built():

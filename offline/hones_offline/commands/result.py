@@ -55,7 +55,10 @@ class FoundImportance:
     def for_model(self, model: torch.nn.Module) -> Importance:
         """The importance, if it belongs to this model; raises MismatchError naming the folder if not."""
         _check_model(self.folder, "importance", self.model, model)
-        return Importance(NeuronIndex.of(find_layout(model)), self.values)
+        index = NeuronIndex.of(find_layout(model))
+        if len(self.values) != index.size:
+            raise _no_importance(self.folder, index.size)
+        return Importance(index, self.values)
 
 
 def _check_model(folder: Path, what: str, found: ModelIdentity, model: torch.nn.Module) -> None:
@@ -80,7 +83,7 @@ def write_result(
     """Write the importance and then the result into a run folder; the result."""
     result = {
         "task": task.name,
-        "model": asdict(model),
+        "model": model.to_json(),
         "metric": task.metric,
         "protocol": task.protocol,
         "n": attribution.n,
@@ -111,7 +114,7 @@ def read_bank(folder: Path, task: Task | None = None) -> FoundBank:
     result = read_json(folder / RESULT)
     try:
         bank = Bank({int(layer): np.array(neurons, dtype=np.int32) for layer, neurons in result["bank"].items()})
-        found = FoundBank(folder, bank, ModelIdentity(**result["model"]))
+        found = FoundBank(folder, bank, ModelIdentity.from_json(result["model"]))
         name = result["task"]
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ProfileError) as error:
         raise _no_result(folder) from error
@@ -161,7 +164,7 @@ def _read_importance(folder: Path, examples: Sequence[Example], options: Attribu
             "with the same arguments, which adds it and computes nothing again"
         )
     try:
-        task, model = str(result["task"]), ModelIdentity(**result["model"])
+        task, model = str(result["task"]), ModelIdentity.from_json(result["model"])
         method, seen = {"method": result["method"], **result["options"]}, set(result["examples"])
     except (KeyError, TypeError, ValueError, ProfileError) as error:
         raise _no_result(folder) from error
@@ -180,13 +183,16 @@ def _read_importance(folder: Path, examples: Sequence[Example], options: Attribu
             f"id {shared[0]!r}: same image, prompt and targets); give each task examples of its own"
         )
     values = read_arrays(folder / IMPORTANCE).get("importance")
-    count = model.num_layers * model.intermediate_size
-    if values is None or values.dtype != np.float32 or values.shape != (count,) or not np.isfinite(values).all():
-        raise DataError(
-            f"{folder / IMPORTANCE} is damaged (it holds no importance, float32 [{count}]); run its `hones attribute` "
-            "again with the same arguments, which writes it anew"
-        )
+    if values is None or values.dtype != np.float32 or values.ndim != 1 or not np.isfinite(values).all():
+        raise _no_importance(folder, model.num_neurons)
     return FoundImportance(folder, task, values, model)
+
+
+def _no_importance(folder: Path, count: int) -> DataError:
+    return DataError(
+        f"{folder / IMPORTANCE} is damaged (it holds no importance, float32 [{count}]); run its `hones attribute` "
+        "again with the same arguments, which writes it anew"
+    )
 
 
 def _no_result(folder: Path) -> DataError:

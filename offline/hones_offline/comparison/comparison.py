@@ -143,12 +143,13 @@ class Comparison:
         splits = next(iter(self.tasks.values()))
         model = splits.discovery.decoder.model
         identity = ModelIdentity.from_model(model)
+        width = identity.intermediate_size
         return {
             "model": {
                 "name": identity.name,
                 "model_type": identity.model_type,
                 "num_layers": identity.num_layers,
-                "intermediate_size": identity.intermediate_size,
+                **({"intermediate_size": width} if width is not None else {"num_neurons": self.index.size}),
                 "num_heads": max(layer.num_heads or 0 for layer in splits.discovery.decoder.layout.layers),
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
             },

@@ -31,7 +31,7 @@ class NeuronIndex:
     @classmethod
     def of(cls, layout: Layout) -> "NeuronIndex":
         """The neurons of a model."""
-        return cls(tuple(layout.intermediate_size if layer.has_ffn else 0 for layer in layout.layers))
+        return cls(tuple(layer.width for layer in layout.layers))
 
     @cached_property
     def _starts(self) -> tuple[int, ...]:

@@ -51,7 +51,8 @@ CONTRACT = {
         "name": str,
         "model_type": str,
         "num_layers": int,
-        "intermediate_size": int,
+        "intermediate_size?": int,  # where all FFNs have one width, else num_neurons, those of all layers
+        "num_neurons?": int,
         "num_heads": int,
         "parameters": int,
     },

@@ -163,7 +163,7 @@ def active_tokens(layout: Layout, real: Tensor) -> Iterator[dict[int, Tensor]]:
 
     def counter(layer: DecoderLayer) -> Callable[[Tensor, Shape], Tensor]:
         def count(x: Tensor, shape: Shape) -> Tensor:
-            active = by_row(x, shape[0], layer)[..., : layout.intermediate_size] > 0
+            active = by_row(x, shape[0], layer)[..., : layer.width] > 0
             counted[layer.index] = (active & real.to(x.device)[..., None]).sum((0, 1))
             return x
 

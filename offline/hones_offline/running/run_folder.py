@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +146,7 @@ def run_settings(prepared: Prepared) -> dict[str, Any]:
         # A task may draw prompts by NumPy's integers, which JSON does not know.
         "prompts": hashlib.sha256(json.dumps(asked, default=int).encode()).hexdigest()[:12],
         "examples": examples_digest(prepared.examples),
-        "model": asdict(ModelIdentity.from_model(prepared.decoder.model)),
+        "model": ModelIdentity.from_model(prepared.decoder.model).to_json(),
         "dtype": str(next(prepared.decoder.model.parameters()).dtype).removeprefix("torch."),
         "device": prepared.decoder.device.type,
     }

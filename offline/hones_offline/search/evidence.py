@@ -1,7 +1,6 @@
 """Evidence for the winner of a search: the test examples, with a note of each use of them, and other tasks."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +43,14 @@ def used_before(splits: Splits, profile: Profile) -> list[str]:
     Raises:
         DataError: a note is damaged.
     """
-    test, model = splits.test, asdict(ModelIdentity.from_model(splits.test.decoder.model))
+    test, model = splits.test, ModelIdentity.from_model(splits.test.decoder.model).to_json()
     own = f"{_TESTED}{profile.digest[:16]}"
     examples = sorted({fingerprint(example) for example in test.examples})
 
     def note() -> dict[str, Any]:
         beside = splits.path.resolve().parents[1]  # the folder that holds this search's
         notes = [_read(file) for file in sorted(beside.glob(f"*/{WORK}/{_TESTED}*.json"))]
-        same = [
-            one for one in notes if one["model"] == _as_json(model) and not set(examples).isdisjoint(one["examples"])
-        ]
+        same = [one for one in notes if one["model"] == model and not set(examples).isdisjoint(one["examples"])]
         before = list(dict.fromkeys(one["profile"] for one in same))
         return {"profile": profile.short_digest, "model": model, "examples": examples, "before": before}
 
@@ -66,11 +63,6 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not found.keys() >= {"profile", "model", "examples"}:
         raise DataError(f"{file} is damaged (no note of scored test examples); restore it, or delete it")
     return found
-
-
-def _as_json(model: dict[str, Any]) -> dict[str, Any]:
-    """A model's identity as a file gives it back: a list in place of a tuple."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in model.items()}
 
 
 def _others(splits: Splits, others: Sequence[Prepared], profile: Profile) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def attach(engine: Any, identities: Sequence[Mapping[str, Any]], settings: Setti
     slots = compat.max_profiles(engine.vllm_config, settings)
     registry = ProfileRegistry(
         settings.profiles,
-        ModelIdentity(**identities[0]),
+        ModelIdentity.from_json(dict(identities[0])),
         max_profiles=slots,
         always_enough=slots >= compat.max_requests(engine.vllm_config),
         listing=listing,

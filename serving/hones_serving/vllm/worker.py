@@ -8,7 +8,6 @@ with fewer, the front admits no more different profiles than there are slots.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from hones_serving.vllm.front import PROFILE
 from hones_serving.vllm.layout import find_decoder
 from hones_steer import __version__
 from hones_steer.errors import StateError
+from hones_steer.ffns import DENSE, Ffn
 from hones_steer.injection import scale
 from hones_steer.profile import ModelIdentity, Profile, parse_profile
 from hones_steer.slots import IDENTITY, ScaleTables, SlotPool
@@ -187,7 +187,8 @@ def install() -> None:
             self.hones_steering = attach(self.model_runner, self.vllm_config, settings)
 
     def hones_identity(self: Any) -> dict[str, Any]:
-        return dataclasses.asdict(self.hones_steering.identity)
+        identity: ModelIdentity = self.hones_steering.identity
+        return identity.to_json()
 
     worker.load_model = load_and_attach
     worker.hones_identity = hones_identity
@@ -203,15 +204,14 @@ def attach(runner: Any, config: Any, settings: Settings) -> WorkerSteering:
     compat.refuse_unsupported(config, settings)
     decoder = find_decoder(runner.get_model(), config.model_config)
     max_profiles = compat.max_profiles(config, settings)
-    tables = ScaleTables(
-        [next(module.parameters()).device for module in decoder.down_projections],
-        decoder.identity.intermediate_size,
-        max_profiles + 1,
-        decoder.shard,
-    )
-    tokens = TokenSlots(_max_tokens(config), tables.tables[0].device)
+    places = {
+        Ffn(layer, DENSE): (next(module.parameters()).device, decoder.shard)
+        for layer, module in enumerate(decoder.down_projections)
+    }
+    tables = ScaleTables(places, max_profiles + 1)
+    tokens = TokenSlots(_max_tokens(config), places[Ffn(0, DENSE)][0])
     eager = _runs_eagerly(config)
-    for module, table in zip(decoder.down_projections, tables.tables, strict=True):
+    for module, table in zip(decoder.down_projections, tables.tables.values(), strict=True):
         SteeredInput(table, tokens, eager=eager).place(module)
     _change_compile_cache_key(config, max_profiles)
     steering = WorkerSteering(decoder.identity, tables, tokens, max_profiles)

@@ -23,6 +23,7 @@ from vllm.exceptions import VLLMValidationError
 
 from hones_steer import ModelIdentity, Profile, RoutingError, save_profile
 from hones_steer.errors import LayoutError, StateError
+from hones_steer.ffns import DENSE, Ffn
 from hones_steer.slots import ScaleTables
 from serving import steered
 
@@ -47,7 +48,8 @@ PROFILES = {slot: small_profile(slot) for slot in range(1, SLOTS + 1)}
 
 
 def tables_of(shard: slice | None = None) -> ScaleTables:
-    tables = ScaleTables([torch.device("cpu")] * LAYERS, WIDTH, SLOTS + 1, shard)
+    place = torch.device("cpu"), shard or slice(0, WIDTH)
+    tables = ScaleTables({Ffn(layer, DENSE): place for layer in range(LAYERS)}, SLOTS + 1)
     for slot, profile in PROFILES.items():
         tables.write(slot, profile)
     return tables
@@ -63,7 +65,7 @@ def test_step_after_step_each_token_gets_its_slot(
 ) -> None:
     """Tries steered and unsteered, longer and shorter steps, with one run of equally steered tokens, a few, or many."""
     tokens = TokenSlots(MAX_TOKENS, torch.device("cpu"))
-    parts = [SteeredInput(table, tokens, eager=eager) for table in tables_of().tables]
+    parts = [SteeredInput(table, tokens, eager=eager) for table in tables_of().tables.values()]
     assert 1 < worker._FEW_RUNS < 12  # so steps have fewer runs than that, and more
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "_CHUNK", chunk)
@@ -80,7 +82,7 @@ def test_step_after_step_each_token_gets_its_slot(
 
 def test_compiled_code_follows_the_slots_without_being_compiled_again() -> None:
     tokens = TokenSlots(MAX_TOKENS, torch.device("cpu"))
-    part = SteeredInput(tables_of().tables[1], tokens, eager=False)
+    part = SteeredInput(tables_of().tables[1, DENSE], tokens, eager=False)
     compiled = torch.compile(part, backend="eager", fullgraph=True)
     z = torch.randn(10, WIDTH, generator=torch.Generator().manual_seed(0))
     tokens.write([1, 2], [5, 5])
@@ -101,7 +103,7 @@ def test_shards_put_together_are_the_whole() -> None:
 
     def sharded(shards: Sequence[slice]) -> torch.Tensor:
         parts = z.split(WIDTH // len(shards), dim=1)
-        tables = [tables_of(shard).tables[1] for shard in shards]
+        tables = [tables_of(shard).tables[1, DENSE] for shard in shards]
         pairs = zip(tables, parts, strict=True)
         return torch.cat([SteeredInput(table, tokens, eager=False)(part) for table, part in pairs], dim=1)
 
