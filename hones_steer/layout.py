@@ -352,10 +352,16 @@ def _find_decoder(model: nn.Module, model_type: str, names: _Names) -> nn.Module
     decoder = get_decoder() if callable(get_decoder) else None
     if isinstance(decoder, nn.Module):
         # Some wrappers return a language model that still has its head, or an encoder, around the stack.
-        while _first(decoder, _LAYER_LISTS) is None and (inner := _first(decoder, ("model", "decoder"))) is not None:
+        while _first(decoder, _LAYER_LISTS) is None and (inner := _inner_decoder(decoder)) is not None:
             decoder = inner
         return decoder
     raise _unrecognized(model_type, "no text decoder was found")
+
+
+def _inner_decoder(model: nn.Module) -> nn.Module | None:
+    """What a language model keeps its stack in: `model`, `decoder`, or what transformers calls its base model."""
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    return _first(model, ("model", "decoder", *([prefix] if prefix else [])))
 
 
 def _find_layer_list(decoder: nn.Module, model_type: str, names: _Names) -> nn.ModuleList:

@@ -47,6 +47,10 @@ class Wrong(Exception):
     """What was computed is not what the twin computes."""
 
 
+class NotRun(Exception):
+    """Transformers does not run the model on what it is given here."""
+
+
 def judged(check: Callable[[], str]) -> Cell:
     """The cell of a check that returns what to know of its yes."""
     try:
@@ -55,6 +59,8 @@ def judged(check: Callable[[], str]) -> Cell:
         return Cell(False, str(error))
     except Wrong as error:
         return Cell(False, f"WRONG: {error}")
+    except (NotRun, LookupError) as error:
+        return Cell(False, str(error))
     except Exception as error:  # noqa: BLE001 - a row must not end the table
         return Cell(False, f"{type(error).__name__}: {error}")
 
@@ -87,7 +93,7 @@ def inputs_for(model: Any) -> tuple[dict[str, Tensor], str]:
         try:
             processor, _ = processor_for(model)
         except LookupError as error:
-            raise Wrong(f"transformers: {type(refusal).__name__}: {refusal}; and {error}") from error
+            raise NotRun(f"{type(refusal).__name__}: {refusal}; and {error}") from error
         rows = [
             dict(processor(images=[picture(i)], text=[f"{processor.image_token} what is {word}"], return_tensors="pt"))
             for i, word in enumerate(("cat", "dog", "big", "town"))
@@ -121,7 +127,7 @@ def check_steering(model: Any) -> str:
         real = torch.ones_like(inputs["decoder_input_ids"]).bool()
     plain = logits(model, inputs)
     if not bool(plain[real].isfinite().all()):
-        raise Wrong("transformers: its random weights give no finite logits")
+        raise NotRun("random weights give no finite logits")
     profiles = profiles_of(model)
     with steer(model, profiles) as steering:
         verified = steering.verify(**{name: value[:2] for name, value in inputs.items()} if what else {})

@@ -69,7 +69,7 @@ class StandIn:
         errors: list[str] = []
         self._shape = next((shape for shape in _SHAPES if self._suits(model, shape, blank, errors)), None)
         if self._shape is None:
-            raise LookupError("no stand-in image suits it: " + (errors[-1] if errors else "it takes no pixel_values"))
+            raise LookupError("no stand-in image suits it: " + (errors[0] if errors else "it takes no pixel_values"))
 
     def apply_chat_template(self, messages: Any, **options: Any) -> Any:
         """As a processor's."""
@@ -199,7 +199,7 @@ def _flat_patches(of: StandIn, image: Image.Image) -> dict[str, Tensor]:
 
 
 _SHAPES: tuple[Shape, ...] = (
-    *(_merged_grid, _grid, _square_patches, _placed_patches, _two_resolutions, _several, _tiles, _sized, _one),
+    *(_one, _grid, _merged_grid, _square_patches, _placed_patches, _two_resolutions, _several, _tiles, _sized),
     *(_one_of_several, _flat_patches),
 )
 

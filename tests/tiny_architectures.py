@@ -96,7 +96,12 @@ _INDEXER = {
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_d_head": 16, "attn_layer_indices": [1]},
-    "chameleon": {"vocabulary_map": {"<image>": IMAGE}, "vq_config.channel_multiplier": [1]},
+    "blip-2": {"image_token_index": IMAGE},
+    "chameleon": {
+        "vocabulary_map": {"<image>": IMAGE, **{f"IMGIMG{letter}Z": 20 + i for i, letter in enumerate("ABCDEFGHIJ")}},
+        "vq_config.num_embeddings": 10,
+        "vq_config.channel_multiplier": [1] * 4,
+    },
     "cohere_compass_text": {
         "rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), {**_ROPE, "mrope_section": [2, 1, 1]})
     },
@@ -112,7 +117,15 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "vision_config": {"model_type": "gemma4_vision"},
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
-    "emu3": {"vocabulary_map": {"<image>": IMAGE}, "vq_config.channel_multiplier": [1]},
+    "emu3": {
+        "vocabulary_map": {
+            "<image>": IMAGE,
+            "<|extra_200|>": OTHER,
+            **{f"<|visual token {i:06}|>": 20 + i for i in range(10)},
+        },
+        "vq_config.codebook_size": 10,
+        "vq_config.channel_multiplier": [1] * 4,
+    },
     "ernie4_5_vl_moe": {"text_config.rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}},
     "fast_vlm": {"vision_config": {"model_type": "siglip_vision_model"}},
     "gemma3n": {"vision_config": {"model_type": "siglip_vision_model"}},
@@ -140,6 +153,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 4.0},
     "granitemoehybrid": {"mamba_d_head": 16},
     "hunyuan_vl": {"vision_config.max_image_size": 32, "vision_config.min_image_size": 16},
+    "instructblip": {"image_token_index": IMAGE},
+    "instructblipvideo": {"image_token_index": IMAGE, "video_token_index": IMAGE},
     "janus": {"vq_config.channel_multiplier": [1]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "mamba2": {"head_dim": 16},
