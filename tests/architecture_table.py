@@ -1,8 +1,8 @@
 """The table of docs/architectures.md, made by trying every architecture on a tiny random model.
 
-`python tests/architecture_table.py` tries what has not been tried with these versions and writes the table; a run that was
-stopped goes on. Each architecture is tried in a process of its own, which may crash or run out of time: then that is
-the reason in its cell. Exits with 2 for a name or column that there is not.
+`python tests/architecture_table.py` tries what has not been tried with these versions and writes the table; a run that
+was stopped goes on. Each architecture is tried in a process of its own, which may crash or run out of time: then that
+is the reason in its cell. Exits with 2 for a name or column that there is not.
 """
 
 import argparse
@@ -19,7 +19,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import architecture_checks
 import tiny_architectures
 import torch
 from architecture_checks import COLUMNS, Cell, judged, shortened, vllm_cell
@@ -31,7 +30,13 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architectures.md"
 RESULTS = ROOT / ".test-all" / "architectures.json"
 BEGIN, END = "<!-- table: python tests/architecture_table.py -->", "<!-- end of the table -->"
-HEADINGS = {"steer": "steer", "text": "attribute text", "image": "attribute image", "compile": "compile", "vllm": "vLLM"}
+HEADINGS = {
+    "steer": "steer",
+    "text": "attribute text",
+    "image": "attribute image",
+    "compile": "compile",
+    "vllm": "vLLM",
+}
 SECONDS = 120
 """Processor time that one architecture may take, and with `_WAIT` times as much by the clock."""
 _WAIT = 20
@@ -118,23 +123,33 @@ class Results:
         return {"versions": self.versions, "rows": rows}
 
 
+def shown_row(cells: Row, columns: Iterable[str]) -> list[str]:
+    """Cells of a row as the table shows them, with the reason of a no where the table has its number."""
+    return [_shown(cells.get(column)) for column in columns]
+
+
+def _shown(cell: Cell | None) -> str:
+    if cell is None or (cell.yes is None and not cell.said):
+        return "–"
+    if cell.yes is False:
+        return f"no: {_escaped(shortened(cell.said))}"
+    if cell.yes is None:
+        return cell.said
+    return f"yes ({_escaped(cell.said)})" if cell.said else "yes"
+
+
 def table(rows: Mapping[str, Row]) -> str:
     """The table in Markdown, reasons under it by number."""
     reasons: dict[str, int] = {}
 
-    def shown(cell: Cell | None) -> str:
-        if cell is None or (cell.yes is None and not cell.said):
-            return "–"
-        if cell.yes is None:
-            return cell.said
-        if cell.yes:
-            return f"yes ({cell.said})" if cell.said else "yes"
-        return f"no [{reasons.setdefault(shortened(cell.said), len(reasons) + 1)}]"
+    def numbered(text: str) -> str:
+        no, _, reason = text.partition(": ")
+        return f"no [{reasons.setdefault(reason, len(reasons) + 1)}]" if no == "no" else text
 
-    names = sorted(rows, key=str.lower)
     lines = ["| | " + " | ".join(HEADINGS.values()) + " |", "|---" * (len(HEADINGS) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(shown(rows[name].get(column)) for column in HEADINGS) + " |" for name in names]
-    return "\n".join([*lines, "", *(f"{number}. {_escaped(reason)}" for reason, number in reasons.items())])
+    for name in sorted(rows, key=str.lower):
+        lines.append(f"| {name} | " + " | ".join(map(numbered, shown_row(rows[name], HEADINGS))) + " |")
+    return "\n".join([*lines, "", *(f"{number}. {reason}" for reason, number in reasons.items())])
 
 
 def _escaped(text: str) -> str:

@@ -29,7 +29,6 @@ _REAL: dict[str, Callable[[Any], Any]] = {
     "qwen3_vl": tiny_processors.qwen3_vl_processor,
     "shieldgemma2": tiny_processors.gemma3_processor,
     "smolvlm": tiny_processors.smolvlm_processor,
-    "vipllava": tiny_processors.llava_processor,
 }
 
 

@@ -1,9 +1,9 @@
 """Tiny random models of every text and image-text architecture that transformers' auto classes name.
 
 A configuration is shrunk by the names of its fields, the parts of composite ones too: `hidden_size` becomes 32 wherever
-it stands, `num_hidden_layers` 3, a list with a value for each layer is cut so that each kind of layer stays. `EXCEPTIONS` has
-what names do not tell, `VARIANTS` settings that make another architecture of the same class. What belongs together is equal
-in all parts of a model (a vision tower's hidden size and the text decoder's), so that no size is computed from others.
+it stands, `num_hidden_layers` 3, a list with a value for each layer is cut so that each kind of layer stays.
+`EXCEPTIONS` has what names do not tell, `VARIANTS` settings that make another architecture of the same class. Sizes that
+meet are equal in all parts of a model (a vision tower's hidden size and the text decoder's), so that none is computed.
 """
 
 import re
@@ -34,7 +34,10 @@ _RULES: tuple[tuple[str, int], ...] = (
     (r"audio_token_(id|index)", AUDIO),
     (r"\w+_token_(id|index)|im_newline_id|(unk|mask)_index", OTHER),
     (r"vocab_offset", VOCABULARY - 8),
-    (r"(?!type_|task_type_|n_?gram_)\w*vocab_size\w*|encoder_hash_byte_group_vocab|num_embeddings|codebook_size", VOCABULARY),
+    (
+        r"(?!type_|task_type_|n_?gram_)\w*vocab_size\w*|encoder_hash_byte_group_vocab|num_embeddings|codebook_size",
+        VOCABULARY,
+    ),
     # layers
     (r"(num_|n_)?(encoder_|decoder_|hidden_|global_)?layers?|(conf_)?num_hidden_layers|depth|num_blocks", LAYERS),
     (r"resampler_depth|num_layers_per_stack|aligner_num_add_layers", 1),
@@ -47,9 +50,15 @@ _RULES: tuple[tuple[str, int], ...] = (
     (r"(q|kv|o)_lora_rank|laurel_rank|gated_norm_rank|adapter_rank|hc_lowrank", 16),
     # widths
     (r"hidden_size_per_layer_input|ple_embed_dim", HEAD),
-    (r"\w*(intermediate_size|ffn_dim|ffn_hidden_size|feed_forward_size|intermediate_size_mlp)|d_ff|dff|dim_ff", NEURONS),
+    (
+        r"\w*(intermediate_size|ffn_dim|ffn_hidden_size|feed_forward_size|intermediate_size_mlp)|d_ff|dff|dim_ff",
+        NEURONS,
+    ),
     (r"d_inner|n_inner|mlp_dim|ffn_size|shared_expert_intermediate_size|share_expert_dim", NEURONS),
-    (r"\w*hidden_size\w*|d_model|n_embd|\w*embed(ding)?_dim|emb_dim|embedding_size|\w+_embedding_size|dim_model", HIDDEN),
+    (
+        r"\w*hidden_size\w*|d_model|n_embd|\w*embed(ding)?_dim|emb_dim|embedding_size|\w+_embedding_size|dim_model",
+        HIDDEN,
+    ),
     (r"\w*projection_dim|\w+_output_dim|output_dim|\w+_proj_dim|projector_\w+_dim|lru_width|mamba_d_ssm", HIDDEN),
     (r"latent_channels|base_channels|output_channels|input_size|codebook_dim|num_filters|scale", HIDDEN),
     (r"projection_hidden_size|projector_hidden_size|vector_quantization_hidden_dimension|upsample_groups", HIDDEN),
@@ -103,7 +112,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "vq_config.channel_multiplier": [1] * 4,
     },
     "cohere_compass_text": {
-        "rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), {**_ROPE, "mrope_section": [2, 1, 1]})
+        "rope_parameters": {
+            kind: {**_ROPE, "mrope_section": [2, 1, 1]} for kind in ("full_attention", "sliding_attention")
+        }
     },
     "dbrx": {"attn_config.rope_theta": 10000.0},
     "deepseek_ocr2": {
@@ -143,7 +154,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gemma4_unified_assistant": {"text_config": {"model_type": "gemma4_unified_text"}, **_DRAFTER},
     "gemma4_text": {"global_head_dim": HEAD},
     "glm5_next": {"text_config.index_kpool": 4, "text_config.qk_rope_head_dim": 0, "text_config.qk_head_dim": HEAD},
-    "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]], "attention_layers": ["global", "local", "global"]},
+    "gpt_neo": {
+        "attention_types": [[["global", "local", "global"], 1]],
+        "attention_layers": ["global", "local", "global"],
+    },
     "granite4_vision": {
         "text_config": {"model_type": "granite"},
         "deepstack_layer_map": [[0, 1]],
@@ -179,12 +193,31 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {"ngram_vocab_size_base": VOCABULARY, "make_ngram_vocab_size_divisible_by": 1, **_INDEXER},
     "reformer": {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 16]},
     "vision-encoder-decoder": {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "gpt2"}},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "layers_block_type": ["mamba", "mamba", "hybrid"],
+        "attn_layer_offset": 2,
+        "attention_hidden_size": 2 * HIDDEN,
+        "attention_head_dim": 2 * HEAD,
+        "n_mamba_heads": 2,
+    },
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid", "mamba"],
+        "hybrid_layer_ids": [1],
+        "attention_hidden_size": 2 * HIDDEN,
+        "attention_head_dim": 2 * HEAD,
+        "n_mamba_heads": 8,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 
 # Rows beside those of the default configurations: model type, a note for the row's name, and settings.
 VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("gemma4_text", "experts", {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 96}),
+    (
+        "gemma4_text",
+        "experts",
+        {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 96},
+    ),
     ("gemma4_text", "shared keys and values", {"num_kv_shared_layers": 1}),
     ("gemma4_text", "use_double_wide_mlp", {"use_double_wide_mlp": True, "num_kv_shared_layers": 1}),
     ("glm_moe_dsa", "dense", {"mlp_layer_types": ["dense"] * LAYERS}),
@@ -214,7 +247,12 @@ def shrunk(kind: type[PreTrainedConfig], settings: Mapping[str, Any]) -> PreTrai
     own = {name: value for name, value in given.items() if "." not in name}
     parts = {name: value for name, value in own.items() if isinstance(value, dict) and "model_type" in value}
     as_dicts = getattr(kind, "has_no_defaults_at_init", False)
-    default = kind(**{name: part.copy() if as_dicts else CONFIG_MAPPING[part["model_type"]](**part) for name, part in parts.items()})
+    default = kind(
+        **{
+            name: part.copy() if as_dicts else CONFIG_MAPPING[part["model_type"]](**part)
+            for name, part in parts.items()
+        }
+    )
     values: dict[str, Any] = {}
     layers = next((n for name in _LAYER_COUNTS if isinstance(n := getattr(default, name, None), int)), None)
     for name, value in default.to_dict().items():
@@ -235,7 +273,15 @@ def shrunk(kind: type[PreTrainedConfig], settings: Mapping[str, Any]) -> PreTrai
     return kind(**values)
 
 
-_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "layers", "num_decoder_layers")
+_LAYER_COUNTS = (
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+    "decoder_layers",
+    "layers",
+    "num_decoder_layers",
+)
 
 
 def _small(name: str, value: Any, layers: int | None) -> Any:

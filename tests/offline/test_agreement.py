@@ -80,7 +80,9 @@ def test_each_way_of_running_the_decoder_is_checked(change: Change, how: str, co
         return out
 
     handle = p.model.model.register_forward_hook(hook, with_kwargs=True)
-    with pytest.raises(LayoutError, match=rf"llama: its text decoder {how} gives other logits than .* at position \d of \d+ that"):
+    with pytest.raises(
+        LayoutError, match=rf"llama: its text decoder {how} gives other logits than .* at position \d of \d+ that"
+    ):
         prepare(*asked(p))
     handle.remove()
     prepare(*asked(p))

@@ -35,23 +35,35 @@ def test_an_image_for_a_text_model_that_would_ignore_it(tmp_path: Path) -> None:
     p = problem("llava", "vqa", count=2)
     model = tiny_models.llama()
     model.generation_config.eos_token_id = 2
-    message = r"LlavaProcessor makes pixel_values \[1, 3, 16, 16\] of an image and its prompt, which LlamaForCausalLM does"
+    message = (
+        r"LlavaProcessor makes pixel_values \[1, 3, 16, 16\] of an image and its prompt, which LlamaForCausalLM does"
+    )
     with pytest.raises(DataError, match=message):
-        attribute(model, p.processor, p.task, p.examples, method="hones", head_metric="logprob", run_dir=tmp_path / "run")
+        attribute(
+            model, p.processor, p.task, p.examples, method="hones", head_metric="logprob", run_dir=tmp_path / "run"
+        )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_another_number_of_image_tokens() -> None:
     processor = llava_processor(patch_size=4)
     message = r"LlavaForConditionalGeneration does not run on what LlavaProcessor makes of an image and its prompt"
-    refused(tiny_models.llava(), processor, rf"{message} \(.*pixel_values \[1, 3, 16, 16\].*tokens: 16, features: \d+; {SAVED}")
+    refused(
+        tiny_models.llava(),
+        processor,
+        rf"{message} \(.*pixel_values \[1, 3, 16, 16\].*tokens: 16, features: \d+; {SAVED}",
+    )
 
 
 def test_another_image_token() -> None:
     other = tiny_models.llava().config
     other.image_token_id = 5
     processor = tiny_processors.llava_processor(other)
-    refused(tiny_models.llava(), processor, rf"Image features and image tokens do not match, tokens: \d+, features: \d+; {SAVED}")
+    refused(
+        tiny_models.llava(),
+        processor,
+        rf"Image features and image tokens do not match, tokens: \d+, features: \d+; {SAVED}",
+    )
 
 
 def test_a_processor_of_another_kind_of_images() -> None:
@@ -74,7 +86,9 @@ def test_a_processor_that_makes_nothing_of_images() -> None:
 
 def test_a_model_that_does_not_run_without_an_image() -> None:
     p = problem("blip2", "text", count=2)
-    message = "Blip2ForConditionalGeneration does not run on a prompt without an image .*missing .*'pixel_values'; give "
+    message = (
+        "Blip2ForConditionalGeneration does not run on a prompt without an image .*missing .*'pixel_values'; give "
+    )
     with pytest.raises(DataError, match=message + "each example an image"):
         prepare(p.model, p.processor, p.task, p.examples)
 

@@ -112,6 +112,6 @@ def _compare(decoder: TextDecoder, how: str, logits: Tensor, expected: Tensor) -
         raise LayoutError(
             f"{decoder.layout.model_type}: its text decoder {how} gives other logits than the whole model that writes "
             f"token by token (by {difference:.3g} at position {at} of {len(logits)} that are read), as where tokens "
-            "attend to later ones (a bidirectional prefix) or to padding, or where positions count padding; steering this model works, attributing, "
-            "learning and evaluating on it do not"
+            "attend to later ones (a bidirectional prefix) or to padding, or where positions count padding; steering "
+            "this model works, attributing, learning and evaluating on it do not"
         )

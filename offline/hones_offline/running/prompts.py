@@ -326,8 +326,8 @@ def _check_taken(decoder: TextDecoder, processor: Any, inputs: Mapping[str, Tens
             )
     if not any(value.is_floating_point() for value in inputs.values()):
         raise DataError(
-            f"{makes} only {', '.join(inputs)} of an image and its prompt, so that {model} would not see the image; use "
-            "the processor that was saved with the model"
+            f"{makes} only {', '.join(inputs)} of an image and its prompt, so that {model} would not see the image; "
+            "use the processor that was saved with the model"
         )
 
 
