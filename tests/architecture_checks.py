@@ -1,4 +1,4 @@
-"""What the table of architectures says of one model: a function for each column, which returns a cell.
+"""Checks of one model for the table of architectures, a function for each column; they make a cell.
 
 A cell is "yes", with what should be known beside it, or "no" with the reason: the message of hones-steer's own error,
 or what transformers says of its model. Everything is compared with the slow twins in `reference.py`.
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import reference
 import tiny_models
 import tiny_processors
@@ -43,11 +44,11 @@ class Cell:
 
 
 class WrongError(Exception):
-    """What was computed is not what the twin computes."""
+    """Raised where what was computed is not what the twin computes."""
 
 
 class NotRunError(Exception):
-    """Transformers does not run the model on what it is given here."""
+    """Raised where transformers does not run the model on what it is given here."""
 
 
 def judged(check: Callable[[], str]) -> Cell:
@@ -121,6 +122,7 @@ def far(found: Tensor, expected: Tensor) -> bool:
 
 def check_steering(model: Any) -> str:
     """Rows of a mixed batch equal rows alone under plain hooks; unsteered rows and the detached model are untouched."""
+    find_layout(model)
     inputs, what = inputs_for(model)
     real = inputs["attention_mask"].bool()
     if model.config.is_encoder_decoder:
@@ -160,6 +162,7 @@ def check_steering(model: Any) -> str:
 
 def check_compiling(model: Any) -> str:
     """torch.compile of the steered model equals the steered model run eagerly."""
+    find_layout(model)
     inputs, what = inputs_for(model)
     inputs.pop("attention_mask") if not what and not model.config.is_encoder_decoder else None
     counters.clear()
@@ -208,7 +211,7 @@ def check_attribution(model: Any, processor: Any, *, image: bool) -> str:
         run = Execution(batch_size=size, memory_gb=4 if size > 1 else 1e-9)
         scores = head_scores(prepared, "logprob", *head_statistics(prepared, "logprob", run)).by_head
         if not found:
-            weights = scores - np.nanmin(scores) + 0.1  # of all heads above 0, or no neuron might be guided to
+            weights = guiding(scores)
         heads = top_heads(weights, 2)
         found[size] = scores, np.asarray(head_guided_importance(prepared, target_directions(prepared), heads, run))
     expected = np.array(reference.head_scores(model, processor, task, examples, reference.mean_log_probability))
@@ -226,6 +229,14 @@ def check_attribution(model: Any, processor: Any, *, image: bool) -> str:
     return f"{without} of {len(expected)} layers have no heads" if without else ""
 
 
+def guiding(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Scores that guide to some neuron: all above 0, and none in the last layer, beside which an FFN may run."""
+    weights = scores - np.nanmin(scores) + 0.1
+    with_heads = np.flatnonzero(~np.isnan(scores).all(1))
+    weights[with_heads[1:][-1:]] = np.nan
+    return weights
+
+
 def check_text(model: Any) -> str:
     """Attribution on text, after the reference has shown that transformers runs the model on it."""
     return check_attribution(model, tiny_processors.text_tokenizer(model.config), image=False)
@@ -233,6 +244,7 @@ def check_text(model: Any) -> str:
 
 def check_image(model: Any) -> str:
     """Attribution with images, by a real processor or a stand-in."""
+    find_layout(model)
     processor, real = processor_for(model)
     said = check_attribution(model, processor, image=True)
     return "; ".join(filter(None, ["" if real else "stand-in", said]))

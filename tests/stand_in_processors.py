@@ -58,7 +58,8 @@ class StandIn:
         self.chat_template = CHAT.replace("IMAGE", "<image>")
         self.image_processor = self
         self._takes = set(inspect.signature(model.forward).parameters)
-        self._features = getattr(model, "get_image_features", None)
+        inner = getattr(model, "model", None)
+        self._features = getattr(model, "get_image_features", getattr(inner, "get_image_features", None))
         vision = getattr(config, "vision_config", config)
         self.side = _first(vision, "image_size", 16)
         self.patch = _first(vision, "patch_size", 8)
@@ -116,8 +117,9 @@ class StandIn:
         if self._features is None:
             return 1
         taken = inspect.signature(self._features).parameters
+        passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
         with torch.no_grad():
-            out = self._features(**{name: value for name, value in pixels.items() if name in taken})
+            out = self._features(**{name: value for name, value in pixels.items() if passes_on or name in taken})
         out = getattr(out, "pooler_output", out)
         hidden = self._config.get_text_config().hidden_size
         return sum(part.numel() for part in ([out] if isinstance(out, Tensor) else out)) // hidden
@@ -192,6 +194,11 @@ def _one_of_several(of: StandIn, image: Image.Image) -> dict[str, Tensor]:
     return {"pixel_values": _one(of, image)["pixel_values"][:, None]}
 
 
+def _under_another_name(of: StandIn, image: Image.Image) -> dict[str, Tensor]:
+    """As Video-LLaVA calls images."""
+    return {"pixel_values_images": _one(of, image)["pixel_values"]}
+
+
 def _flat_patches(of: StandIn, image: Image.Image) -> dict[str, Tensor]:
     """Patches in one row, as Fuyu's projection takes them."""
     return {"image_patches": _square_patches(of, image)["pixel_values"]}
@@ -199,7 +206,7 @@ def _flat_patches(of: StandIn, image: Image.Image) -> dict[str, Tensor]:
 
 _SHAPES: tuple[Shape, ...] = (
     *(_one, _grid, _merged_grid, _square_patches, _placed_patches, _two_resolutions, _several, _tiles, _sized),
-    *(_one_of_several, _flat_patches),
+    *(_one_of_several, _under_another_name, _flat_patches),
 )
 
 

@@ -2,8 +2,8 @@
 
 A configuration is shrunk by the names of its fields, the parts of composite ones too: `hidden_size` becomes 32 wherever
 it stands, `num_hidden_layers` 3, a list with a value for each layer is cut so that each kind of layer stays.
-`EXCEPTIONS` has what names do not tell, `VARIANTS` settings that make another architecture of the same class. Sizes that
-meet are equal in all parts of a model (a vision tower's hidden size and the text decoder's), so that none is computed.
+`EXCEPTIONS` has what names do not tell, `VARIANTS` settings that make another architecture of the same class. Sizes
+that meet are equal in all parts of a model (a vision tower's hidden size and the decoder's): none is computed.
 """
 
 import re
@@ -192,6 +192,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "qwen4_exp_text": {"ngram_vocab_size_base": VOCABULARY, "make_ngram_vocab_size_divisible_by": 1, **_INDEXER},
     "reformer": {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 16]},
+    "vipllava": {"vision_feature_layers": [-2, -1]},
     "vision-encoder-decoder": {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "gpt2"}},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
@@ -285,7 +286,7 @@ _LAYER_COUNTS = (
 
 
 def _small(name: str, value: Any, layers: int | None) -> Any:
-    """What a field becomes; None if it keeps its default."""
+    """The value that a field gets; None if it keeps its default."""
     if name in _KEPT or isinstance(value, bool):
         return None
     if isinstance(value, list | tuple) and value:
