@@ -23,6 +23,7 @@ from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import prepare
 from PIL import Image
 from stand_in_processors import processor_for
+from tiny_architectures import OTHER_TOWER
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -245,6 +246,8 @@ def check_text(model: Any) -> str:
 def check_image(model: Any) -> str:
     """Attribution with images, by a real processor or a stand-in."""
     find_layout(model)
+    if model.config.model_type in OTHER_TOWER:
+        raise NotRunError("its vision tower needs the timm package")
     processor, real = processor_for(model)
     said = check_attribution(model, processor, image=True)
     return "; ".join(filter(None, ["" if real else "stand-in", said]))

@@ -40,9 +40,9 @@ def processor_for(model: Any) -> tuple[Any, bool]:
 
 
 class StandIn:
-    """Tokenizer and images for one model; the chat template puts one image token before the text.
+    """Tokenizer and images for one model; the chat template puts one image token before the text, if there is one.
 
-    Raises LookupError if the configuration names no image token, or no known shape of an image suits the model.
+    Raises LookupError if no known shape of an image suits the model.
     """
 
     def __init__(self, model: Any) -> None:
@@ -50,12 +50,10 @@ class StandIn:
         ids = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
         vocabulary_map = getattr(config, "vocabulary_map", None) or {}
         known = [number for number in (*ids, vocabulary_map.get("<image>")) if isinstance(number, int)]
-        if not known:
-            raise LookupError("its configuration names no image token")
-        self.image_token, self.image_token_id = "<image>", known[0]
-        special = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "<image>": self.image_token_id}
+        self.image_token, self.image_token_id = ("<image>", known[0]) if known else ("", None)
+        special = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **({"<image>": known[0]} if known else {})}
         self.tokenizer = tiny_processors.tokenizer(config.get_text_config().vocab_size, special, **ROLES)
-        self.chat_template = CHAT.replace("IMAGE", "<image>")
+        self.chat_template = CHAT.replace("IMAGE", self.image_token)
         self.image_processor = self
         self._takes = set(inspect.signature(model.forward).parameters)
         inner = getattr(model, "model", None)
@@ -66,10 +64,11 @@ class StandIn:
         self.merge = _first(vision, "spatial_merge_size", _first(vision, "merge_size", 2))
         self.frames = _first(vision, "temporal_patch_size", 1)
         blank = Image.new("RGB", (24, 24))
-        errors: list[str] = []
+        errors: list[tuple[int, str]] = []
         self._shape = next((shape for shape in _SHAPES if self._suits(model, shape, blank, errors)), None)
         if self._shape is None:
-            raise LookupError("no stand-in image suits it: " + (errors[0] if errors else "it takes no pixel_values"))
+            of_most_parts = max(errors, key=lambda error: error[0], default=(0, "it takes no pixel_values"))
+            raise LookupError(f"no stand-in image suits it: {of_most_parts[1]}")
 
     def apply_chat_template(self, messages: Any, **options: Any) -> Any:
         """As a processor's."""
@@ -88,17 +87,21 @@ class StandIn:
         assert self._shape is not None
         pixels = self._shape(self, images[0])
         ids = self.tokenizer(text[0], add_special_tokens=add_special_tokens)["input_ids"]
-        count = self._count(pixels)
-        at = ids.index(self.image_token_id)
-        row = torch.tensor([[*ids[:at], *[self.image_token_id] * count, *ids[at + 1 :]]])
+        if self.image_token_id is not None:
+            at = ids.index(self.image_token_id)
+            ids = [*ids[:at], *[self.image_token_id] * self._count(pixels), *ids[at + 1 :]]
+        row = torch.tensor([ids])
         inputs = {"input_ids": row, "attention_mask": torch.ones_like(row), **pixels}
         if "mm_token_type_ids" in self._takes:
             inputs["mm_token_type_ids"] = (row == self.image_token_id).int()
         if "token_type_ids" in self._takes:
             inputs["token_type_ids"] = (row == self.image_token_id).long()
+        for name, axes in (("image_attention_mask", 1), ("cross_attention_mask", 2)):  # every token sees the image
+            if name in self._takes:
+                inputs[name] = torch.ones(1, row.shape[1], *[1] * axes, dtype=torch.long)
         return inputs
 
-    def _suits(self, model: Any, shape: "Shape", image: Image.Image, errors: list[str]) -> bool:
+    def _suits(self, model: Any, shape: "Shape", image: Image.Image, errors: list[tuple[int, str]]) -> bool:
         """Whether the model runs with images of this shape; its error goes to `errors`."""
         pixels = shape(self, image)
         if not set(pixels) <= self._takes:
@@ -106,9 +109,9 @@ class StandIn:
         self._shape = shape
         try:
             with torch.no_grad():
-                model(**self([image], ["<image> what is"]))
+                model(**self([image], [f"{self.image_token} what is"]))
         except Exception as error:  # noqa: BLE001 - whatever a model says of a shape that it does not take
-            errors.append(f"{type(error).__name__}: {error}")
+            errors.append((len(pixels), f"{type(error).__name__}: {error}"))
             return False
         return True
 
@@ -194,6 +197,13 @@ def _one_of_several(of: StandIn, image: Image.Image) -> dict[str, Tensor]:
     return {"pixel_values": _one(of, image)["pixel_values"][:, None]}
 
 
+def _tiled(of: StandIn, image: Image.Image) -> dict[str, Tensor]:
+    """One image of one tile (Mllama)."""
+    pixels = _one(of, image)["pixel_values"][:, None, None]
+    one = torch.ones(1, 1, dtype=torch.long)
+    return {"pixel_values": pixels, "aspect_ratio_ids": one, "aspect_ratio_mask": one[..., None]}
+
+
 def _under_another_name(of: StandIn, image: Image.Image) -> dict[str, Tensor]:
     """As Video-LLaVA calls images."""
     return {"pixel_values_images": _one(of, image)["pixel_values"]}
@@ -206,7 +216,7 @@ def _flat_patches(of: StandIn, image: Image.Image) -> dict[str, Tensor]:
 
 _SHAPES: tuple[Shape, ...] = (
     *(_one, _grid, _merged_grid, _square_patches, _placed_patches, _two_resolutions, _several, _tiles, _sized),
-    *(_one_of_several, _under_another_name, _flat_patches),
+    *(_one_of_several, _tiled, _under_another_name, _flat_patches),
 )
 
 

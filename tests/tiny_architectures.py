@@ -72,9 +72,9 @@ _RULES: tuple[tuple[str, int], ...] = (
     # lengths
     (r"max_position_embeddings|n_positions|max_seq_len|n_ctx|context_length|max_target_positions|seq_len", 256),
     (r"model_max_length|max_source_positions|max_2d_position_embeddings|relative_max_distance", 256),
-    (r"sliding_window(_size)?|attention_window_size|window_size|local_attention", 8),
+    (r"sliding_window(_size)?|attention_window_size|local_attention", 8),
     # images
-    (r"image_size|resolution|crop_size", 16),
+    (r"image_size|resolution|crop_size|window_size", 16),
     (r"(?!temporal_|video_)\w*patch_size", 8),
     (r"num_position_embeddings|\w*num_patches", 16),
     (r"(max_)?num_tiles", 1),
@@ -139,7 +139,6 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "ernie4_5_vl_moe": {"text_config.rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}},
     "fast_vlm": {"vision_config": {"model_type": "siglip_vision_model"}},
-    "gemma3n": {"vision_config": {"model_type": "siglip_vision_model"}},
     "gemma3n_text": {"num_kv_shared_layers": 1},
     "gemma4_assistant": {
         "text_config": {
@@ -172,7 +171,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "janus": {"vq_config.channel_multiplier": [1]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "mamba2": {"head_dim": 16},
-    "mllama": {"vision_config.max_num_tiles": 1, "vision_config.supported_aspect_ratios": [[1, 1]]},
+    "mllama": {
+        "vision_config.max_num_tiles": 1,
+        "vision_config.supported_aspect_ratios": [[1, 1]],
+        "vision_config.vision_output_dim": 2 * HIDDEN,
+    },
     "mpt": {"expansion_ratio": 3},
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h_omni": {"vision_config.video_temporal_patch_size": 2, "vision_config.max_img_size": 32},
@@ -211,6 +214,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1},
 }
+
+OTHER_TOWER = ("fast_vlm", "perception_lm")
+"""Model types whose own vision tower needs the timm package, and stands in `EXCEPTIONS` replaced by another."""
 
 # Rows beside those of the default configurations: model type, a note for the row's name, and settings.
 VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
