@@ -144,6 +144,12 @@ class Layout:
                 "needs a decoder that reads prompt and answer; steering this model works, attributing on it does not"
             )
         with_attention = [layer for layer in self.layers if layer.attn_out is not None]
+        paths = (path for layer in self.layers for path, _ in layer.module.named_modules())
+        if not with_attention and not any(map(_is_attention, paths)):
+            raise LayoutError(
+                f"no layer of model type {self.model_type!r} has attention heads, which attribution scores and guides "
+                "by; steering this model works, attributing on it does not"
+            )
         missing = [
             part
             for part, recognized in (
