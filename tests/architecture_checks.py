@@ -99,7 +99,10 @@ def inputs_for(model: Any) -> tuple[dict[str, Tensor], str]:
             dict(processor(images=[picture(i)], text=[f"{processor.image_token} what is {word}"], return_tensors="pt"))
             for i, word in enumerate(("cat", "dog", "big", "town"))
         ]
-        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}, "with an image"
+        batch = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        if model.config.is_encoder_decoder:
+            batch["decoder_input_ids"] = batch["input_ids"]
+        return batch, "with an image"
     return text, ""
 
 
@@ -286,7 +289,7 @@ def shortened(message: str, length: int = 150) -> str:
     """A reason on one line, without its remedy and without what differs between models of one kind."""
     line = " ".join(message.split())
     line = re.sub(r"^\S+ \(\w+\) of model type '\S+': ", "", line)
-    line = re.sub(r"^\S+: (?=its )|model type '\S+' ", "", line)
+    line = re.sub(r"^\S+: (?=its )|(of )?model type '\S+' (is )?(?=not|differ)", "", line)
     line = re.sub(r" \(by [^)]*\), as where .*", "", line)
     line = re.split(r"; (?!and )", line)[0]
     return line if len(line) <= length else line[: length - 1] + "…"

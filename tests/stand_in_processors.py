@@ -62,7 +62,7 @@ class StandIn:
         self.side = _first(vision, "image_size", 16)
         self.patch = _first(vision, "patch_size", 8)
         self.merge = _first(vision, "spatial_merge_size", _first(vision, "merge_size", 2))
-        self.frames = _first(vision, "temporal_patch_size", 1)
+        self.frames = _first(vision, "temporal_patch_size", _first(vision, "patch_temporal", 1))
         blank = Image.new("RGB", (24, 24))
         errors: list[tuple[int, str]] = []
         self._shape = next((shape for shape in _SHAPES if self._suits(model, shape, blank, errors)), None)

@@ -102,6 +102,14 @@ _INDEXER = {
     "indexer_budget": 8,
     "indexer_compress_ratio": 4,
 }
+_MROPE = (
+    "glm4v",
+    "glm_ocr",
+    "paddleocr_vl",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen2_5_omni",
+)  # their sections are written in the model
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_d_head": 16, "attn_layer_indices": [1]},
@@ -151,6 +159,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         **_DRAFTER,
     },
     "gemma4_unified_assistant": {"text_config": {"model_type": "gemma4_unified_text"}, **_DRAFTER},
+    "gemma4": {"vision_config": {"model_type": "gemma4_vision"}},
+    "gemma4_unified": {"vision_config": {"model_type": "gemma4_unified_vision"}},
     "gemma4_text": {"global_head_dim": HEAD},
     "glm5_next": {"text_config.index_kpool": 4, "text_config.qk_rope_head_dim": 0, "text_config.qk_head_dim": HEAD},
     "gpt_neo": {
@@ -162,6 +172,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "deepstack_layer_map": [[0, 1]],
         "spatial_target_layers": [1],
         "downsample_rate": "1/2",
+        "vision_feature_select_strategy": "full",
     },
     "granite": {"logits_scaling": 4.0},
     "granitemoehybrid": {"mamba_d_head": 16},
@@ -194,6 +205,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "vision_config.post_conv_out_channels": 32,
     },
     "qwen4_exp_text": {"ngram_vocab_size_base": VOCABULARY, "make_ngram_vocab_size_divisible_by": 1, **_INDEXER},
+    **{f"{name}_text": {"rope_parameters": _ROPE | {"mrope_section": [2, 1, 1]}} for name in _MROPE},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END},
     "reformer": {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 16]},
     "vipllava": {"vision_feature_layers": [-2, -1]},
     "vision-encoder-decoder": {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "gpt2"}},

@@ -84,12 +84,22 @@ def test_a_processor_that_makes_nothing_of_images() -> None:
     refused(tiny_models.llava(), Blind(), f"Blind makes only input_ids, .*LlavaFor.* would not see the image; {SAVED}")
 
 
-def test_a_model_that_does_not_run_without_an_image() -> None:
-    p = problem("blip2", "text", count=2)
-    message = (
-        "Blip2ForConditionalGeneration does not run on a prompt without an image .*missing .*'pixel_values'; give "
-    )
-    with pytest.raises(DataError, match=message + "each example an image"):
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        (
+            "blip2",
+            r"Blip2\w+ does not run on a prompt without an image \(.*missing .*'pixel_values'; give each example",
+        ),
+        (
+            "idefics",
+            r"Idefics\w+ writes nothing after a prompt of these examples \(.*pixel_values.*; give each example",
+        ),
+    ],
+)
+def test_a_model_that_does_not_run_without_an_image(architecture: str, message: str) -> None:
+    p = problem(architecture, "text", count=2)
+    with pytest.raises(DataError, match=message):
         prepare(p.model, p.processor, p.task, p.examples)
 
 

@@ -104,7 +104,7 @@ class TextDecoder:
         positions = batch.positions[0] if batch.positions.shape[0] == 1 else batch.positions
         with last_ffn_at(self.layout, batch.wanted):
             out = self.layout.decoder(
-                inputs_embeds=batch.embeds,
+                inputs_embeds=batch.embeds.clone(),  # some decoders (GIT, BERT) add positions to what they are given
                 position_ids=positions,
                 **self.inputs.arguments(batch, mask, cache),
                 use_cache=cache is not None,
