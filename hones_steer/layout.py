@@ -50,6 +50,7 @@ _ATTENTION_OUTPUTS = (
     "self_attention.dense",
     "self_attn.c_proj",
     "mixer.o_proj",  # Nemotron-H
+    "attn.Wo",  # ModernBERT
     "attention.output.dense",  # GIT, BERT
 )
 # Names in `config.layer_types` of layers that keep nothing but keys and values from one token to the next, or nothing.
@@ -248,7 +249,7 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
     """(inputs, outputs) of a linear-like module (nn.Linear, quantized, transformers' Conv1D); None for any other."""
     for inputs, outputs in (("in_features", "out_features"), ("nx", "nf")):
         shape = getattr(module, inputs, None), getattr(module, outputs, None)
@@ -356,6 +357,8 @@ def _find_decoder(model: nn.Module, model_type: str, names: _Names) -> nn.Module
         return _required(model, names.decoder, model_type)
     get_decoder = getattr(model, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else None
+    if linear_shape(decoder) is not None:  # ModernBERT calls its unembedding the decoder
+        decoder = _inner_decoder(model)
     if isinstance(decoder, nn.Module):
         # Some wrappers return a language model that still has its head, or an encoder, around the stack.
         while _first(decoder, _LAYER_LISTS) is None and (inner := _inner_decoder(decoder)) is not None:

@@ -63,9 +63,10 @@ class StandIn:
         self.patch = _first(vision, "patch_size", 8)
         self.merge = _first(vision, "spatial_merge_size", _first(vision, "merge_size", 2))
         self.frames = _first(vision, "temporal_patch_size", _first(vision, "patch_temporal", 1))
-        blank = Image.new("RGB", (24, 24))
+        noise = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
+        images = [Image.new("RGB", (24, 24)), Image.fromarray(noise)]
         errors: list[tuple[int, str]] = []
-        self._shape = next((shape for shape in _SHAPES if self._suits(model, shape, blank, errors)), None)
+        self._shape = next((shape for shape in _SHAPES if self._suits(model, shape, images, errors)), None)
         if self._shape is None:
             of_most_parts = max(errors, key=lambda error: error[0], default=(0, "it takes no pixel_values"))
             raise LookupError(f"no stand-in image suits it: {of_most_parts[1]}")
@@ -101,19 +102,22 @@ class StandIn:
                 inputs[name] = torch.ones(1, row.shape[1], *[1] * axes, dtype=torch.long)
         return inputs
 
-    def _suits(self, model: Any, shape: "Shape", image: Image.Image, errors: list[tuple[int, str]]) -> bool:
-        """Whether the model runs with images of this shape; its error goes to `errors`."""
-        pixels = shape(self, image)
+    def _suits(self, model: Any, shape: "Shape", images: list[Image.Image], errors: list[tuple[int, str]]) -> bool:
+        """Whether the model runs with images of this shape, and sees them; if not, the reason goes to `errors`."""
+        pixels = shape(self, images[0])
         if not set(pixels) <= self._takes:
             return False
         self._shape = shape
         try:
             with torch.no_grad():
-                model(**self([image], [f"{self.image_token} what is"]))
+                text = [f"{self.image_token} what is"]
+                one, other = (model(**self([image], text)).logits[0, -1] for image in images)
         except Exception as error:  # noqa: BLE001 - whatever a model says of a shape that it does not take
             errors.append((len(pixels), f"{type(error).__name__}: {error}"))
             return False
-        return True
+        if torch.equal(one, other):
+            errors.append((len(pixels), "its logits are the same for any image"))
+        return not torch.equal(one, other)
 
     def _count(self, pixels: Mapping[str, Tensor]) -> int:
         """How many image tokens stand for these pixels."""
@@ -148,6 +152,19 @@ def _grid(of: StandIn, image: Image.Image) -> dict[str, Tensor]:
 
 def _merged_grid(of: StandIn, image: Image.Image) -> dict[str, Tensor]:
     return {**_grid(of, image), "image_merge_sizes": torch.tensor([of.merge])}
+
+
+def _grid_of_images(of: StandIn, image: Image.Image) -> dict[str, Tensor]:
+    """As `_grid`, each patch as a small image (PaddleOCR-VL)."""
+    grid = _grid(of, image)
+    return {**grid, "pixel_values": grid["pixel_values"].view(-1, 3, of.patch, of.patch)}
+
+
+def _strip(of: StandIn, image: Image.Image) -> dict[str, Tensor]:
+    """Patches beside one another, as wide as there are some (MiniCPM-V)."""
+    side = of.side // of.patch
+    pixels = _pixels(image, of.patch, side * side * of.patch)
+    return {"pixel_values": pixels[None], "target_sizes": torch.tensor([[side, side]])}
 
 
 def _square_patches(of: StandIn, image: Image.Image) -> dict[str, Tensor]:
@@ -204,6 +221,12 @@ def _tiled(of: StandIn, image: Image.Image) -> dict[str, Tensor]:
     return {"pixel_values": pixels, "aspect_ratio_ids": one, "aspect_ratio_mask": one[..., None]}
 
 
+def _with_question(of: StandIn, image: Image.Image) -> dict[str, Tensor]:
+    """An image with a text for the Q-Former that reads it (InstructBLIP)."""
+    ids = torch.tensor([[10, 11, 12]])
+    return {**_one(of, image), "qformer_input_ids": ids, "qformer_attention_mask": torch.ones_like(ids)}
+
+
 def _under_another_name(of: StandIn, image: Image.Image) -> dict[str, Tensor]:
     """As Video-LLaVA calls images."""
     return {"pixel_values_images": _one(of, image)["pixel_values"]}
@@ -215,8 +238,20 @@ def _flat_patches(of: StandIn, image: Image.Image) -> dict[str, Tensor]:
 
 
 _SHAPES: tuple[Shape, ...] = (
-    *(_one, _grid, _merged_grid, _square_patches, _placed_patches, _two_resolutions, _several, _tiles, _sized),
-    *(_one_of_several, _tiled, _under_another_name, _flat_patches),
+    *(
+        _one,
+        _grid,
+        _merged_grid,
+        _grid_of_images,
+        _strip,
+        _square_patches,
+        _placed_patches,
+        _two_resolutions,
+        _several,
+        _tiles,
+        _sized,
+    ),
+    *(_with_question, _one_of_several, _tiled, _under_another_name, _flat_patches),
 )
 
 

@@ -95,6 +95,7 @@ _DRAFTER = {
     "text_config.hidden_size_per_layer_input": 0,
     "text_config.vocab_size_per_layer_input": 0,
 }
+_ONE_TILE = {"image_grid_pinpoints": [[16, 16]]}
 _INDEXER = {
     "indexer_n_heads": 2,
     "indexer_kv_heads": 1,
@@ -172,16 +173,28 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "deepstack_layer_map": [[0, 1]],
         "spatial_target_layers": [1],
         "downsample_rate": "1/2",
+        **_ONE_TILE,
         "vision_feature_select_strategy": "full",
     },
     "granite": {"logits_scaling": 4.0},
     "granitemoehybrid": {"mamba_d_head": 16},
-    "hunyuan_vl": {"vision_config.max_image_size": 32, "vision_config.min_image_size": 16},
+    "hunyuan_vl": {
+        "text_config.rope_parameters": {**_ROPE, "mrope_section": [1] * 4},
+        "vision_config.max_image_size": 32,
+        "vision_config.min_image_size": 16,
+    },
     "instructblip": {"image_token_index": IMAGE},
     "instructblipvideo": {"image_token_index": IMAGE, "video_token_index": IMAGE},
+    "internvl": {"image_seq_length": 1},
     "janus": {"vq_config.channel_multiplier": [1]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "llava_next": _ONE_TILE,
+    "llava_next_video": _ONE_TILE,
+    "llava_onevision": _ONE_TILE,
     "mamba2": {"head_dim": 16},
+    "minicpmv4_6": {"image_token_id": IMAGE, "vision_config.image_size": 32},
+    "minicpmv4_7": {"image_token_id": IMAGE, "vision_config.image_size": 32},
+    "mistral3": {"vision_config.image_size": 32},
     "mllama": {
         "vision_config.max_num_tiles": 1,
         "vision_config.supported_aspect_ratios": [[1, 1]],
