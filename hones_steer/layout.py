@@ -51,6 +51,7 @@ _ATTENTION_OUTPUTS = (
     "self_attn.c_proj",
     "mixer.o_proj",  # Nemotron-H
     "attn.Wo",  # ModernBERT
+    "temporal_block.o_proj",  # RecurrentGemma
     "attention.output.dense",  # GIT, BERT
 )
 # Names in `config.layer_types` of layers that keep nothing but keys and values from one token to the next, or nothing.
@@ -145,8 +146,9 @@ class Layout:
                 "needs a decoder that reads prompt and answer; steering this model works, attributing on it does not"
             )
         with_attention = [layer for layer in self.layers if layer.attn_out is not None]
-        paths = (path for layer in self.layers for path, _ in layer.module.named_modules())
-        if not with_attention and not any(map(_is_attention, paths)):
+        modules = [item for layer in self.layers for item in layer.module.named_modules()]
+        attention = any(_is_attention(path) or "Attention" in type(module).__name__ for path, module in modules)
+        if not with_attention and not attention:
             raise LayoutError(
                 f"no layer of model type {self.model_type!r} has attention heads, which attribution scores and guides "
                 "by; steering this model works, attributing on it does not"

@@ -18,7 +18,7 @@ from tiny_architectures import architectures, build
 from transformers.models.auto import modeling_auto
 
 ROWS = {row.name: row for row in architectures()}
-REPRESENTED = ("gpt2", "mixtral", "gemma3n_text", "blip-2")
+REPRESENTED = ("gpt2", "mixtral", "gemma3n_text", "blip-2", "openai-gpt")
 
 
 def committed() -> dict[str, list[str]]:

@@ -230,7 +230,12 @@ def test_a_model_without_attention_is_steered_but_not_attributed():
 
 @pytest.mark.parametrize(
     ("name", "path"),
-    [("blip", "text_decoder.bert"), ("florence2", "model.language_model.decoder"), ("kosmos-2", "text_model.model")],
+    [
+        ("blip", "text_decoder.bert"),
+        ("florence2", "model.language_model.decoder"),
+        ("kosmos-2", "text_model.model"),
+        ("modernbert-decoder", "model"),
+    ],
 )
 def test_a_decoder_inside_a_language_model_of_its_own_is_found(name, path):
     (row,) = (row for row in tiny_architectures.architectures() if row.name == name)
