@@ -20,6 +20,11 @@ def cache_name(forward: Callable[..., object]) -> str:
     return next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[0])
 
 
+def takes_cache(forward: Callable[..., object]) -> bool:
+    """Whether a `forward` takes a key-value cache at all."""
+    return any(name in inspect.signature(forward).parameters for name in CACHE_NAMES)
+
+
 def returned_cache(output: Any) -> Any:
     """The key-value cache in what a model or decoder returns, or None."""
     # Not getattr with a default: asking for the old name where there is the new one warns.

@@ -51,6 +51,8 @@ _ATTENTION_OUTPUTS = (
     "self_attention.dense",
     "self_attn.c_proj",
     "mixer.o_proj",  # Nemotron-H
+    "attn.Wo",  # ModernBERT
+    "temporal_block.o_proj",  # RecurrentGemma
     "attention.output.dense",  # GIT, BERT
 )
 # Names in `config.layer_types` of layers that keep nothing but keys and values from one token to the next, or nothing.
@@ -162,6 +164,13 @@ class Layout:
                 "needs a decoder that reads prompt and answer; steering this model works, attributing on it does not"
             )
         with_attention = [layer for layer in self.layers if layer.attn_out is not None]
+        modules = [item for layer in self.layers for item in layer.module.named_modules()]
+        attention = any(_is_attention(path) or "Attention" in type(module).__name__ for path, module in modules)
+        if not with_attention and not attention:
+            raise LayoutError(
+                f"no layer of model type {self.model_type!r} has attention heads, which attribution scores and guides "
+                "by; steering this model works, attributing on it does not"
+            )
         missing = [
             part
             for part, recognized in (
@@ -260,7 +269,7 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
     """(inputs, outputs) of a linear-like module (nn.Linear, quantized, transformers' Conv1D); None for any other."""
     for inputs, outputs in (("in_features", "out_features"), ("nx", "nf")):
         shape = getattr(module, inputs, None), getattr(module, outputs, None)
@@ -368,12 +377,20 @@ def _find_decoder(model: nn.Module, model_type: str, names: _Names) -> nn.Module
         return _required(model, names.decoder, model_type)
     get_decoder = getattr(model, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else None
+    if linear_shape(decoder) is not None:  # ModernBERT calls its unembedding the decoder
+        decoder = _inner_decoder(model)
     if isinstance(decoder, nn.Module):
         # Some wrappers return a language model that still has its head, or an encoder, around the stack.
-        while _first(decoder, LAYER_LISTS) is None and (inner := _first(decoder, ("model", "decoder"))) is not None:
+        while _first(decoder, LAYER_LISTS) is None and (inner := _inner_decoder(decoder)) is not None:
             decoder = inner
         return decoder
     raise _unrecognized(model_type, "no text decoder was found")
+
+
+def _inner_decoder(model: nn.Module) -> nn.Module | None:
+    """What a language model keeps its stack in: `model`, `decoder`, or what transformers calls its base model."""
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    return _first(model, ("model", "decoder", *([prefix] if prefix else [])))
 
 
 def _find_layer_list(decoder: nn.Module, model_type: str, names: _Names) -> nn.ModuleList:

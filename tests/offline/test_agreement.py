@@ -1,6 +1,7 @@
 """Models are refused whose text decoder, run as attribution and learning run it, computes something else."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -80,10 +81,36 @@ def test_each_way_of_running_the_decoder_is_checked(change: Change, how: str, co
         return out
 
     handle = p.model.model.register_forward_hook(hook, with_kwargs=True)
-    with pytest.raises(LayoutError, match=f"llama: its text decoder {how} gives other logits than the whole model"):
+    with pytest.raises(
+        LayoutError, match=rf"llama: its text decoder {how} gives other logits than .* at position \d of \d+ that"
+    ):
         prepare(*asked(p))
     handle.remove()
     prepare(*asked(p))
+
+
+def test_a_decoder_that_writes_into_its_embeddings_runs_the_same_again() -> None:
+    """GIT adds positions in place to the embeddings that it is given."""
+    p = problem("llama", "text", count=1)
+    decoder = prepare(*asked(p)).decoder
+
+    def add(_module: object, _args: object, given: dict[str, Any]) -> None:
+        given["inputs_embeds"].add_(1)
+
+    p.model.model.register_forward_pre_hook(add, with_kwargs=True)
+    batch = decoder.collate([decoder.text(torch.tensor([10, 11, 12]))])
+    with torch.no_grad():
+        first, again = (decoder.run(batch)[0] for _ in range(2))
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("questions", [("what is cat", "what is cat dog"), ("what is cat", "what is dog")])
+def test_parts_are_padded_when_a_decoder_is_run_in_two(questions: tuple[str, str]) -> None:
+    """GIT goes on from a cache as if no part of it were padding."""
+    p = problem("git", "text", count=2)
+    p.examples = [replace(example, prompt=text) for example, text in zip(p.examples, questions, strict=True)]
+    with pytest.raises(LayoutError, match="git: its text decoder run in two parts gives other logits"):
+        prepare(*asked(p))
 
 
 def test_settings_for_sampling_neither_matter_nor_warn(caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 import further_models
 import numpy as np
 import pytest
+import tiny_architectures
 import tiny_models
 import torch
 import torch.distributed as dist
@@ -218,6 +219,28 @@ def test_an_ffn_of_half_the_configured_width_is_not_taken_for_a_shard():
 def test_a_decoder_beside_an_encoder_is_found():
     model = unusual_models.blip2()
     assert find_layout(model).decoder is model.language_model.model.decoder
+
+
+def test_a_model_without_attention_is_steered_but_not_attributed():
+    (row,) = (row for row in tiny_architectures.architectures() if row.name == "xlstm")
+    layout = find_layout(tiny_architectures.build(row))
+    with pytest.raises(LayoutError, match="no layer of model type 'xlstm' has attention heads"):
+        layout.require_attribution()
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("blip", "text_decoder.bert"),
+        ("florence2", "model.language_model.decoder"),
+        ("kosmos-2", "text_model.model"),
+        ("modernbert-decoder", "model"),
+    ],
+)
+def test_a_decoder_inside_a_language_model_of_its_own_is_found(name, path):
+    (row,) = (row for row in tiny_architectures.architectures() if row.name == name)
+    model = tiny_architectures.build(row)
+    assert find_layout(model).decoder is model.get_submodule(path)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hones_offline.running.batching import Segment
 from hones_offline.running.decoder import TextDecoder, configured_factors
-from hones_steer.errors import LayoutError
+from hones_steer.errors import DataError, LayoutError
 from hones_steer.layout import unwrap
 
 _TOKENS = 3  # length of the answers; longer ones cost more forwards and show nothing more
@@ -36,6 +36,7 @@ def check_agreement(decoder: TextDecoder, samples: Sequence[Sample]) -> None:
 
     Raises:
         LayoutError: it gives other logits in one of the ways; the message names the way.
+        DataError: the whole model does not run on a prompt.
     """
     written = [_written(decoder, sample.inputs) for sample in samples]
     prompts = [sample.prompt for sample in samples]
@@ -54,6 +55,8 @@ def check_agreement(decoder: TextDecoder, samples: Sequence[Sample]) -> None:
     read = [hidden[i, end - len(answers[i]) : end] for i, end in enumerate(batch.ends.tolist())]
     _compare(decoder, "run on rows padded on the right", decoder.logits(torch.cat(read)), torch.cat(expected))
     middles = [segment.closed(len(segment) // 2) or segment.closed(len(segment) - 1) for segment in segments]
+    if middles[0] == middles[1]:  # or neither part would be padded
+        middles[1] = segments[1].closed(middles[1] - 1) or middles[1]
     if all(middles):
         halves = [segment.split(middle) for segment, middle in zip(segments, middles, strict=True)]
         final = decoder.candidate_logits([first for first, _ in halves], [[second] for _, second in halves], rows=2)
@@ -76,16 +79,25 @@ def _written(decoder: TextDecoder, inputs: Mapping[str, Tensor]) -> tuple[Tensor
     taken = inspect.signature(unwrap(decoder.model).forward).parameters  # a tokenizer may return more
     plain: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True}
     plain |= dict.fromkeys(("temperature", "top_p", "top_k"))  # transformers warns of any beside do_sample=False
-    out = decoder.model.generate(
-        **{name: value for name, value in inputs.items() if name in taken},
-        **plain,
-        min_new_tokens=_TOKENS,
-        max_new_tokens=_TOKENS,
-        pad_token_id=decoder.end_tokens[0],
-        disable_compile=True,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    try:
+        out = decoder.model.generate(
+            **{name: value for name, value in inputs.items() if name in taken},
+            **plain,
+            min_new_tokens=_TOKENS,
+            max_new_tokens=_TOKENS,
+            pad_token_id=decoder.end_tokens[0],
+            disable_compile=True,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:  # what a model says of inputs it does not take
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+        raise DataError(
+            f"{type(unwrap(decoder.model)).__name__} writes nothing after a prompt of these examples ({shapes}): "
+            f"{error}; give each example what the model needs, as an image"
+        ) from error
     return out.sequences[0, -_TOKENS:].cpu(), torch.cat(out.logits).float()
 
 
@@ -112,6 +124,6 @@ def _compare(decoder: TextDecoder, how: str, logits: Tensor, expected: Tensor) -
         raise LayoutError(
             f"{decoder.layout.model_type}: its text decoder {how} gives other logits than the whole model that writes "
             f"token by token (by {difference:.3g} at position {at} of {len(logits)} that are read), as where tokens "
-            "attend to later ones (a bidirectional prefix) or to padding; steering this model works, attributing, "
-            "learning and evaluating on it do not"
+            "attend to later ones (a bidirectional prefix) or to padding, or where positions count padding; steering "
+            "this model works, attributing, learning and evaluating on it do not"
         )

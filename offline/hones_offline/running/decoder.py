@@ -29,7 +29,7 @@ from hones_offline.running.hooks import Head
 from hones_offline.running.inputs import DecoderInputs
 from hones_offline.running.interventions import replaced_heads
 from hones_offline.running.resumption import LayerInput, last_ffn_at, resumed
-from hones_steer._transformers import cache_name, returned_cache
+from hones_steer._transformers import cache_name, returned_cache, takes_cache
 from hones_steer.errors import LayoutError
 from hones_steer.layout import Layout, find_layout
 
@@ -42,6 +42,7 @@ class TextDecoder:
         self.layout: Layout = find_layout(model)
         self.layout.require_attribution()
         self._cache_name = cache_name(self.layout.decoder.forward)
+        self._takes_cache = takes_cache(self.layout.decoder.forward)
         self.embedding: nn.Module = self.model.get_input_embeddings()
         assert self.layout.unembedding is not None
         self.unembedding: nn.Module = self.layout.unembedding
@@ -52,7 +53,7 @@ class TextDecoder:
         self._cache_token_bytes = 0
         self.end_tokens = _end_tokens(model)
         self.inputs = DecoderInputs(self.layout.model_type, getattr(self.layout.decoder, "config", text_config))
-        self.has_kv_cache = self.layout.keeps_only_keys_and_values
+        self.has_kv_cache = self.layout.keeps_only_keys_and_values and self._takes_cache
         """Whether all that layers keep of a token is its keys and values. If not, every row is run from its start."""
 
     @property
@@ -104,11 +105,10 @@ class TextDecoder:
         positions = batch.positions[0] if batch.positions.shape[0] == 1 else batch.positions
         with last_ffn_at(self.layout, batch.wanted):
             out = self.layout.decoder(
-                inputs_embeds=batch.embeds,
+                inputs_embeds=batch.embeds.clone(),  # some decoders (GIT, BERT) add positions to what they are given
                 position_ids=positions,
                 **self.inputs.arguments(batch, mask, cache),
-                use_cache=cache is not None,
-                **{self._cache_name: cache},
+                **({"use_cache": cache is not None, self._cache_name: cache} if self._takes_cache else {}),
             )
         return out.last_hidden_state, None if cache is None else returned_cache(out)
 

@@ -1,6 +1,7 @@
 """Encode examples as prompts: chat template, processor, vision tower. Each image is encoded once for a whole run."""
 
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from hones_offline.running.decoder import TextDecoder
 from hones_offline.running.progress import with_progress
 from hones_offline.running.readings import capture_call
 from hones_steer.errors import DataError
+from hones_steer.layout import unwrap
 
 _CHECKED = 2  # examples on which the decoder is compared with the whole model
 
@@ -183,7 +185,8 @@ def encode(decoder: TextDecoder, processor: Any, image: Image.Image | None, prom
     prefix's keys and values can be shared; it may be empty.
 
     Raises:
-        DataError: there is an image and the processor takes none, or the prompts differ before the image.
+        DataError: there is an image and the processor takes none, the processor does not fit the model, or the prompts
+            differ before the image.
         LayoutError: the decoder gets arguments that attribution does not carry.
     """
     if image is not None and getattr(processor, "image_processor", None) is None:
@@ -194,6 +197,8 @@ def encode(decoder: TextDecoder, processor: Any, image: Image.Image | None, prom
     texts = [render(processor, prompt, has_image=image is not None) for prompt in prompts]
     tokenizer = tokenizer_of(processor)
     ids = [tokenizer(text, **_special_tokens(tokenizer, text))["input_ids"] for text in texts]
+    for row in ids:
+        _check_ids(decoder, tokenizer, row)
     if image is None:
         segments = [_text_segment(decoder, row) for row in ids]
     else:
@@ -206,7 +211,7 @@ def encode(decoder: TextDecoder, processor: Any, image: Image.Image | None, prom
 
 
 def _text_segment(decoder: TextDecoder, ids: Sequence[int]) -> Segment:
-    return _captured(decoder, {"input_ids": torch.tensor([ids], device=decoder.device)})
+    return _captured(decoder, {"input_ids": torch.tensor([ids], device=decoder.device)}, None)
 
 
 def _image_segments(
@@ -254,17 +259,31 @@ def _continues_as_text(decoder: TextDecoder, segment: Segment, ids: Sequence[int
 def _processed(decoder: TextDecoder, processor: Any, image: Image.Image, text: str) -> tuple[Segment, list[int]]:
     """Run one prompt with its image up to the decoder: processor, vision tower, projector. Its segment and ids."""
     inputs = _model_inputs(decoder, processor, image, text)
-    return _captured(decoder, inputs), inputs["input_ids"][0].tolist()
+    _check_taken(decoder, processor, inputs)
+    return _captured(decoder, inputs, type(processor).__name__), inputs["input_ids"][0].tolist()
 
 
 @torch.no_grad()
-def _captured(decoder: TextDecoder, inputs: dict[str, Tensor]) -> Segment:
-    """Make a segment of what the whole model's forward on one prompt calls its text decoder with."""
+def _captured(decoder: TextDecoder, inputs: dict[str, Tensor], processor: str | None) -> Segment:
+    """Make a segment of what the whole model's forward on one prompt calls its text decoder with.
+
+    `processor` is the class that made the inputs of an image and a prompt, None where there is a prompt only.
+    """
 
     def call(inputs: dict[str, Tensor]) -> dict[str, Any]:
         return capture_call(decoder.layout.decoder, lambda: decoder.model(**inputs))
 
-    given = call(inputs)
+    try:
+        given = call(inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:  # what a model says of inputs it does not take
+        of = f"what {processor} makes of an image and its prompt" if processor else "a prompt without an image"
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+        remedy = "use the processor that was saved with the model" if processor else "give each example an image"
+        raise DataError(
+            f"{type(unwrap(decoder.model)).__name__} does not run on {of} ({shapes}): {error}; {remedy}"
+        ) from error
     if given.get("inputs_embeds") is None:  # a text model, which hands on the ids
         decoder.inputs.require_none(given)
         return decoder.text(inputs["input_ids"][0])
@@ -273,6 +292,43 @@ def _captured(decoder: TextDecoder, inputs: dict[str, Tensor]) -> Segment:
     positions = given.get("position_ids")
     positions = torch.arange(len(embeds))[None] if positions is None else positions.cpu()
     return Segment(embeds, positions.reshape(-1, len(embeds)), more)
+
+
+def _check_ids(decoder: TextDecoder, tokenizer: Any, ids: Sequence[int]) -> None:
+    """Raise DataError, naming the first, if there are token ids that the model has no embedding for."""
+    known = getattr(decoder.embedding, "num_embeddings", None)
+    config = decoder.model.config
+    images = {getattr(config, name, None) for name in ("image_token_id", "image_token_index")}  # replaced, not embedded
+    if not isinstance(known, int) or hasattr(decoder.embedding, "num_additional_embeddings"):
+        return
+    for position, token in enumerate(ids, 1):
+        if token >= known and token not in images:
+            raise DataError(
+                f"token {position} of a prompt is {token} ({tokenizer.convert_ids_to_tokens(token)!r}), but "
+                f"{type(unwrap(decoder.model)).__name__} knows the ids 0 to {known - 1}; use the tokenizer that was "
+                "saved with the model"
+            )
+
+
+def _check_taken(decoder: TextDecoder, processor: Any, inputs: Mapping[str, Tensor]) -> None:
+    """Raise DataError, naming it, if the model takes no such argument as the processor makes of an image.
+
+    Many models pass on arguments that they do not know, and would read the prompt without its image.
+    """
+    parameters = inspect.signature(unwrap(decoder.model).forward).parameters
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    makes, model = f"{type(processor).__name__} makes", type(unwrap(decoder.model)).__name__
+    for name, value in inputs.items():
+        if name not in parameters and (value.is_floating_point() or not passes_on):
+            raise DataError(
+                f"{makes} {name} {list(value.shape)} of an image and its prompt, which {model} does not take; use a "
+                "vision-language model with the processor that was saved with it, or leave the images out"
+            )
+    if not any(value.is_floating_point() for value in inputs.values()):
+        raise DataError(
+            f"{makes} only {', '.join(inputs)} of an image and its prompt, so that {model} would not see the image; "
+            "use the processor that was saved with the model"
+        )
 
 
 def _model_inputs(decoder: TextDecoder, processor: Any, image: Image.Image | None, text: str) -> dict[str, Tensor]:
