@@ -223,7 +223,6 @@ UNGATED: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "falcon": {"ffn_hidden_size": 512},
     "starcoder2": {"num_key_value_heads": 2},
-    "bloom": {"n_layer": 3, "n_head": 4, "tie_word_embeddings": True},  # as vLLM takes it
     "gptj": {**_GPT, "rotary_dim": 16},
     "gpt_bigcode": _GPT,
     "nemotron": _HEADS,
@@ -234,15 +233,9 @@ GATED: dict[str, dict[str, Any]] = {
     "qwen3": _HEADS,
     "phi3": {"num_key_value_heads": 2},
     "gemma": _HEADS,
-    "gemma2": _HEADS,
     "gemma3_text": _HEADS,
     "granite": {"num_key_value_heads": 2},
-    "cohere": {"num_key_value_heads": 2},
     "smollm3": {"num_key_value_heads": 2},
-    "lfm2": {"num_key_value_heads": 2},
-    "olmo2": {"num_key_value_heads": 2},
-    "glm4": _HEADS,
-    "stablelm": {"num_key_value_heads": 2},
 }
 
 

@@ -81,6 +81,7 @@ def vlm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     ("text", "mode"),
     [pytest.param(*pair, marks=() if pair in EVERY_DAY else pytest.mark.matrix) for pair in PAIRS],
     indirect=["text"],
+    scope="module",  # or each mode would have a case of its own
 )
 def test_each_request_of_a_mixed_batch_is_right(text: Case, mode: str) -> None:
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} if mode == "tensor parallel" else {}

@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hones_offline.data.scenes import scenes
+from PIL import Image
 from serving.engines import V2
 from serving.steered import (
     MIXED,
-    Prompt,
     Reference,
     answers,
     answers_alone,
@@ -117,18 +118,39 @@ def test_tensor_parallel_in_processes_of_their_own(llama: Path, profiles: Path, 
 
 @pytest.mark.both_runners
 def test_the_embedded_llava(embedded: Path, tmp_path: Path) -> None:
-    """Checks mixed batches with an image in each request: eager, in chunks of a few tokens, and with V1 compiled."""
-    processor, profiles = AutoProcessor.from_pretrained(embedded), tmp_path / "profiles"
-    requests: list[Prompt] = []
-    for scene in scenes("test", len(MIXED)):
-        content = [{"type": "image"}, {"type": "text", "text": scene.prompt("caption")}]
-        messages = [{"role": "user", "content": content}]
-        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        requests.append((text, scene.image()))
-    model = AutoModelForImageTextToText.from_pretrained(embedded)
-    write_profiles(model, profiles, fraction=0.9)  # a trained model keeps its answers under a few scales
+    drawn = scenes("test", len(MIXED))
+    texts, images = [scene.prompt("caption") for scene in drawn], [scene.image() for scene in drawn]
+    # A trained model keeps its answers under a few scales.
+    check_with_images(embedded, texts, images, tmp_path / "profiles", fraction=0.9)
+
+
+@pytest.mark.matrix
+@pytest.mark.both_runners
+def test_qwen2_5_vl(qwen2_5_vl: Path, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (len(MIXED), 16, 32, 3), dtype=np.uint8)
+    images = [Image.fromarray(image[:, : 16 + 16 * (i % 2)]) for i, image in enumerate(pixels)]  # 4 or 8 tokens each
+    texts = [f"what is the color of w{10 * i} w{i + 20} ?" for i in range(len(MIXED))]
+    check_with_images(qwen2_5_vl, texts, images, tmp_path / "profiles", fraction=0.3)
+
+
+def check_with_images(folder: Path, texts: list[str], images: list[Any], profiles: Path, fraction: float) -> None:
+    """Check mixed batches with an image in each request: eager, in chunks of a few tokens, and with V1 compiled."""
+    processor = AutoProcessor.from_pretrained(folder)
+    requests = [
+        (
+            processor.apply_chat_template(
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
+                add_generation_prompt=True,
+                tokenize=False,
+            ),
+            image,
+        )
+        for text, image in zip(texts, images, strict=True)
+    ]
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    write_profiles(model, profiles, fraction)
     expected = expected_tokens(Reference(model, profiles, processor), requests)
     for options in [{"max_num_batched_tokens": 64}, {"enforce_eager": False}][: 1 if V2 else 2]:
-        with engine(embedded, profiles, **options) as llm:
+        with engine(folder, profiles, **options) as llm:
             assert answers(llm, requests, MIXED) == expected
             assert answers_alone(llm, requests, MIXED) == expected
