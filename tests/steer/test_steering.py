@@ -184,7 +184,7 @@ class TestFullMatrix:
         steering, profiles = steered(model)
         with steering.tasks(ROWS):
             tables = steering._attached.injection.tables.tables
-            for table in tables:
+            for table in tables.values():
                 table[[1, 2]] = table[[2, 1]]
             swapped = generate(model, inputs)
         steering.detach()
@@ -197,7 +197,7 @@ class TestFullMatrix:
         with steering.tasks(["a", "b"]):
             pass_rows = {name: value[:2] for name, value in text_inputs(2).items()}
             logits(model, pass_rows)
-        for table in steering._attached.injection.tables.tables:
+        for table in steering._attached.injection.tables.tables.values():
             table[[1, 2]] = table[[2, 1]]
         with pytest.raises(StateError, match="not scaled as 'a' says"):
             steering.verify()
@@ -469,7 +469,7 @@ class TestDetach:
         steering, _ = steered(model)
         with steering.task("a"):
             generate(model, text_inputs())
-        table = weakref.ref(steering._attached.injection.tables.tables[0])
+        table = weakref.ref(steering._attached.injection.tables.tables[0, "dense"])
         steering.detach()
         gc.collect()
         assert table() is None

@@ -133,14 +133,14 @@ def test_a_part_leaves_the_names_of_weights_alone_and_is_placed_once() -> None:
     module = nn.Linear(WIDTH, 8)
     tokens = TokenSlots(MAX_TOKENS, torch.device("cpu"))
     names, kept, z = dict(module.named_parameters()).keys(), module.state_dict().keys(), torch.randn(3, WIDTH)
-    SteeredInput(tables_of().tables[1], tokens, eager=False).place(module)
+    SteeredInput(tables_of().tables[1, DENSE], tokens, eager=False).place(module)
     assert type(module) is nn.Linear
     assert (dict(module.named_parameters()).keys(), module.state_dict().keys()) == (names, kept)
     tokens.write([2, 0, 1], [1, 1, 1])
     expected = nn.functional.linear(scale_tokens(z, [2, 0, 1], PROFILES, 1), module.weight, module.bias)
     assert torch.equal(module(z), expected)
     with pytest.raises(StateError, match="is steered already; start vLLM anew"):
-        SteeredInput(tables_of().tables[1], tokens, eager=False).place(module)
+        SteeredInput(tables_of().tables[1, DENSE], tokens, eager=False).place(module)
 
 
 # In an engine -------------------------------------------------------------------------------------
