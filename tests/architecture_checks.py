@@ -290,5 +290,6 @@ def shortened(message: str, length: int = 150) -> str:
     line = re.sub(r"^\S+ \(\w+\) of model type '\S+': ", "", line)
     line = re.sub(r"^\S+: (?=its )|(of )?model type '\S+' (is )?(?=not|differ)", "", line)
     line = re.sub(r" \(by [^)]*\), as where .*", "", line)
+    line = re.sub(r" \(input_ids [^)]*\)", "", line)
     line = re.split(r"; (?!and )", line)[0]
     return line if len(line) <= length else line[: length - 1] + "…"
