@@ -288,7 +288,7 @@ def shortened(message: str, length: int = 150) -> str:
     """A reason on one line, without its remedy and without what differs between models of one kind."""
     line = " ".join(message.split())
     line = re.sub(r"^\S+ \(\w+\) of model type '\S+': ", "", line)
-    line = re.sub(r"^\S+: (?=its )|(of )?model type '\S+' (is )?(?=not|differ)", "", line)
+    line = re.sub(r"^\S+: (?=its )| (of|in) model type '[^']*'|^model type '[^']*' (is (?=not))?", "", line)
     line = re.sub(r" \(by [^)]*\), as where .*", "", line)
     line = re.sub(r" \(input_ids [^)]*\)", "", line)
     line = re.split(r"; (?!and )", line)[0]

@@ -95,8 +95,8 @@ def test_equal_reasons_have_one_number() -> None:
     no = {"steer": Cell(False, "a: its FFN; do b"), "vllm": Cell(None)}
     lines = table({"b": no, "a": {"steer": Cell(True, "with <x>"), "text": Cell(False, "c: its FFN")}}).splitlines()
     assert lines[2:] == [
-        "| a | yes (with &lt;x>) | no [1] | – | – | – |",
-        "| b | no [1] | – | – | – | – |",
+        "| a | yes (with &lt;x>) | no [1] | not tried | not tried | not tried |",
+        "| b | no [1] | not tried | not tried | not tried | – |",
         "",
         "1. its FFN",
     ]
