@@ -179,6 +179,8 @@ def check_compiling(model: Any) -> str:
             with steering.tasks(tasks):
                 found = logits(compiled, inputs)
             if far(found, expected):
+                if far(logits(compiled, inputs), logits(model, inputs)):
+                    raise NotRunError("compiled by torch, it differs from itself run eagerly, unsteered too")
                 raise WrongError("the compiled model differs from the steered model run eagerly")
     notes = [what] if what else []
     if counters["graph_break"]:
