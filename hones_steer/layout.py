@@ -388,7 +388,7 @@ def _find_decoder(model: nn.Module, model_type: str, names: _Names) -> nn.Module
 
 
 def _inner_decoder(model: nn.Module) -> nn.Module | None:
-    """The part that a language model keeps its stack in: `model`, `decoder`, or what transformers calls its base."""
+    """The part that holds a language model's stack: `model`, `decoder`, or its base model by transformers' name."""
     prefix = str(getattr(model, "base_model_prefix", ""))
     return _first(model, ("model", "decoder", *([prefix] if prefix else [])))
 

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import reference
 import tiny_models
-import tiny_processors
 import torch
 from hones_offline.attribution.heads import head_scores, head_statistics, top_heads
 from hones_offline.attribution.write_in import head_guided_importance, target_directions
@@ -22,7 +21,7 @@ from hones_offline.data.tasks import JsonlTask
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import prepare
 from PIL import Image
-from stand_in_processors import processor_for
+from stand_in_processors import plain_tokenizer, processor_for
 from tiny_architectures import OTHER_TOWER
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -180,6 +179,8 @@ def check_compiling(model: Any) -> str:
             with steering.tasks(tasks):
                 found = logits(compiled, inputs)
             if far(found, expected):
+                if far(logits(compiled, inputs), logits(model, inputs)):
+                    raise NotRunError("compiled by torch, it differs from itself run eagerly, unsteered too")
                 raise WrongError("the compiled model differs from the steered model run eagerly")
     notes = [what] if what else []
     if counters["graph_break"]:
@@ -243,7 +244,7 @@ def guiding(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 def check_text(model: Any) -> str:
     """Attribution on text, after the reference has shown that transformers runs the model on it."""
-    return check_attribution(model, tiny_processors.text_tokenizer(model.config), image=False)
+    return check_attribution(model, plain_tokenizer(model.config, {}), image=False)
 
 
 def check_image(model: Any) -> str:
@@ -289,7 +290,8 @@ def shortened(message: str, length: int = 150) -> str:
     """A reason on one line, without its remedy and without what differs between models of one kind."""
     line = " ".join(message.split())
     line = re.sub(r"^\S+ \(\w+\) of model type '\S+': ", "", line)
-    line = re.sub(r"^\S+: (?=its )|(of )?model type '\S+' (is )?(?=not|differ)", "", line)
+    line = re.sub(r"^\S+: (?=its )| (of|in) model type '[^']*'|^model type '[^']*' (is (?=not))?", "", line)
     line = re.sub(r" \(by [^)]*\), as where .*", "", line)
+    line = re.sub(r" \(input_ids [^)]*\)", "", line)
     line = re.split(r"; (?!and )", line)[0]
     return line if len(line) <= length else line[: length - 1] + "…"

@@ -129,7 +129,9 @@ def shown_row(cells: Row, columns: Iterable[str]) -> list[str]:
 
 
 def _shown(cell: Cell | None) -> str:
-    if cell is None or (cell.yes is None and not cell.said):
+    if cell is None:
+        return "not tried"
+    if cell == Cell(None):
         return "–"
     if cell.yes is False:
         return f"no: {_escaped(shortened(cell.said))}"
@@ -153,7 +155,7 @@ def table(rows: Mapping[str, Row]) -> str:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("<", "&lt;").replace("|", "\\|").replace("*", "\\*").replace("_", "\\_")
+    return text.replace("<", "&lt;").replace("|", "\\|").replace("*", "\\*")
 
 
 def write_page(rows: Mapping[str, Row]) -> None:

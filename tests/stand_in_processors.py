@@ -13,6 +13,7 @@ import numpy as np
 import tiny_processors
 import torch
 from PIL import Image
+from tiny_models import FIRST_WORD
 from tiny_processors import CHAT, ROLES
 from torch import Tensor
 from transformers import Qwen2VLProcessor
@@ -39,6 +40,14 @@ def processor_for(model: Any) -> tuple[Any, bool]:
     return StandIn(model), False
 
 
+def plain_tokenizer(config: Any, special: Mapping[str, int]) -> Any:
+    """A word-level tokenizer for a tiny model whose words have none of the ids of special tokens, which end at 9."""
+    names = {number: f"<{number}>" for number in range(4, FIRST_WORD)} | {i: token for token, i in special.items()}
+    ends = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
+    tokens = {**ends, **{token: number for number, token in names.items()}}
+    return tiny_processors.tokenizer(config.get_text_config().vocab_size, tokens, **ROLES)
+
+
 class StandIn:
     """Tokenizer and images for one model; the chat template puts one image token before the text, if there is one.
 
@@ -51,8 +60,7 @@ class StandIn:
         vocabulary_map = getattr(config, "vocabulary_map", None) or {}
         known = [number for number in (*ids, vocabulary_map.get("<image>")) if isinstance(number, int)]
         self.image_token, self.image_token_id = ("<image>", known[0]) if known else ("", None)
-        special = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **({"<image>": known[0]} if known else {})}
-        self.tokenizer = tiny_processors.tokenizer(config.get_text_config().vocab_size, special, **ROLES)
+        self.tokenizer = plain_tokenizer(config, {"<image>": known[0]} if known else {})
         self.chat_template = CHAT.replace("IMAGE", self.image_token)
         self.image_processor = self
         self._takes = set(inspect.signature(model.forward).parameters)

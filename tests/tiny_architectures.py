@@ -160,8 +160,16 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         **_DRAFTER,
     },
     "gemma4_unified_assistant": {"text_config": {"model_type": "gemma4_unified_text"}, **_DRAFTER},
-    "gemma4": {"vision_config": {"model_type": "gemma4_vision"}},
-    "gemma4_unified": {"vision_config": {"model_type": "gemma4_unified_vision"}},
+    "gemma4": {
+        "vision_config": {"model_type": "gemma4_vision"},
+        "vision_config.pooling_kernel_size": 2,
+        "vision_config.image_size": 32,
+    },
+    "gemma4_unified": {
+        "vision_config": {"model_type": "gemma4_unified_vision"},
+        "vision_config.pooling_kernel_size": 1,
+        "vision_config.output_proj_dims": HIDDEN,
+    },
     "gemma4_text": {"global_head_dim": HEAD},
     "glm5_next": {"text_config.index_kpool": 4, "text_config.qk_rope_head_dim": 0, "text_config.qk_head_dim": HEAD},
     "gpt_neo": {
@@ -201,6 +209,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "vision_config.vision_output_dim": 2 * HIDDEN,
     },
     "mpt": {"expansion_ratio": 3},
+    "muse_glimmer": {"vision_config.out_hidden_size": 4 * HIDDEN},
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h_omni": {"vision_config.video_temporal_patch_size": 2, "vision_config.max_img_size": 32},
     "perception_lm": {
@@ -254,7 +263,11 @@ VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("gemma4_text", "shared keys and values", {"num_kv_shared_layers": 1}),
     ("gemma4_text", "use_double_wide_mlp", {"use_double_wide_mlp": True, "num_kv_shared_layers": 1}),
     ("glm_moe_dsa", "dense", {"mlp_layer_types": ["dense"] * LAYERS}),
-    ("granitemoehybrid", "dense", {"num_local_experts": 0}),
+    (
+        "granitemoehybrid",
+        "dense",
+        {"num_local_experts": 0, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    ),
 )
 
 

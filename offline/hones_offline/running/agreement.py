@@ -96,7 +96,7 @@ def _written(decoder: TextDecoder, inputs: Mapping[str, Tensor]) -> tuple[Tensor
         shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
         raise DataError(
             f"{type(unwrap(decoder.model)).__name__} writes nothing after a prompt of these examples ({shapes}): "
-            f"{error}; give each example what the model needs, as an image"
+            f"{error}; give each example what it needs, as an image"
         ) from error
     return out.sequences[0, -_TOKENS:].cpu(), torch.cat(out.logits).float()
 

@@ -278,9 +278,13 @@ def _captured(decoder: TextDecoder, inputs: dict[str, Tensor], processor: str | 
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, IndexError, RuntimeError) as error:  # what a model says of inputs it does not take
-        of = f"what {processor} makes of an image and its prompt" if processor else "a prompt without an image"
+        of = f"what {processor} makes of an image and its prompt" if processor else "a prompt alone"
         shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
-        remedy = "use the processor that was saved with the model" if processor else "give each example an image"
+        remedy = (
+            "use the processor that was saved with the model"
+            if processor
+            else "give each example what it needs, as an image"
+        )
         raise DataError(
             f"{type(unwrap(decoder.model)).__name__} does not run on {of} ({shapes}): {error}; {remedy}"
         ) from error
