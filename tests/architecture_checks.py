@@ -76,7 +76,7 @@ def profiles_of(model: Any) -> dict[str, Profile]:
         generator = np.random.default_rng(seed)
         layers = {}
         for layer in find_layout(model).with_ffn:
-            chosen = np.flatnonzero(generator.random(identity.intermediate_size) < 0.3).astype(np.int32)
+            chosen = np.flatnonzero(generator.random(layer.width) < 0.3).astype(np.int32)
             layers[layer.index] = (chosen, generator.uniform(-2, 3, len(chosen)).astype(np.float32))
         result[task] = Profile(task=task, layers=layers, base_model=identity)
     return result
@@ -260,10 +260,7 @@ def check_image(model: Any) -> str:
 # vLLM
 
 # Model types that the plugin's tests run in vLLM engines (tests/serving/engine).
-IN_VLLM = {
-    *("llama", "llava", "qwen2_5_vl"),
-    *(name for group in ("UNGATED", "GATED", "VLMS") for name in getattr(checkpoints, group, ())),
-}
+IN_VLLM = {"llama", "llava", *checkpoints.UNGATED, *checkpoints.GATED, *checkpoints.VLMS}
 
 
 def vllm_cell(row: Any, model: Any | None) -> Cell:
