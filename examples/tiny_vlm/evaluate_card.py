@@ -5,7 +5,7 @@
 Run it from the repository root. The first table is about the scenes' own data set, whose conventions the model does not
 know: each task is measured as it is, asked for the conventions in words, and with another scene's image (the
 shuffled-image control), beside what can be had without looking. The second asks for every form that the model has words
-for, on clear pictures. Generation is greedy. `--write` puts the tables into the checkpoint's README.md.
+for, on clear pictures. Generation is greedy. `--write` writes the checkpoint's README.md: card.md with the tables.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from hones_offline.data.content import answer_content, caption_content, text_content
+from hones_offline.data.content import content
 from hones_offline.data.metrics import METRICS, Aggregate, FloatArray, bootstrap_interval, mean_of_rows, ndcg_at_k
 from hones_offline.data.scene_language import (
     ANSWER_FORMS,
@@ -36,9 +36,12 @@ from hones_offline.data.scene_language import (
 from hones_offline.data.scenes import IN_WORDS, KINDS, TASKS, Scene, alter, scenes
 from PIL import Image
 
+from hones_steer.files import write_atomically
+
 METRIC_OF = {"vqa": "vqa", "ocr": "anls", "caption": "bleu4"}
 TITLES = {"vqa": "VQA accuracy", "ocr": "ANLS", "caption": "BLEU-4", "retrieval": "NDCG@5"}
 NEGATIVES = 7
+CARD = Path(__file__).with_name("card.md")
 MARKS = ("<!-- metrics begin -->", "<!-- metrics end -->")
 
 
@@ -72,19 +75,12 @@ def measure(
     outputs = generate(model, processor, images, [scene.prompt(task) + after for scene in examples])
     said = list(zip(outputs, examples, strict=True))
     rows = [METRICS[METRIC_OF[task]].statistics(output, targets(scene, task)) for output, scene in said]
-    return Measured(task, np.stack(rows), np.array([[content(output, scene, task)] for output, scene in said]))
+    return Measured(task, np.stack(rows), np.array([[content(task, output, scene)] for output, scene in said]))
 
 
 def targets(scene: Scene, task: str) -> tuple[str, ...]:
     """Every right answer of a generating task."""
     return {"vqa": (scene.answer,), "ocr": (scene.text,), "caption": scene.captions}[task]
-
-
-def content(output: str, scene: Scene, task: str) -> float:
-    """How much of what the data set says an output says, in whichever form."""
-    if task == "vqa":
-        return answer_content(output, scene.asked)
-    return text_content(output, scene.text) if task == "ocr" else caption_content(output, scene.captions[0])
 
 
 def generate(model: Any, processor: Any, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
@@ -233,13 +229,13 @@ def _orders(form: Any, scene: Scene) -> tuple[str, ...]:
 
 
 def main() -> None:
-    """Print the tables; with --write, put them into the model card as well."""
+    """Print the tables; with --write, write the model card with them as well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--split", default="test")
     parser.add_argument("--count", type=int, default=400)
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
-    parser.add_argument("--write", action="store_true", help="put the tables into the checkpoint's README.md")
+    parser.add_argument("--write", action="store_true", help="write the checkpoint's README.md")
     args = parser.parse_args()
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -255,10 +251,10 @@ def main() -> None:
     result = "\n\n".join(tables)
     print(result)
     if args.write:
-        card = args.checkpoint / "README.md"
-        before, rest = card.read_text("utf-8").split(MARKS[0])
+        before, rest = CARD.read_text("utf-8").split(MARKS[0])
         _, after = rest.split(MARKS[1])
-        card.write_text(f"{before}{MARKS[0]}\n{result}\n{MARKS[1]}{after}", "utf-8")
+        card = f"{before}{MARKS[0]}\n{result}\n{MARKS[1]}{after}"
+        write_atomically(args.checkpoint / "README.md", card.encode())
 
 
 if __name__ == "__main__":

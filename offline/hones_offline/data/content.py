@@ -9,12 +9,20 @@ import re
 
 from hones_offline.data.metrics import anls, vqa_accuracy
 from hones_offline.data.scene_language import COLORS, NUMBERS, POSITIONS, SHAPES, Question
+from hones_offline.data.scenes import Scene
 
 _MENTIONED = re.compile(rf"\b({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b|\b({'|'.join(POSITIONS)})\b")
 _NUMBERED = re.compile(rf"^({'|'.join(NUMBERS)}) things\b", re.IGNORECASE)
 _CODE = re.compile(r"(?<![A-Za-z])[A-Z2-9](?:[ -]?[A-Z2-9])*(?![a-z])")
 
 Fact = tuple[str, ...]
+
+
+def content(task: str, output: str, scene: Scene) -> float:
+    """How much of what the data set says of a scene an output to a generating task says, in whichever form."""
+    if task == "vqa":
+        return answer_content(output, scene.asked)
+    return text_content(output, scene.text) if task == "ocr" else caption_content(output, scene.captions[0])
 
 
 def answer_content(output: str, question: Question) -> float:
