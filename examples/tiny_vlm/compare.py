@@ -16,6 +16,7 @@ The second trains IA3 and LoRA on the demo's scenes, chosen on dev as the demo's
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -84,10 +85,12 @@ def compare_methods(args: argparse.Namespace) -> None:
     compare(tasks, settings, args.out, title=title, report=partial(print, flush=True), progress=True)
 
 
-def compare_adapters(out: Path, counts: dict[str, int], table: Path) -> list[Row]:
-    """Train the adapters, measure them as the demo measures profiles, and write and print the rows."""
+def compare_adapters(
+    out: Path, counts: Mapping[str, int], table: Path, tasks: Sequence[str] = TASKS
+) -> dict[str, Splits]:
+    """Train the adapters, measure them as the demo measures profiles, and write and print the rows; the splits."""
     model, processor = load_tiny_vlm()
-    examples = {name: data_set(name, counts) for name in TASKS}
+    examples = {name: data_set(name, counts) for name in tasks}
     settings = replace(COMPARED, comparators=KINDS)
     splits, comparison = prepared_for(model, processor, examples, out / "work", settings)
     rows: list[Row] = []
@@ -99,7 +102,7 @@ def compare_adapters(out: Path, counts: dict[str, int], table: Path) -> list[Row
             low, high = rows[-1]["gain_ci95"]
             print(f"{name:10} {kind:5} gain {rows[-1]['gain']:+.3f} [{low:+.3f}, {high:+.3f}]", flush=True)
     write_table(splits, rows, table)
-    return rows
+    return splits
 
 
 if __name__ == "__main__":

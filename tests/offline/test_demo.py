@@ -27,6 +27,7 @@ from hones_offline.running.evaluation import score
 from hones_offline.running.prompts import prepare
 from problems import SMALL_DEMO
 
+from examples.tiny_vlm.compare import compare_adapters
 from hones_steer import load_profile, steer
 from hones_steer.cli import main
 from hones_steer.errors import DataError
@@ -176,10 +177,10 @@ def test_tables_hold_what_a_person_looks_for() -> None:
     rows = rows_of({"vqa": (0.2, 0.1)})
     summary = {"steering": rows, "tasks": {"vqa": {"metric": "VQA accuracy"}}}
     assert promise(summary)[-1].split()[-2:] == ["1,900", "bytes"]
-    assert "0.400 [0.350, 0.450] 0.500 [0.450, 0.550] 0.600 [0.550, 0.650]" in " ".join(promise(summary)[-1].split())
+    assert ".400 [.350, .450] .500 [.450, .550] .600 [.550, .650]" in " ".join(promise(summary)[-1].split())
     rows += [way("vqa", "ia3", 0.25, 0.1)]
     lines = comparison_table(summary, "nothing is missing")
-    assert any(line.startswith("IA3") and "+0.250 [+0.200, +0.300]" in line for line in lines)
+    assert any(line.startswith("IA3") and "+.250 [+.200, +.300]" in line for line in lines)
     assert lines[-1] == "\nnothing is missing"
 
 
@@ -275,6 +276,20 @@ def test_the_table_of_adapters_is_shown_if_it_was_made_of_the_same(
     file.write_text("[]")
     with pytest.raises(DataError, match=r"adapters\.json is damaged"):
         adapter_rows(some_splits, file)
+
+
+def test_the_example_makes_the_table_that_the_demo_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "adapters.json"
+    counts = {"discovery": 8, "dev": 4, "test": 4}
+    splits = compare_adapters(tmp_path / "run", counts, file, tasks=("vqa", "ocr"))
+    rows, why = adapter_rows(splits, file)
+    assert why == ""
+    assert [(row["task"], row["method"]) for row in rows] == [(t, k) for t in ("vqa", "ocr") for k in ("ia3", "lora")]
+    for row in rows:
+        assert row["parameters"] > 4000
+        assert set(row["elsewhere"]) == {"vqa", "ocr"} - {row["task"]}
+        assert {"gain_ci95", "content", "content_gain_ci95", "bytes"} <= set(row)
+    assert capsys.readouterr().out.count(" gain ") == 4
 
 
 def test_scores_of_a_task_have_a_column_more(some_splits: dict[str, Splits]) -> None:

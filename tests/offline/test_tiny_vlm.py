@@ -10,12 +10,13 @@ import torch
 from hones_offline.data.content import content, text_content
 from hones_offline.data.metrics import METRICS
 from hones_offline.data.scene_language import TextForm, transcription
-from hones_offline.data.scenes import Scene, scenes
+from hones_offline.data.scenes import IN_WORDS, TASKS, Scene, scenes
 from hones_offline.running import embedded
 from hones_offline.running.embedded import checkpoint, load_tiny_vlm
 from safetensors.numpy import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from examples.tiny_vlm.evaluate_card import data_set_table
 from hones_steer.errors import DataError
 
 
@@ -158,6 +159,15 @@ def test_it_looks_at_the_picture(loaded: tuple[Any, Any]) -> None:
     shifted = zip(read[1:] + read[:1], pictures, strict=True)
     assert sum(text_content(answer, scene.text) == 1 for answer, scene in shifted) <= 1
     assert len(set(read)) >= 18
+
+
+def test_its_card_measures_each_task_asked_in_words_and_blind(loaded: tuple[Any, Any]) -> None:
+    known = scenes("discovery", 50)
+    table = data_set_table(*loaded, scenes("dev", 3), known).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+    assert [row[0] for row in rows] == [task for task in TASKS for _ in range(2 + len(IN_WORDS[task]))]
+    assert {row[3] for row in rows if row[0] == "ocr"} >= {"as it is", "as it is, another's image"}
+    assert all(0 <= float(value) <= 1 for row in rows for value in (row[4], row[6], row[8]))
 
 
 def test_a_missing_checkpoint_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ def shown(tab: Any) -> list[dict[str, str]]:
 
 
 def take_picture(profiles: Path, picture: Path) -> None:
-    """A PNG of the page, in light colors, with the first test scene to whose question the profile gives another answer."""
+    """A PNG of the page, in light colors, with the first test scene to which the profile gives another answer."""
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
         with playground(checkpoint(), profiles, here, "--served-model-name", "tiny") as running, chromium() as browser:

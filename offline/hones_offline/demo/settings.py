@@ -10,7 +10,7 @@ DEFAULT = AttributionOptions().method
 HEADS = "hones_logprob"
 """The paper's method, with heads scored by the answers' log-probability: by the task's metric takes several times as
 long."""
-SCENES = {"discovery": 512, "dev": 128, "test": 400}
+SCENES = {"discovery": 512, "dev": 100, "test": 400}
 BATCH = 64
 COMPARED = CompareSettings(
     methods=("random", HEADS, DEFAULT),

@@ -51,10 +51,9 @@ def content_table(summary: Summary) -> list[str]:
     lines = ["", "What the answers say, apart from their form (content, 0 to 1):", ""]
     lines.append(f"{'task':10} {'plain':>7} {'asked':>7} {'steered':>8}   gain over the better of plain and asked")
     for task, ways in rows_by_task(rows).items():
-        plain, asked, steered = (ways[way]["content"] for way in (*UNSTEERED, DEFAULT))
-        steered_row = ways[DEFAULT]
-        gain = _signed(steered_row["content_gain"], steered_row["content_gain_ci95"])
-        lines.append(f"{task:10} {plain:7.3f} {asked:7.3f} {steered:8.3f}   {gain}")
+        plain, asked, steered = (_short(ways[way]["content"]) for way in (*UNSTEERED, DEFAULT))
+        gain = _signed(ways[DEFAULT]["content_gain"], ways[DEFAULT]["content_gain_ci95"])
+        lines.append(f"{task:10} {plain:>7} {asked:>7} {steered:>8}   {gain}")
     lines += ["", "The words are those of a few that are best on dev, for the metric and for the content each:", ""]
     for task, ways in rows_by_task(rows).items():
         both = dict.fromkeys((ways["asked"]["words"], ways["asked"]["content_words"]))
@@ -68,16 +67,16 @@ def comparison_table(summary: Summary, note: str) -> list[str]:
     ways = [way for way in next(iter(by_task.values())) if way not in UNSTEERED]
     lines = [
         "",
-        "Other ways to steer, on the same scenes: gain over plain [95%], learned numbers, and the mean gain of the",
+        "Other ways to steer, on the same scenes: gain over plain with its 95% interval, learned numbers, and what",
     ]
-    lines += ["other tasks when a request meets a wrong one of the four:", ""]
-    lines.append(f"{'':16}" + "".join(f"{task:25}" for task in by_task) + f"{'numbers':>9} {'wrong route':>12}")
+    lines += ["tasks gain on average where a request meets another task's:", ""]
+    lines.append(f"{'':16}" + "".join(f"{task:22}" for task in by_task) + f"{'numbers':>9} {'wrong route':>12}")
     for way in ways:
         own = [by_task[task][way] for task in by_task if way in by_task[task]]
-        cells = "".join(f"{_signed(row['gain'], row['gain_ci95']):25}" for row in own)
+        cells = "".join(f"{_signed(row['gain'], row['gain_ci95']):22}" for row in own)
         numbers = sum(row["parameters"] for row in own) / len(own)
         elsewhere = sum(row["elsewhere_mean"] for row in own) / len(own)
-        lines.append(f"{title(way):16}{cells}{numbers:9,.0f} {elsewhere:+12.3f}")
+        lines.append(f"{title(way):16}{cells}{numbers:9,.0f} {_short(elsewhere, '+'):>12}")
     lines += ["", f"What {title(DEFAULT)} gains more than others:", ""]
     for task, found in by_task.items():
         over = found[DEFAULT]["over"]
@@ -100,15 +99,21 @@ def masking_table(summary: Summary) -> list[str]:
     ]
     for task in summary["tasks"]:
         cells = [drops[task, method] for method in COMPARED.methods]
-        pairs = [f"{row['own_drop']:.3f} /{row['own_drop'] - row['selectivity']:7.3f}" for row in cells]
+        pairs = [f"{_short(row['own_drop'])} /{_short(row['own_drop'] - row['selectivity']):>6}" for row in cells]
         lines.append(f"{task:10}" + "".join(f"{pair:>18}" for pair in pairs))
     return lines
 
 
 def _value(row: Row) -> str:
     low, high = row["ci95"]
-    return f"{row['value']:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{_short(row['value'])} [{_short(low)}, {_short(high)}]"
 
 
 def _signed(gain: float, interval: Sequence[float]) -> str:
-    return f"{gain:+.3f} [{interval[0]:+.3f}, {interval[1]:+.3f}]"
+    low, high = (_short(bound, "+") for bound in interval)
+    return f"{_short(gain, '+')} [{low}, {high}]"
+
+
+def _short(value: float, sign: str = "") -> str:
+    """A number between -1 and 1 with three decimals, without the zero before the point."""
+    return f"{value:{sign}.3f}".replace("0.", ".", 1)

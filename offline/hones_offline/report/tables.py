@@ -161,11 +161,18 @@ FINDING_MATCHED = (
 FINDING = (TASK, METHOD, ABLATION, BANK, Column("neurons", "number"), OF_THE_BASE, *DROPS, N, SEEDS)
 GAIN = Column("gain over base", "change", with_interval("gain"))
 STEERING = (TASK, METHOD, VALUE, GAIN, N, SEEDS)
-CONTENT = (
-    Column("content", "value", with_interval("content")),
-    Column("gain of content", "change", with_interval("content_gain")),
+FURTHER = {
+    "content": Column("content", "value", with_interval("content")),
+    "content_gain": Column("gain of content", "change", with_interval("content_gain")),
+    "parameters": Column("learned numbers", "number", lambda row: row.get("parameters")),
+    "bytes": Column("bytes", "number", lambda row: row.get("bytes")),
+}
+"""Columns of the steering table that are there if any row has their key."""
+WORDS = (
+    TASK,
+    Column("for the metric", source="words"),
+    Column("for the content", source=lambda row: row.get("content_words")),
 )
-"""What answers say apart from their form, where that was measured."""
 ELSEWHERE = Column("gain on other tasks", "change", with_interval("elsewhere_mean"))
 OVER_REFERENCE = Column("over the reference", "change", with_interval("over_reference"))
 SIZE = (Column("learned numbers", "number", "parameters"), Column("bytes", "number"))
@@ -349,12 +356,14 @@ def _effect_columns(summary: Summary, rows: Iterable[Row], effects: str, name: s
 def steering_tables(summary: Summary) -> list[Table]:
     """Each task's values and gains, steered and by the baselines, and what is gained more than with those."""
     rows = rows_of(summary, "steering")
-    columns = [*STEERING[:-2], *(CONTENT if any("content" in row for row in rows) else ()), *STEERING[-2:]]
+    further = [column for key, column in FURTHER.items() if any(key in row for row in rows)]
+    asked = [row for row in rows if "words" in row]
     compared = [row for row in rows if row.get("over")]
     others = dict.fromkeys(other for row in compared for other in row["over"])
     over = [Column(method_title(other), "change", effect_on(other, "over", "gain")) for other in others]
     return [
-        table("Steering and its baselines", columns, rows),
+        table("Steering and its baselines", [*STEERING[:-2], *further, *STEERING[-2:]], rows),
+        *([table("Words that asked for the conventions, best on dev", WORDS, asked)] if asked else []),
         *([change_table("Gained more than with others", [TASK, METHOD, *over], compared)] if compared else []),
         *_wrong_routes(summary, rows),
         *_by_seed("Values, seed by seed", rows),
