@@ -298,10 +298,12 @@ def _blurred(canvas: NDArray[np.int64]) -> NDArray[np.int64]:
     """Each pixel the mean of the nine around it."""
     padded = np.pad(canvas, ((1, 1), (1, 1), (0, 0)), mode="edge")
     shifted = [padded[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] for y in range(3) for x in range(3)]
-    return np.sum(shifted, axis=0) // 9
+    blurred: NDArray[np.int64] = np.sum(shifted, axis=0) // 9
+    return blurred
 
 
 def _grayed(canvas: NDArray[np.int64], percent: int) -> NDArray[np.int64]:
     """Colors drawn toward their luminance."""
     luminance = (canvas * np.array([30, 59, 11])).sum(-1, keepdims=True) // 100
-    return (canvas * (100 - percent) + luminance * percent) // 100
+    grayed: NDArray[np.int64] = (canvas * (100 - percent) + luminance * percent) // 100
+    return grayed

@@ -1,4 +1,4 @@
-"""What each way of asking and of steering gives on a task's test scenes, as rows of the summary's section "steering".
+"""Results of each way of asking and of steering on a task's test scenes, as rows of the summary's "steering".
 
 A row has the task's metric and, in columns of its own, the content of the answers apart from their form. Gains of the
 metric are over the task as it is; gains of content over the better of the task as it is and asked for in words, so that

@@ -29,6 +29,6 @@ COMPARED = CompareSettings(
     grid=FitGrid(lrs=(0.05, 0.15), epochs=2, strengths=(1.0, 1.5)),
     lora_lrs=(0.001, 0.003),
 )
-"""What is compared: banks of 2% (92 neurons), each with factors chosen on dev from one grid, and one factor."""
+"""The comparison: banks of 2% (92 neurons), each with factors chosen on dev from one grid, and one factor."""
 COMPARED_ON = 128
 """Test scenes on which banks are masked, and on which profiles meet the requests of other tasks."""
