@@ -191,7 +191,7 @@ def in_every_form(model: Any, processor: Any, examples: Sequence[Scene]) -> list
     rng = random.Random(0)
     clear = [replace(s, look="clear", asked=ask(s.cells, s.text, rng, KINDS)) for s in examples]
     images = [scene.image() for scene in clear]
-    right: dict[str, tuple[str, Targets]] = {}
+    right: dict[Any, tuple[str, Targets]] = {}
     right |= {form: ("vqa", partial(_answer, form)) for form in ANSWER_FORMS}
     right |= {form: ("ocr", partial(_text, form)) for form in TEXT_FORMS}
     right |= {form: ("caption", partial(_orders, form)) for form in FORMS}

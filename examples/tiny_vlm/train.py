@@ -239,8 +239,8 @@ def pack(processor: LlavaProcessor, pictures: Sequence[Sequence[tuple[str, Sampl
             asked = tokenizer.encode(f"{prompt}<assistant>", add_special_tokens=False)
             said = tokenizer.encode(f"{answer}</s>", add_special_tokens=False)
             tasks = [0] * len(asked) + [1 + TASKS.index(task)] * len(said)
-            positions = range(len(picture), len(picture) + len(tasks))
-            row += [list(column) for column in zip(asked + said, positions, [segment] * len(tasks), tasks, strict=True)]
+            places = range(len(picture), len(picture) + len(tasks))
+            row += [list(column) for column in zip(asked + said, places, [segment] * len(tasks), tasks, strict=True)]
         rows.append(row)
     length = max(map(len, rows))
     padding = [tokenizer.pad_token_id, 0, -1, 0]
@@ -332,7 +332,7 @@ class Training:
         _log(f"{self.name} goes on after step {self.done}")
 
 
-def _hidden_matrices(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+def _hidden_matrices(modules: Iterable[nn.Module]) -> list[Tensor]:
     """The weights of linear layers between hidden states: all but those that make logits."""
     return [
         layer.weight
@@ -378,7 +378,8 @@ def train(model: LlavaForConditionalGeneration, processor: LlavaProcessor, args:
     examples = scenes("train", args.scenes, args.seed)
     pixels = torch.from_numpy(_stack(examples))
     _log(f"{len(examples)} training scenes")
-    heads = VisionHeads(model.config.vision_config.hidden_size)
+    config: Any = model.config.vision_config
+    heads = VisionHeads(config.hidden_size)
     labels = torch.tensor([labels_of(scene) for scene in examples])
 
     def vision_step(step: int) -> Tensor:

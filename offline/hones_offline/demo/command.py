@@ -11,7 +11,7 @@ from typing import Any
 
 from hones_offline.comparison.comparison import Comparison, header
 from hones_offline.comparison.settings import CompareSettings
-from hones_offline.comparison.splits import Splits
+from hones_offline.comparison.splits import Splits, Steered
 from hones_offline.demo.adapters import adapter_rows
 from hones_offline.demo.answers import before_and_after, mixed_batch
 from hones_offline.demo.data_set import NEGATIVES, SCENE_TASKS, SPLITS, SceneExample, data_set
@@ -86,12 +86,14 @@ def run_demo(out: Path, counts: Mapping[str, int], say: Say) -> dict[str, Any]:
         say(f"  {name}: as it is, and asked for in words")
         asked[name] = ask_in_words(model, processor, of_task, examples[name])
         measured = Measured(comparison.bootstrap, of_task, asked[name])
-        steered = {}
+        steered: dict[str, Steered] = {}
         for way in WAYS:
             say(f"  {name}: {title(way)}, chosen on dev")
             steered[way] = comparison.steering.selected(name, way, 0)
         say(f"  {name}: everything on test")
-        steered[DEFAULT] = profiles[name] = measured.with_evidence(steered[DEFAULT])
+        learned = steered[DEFAULT]
+        assert isinstance(learned, Profile)  # adapters are not learned here
+        steered[DEFAULT] = profiles[name] = measured.with_evidence(learned)
         save_profile(profiles[name], out / "profiles" / f"{name}.safetensors")
         rows += task_rows(comparison, measured, steered)
         seconds[name] = round(time.monotonic() - begun, 1)
@@ -135,14 +137,14 @@ def prepared_for(
     return splits, Comparison(fewer, settings, progress=True)
 
 
-def task_rows(comparison: Comparison, measured: Measured, steered: Mapping[str, Profile]) -> list[Row]:
+def task_rows(comparison: Comparison, measured: Measured, steered: Mapping[str, Steered]) -> list[Row]:
     """The rows of a task: unsteered, and steered in each way."""
     name = measured.splits.task.name
     rows = measured.unsteered_rows()
-    for way, profile in steered.items():
-        row = measured.steered_row(way, profile) | comparison.steering.elsewhere(name, [profile])
+    for way, one in steered.items():
+        row = measured.steered_row(way, one) | comparison.steering.elsewhere(name, [one])
         if way == DEFAULT:
-            row |= measured.over(profile, {other: steered[other] for other in WAYS if other != DEFAULT})
+            row |= measured.over(one, {other: steered[other] for other in WAYS if other != DEFAULT})
         rows.append(row)
     return rows
 
