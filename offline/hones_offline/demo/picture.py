@@ -18,24 +18,23 @@ _STYLE = """
 """
 _WIDTH, _LEFT, _LENGTH = 860, 150, 520
 _BARS = {"base": "plain", "asked": "asked in words", DEFAULT: "steered"}
-_TOP, _BAR, _TASK = 76, 20, 78
+_TOP, _BAR, _TASK = 96, 20, 78
 
 
 def picture(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows of a steering section as SVG text, for light and dark pages."""
     tasks = rows_by_task(rows)
     height = _TOP + _TASK * len(tasks) + 18
-    said = headline(rows)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" font-family="system-ui, sans-serif" '
         f'font-size="14" role="img" aria-label="{escape(_described(tasks), {chr(34): "&quot;"})}">',
         f"<style>{_STYLE}</style>",
-        _text(20, 26, said, "txt", weight=600),
+        *(_text(20, 26 + 20 * i, said, "txt", weight=600) for i, said in enumerate(headline(rows).split("; "))),
     ]
     x = _LEFT
     for way, title in _BARS.items():
-        parts.append(f'<rect class="{_class(way)}" x="{x}" y="42" width="12" height="12"/>')
-        parts.append(_text(x + 18, 53, title, "dim"))
+        parts.append(f'<rect class="{_class(way)}" x="{x}" y="62" width="12" height="12"/>')
+        parts.append(_text(x + 18, 73, title, "dim"))
         x += 40 + 8 * len(title)
     for i, (task, ways) in enumerate(tasks.items()):
         parts += _task(_TOP + i * _TASK, task, ways)
