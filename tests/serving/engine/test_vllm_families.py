@@ -77,6 +77,7 @@ def vlm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 # vLLM's client leaves its ZeroMQ context to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # GPT-BigCode's attention
 @pytest.mark.parametrize(
     ("text", "mode"),
     [pytest.param(*pair, marks=() if pair in EVERY_DAY else pytest.mark.matrix) for pair in PAIRS],
