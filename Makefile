@@ -26,8 +26,8 @@ VLLM_INSTALL := $(addprefix tests/serving/,install_vllm.py torchvision_schemas.p
 	touch $@
 
 # Some tests look at pages in a browser.
-.venv/.chromium: tests/install_chromium.py tests/browser.py | .venv/.installed
-	$(BIN)/python tests/install_chromium.py
+.venv/.programs: tests/install_programs.py tests/browser.py tests/nginx.py | .venv/.installed
+	$(BIN)/python tests/install_programs.py
 	touch $@
 
 demo: .venv/.installed
@@ -37,7 +37,7 @@ demo: .venv/.installed
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS)
 
-test: lint .venv/.vllm .venv/.chromium
+test: lint .venv/.vllm .venv/.programs
 	$(PYTEST) -m 'not matrix'
 
 test-fast: .venv/.vllm
@@ -45,7 +45,7 @@ test-fast: .venv/.vllm
 
 # All parts, or some: make test-all PART='steer http'; tests/all_parts.py --list names them.
 PART ?=
-test-all: lint .venv/.vllm .venv/.chromium
+test-all: lint .venv/.vllm .venv/.programs
 	WORKERS=$(WORKERS) $(BIN)/python tests/all_parts.py $(PART)
 
 # A test builds it, too, with warnings as errors.
@@ -55,7 +55,7 @@ docs: .venv/.installed
 
 # The pictures in docs/ and README: of the run in $(RUN), and of the playground with its profiles.
 RUN ?= runs/demo
-picture: .venv/.installed .venv/.chromium
+picture: .venv/.installed .venv/.programs
 	$(BIN)/hones report $(RUN)
 	$(BIN)/python tests/browser.py $(RUN)/report.html docs/report.png
 	PYTHONPATH=tests $(BIN)/python -m serving.playground_page $(RUN)/profiles docs/playground.png
@@ -82,6 +82,6 @@ test-newest:
 	$(NEWEST)/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
 		"$$(grep ^torch== constraints.txt)" --editable '.[dev]'
 	@$(NEWEST)/python -m pip freeze --disable-pip-version-check --exclude-editable | paste -s -d ' ' | fold -s -w 120
-	$(NEWEST)/python tests/install_chromium.py
+	$(NEWEST)/python tests/install_programs.py
 	$(NEWEST)/python -m pytest --numprocesses $(WORKERS) tests/steer tests/offline \
 		tests/serving/test_transformers_server.py tests/serving/test_http.py -k 'not (test_http and vllm)'
