@@ -181,7 +181,7 @@ def rate(step: int, steps: int) -> float:
 
 
 def prepare_training(text_folder: Path, settings: Settings, run: Path) -> Training:
-    """Load the language model and put the embedded model's tower and a new projector before it; go on if `run` has more.
+    """Put the embedded model's tower and a new projector before the language model, or those that `run` has.
 
     Raises:
         DataError: as `load_text` and `Training`.
@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="pictures of a step (%(default)s)")
     parser.add_argument("--keep-every", type=int, default=100, metavar="N", help="steps (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default: %(default)s")
     args = parser.parse_args()
     for name in ("steps", "batch", "keep_every"):
         if getattr(args, name) < 1:
