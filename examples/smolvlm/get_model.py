@@ -160,8 +160,9 @@ def save_connector(model: LlavaForConditionalGeneration, identity: Mapping[str, 
         for part, module in parts_of(model).items()
         for name, value in module.state_dict().items()
     }
-    vision = json.dumps(model.config.vision_config.to_diff_dict(), sort_keys=True)
-    write_atomically(file, save(weights, {**identity, "vision_config": vision}))
+    about = {**identity, "vision_config": model.config.vision_config.to_diff_dict()}
+    # One entry, because safetensors writes several in any order.
+    write_atomically(file, save(weights, {"about": json.dumps(about, sort_keys=True)}))
 
 
 def assemble(text_folder: Path, connector: Path = CONNECTOR) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -170,17 +171,17 @@ def assemble(text_folder: Path, connector: Path = CONNECTOR) -> tuple[LlavaForCo
     Raises:
         DataError: a part is missing, unfinished or damaged, or the parts do not belong together.
     """
-    metadata, weights = _read_connector(connector)
+    about, weights = _read_connector(connector)
     text, tokenizer = load_text(text_folder)
     identity = identity_of(text, tokenizer)
     for part, title in (("tokenizer", "tokenizer"), ("language_model", "weights")):
-        if identity[part] != metadata[part]:
+        if identity[part] != about[part]:
             raise DataError(
                 f"{connector} was trained with another language model than {text_folder} holds: the sha256 of the "
-                f"{title} is {identity[part][:12]}, not {metadata[part][:12]}; make the folder anew with "
+                f"{title} is {identity[part][:12]}, not {about[part][:12]}; make the folder anew with "
                 "examples.smollm2.get_model"
             )
-    model, processor = build(text, tokenizer, CLIPVisionConfig(**json.loads(metadata["vision_config"])))
+    model, processor = build(text, tokenizer, CLIPVisionConfig(**about["vision_config"]))
     wanted = {f"{part}.{name}": x for part, m in parts_of(model).items() for name, x in m.state_dict().items()}
     for name in sorted(wanted.keys() | weights.keys()):
         found, asked = (list(x[name].shape) if name in x else None for x in (weights, wanted))
@@ -191,7 +192,7 @@ def assemble(text_folder: Path, connector: Path = CONNECTOR) -> tuple[LlavaForCo
     return model, processor
 
 
-def _read_connector(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _read_connector(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The metadata and the weights of what `save_connector` wrote."""
     if not file.is_file():
         state = (file if file.is_dir() else file.parent) / STATE
@@ -204,9 +205,11 @@ def _read_connector(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         weights = load_file(file)
     except SafetensorError as error:
         raise DataError(f"{file} cannot be read: {error}; get the file anew") from error
-    if missing := {"language_model", "tokenizer", "vision_config"} - metadata.keys():
-        raise DataError(f"{file} does not say its {min(missing)}; give the file that examples.smolvlm.train wrote")
-    return metadata, weights
+    if "about" not in metadata:
+        raise DataError(
+            f"{file} does not say what it was trained with; give the file that examples.smolvlm.train wrote"
+        )
+    return json.loads(metadata["about"]), weights
 
 
 # ------------------------------------------------------------------------------------------------ the checkpoint
