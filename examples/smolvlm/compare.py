@@ -13,6 +13,7 @@ again with more methods, sizes, seeds or stages, it only does what is new.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 from hones_offline.comparison import compare
 from hones_offline.comparison.settings import ABLATIONS, COMPARATORS, STAGES, CompareSettings
 from hones_offline.comparison.splits import Splits
-from hones_offline.data.tasks import TASKS
+from hones_offline.data.tasks import TASKS, Task
 from hones_offline.learning.choosing import FitGrid
 from hones_offline.learning.factors import FitSettings
 from hones_offline.running.models import keep_freed_memory, load_model
@@ -39,16 +40,16 @@ COMPARED_WITH = ("grid_search", "ia3", "lora")
 
 
 def encode(
-    model: Any, processor: Any, way: str, counts: dict[str, int], out: Path, batch_size: int
+    model: Any, processor: Any, asked: Mapping[str, Task], counts: Mapping[str, int], work: Path, batch_size: int
 ) -> dict[str, Splits]:
-    """Every task with its splits; each way of asking has a run folder of its own."""
+    """Every task with its splits, of so many scenes, and its run folder below `work`."""
     tasks = {}
-    for name, task in WAYS[way].items():
+    for name, task in asked.items():
         parts = {
             split: prepare(model, processor, task, task_examples(name, split, count), progress=True)
             for split, count in counts.items()
         }
-        tasks[name] = Splits(**parts, run_path=out / "work" / way / name, batch_size=batch_size)
+        tasks[name] = Splits(**parts, run_path=work / name, batch_size=batch_size)
     return tasks
 
 
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, metavar="DIR", help="what examples.smolvlm.get_model wrote")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run folder")
     parser.add_argument("--asked", choices=tuple(WAYS), default="words", help="way of asking (default: %(default)s)")
+    parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS), metavar="TASK")
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help="docs/methods.md")
     parser.add_argument("--main", default="hones_logprob", metavar="METHOD", help="the paper's (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="default: %(default)s")
@@ -112,8 +114,10 @@ def main() -> None:
         settings = settings_of(args)
         model, processor = load_model(args.model, dtype=args.dtype, device="cpu")
         counts = {split: getattr(args, split) for split in ("discovery", "dev", "test")}
-        tasks = encode(model, processor, args.asked, counts, args.out, args.batch_size)
-        title = f"Four tasks in a LLaVA on SmolLM2-135M, asked in {args.asked}"
+        asked = {name: WAYS[args.asked][name] for name in args.tasks}
+        work = args.out / "work" / args.asked  # each way of asking has run folders of its own
+        tasks = encode(model, processor, asked, counts, work, args.batch_size)
+        title = f"Tasks on images in a LLaVA on SmolLM2-135M, asked in {args.asked}"
         summary = compare(tasks, settings, args.out, title=title, report=partial(print, flush=True), progress=True)
     except DataError as error:
         parser.error(str(error))
