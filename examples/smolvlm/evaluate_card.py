@@ -43,7 +43,7 @@ def table(model: Any, processor: Any, split: str, count: int, batch_size: int) -
     for way, tasks in WAYS.items():
         for name in TASKS:
             examples = task_examples(name, split, count)
-            cells = []
+            cells: list[str] = []
             for asked in (examples, with_another_image(examples)):
                 scores = evaluate(model, processor, tasks[name], asked, batch_size=batch_size, progress=True)
                 cells += _cells(scores)

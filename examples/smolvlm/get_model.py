@@ -79,10 +79,11 @@ def load_text(folder: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def build(text: Any, tokenizer: Any, vision: CLIPVisionConfig) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def build(text: Any, tokenizer: Any, vision: Any) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Put a new tower and projector before a language model, which becomes part of the result, and make its processor.
 
-    The tower sees square pictures of `vision.image_size`; each patch of it becomes one image token.
+    `vision` is a CLIPVisionConfig. The tower sees square pictures of `vision.image_size`; each patch of one becomes an
+    image token.
     """
     side, patch = vision.image_size, vision.patch_size
     config = LlavaConfig(
@@ -160,7 +161,8 @@ def save_connector(model: LlavaForConditionalGeneration, identity: Mapping[str, 
         for part, module in parts_of(model).items()
         for name, value in module.state_dict().items()
     }
-    about = {**identity, "vision_config": model.config.vision_config.to_diff_dict()}
+    vision: Any = model.config.vision_config
+    about = {**identity, "vision_config": vision.to_diff_dict()}
     # One entry, because safetensors writes several in any order.
     write_atomically(file, save(weights, {"about": json.dumps(about, sort_keys=True)}))
 

@@ -113,7 +113,7 @@ class Training:
         self.about = {**asdict(settings), **identity}
         self.file = run / STATE
         model.requires_grad_(False)
-        groups = []
+        groups: list[dict[str, Any]] = []
         for name, part in parts_of(model).items():
             part.requires_grad_(True)
             groups.append({"params": [*part.parameters()], "base": RATES[name]})

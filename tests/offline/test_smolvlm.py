@@ -395,7 +395,7 @@ def test_the_comparison_goes_from_masking_to_side_effects_and_repeats_itself(
     command = ["--model", assembled, "--out", tmp_path, "--seeds", 1, "--attribution-examples", 2, "--top-heads", 2]
     command += ["--discovery", 2, "--dev", 2, "--test", 2, "--fractions", 0.05, "--fraction", 0.05]
     command += ["--tasks", "ocr", "retrieval", "--contrast-tasks", "ocr"]
-    command += ["--methods", "random", "hones_logprob", "fisher:ratio"]
+    command += ["--methods", "random", "hones_logprob", "fisher"]
     command += ["--selections", "random", "hones_logprob", "--comparators", "grid_search", "ia3"]
     command += ["--lrs", 0.02, "--lora-lrs", 0.001, "--epochs", 1]
     run(script, monkeypatch, *command)
