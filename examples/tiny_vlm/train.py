@@ -312,10 +312,10 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder
     half.save_pretrained(folder)
     processor.save_pretrained(folder)
     weights = folder / "model.safetensors"
-    save_file({_released_name(k): v for k, v in load_file(weights).items()}, weights, {"format": "pt"})
+    save_file({released_name(k): v for k, v in load_file(weights).items()}, weights, {"format": "pt"})
 
 
-def _released_name(key: str) -> str:
+def released_name(key: str) -> str:
     """Transformers 5 drops the level `vision_model`; LLaVA-1.5's files and vLLM have it."""
     inner = key.removeprefix("vision_tower.")
     if inner == key or inner.startswith("vision_model."):

@@ -1,0 +1,135 @@
+"""Attribution methods compared on four tasks of a real language model that sees, over seeds of the data.
+
+    python -m examples.smolvlm.compare --model runs/smolvlm/model --out runs/smolvlm/compare
+
+Run it from the repository root, after docs/results/smolvlm-plan.md is final: it measures the test split. A seed decides
+on which discovery scenes neurons are found. First every method's banks are masked at every size while all tasks are
+measured ("masking", and "finding", where the tasks outside the contrast are the bystanders); then "selections" learns
+factors for some banks, beside one factor, IA3 and LoRA, and measures every profile on the other tasks too: the side
+effects of a wrong route. `hones report runs/smolvlm/compare` shows it. Killed, it goes on where it stopped; started
+again with more methods, sizes, seeds or stages, it only does what is new.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hones_offline.comparison import compare
+from hones_offline.comparison.settings import ABLATIONS, COMPARATORS, STAGES, CompareSettings
+from hones_offline.comparison.splits import Splits
+from hones_offline.data.tasks import TASKS, Task
+from hones_offline.learning.choosing import FitGrid
+from hones_offline.learning.factors import FitSettings
+from hones_offline.running.models import keep_freed_memory, load_model
+from hones_offline.running.prompts import prepare
+
+from examples.smollm2.run import base_table, finding_tables, masking_table, selection_table
+from examples.smolvlm.tasks import WAYS, task_examples
+from hones_steer.errors import DataError
+
+METHODS = ("random", "ap", "ape", "dvp", "grad_act", "hones_logprob", "fisher", "fisher:ratio")
+"""`ape` is LAPE's criterion; `fisher` is the default selection, `fisher:ratio` the one against other tasks."""
+CONTRAST_TASKS = ("ocr", "caption")
+"""Those that contrasts are taken against; so vqa and retrieval are bystanders of every other task's banks."""
+SELECTIONS = ("random", "dvp", "grad_act", "hones_logprob", "fisher")
+COMPARED_WITH = ("grid_search", "ia3", "lora")
+
+
+def encode(
+    model: Any, processor: Any, asked: Mapping[str, Task], counts: Mapping[str, int], work: Path, batch_size: int
+) -> dict[str, Splits]:
+    """Every task with its splits, of so many scenes, and its run folder below `work`."""
+    tasks = {}
+    for name, task in asked.items():
+        parts = {
+            split: prepare(model, processor, task, task_examples(name, split, count), progress=True)
+            for split, count in counts.items()
+        }
+        tasks[name] = Splits(**parts, run_path=work / name, batch_size=batch_size)
+    return tasks
+
+
+def settings_of(args: argparse.Namespace) -> CompareSettings:
+    """The comparison that the arguments ask for."""
+    return CompareSettings(
+        methods=args.methods,
+        main=args.main,
+        fractions=args.fractions,
+        fraction=args.fraction,
+        ablations=args.ablations,
+        contrast_tasks=args.contrast_tasks,
+        seeds=args.seeds,
+        attribution_examples=args.attribution_examples,
+        pool=args.discovery,
+        top_heads=args.top_heads,
+        stages=args.stages,
+        fit=FitSettings(batch_size=16, accumulation_steps=1),
+        selections=args.selections,
+        comparators=args.comparators,
+        selection_reference=args.main if args.main in args.selections else None,
+        grid=FitGrid(lrs=args.lrs, epochs=args.epochs),
+        lora_lrs=args.lora_lrs,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, metavar="DIR", help="what examples.smolvlm.get_model wrote")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run folder")
+    parser.add_argument("--asked", choices=tuple(WAYS), default="words", help="way of asking (default: %(default)s)")
+    parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS), metavar="TASK")
+    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help="docs/methods.md")
+    parser.add_argument("--main", default="hones_logprob", metavar="METHOD", help="the paper's (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="default: %(default)s")
+    stages = ["masking", "finding", "selections"]
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=stages, help="default: %(default)s")
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0.0025, 0.01], metavar="F", help="(%(default)s)")
+    parser.add_argument("--fraction", type=float, default=0.01, metavar="F", help="what is steered (%(default)s)")
+    parser.add_argument("--ablations", nargs="+", choices=ABLATIONS, default=["zero"], help="default: %(default)s")
+    parser.add_argument("--contrast-tasks", nargs="+", choices=tuple(TASKS), default=CONTRAST_TASKS, metavar="TASK")
+    parser.add_argument("--attribution-examples", type=int, default=64, metavar="N", help="of a seed (%(default)s)")
+    parser.add_argument("--top-heads", type=int, default=25, metavar="K", help="default: %(default)s")
+    for split, count in {"discovery": 192, "dev": 64, "test": 128}.items():
+        parser.add_argument(f"--{split}", type=int, default=count, metavar="N", help="scenes (%(default)s)")
+    parser.add_argument("--selections", nargs="+", default=SELECTIONS, metavar="METHOD", help="whose banks are steered")
+    parser.add_argument("--comparators", nargs="*", choices=COMPARATORS, default=COMPARED_WITH, help="(%(default)s)")
+    parser.add_argument("--lrs", type=float, nargs="+", default=[0.005, 0.02, 0.08], metavar="LR", help="tried on dev")
+    parser.add_argument("--lora-lrs", type=float, nargs="+", default=[0.0003, 0.001, 0.003], metavar="LR")
+    parser.add_argument("--epochs", type=int, default=4, metavar="N", help="at most (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences at a time (%(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
+    return parser
+
+
+def main() -> None:
+    """Run it, write summary.json into --out after every stage, and print the tables."""
+    parser = _parser()
+    args = parser.parse_args()
+    keep_freed_memory()
+    try:
+        settings = settings_of(args)
+        model, processor = load_model(args.model, dtype=args.dtype, device="cpu")
+        counts = {split: getattr(args, split) for split in ("discovery", "dev", "test")}
+        asked = {name: WAYS[args.asked][name] for name in args.tasks}
+        work = args.out / "work" / args.asked  # each way of asking has run folders of its own
+        tasks = encode(model, processor, asked, counts, work, args.batch_size)
+        title = f"Tasks on images in a LLaVA on SmolLM2-135M, asked in {args.asked}"
+        summary = compare(tasks, settings, args.out, title=title, report=partial(print, flush=True), progress=True)
+    except DataError as error:
+        parser.error(str(error))
+    lines = base_table(summary["tasks"])
+    if "masking" in summary:
+        lines += masking_table(summary["masking"])
+    if "finding" in summary:
+        lines += finding_tables(summary["finding"])
+    if "selections" in summary:
+        lines += selection_table(summary["selections"]["means"])
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
