@@ -16,7 +16,7 @@ import torch._dynamo
 from torch import Tensor
 
 from hones_steer.errors import RoutingError
-from hones_steer.ffns import Ffn
+from hones_steer.ffns import Ffn, run_of
 from hones_steer.profile import Profile
 
 IDENTITY = 0
@@ -105,8 +105,15 @@ class SlotPool:
 
 
 def scale_row(profile: Profile, ffn: Ffn) -> Tensor:
-    """The scales of one FFN as a dense float32 row `[I]` on the CPU, 1 where the profile lists nothing."""
-    neurons, scales = profile.ffns.get(ffn, ((), ()))
+    """The scales of one FFN as a dense float32 row `[I]` on the CPU, 1 where the profile lists nothing.
+
+    For all experts of a layer, whose part is "experts", the row has one expert after the other, `[experts · I]`.
+    """
+    entries = profile.ffns.groups.get(ffn) if ffn == ffn.group else None
+    if entries is None:
+        neurons, scales = profile.ffns.get(ffn, ((), ()))
+    else:
+        neurons, scales = entries.positions(run_of(profile.base_model.runs, ffn.layer).width(0)), entries.scales
     return dense_row(neurons, scales, profile.base_model.width(ffn))
 
 
