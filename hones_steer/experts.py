@@ -1,10 +1,10 @@
 """Routed experts: how a layer keeps them, and in which order their activations are computed.
 
 transformers keeps all routed experts of a layer in one module, whose parameters are stacked: W_down is
-`[experts, hidden, I]`, or transposed `[experts, I, hidden]`. An "experts implementation", chosen by its name, multiplies
-them, so that there is no down-projection with an input to scale. But every implementation in plain PyTorch calls the
-module's activation between its two products, for a row of each token and expert that the router has chosen: `act_fn`
-on the gate, of which z = act(gate)·up is a multiple, or the module's own `_apply_gate`, which gives z itself.
+`[experts, hidden, I]`, or transposed `[experts, I, hidden]`. An "experts implementation", chosen by its name,
+multiplies them, so that there is no down-projection with an input to scale. But every implementation in plain PyTorch
+calls the module's activation between its two products, for a row of each token and expert that the router has chosen:
+`act_fn` on the gate, of which z = act(gate)·up is a multiple, or the module's own `_apply_gate`, which gives z itself.
 """
 
 from __future__ import annotations
@@ -48,9 +48,14 @@ class Experts:
         return type(self.module).__name__ == _ALL_TOKENS
 
     @property
+    def by_interface(self) -> bool:
+        """Whether transformers' interface runs them, by the experts implementation that is chosen."""
+        return hasattr(self.module, "is_concatenated")
+
+    @property
     def implementation(self) -> str:
         """Name of the experts implementation that a forward would use now."""
-        if not hasattr(self.module, "is_concatenated"):  # not run through transformers' interface
+        if not self.by_interface:
             return "eager"
         return str(getattr(self.module.config, "_experts_implementation", None) or "eager")
 
@@ -168,8 +173,7 @@ def _activation(name: str, path: str, module: nn.Module, model_type: str) -> nn.
         path,
         module,
         model_type,
-        "do not run through transformers' `use_experts_implementation`, so that it is not known where their activations "
-        "are",
+        "do not run through transformers' `use_experts_implementation`, which says where their activations are",
     )
 
 

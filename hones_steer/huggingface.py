@@ -224,11 +224,7 @@ class Steering:
         or a module around it, was replaced after `steer`.
         """
         attached = self._attached
-        return (
-            attached is not None
-            and unwrap(model) is attached.model
-            and attached.injection.is_attached()
-        )
+        return attached is not None and unwrap(model) is attached.model and attached.injection.is_attached()
 
     def detach(self) -> None:
         """Leave the model as it was before `steer`: no hooks, original weights.

@@ -538,9 +538,10 @@ class ExpertsHook(_Hook):
         return scaled
 
     def _refuse_unknown_order(self, places: Tensor, z: Tensor) -> None:
-        """Raise StateError if these cannot be the rows that were expected: of one expert, where not all come at once."""
+        """Raise StateError if these cannot be the rows expected: those of one expert, where not all come at once."""
         experts = places % self.experts.count
-        if len(places) != z.shape[:-1].numel() or not (self._eager.is_whole(places) or bool((experts == experts[0]).all())):
+        complete = len(places) == z.shape[:-1].numel()
+        if not complete or not (self._eager.is_whole(places) or bool((experts == experts[0]).all())):
             raise StateError(
                 f"{self.layer}: {type(self.experts.module).__name__} computes its experts in an order that hones-steer "
                 f"does not know, with the experts implementation {self.experts.implementation!r}; call "

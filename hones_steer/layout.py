@@ -1,8 +1,9 @@
 """Layout of a model: where its decoder layers, FFN down-projections and attention heads are.
 
 Steering needs one thing per decoder layer: the FFN's down-projection, whose *input* is scaled. In a mixture of experts
-these are the routed experts (`experts.py`) and the down-projection of the shared one. Attribution also needs the attention output projection, the head count and the unembedding; if one of them is not
-recognized, `steer` still works, and `Layout.require_attribution()` says what is missing.
+these are the routed experts (`experts.py`) and the down-projection of the shared one. Attribution also needs the
+attention output projection, the head count and the unembedding; if one of them is not recognized, `steer` still works,
+and `Layout.require_attribution()` says what is missing.
 
 A model is recognized by its structure. To add an architecture, add its names to the tuples below (and a tiny config to
 `tests/tiny_models.py`); for one that is not part of this package, call `register_layout`. Only the text decoder is ever
@@ -224,8 +225,8 @@ class Layout:
         """
         if with_experts := [layer for layer in self.layers if layer.experts is not None]:
             raise LayoutError(
-                f"{with_experts[0].name} of model type {self.model_type!r} has a mixture-of-experts FFN, and attribution "
-                "does not count the neurons of experts; steering this model works, attributing on it does not"
+                f"{with_experts[0].name} of model type {self.model_type!r} has experts, whose neurons attribution does "
+                "not count; steering this model works, attributing on it does not"
             )
         if getattr(getattr(self.decoder, "config", None), "is_encoder_decoder", False):
             raise LayoutError(
@@ -516,9 +517,7 @@ def _shared_projection(name: str, layer: nn.Module, model_type: str) -> nn.Modul
     inside = {path: module for path, module in layer.named_modules() if "shared" in path and linear_shape(module)}
     # What a PEFT layer wraps is inside another linear. A gate of the whole shared expert has one output.
     linears = {
-        path: module
-        for path, module in inside.items()
-        if not any(path.startswith(f"{outer}.") for outer in inside)
+        path: module for path, module in inside.items() if not any(path.startswith(f"{outer}.") for outer in inside)
     }
     down = [module for path, module in linears.items() if path.rpartition(".")[2] in _SHARED_DOWN_PROJECTIONS]
     if len(down) > 1 or (not down and any(_linear_outputs(module) > 1 for module in linears.values())):
@@ -606,7 +605,10 @@ def _common_shapes(layers: Iterable[DecoderLayer], model_type: str) -> tuple[set
                 )
         if layer.has_ffn:
             widths.add(layer.width)
-        for hidden in (*(_linear_outputs(item.down_proj) for item in layer.projections), *(e.hidden_size for e in experts)):
+        for hidden in (
+            *(_linear_outputs(item.down_proj) for item in layer.projections),
+            *(e.hidden_size for e in experts),
+        ):
             shapes[hidden] = layer.name
     if len(shapes) != 1:
         sizes = ", ".join(f"{name} has {hidden}" for hidden, name in shapes.items())

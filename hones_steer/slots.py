@@ -16,7 +16,7 @@ import torch._dynamo
 from torch import Tensor
 
 from hones_steer.errors import RoutingError
-from hones_steer.ffns import Ffn, run_of
+from hones_steer.ffns import EXPERTS, Ffn, run_of
 from hones_steer.profile import Profile
 
 IDENTITY = 0
@@ -109,12 +109,12 @@ def scale_row(profile: Profile, ffn: Ffn) -> Tensor:
 
     For all experts of a layer, whose part is "experts", the row has one expert after the other, `[experts · I]`.
     """
-    entries = profile.ffns.groups.get(ffn) if ffn == ffn.group else None
-    if entries is None:
-        neurons, scales = profile.ffns.get(ffn, ((), ()))
-    else:
-        neurons, scales = entries.positions(run_of(profile.base_model.runs, ffn.layer).width(0)), entries.scales
-    return dense_row(neurons, scales, profile.base_model.width(ffn))
+    width = profile.base_model.width(ffn)
+    if ffn.part == EXPERTS and ffn in profile.ffns.groups:
+        entries = profile.ffns.groups[ffn]
+        of_each = run_of(profile.base_model.runs, ffn.layer).expert_width
+        return dense_row(entries.positions(of_each), entries.scales, width)
+    return dense_row(*profile.ffns.get(ffn, ((), ())), width)
 
 
 def layer_tensors(profile: Profile, layer: int) -> tuple[Tensor, Tensor]:

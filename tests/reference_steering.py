@@ -61,27 +61,32 @@ def scaled(model, profile):
 def experts_forward(module, factors):
     """What a module of experts computes, neuron i of expert e multiplied by `factors[e][i]` where there is one."""
     kind = type(module).__name__
+    inputs_first = getattr(module, "is_transposed", kind == "Llama4TextExperts")  # weights [inputs, outputs]
+
+    def product(name, e, x):
+        weight = getattr(module, name)[e]
+        bias = getattr(module, f"{name}_bias")[e] if hasattr(module, f"{name}_bias") else 0
+        return (x @ weight if inputs_first else weight @ x) + bias
 
     def expert_output(e, x):
-        if kind == "GptOssExperts":
-            gate_up = x @ module.gate_up_proj[e] + module.gate_up_proj_bias[e]
+        if not hasattr(module, "gate_up_proj"):  # no gate
+            z = module.act_fn(product("up_proj", e, x))
+        elif kind == "GptOssExperts":
+            gate_up = product("gate_up_proj", e, x)
             gate = torch.tensor([min(value, module.limit) for value in gate_up[::2].tolist()])
             up = torch.tensor([max(-module.limit, min(value, module.limit)) for value in gate_up[1::2].tolist()])
             z = (up + 1) * gate * torch.sigmoid(1.702 * gate)
-        elif kind == "NemotronHExperts":
-            z = torch.relu(module.up_proj[e] @ x) ** 2
+        elif "_apply_gate" in vars(type(module)) and not hasattr(module, "act_fn"):
+            z = module._apply_gate(product("gate_up_proj", e, x))
         else:
-            projected = x @ module.gate_up_proj[e] if kind == "Llama4TextExperts" else module.gate_up_proj[e] @ x
-            gate, up = projected[: len(projected) // 2], projected[len(projected) // 2 :]
-            z = gate / (1 + torch.exp(-gate)) * up
+            gate_up = product("gate_up_proj", e, x)
+            z = module.act_fn(gate_up[: len(gate_up) // 2]) * gate_up[len(gate_up) // 2 :]
         for neuron, value in factors.get(e, {}).items():
             z[neuron] *= value
-        if kind == "GptOssExperts":
-            return z @ module.down_proj[e] + module.down_proj_bias[e]
-        return z @ module.down_proj[e] if kind == "Llama4TextExperts" else module.down_proj[e] @ z
+        return product("down_proj", e, z)
 
     def forward(hidden_states, choices, weights):
-        result = torch.zeros_like(hidden_states)
+        result = torch.zeros_like(hidden_states, dtype=torch.float32)
         for token, x in enumerate(hidden_states):
             for e, weight in zip(choices[token].tolist(), weights[token], strict=True):
                 result[token] += weight * expert_output(e, x)

@@ -316,7 +316,9 @@ def random_profile(model, seed, task="random", fraction=0.3):
     generator = np.random.default_rng(seed)
     layers = {}
     for run in identity.runs:
-        for ffn in (Ffn(layer, part) for layer in range(run.first, run.stop) for part in (DENSE, SHARED, *range(run.experts))):
+        for ffn in (
+            Ffn(layer, part) for layer in range(run.first, run.stop) for part in (DENSE, SHARED, *range(run.experts))
+        ):
             if width := identity.width(ffn):
                 neurons = np.flatnonzero(generator.random(width) < fraction).astype(np.int32)
                 layers[ffn] = (neurons, generator.uniform(-2, 3, len(neurons)).astype(np.float32))
@@ -346,5 +348,7 @@ def _randomise(model, seed):
                 parameter.copy_(noise * parameter.shape[-1] ** -0.5)
             else:
                 parameter.copy_(noise * parameter[0].numel() ** -0.5)
-            if any(part in name for part in ("down_proj.weight", "mlp.c_proj.weight", "fc2.weight", "experts.down_proj")):
+            if any(
+                part in name for part in ("down_proj.weight", "mlp.c_proj.weight", "fc2.weight", "experts.down_proj")
+            ):
                 parameter.mul_(4)
