@@ -223,10 +223,10 @@ class Layout:
 
         A layer without attention has no heads to score; one layer with attention is needed, and the head count of each.
         """
-        if with_experts := [layer for layer in self.layers if layer.experts is not None]:
+        if self.experts:
             raise LayoutError(
-                f"{with_experts[0].name} of model type {self.model_type!r} has experts, whose neurons attribution does "
-                "not count; steering this model works, attributing on it does not"
+                f"attribution does not count the neurons of experts in model type {self.model_type!r}; steering this "
+                "model works, attributing on it does not"
             )
         if getattr(getattr(self.decoder, "config", None), "is_encoder_decoder", False):
             raise LayoutError(

@@ -283,7 +283,8 @@ def check_text(model: Any) -> str:
 
 def check_image(model: Any) -> str:
     """Attribution with images, by a real processor or a stand-in."""
-    find_layout(model)
+    if (layout := find_layout(model)).experts:
+        layout.require_attribution()
     if model.config.model_type in OTHER_TOWER:
         raise NotRunError("its vision tower needs the timm package")
     processor, real = processor_for(model)
@@ -303,9 +304,11 @@ def vllm_cell(row: Any, model: Any | None) -> Cell:
         return Cell(True)
     if model is not None:
         try:
-            find_layout(model)
+            layout = find_layout(model)
         except HonesError as error:
             return Cell(False, str(error))
+        if layout.experts:
+            return Cell(False, "experts are not steered in vLLM")
     return Cell(None, "not tried")
 
 
