@@ -128,6 +128,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config.rope_theta": 10000.0},
     "deepseek_ocr2": {
         "text_config.mlp_layer_types": ["dense", "sparse", "sparse"],
+        "text_config.num_experts_per_tok": 2,
         "vision_config.sam_config.downsample_channels": [32, 32],
     },
     "diffusion_gemma": {
@@ -136,7 +137,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "text_config.moe_intermediate_size": NEURONS,
         "vision_config": {"model_type": "gemma4_vision"},
     },
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "emu3": {
         "vocabulary_map": {
             "<image>": IMAGE,
