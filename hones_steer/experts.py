@@ -30,8 +30,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class Experts:
     """All routed experts of one layer: `count` of them, with `width` neurons each.
 
-    `name` is the module's dotted path in the model. `activation` is the module whose output is scaled, None where that
-    is the output of `module._apply_gate`. `transposed` says that W_down is `[count, width, hidden]`.
+    `name` is the module's dotted path in the model. `activation` is that whose output is scaled: a module, or the name
+    of a method of `module`. `transposed` says that W_down is `[count, width, hidden]`.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Experts:
     width: int
     hidden_size: int
     transposed: bool
-    activation: nn.Module | None
+    activation: nn.Module | str
 
     @property
     def all_tokens(self) -> bool:
@@ -160,14 +160,14 @@ def _describe(name: str, path: str, module: nn.Module, model_type: str) -> Exper
     )
 
 
-def _activation(name: str, path: str, module: nn.Module, model_type: str) -> nn.Module | None:
-    """The module whose output is scaled, None for the output of the experts' own `_apply_gate`."""
+def _activation(name: str, path: str, module: nn.Module, model_type: str) -> nn.Module | str:
+    """The module, or the name of the experts' method, whose output is scaled."""
     gate = getattr(type(module), "_apply_gate", None)
     if gate is not None and gate.__module__ != _INTERFACE:
-        return None
+        return "_apply_gate"
     activation = getattr(module, "act_fn", None)
-    if isinstance(activation, nn.Module) and (gate is not None or type(module).__name__ == _ALL_TOKENS):
-        return activation
+    if callable(activation) and (gate is not None or type(module).__name__ == _ALL_TOKENS):
+        return activation if isinstance(activation, nn.Module) else "act_fn"
     raise _unsteerable(
         name,
         path,

@@ -187,12 +187,12 @@ class Injection:
         self._hooked.append(module)
         self._handles.append(module.register_forward_pre_hook(hook.begin, with_kwargs=True))
         self._handles.append(module.register_forward_hook(hook.end))
-        if experts.activation is not None:
+        if isinstance(experts.activation, nn.Module):
             self._handles.append(experts.activation.register_forward_hook(hook.scale_output))
         else:
             methods = InstanceMethods(module)
             self._handles.append(methods)
-            methods.wrap("_apply_gate", hook.scaling)
+            methods.wrap(experts.activation, hook.scaling)
 
     def detach(self) -> None:
         """Remove every hook."""
@@ -506,13 +506,13 @@ class ExpertsHook(_Hook):
         """Scale the output of the activation, `[rows, I]`, or `[experts, tokens, I]` where all tokens are computed."""
         return self._scaled(output)
 
-    def scaling(self, apply_gate: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """Wrap the experts' own gating, so that what it returns is scaled."""
+    def scaling(self, activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Wrap a method of the experts, their own gating or activation, so that what it returns is scaled."""
 
-        def scaled_gate(gate_up: Tensor) -> Tensor:
-            return self._scaled(apply_gate(gate_up))
+        def scaled_activation(projected: Tensor) -> Tensor:
+            return self._scaled(activation(projected))
 
-        return scaled_gate
+        return scaled_activation
 
     def _scaled(self, z: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
@@ -655,7 +655,7 @@ def _scaled_modules(layout: Layout) -> list[nn.Module]:
     """The modules that hooks scale something of."""
     modules = [projection.down_proj for projection in layout.projections]
     for experts in layout.experts.values():
-        modules += [experts.module] if experts.activation is None else [experts.module, experts.activation]
+        modules += [module for module in (experts.module, experts.activation) if isinstance(module, nn.Module)]
     return modules
 
 

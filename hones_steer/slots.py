@@ -114,7 +114,8 @@ def scale_row(profile: Profile, ffn: Ffn) -> Tensor:
         entries = profile.ffns.groups[ffn]
         of_each = run_of(profile.base_model.runs, ffn.layer).expert_width
         return dense_row(entries.positions(of_each), entries.scales, width)
-    return dense_row(*profile.ffns.get(ffn, ((), ())), width)
+    neurons, scales = profile.ffns.get(ffn, ((), ()))
+    return dense_row(neurons, scales, width)
 
 
 def layer_tensors(profile: Profile, layer: int) -> tuple[Tensor, Tensor]:

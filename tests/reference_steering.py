@@ -59,7 +59,7 @@ def scaled(model, profile):
 
 
 def experts_forward(module, factors):
-    """Return the forward of a module of experts, neuron i of expert e multiplied by `factors[e][i]` where there is one."""
+    """Return the forward of a module of experts, neuron i of expert e multiplied by `factors[e][i]` if there is one."""
     kind = type(module).__name__
     inputs_first = getattr(module, "is_transposed", kind == "Llama4TextExperts")  # weights [inputs, outputs]
 

@@ -105,6 +105,7 @@ _INDEXER = {
 }
 _MROPE = (
     "glm4v",
+    "glm4v_moe",
     "glm_ocr",
     "paddleocr_vl",
     "qwen2_vl",
@@ -231,6 +232,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {"ngram_vocab_size_base": VOCABULARY, "make_ngram_vocab_size_divisible_by": 1, **_INDEXER},
     **{f"{name}_text": {"rope_parameters": _ROPE | {"mrope_section": [2, 1, 1]}} for name in _MROPE},
     "qwen2_5_omni_thinker": {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END},
     "reformer": {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 16]},
     "vipllava": {"vision_feature_layers": [-2, -1]},
     "vision-encoder-decoder": {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "gpt2"}},
