@@ -105,7 +105,6 @@ _INDEXER = {
 }
 _MROPE = (
     "glm4v",
-    "glm4v_moe",
     "glm_ocr",
     "paddleocr_vl",
     "qwen2_vl",
@@ -139,6 +138,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "vision_config": {"model_type": "gemma4_vision"},
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "glm4v_moe_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "emu3": {
         "vocabulary_map": {

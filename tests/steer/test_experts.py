@@ -291,8 +291,11 @@ def test_other_kinds_of_experts_compiled(name):
     torch.compiler.reset()
 
 
+OTHERS = [pytest.param(name, marks=pytest.mark.matrix) for name in ("eager", "batched_mm")]
+
+
 @pytest.mark.parametrize("part", ["experts", "activation", "forward"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["grouped_mm", *OTHERS])
 def test_parts_that_are_compiled_by_themselves_are_steered(model, part, implementation):
     model.set_experts_implementation(implementation)
     torch.compiler.reset()
