@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from hones_steer.errors import LayoutError, StateError
+from hones_steer.ffn_scales import Entries
+from hones_steer.ffns import Ffn
 from hones_steer.injection import scale
-from hones_steer.layout import DecoderLayer, Layout, down_weight
+from hones_steer.layout import Layout, Projection, down_weight
 from hones_steer.profile import Profile
-from hones_steer.slots import layer_tensors
 
 # Types whose columns can be multiplied in place; 8-bit floats mean nothing without their own factors.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -27,33 +29,74 @@ class Folded:
     """
 
     def __init__(self, model: nn.Module, layout: Layout, profile: Profile) -> None:
-        touched = [(layout.layers[index], *layer_tensors(profile, index)) for index in profile.layers]
         pointers = Counter(p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False))
-        for layer, _, _ in touched:
-            _require_own_weight(layer, pointers)
-        self._originals: list[tuple[DecoderLayer, Tensor, Tensor]] = []
+        touched = [_columns(layout, ffn, entries, pointers) for ffn, entries in profile.ffns.groups.items()]
+        self._originals: list[tuple[_Columns, Tensor]] = []
         scaled = []
         with torch.no_grad():
-            for layer, neurons, scales in touched:
-                weight = down_weight(layer)
-                neurons, scales = neurons.to(weight.device), scales.to(weight.device)
-                original = weight[:, neurons]
+            for columns, scales in touched:
+                original, scales = columns.read(), scales.to(columns.weight.device)
                 scaled.append(scale(original, scales))
-                if why := not_finite(original, scaled[-1], neurons, scales):
+                if why := not_finite(original, scaled[-1], columns.neurons, scales):
                     raise StateError(
-                        f"{layer.name}: {why}; lower the scale, use task() instead of fold(), or load the model in "
+                        f"{columns.name}: {why}; lower the scale, use task() instead of fold(), or load the model in "
                         "bfloat16 or float32"
                     )
-                self._originals.append((layer, neurons, original))
-            for (layer, neurons, _), columns in zip(self._originals, scaled, strict=True):
-                down_weight(layer)[:, neurons] = columns
+                self._originals.append((columns, original))
+            for (columns, _), values in zip(self._originals, scaled, strict=True):
+                columns.write(values)
 
     def unfold(self) -> None:
         """Copy the original columns back, bit for bit."""
         with torch.no_grad():
-            for layer, neurons, original in self._originals:
-                down_weight(layer)[:, neurons] = original.to(down_weight(layer))
+            for columns, original in self._originals:
+                columns.write(original)
         self._originals.clear()
+
+
+class _Columns:
+    """The columns of some neurons in W_down `[hidden, I]`, or in those of several experts, `[experts, hidden, I]`.
+
+    They are read and written as `[hidden, k]`.
+    """
+
+    def __init__(self, name: str, weight: Callable[[], Tensor], neurons: Tensor, experts: Tensor | None) -> None:
+        self.name = name
+        self._weight = weight  # which may be moved to another device
+        self.neurons = neurons
+        self._experts = experts
+
+    @property
+    def weight(self) -> Tensor:
+        return self._weight()
+
+    def read(self) -> Tensor:
+        """A copy of the columns."""
+        if self._experts is None:
+            return self.weight[:, self.neurons]
+        return self.weight[self._experts, :, self.neurons].t()
+
+    def write(self, values: Tensor) -> None:
+        """Replace the columns."""
+        if self._experts is None:
+            self.weight[:, self.neurons] = values.to(self.weight)
+        else:
+            self.weight[self._experts, :, self.neurons] = values.t().to(self.weight)
+
+
+def _columns(layout: Layout, ffn: Ffn, entries: Entries, pointers: Counter[int]) -> tuple[_Columns, Tensor]:
+    """The columns that a profile scales in an FFN, or in all experts of a layer, and their scales `[k]`."""
+    neurons, scales = torch.tensor(entries.neurons, dtype=torch.int64), torch.tensor(entries.scales)
+    layer = layout.layers[ffn.layer]
+    if entries.experts is None:
+        [projection] = (projection for projection in layer.projections if projection.ffn == ffn)
+        _require_own_weight(projection, pointers)
+        return _Columns(projection.name, lambda: down_weight(projection), neurons, None), scales
+    experts = layer.experts
+    assert experts is not None  # the profile was checked against the layout
+    _require_own_memory(experts.name, "their down-projection", experts.down_weight(), pointers)
+    numbers = torch.tensor(entries.experts, dtype=torch.int64)
+    return _Columns(experts.name, experts.down_weight, neurons, numbers), scales
 
 
 def not_finite(before: Tensor, after: Tensor, neurons: Tensor, scales: Tensor) -> str | None:
@@ -71,21 +114,23 @@ def not_finite(before: Tensor, after: Tensor, neurons: Tensor, scales: Tensor) -
     return f"neuron {int(neurons[first])} with scale {float(scales[first]):g} goes beyond {dtype} ({largest:g} at most)"
 
 
-def _require_own_weight(layer: DecoderLayer, pointers: Counter[int]) -> None:
-    if hasattr(layer.down_proj, "base_layer"):
-        raise StateError(f"{layer.name}: its down-projection has a PEFT adapter; merge the adapter, or use task()")
+def _require_own_weight(projection: Projection, pointers: Counter[int]) -> None:
+    if hasattr(projection.down_proj, "base_layer"):
+        raise StateError(f"{projection.name}: its down-projection has a PEFT adapter; merge the adapter, or use task()")
     try:
-        weight = down_weight(layer)
+        weight = down_weight(projection)
     except LayoutError as error:
         raise StateError(f"cannot fold: {error}, or use task()") from error
+    _require_own_memory(projection.name, "its down-projection", weight, pointers)
+
+
+def _require_own_memory(name: str, what: str, weight: Tensor, pointers: Counter[int]) -> None:
     if weight.dtype not in FLOATS:
         dtype = str(weight.dtype).removeprefix("torch.")
-        raise StateError(f"{layer.name}: its down-projection is stored in {dtype}; use task() instead of fold()")
+        raise StateError(f"{name}: {what} is stored in {dtype}; use task() instead of fold()")
     if weight.is_meta:
-        raise StateError(f"{layer.name}: its down-projection is offloaded (meta); use task() instead of fold()")
+        raise StateError(f"{name}: {what} is offloaded (meta); use task() instead of fold()")
     if hasattr(weight, "to_local"):
-        raise StateError(f"{layer.name}: its down-projection is sharded; use task() instead of fold()")
+        raise StateError(f"{name}: {what} is sharded; use task() instead of fold()")
     if pointers[weight.data_ptr()] > 1:
-        raise StateError(
-            f"{layer.name}: its down-projection shares its weight with another module; use task() instead of fold()"
-        )
+        raise StateError(f"{name}: {what} shares its weight with another module; use task() instead of fold()")

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from hones_steer.errors import StateError
+from hones_steer.experts import Experts
+from hones_steer.ffns import EXPERTS, Ffn
 from hones_steer.injection import Injection, scale
 from hones_steer.layout import Layout, find_layout
-from hones_steer.profile import Profile
+from hones_steer.profile import ModelIdentity, Profile
 from hones_steer.slots import scale_row
 
 _TOKENS = 4
@@ -35,8 +37,9 @@ class VerifiedProfile:
 class Verification:
     """Report of a self-test that was passed.
 
-    `widths` are the numbers of neurons that the layers' FFNs have, each once, ascending. `layers_not_run` names the
-    layers that the test's inputs do not reach; they are not verified.
+    `widths` are the numbers of neurons that the layers' FFNs have, each once, ascending; in a mixture of experts
+    `ffns` says what each layer has instead. `layers_not_run` names the layers that the test's inputs do not reach; they
+    are not verified.
     """
 
     model_type: str
@@ -45,13 +48,15 @@ class Verification:
     layers_not_run: tuple[str, ...]
     profiles: tuple[VerifiedProfile, ...]
     layers_without_ffn: int = 0
+    ffns: str = ""
 
     def lines(self) -> list[str]:
         """The report for a person."""
-        width = f"{self.num_layers} layers of {' or '.join(map(str, self.widths))} neurons"
+        width = self.ffns or f"{self.num_layers} layers of {' or '.join(map(str, self.widths))} neurons"
         width += f" ({self.layers_without_ffn} of them have no FFN)" if self.layers_without_ffn else ""
+        hooked = "every down-projection and every expert is" if self.ffns else "every down-projection is"
         return [
-            f"{self.model_type}: {width}, every down-projection is hooked",
+            f"{self.model_type}: {width}, {hooked} hooked",
             *(
                 f"{name} did not run in this test and is not verified; verify(**inputs) takes inputs that reach it"
                 for name in self.layers_not_run
@@ -84,56 +89,139 @@ def self_test(
     """
     if model.training:
         raise StateError("the model is in training mode, where dropout hides differences; call model.eval() first")
-    present = {layer.down_proj for layer in find_layout(model).with_ffn}
-    for layer in layout.with_ffn:
-        if layer.down_proj not in present or not injection.is_attached_to(layer.down_proj):
-            raise StateError(f"{layer.name}: its down-projection was replaced after steer(); detach() and steer again")
+    present = set(_hooked(find_layout(model)))
+    for module, name in _hooked(layout).items():
+        if module not in present or not injection.is_attached_to(module):
+            raise StateError(f"{name} was replaced after steer(); detach() and steer again")
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), _layers_run(layout) as run:
         forward = functools.partial(_logits, model, inputs) if inputs else _plain_forward(model)
-        plain = forward()
+        forward()
         if not run:
             raise StateError("no decoder layer was called; the model cannot be steered here")
         verified = tuple(
-            _verify_profile(forward, plain, layout, run, name, profile, tasks) for name, profile in profiles.items()
+            _verify_profile(model, forward, _Live(layout, injection, run), name, profile, tasks)
+            for name, profile in profiles.items()
         )
     return Verification(
         layout.model_type,
         len(layout.layers),
         tuple(sorted({layer.width for layer in layout.with_ffn})),
-        tuple(layer.name for layer in layout.with_ffn if layer.index not in run),
+        tuple(layer.name for layer in layout.layers if layer.widths and layer.index not in run),
         verified,
-        len(layout.layers) - len(layout.with_ffn),
+        layout.num_without_ffn,
+        ModelIdentity.from_model(model).describe_ffns() if layout.experts else "",
     )
 
 
+def _hooked(layout: Layout) -> dict[nn.Module, str]:
+    """The modules that steering has hooks on, each with its name for a person."""
+    projections = {item.down_proj: f"{item.name}: its down-projection" for item in layout.projections}
+    return projections | {experts.module: f"{experts.name}: its module" for experts in layout.experts.values()}
+
+
+@dataclass(frozen=True, eq=False)
+class _Live:
+    """The steered model as the test finds it; `run` are the indices of the layers that the inputs reach."""
+
+    layout: Layout
+    injection: Injection
+    run: set[int]
+
+
 def _verify_profile(
+    model: nn.Module,
     forward: Callable[[], Tensor],
-    plain: Tensor,
-    layout: Layout,
-    run: set[int],
+    live: _Live,
     name: str,
     profile: Profile,
     tasks: Callable[[Sequence[str | None]], AbstractContextManager[None]],
 ) -> VerifiedProfile:
-    with _recorded(layout, first=True) as before, _recorded(layout, first=False) as after, tasks([None, name]):
-        steered = forward()
-    for layer in layout.with_ffn:
-        z, scaled = before.get(layer.index), after.get(layer.index)
-        if z is None or scaled is None:
-            if layer.index in run:
-                raise StateError(
-                    f"{layer.name} ran, but its down-projection was not called; the model cannot be steered here"
-                )
-            continue
-        s = scale_row(profile, layer.ffn).to(z.device)
-        z, scaled = z.view(2, -1, z.shape[-1]), scaled.view(2, -1, z.shape[-1])
-        if not torch.equal(scaled[0], z[0]) or not torch.equal(scaled[1], scale(z[1], s)):
-            raise StateError(f"{layer.name}: its input is not scaled as {name!r} says; detach() and steer again")
+    layout = live.layout
+    with (
+        _recorded(layout, first=True) as before,
+        _recorded(layout, first=False) as after,
+        _watched(live.injection) as watched,
+        tasks([None, name]),
+    ):
+        forward()
+    for projection in layout.projections:
+        z, scaled = before.get(projection.ffn), after.get(projection.ffn)
+        if z is not None and scaled is not None:
+            s = scale_row(profile, projection.ffn).to(z.device)
+            z, scaled = z.view(2, -1, z.shape[-1]), scaled.view(2, -1, z.shape[-1])
+            if not torch.equal(scaled[0], z[0]) or not torch.equal(scaled[1], scale(z[1], s)):
+                raise _not_scaled(projection.name, "its input", name)
+        elif projection.ffn.layer in live.run:
+            raise StateError(
+                f"{projection.name} ran, but its down-projection was not called; the model cannot be steered here"
+            )
+    for layer, experts in layout.experts.items():
+        if layer in live.run:
+            _verify_experts(experts, watched[layer], scale_row(profile, Ffn(layer, EXPERTS)), name)
+    with _each_row_alone(model, layout):
+        plain = forward()
+        with tasks([None, name]):
+            steered = forward()
     if not torch.equal(steered[0], plain[0]):
         raise StateError(f"a row without a task differs from the unsteered model beside {name!r}; detach()")
     change = (steered[1].float() - plain[1].float()).abs().max().item()
-    verified_neurons = sum(len(neurons) for index, (neurons, _) in profile.layers.items() if index in before)
+    groups = profile.ffns.groups.items()
+    verified_neurons = sum(len(entries.neurons) for ffn, entries in groups if ffn.layer in live.run)
     return VerifiedProfile(name, profile.short_digest, verified_neurons, change)
+
+
+def _not_scaled(part: str, what: str, name: str) -> StateError:
+    return StateError(f"{part}: {what} is not scaled as {name!r} says; detach() and steer again")
+
+
+def _verify_experts(experts: Experts, calls: Sequence[tuple[Tensor, ...]], scales: Tensor, name: str) -> None:
+    """Check the rows of a layer's experts: half of them are the second row's, and these are scaled as `scales` say.
+
+    Each call has the rows' places (slot · experts + expert), and their activations before and after the scaling.
+    """
+    if not calls:
+        raise StateError(f"{experts.name} ran, but its activation was not called; the model cannot be steered here")
+    places, before, after = (torch.cat(parts) for parts in zip(*calls, strict=True))
+    steered = places >= experts.count
+    of_experts = scales.view(experts.count, -1).to(before.device)[places % experts.count]
+    expected = torch.where(steered[:, None], scale(before, of_experts), before)
+    if 2 * int(steered.sum()) != len(places) or not torch.equal(after, expected):
+        raise _not_scaled(experts.name, "what its experts compute", name)
+
+
+@contextmanager
+def _watched(injection: Injection) -> Generator[dict[int, list[tuple[Tensor, ...]]]]:
+    """Keep, within the block, what each layer's experts compute, by the layer's index: `_verify_experts`' calls."""
+    calls: dict[int, list[tuple[Tensor, ...]]] = {layer: [] for layer in injection.experts_hooks}
+
+    def keep(layer: int, *tensors: Tensor) -> None:
+        calls[layer].append(tuple(tensor.detach().clone() for tensor in tensors))
+
+    try:
+        for layer, hook in injection.experts_hooks.items():
+            hook.watch = functools.partial(keep, layer)
+        yield calls
+    finally:
+        for hook in injection.experts_hooks.values():
+            hook.watch = None
+
+
+@contextmanager
+def _each_row_alone(model: Any, layout: Layout) -> Generator[None]:
+    """Within the block, experts multiply each token by itself.
+
+    Where they multiply all tokens of an expert at once, the last bits of a row depend on how many others have chosen
+    the same expert, and steered rows may choose others.
+    """
+    if not any(experts.by_interface for experts in layout.experts.values()):
+        yield
+        return
+    present = model.get_experts_implementation()
+    model.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(present)
 
 
 @contextmanager
@@ -141,28 +229,31 @@ def _layers_run(layout: Layout) -> Generator[set[int]]:
     """Collect, within the block, the indices of the layers that are called or whose down-projection is."""
     run: set[int] = set()
     with ExitStack() as stack:
-        for layer in layout.with_ffn:
-            for module in (layer.module, layer.down_proj):
+        for layer in layout.layers:
+            modules = (
+                [layer.module, *(projection.down_proj for projection in layer.projections)] if layer.widths else []
+            )
+            for module in modules:
                 handle = module.register_forward_pre_hook(lambda *_, index=layer.index: run.add(index))
                 stack.callback(handle.remove)
         yield run
 
 
 @contextmanager
-def _recorded(layout: Layout, *, first: bool) -> Generator[dict[int, Tensor]]:
-    """Keep, within the block, the latest input of each layer's down-projection, by the layer's index.
+def _recorded(layout: Layout, *, first: bool) -> Generator[dict[Ffn, Tensor]]:
+    """Keep, within the block, the latest input of each down-projection, by its FFN.
 
     With `first`, the input is taken before all other hooks, else after them.
     """
-    inputs: dict[int, Tensor] = {}
+    inputs: dict[Ffn, Tensor] = {}
 
-    def keep(index: int, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs[index] = args[0].detach().clone()
+    def keep(ffn: Ffn, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs[ffn] = args[0].detach().clone()
 
     with ExitStack() as stack:
-        for layer in layout.with_ffn:
-            hook = functools.partial(keep, layer.index)
-            stack.callback(layer.down_proj.register_forward_pre_hook(hook, prepend=first).remove)
+        for projection in layout.projections:
+            hook = functools.partial(keep, projection.ffn)
+            stack.callback(projection.down_proj.register_forward_pre_hook(hook, prepend=first).remove)
         yield inputs
 
 

@@ -24,7 +24,7 @@ from hones_steer._blocks import Routing, block_of, carry, innermost
 from hones_steer._folding import Folded
 from hones_steer._selftest import Verification, self_test
 from hones_steer.errors import ProfileError, RoutingError, StateError
-from hones_steer.injection import Injection, is_injected
+from hones_steer.injection import Injection, InstanceMethods, is_injected
 from hones_steer.layout import Layout, find_layout, unwrap
 from hones_steer.profile import ModelIdentity, Profile, StrPath, is_task_name, load_profile
 from hones_steer.slots import SlotPool
@@ -92,7 +92,7 @@ class Steering:
         self._folded: Folded | None = None
         injection = Injection(inner, layout, max_profiles + 1, self._routing, self._generating.get)
         pool = SlotPool(injection.tables, max_profiles)
-        methods = _InstanceMethods(inner)
+        methods = InstanceMethods(inner)
         methods.wrap("generate", lambda generate: self._generate(generate, injection))
         for name in _CONTINUOUS_BATCHING:
             methods.wrap(name, self._refused_inside_a_block)
@@ -224,12 +224,7 @@ class Steering:
         or a module around it, was replaced after `steer`.
         """
         attached = self._attached
-        return (
-            attached is not None
-            and unwrap(model) is attached.model
-            and attached.injection.replaced() is None
-            and all(attached.injection.is_attached_to(layer.down_proj) for layer in attached.layout.with_ffn)
-        )
+        return attached is not None and unwrap(model) is attached.model and attached.injection.is_attached()
 
     def detach(self) -> None:
         """Leave the model as it was before `steer`: no hooks, original weights.
@@ -243,7 +238,7 @@ class Steering:
             if self._folded is not None:
                 self.unfold()
             attached.injection.detach()
-            attached.methods.restore()
+            attached.methods.remove()
             self._attached = None
 
     def __enter__(self) -> Steering:
@@ -361,28 +356,7 @@ class _Attached:
     layout: Layout
     injection: Injection
     pool: SlotPool
-    methods: _InstanceMethods
-
-
-class _InstanceMethods:
-    """Methods replaced on one model object; those that somebody else had put there before are kept for `restore`."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._before: dict[str, Callable[..., Any] | None] = {}
-
-    def wrap(self, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Replace the model's method by the wrapped one, if it has the method."""
-        if (method := getattr(self._model, name, None)) is not None:
-            self._before[name] = self._model.__dict__.get(name)
-            self._model.__dict__[name] = wrapper(method)
-
-    def restore(self) -> None:
-        """Put the model's own methods back."""
-        for name, before in self._before.items():
-            del self._model.__dict__[name]
-            if before is not None:
-                self._model.__dict__[name] = before
+    methods: InstanceMethods
 
 
 def _sources(profiles: Mapping[str, Profile | StrPath] | StrPath | ProfileStore) -> dict[str, Profile | StrPath]:

@@ -76,7 +76,6 @@ class ModelIdentity:
         layout = find_layout(model)
         config: Any = getattr(model, "config", None)
         width = layout.intermediate_size
-        widths: list[dict[str, int]] = [{"dense": layer.width} if layer.has_ffn else {} for layer in layout.layers]
         return cls(
             name=_hub_name(getattr(config, "_name_or_path", None)),
             revision=getattr(config, "_commit_hash", None),
@@ -85,7 +84,7 @@ class ModelIdentity:
             intermediate_size=width,
             hidden_size=layout.hidden_size,
             sketch=sketch_of(layout.final_norm, layout.hidden_size),
-            ffns=runs_of(widths) if width is None else None,
+            ffns=runs_of([layer.widths for layer in layout.layers]) if width is None else None,
         )
 
     @classmethod

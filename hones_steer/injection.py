@@ -11,6 +11,9 @@ recompiles.
 No row stays unsteered without an error: before a steered forward the modules on the way to each down-projection must be
 those that were there at `steer`, and after it no decoder layer may have run whose down-projection was not called.
 Tracing finds out which ones compiled code calls, and the code sets `LayerHook.called` accordingly at each run.
+
+Routed experts have no down-projection to hook (`experts.py`). `ExpertsHook` learns from their module's arguments which
+token and expert each row of their activations will be of, and scales these.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ from torch.utils.hooks import RemovableHandle
 from hones_steer._blocks import Routing
 from hones_steer._recomputation import ForwardsWithGradients
 from hones_steer.errors import LayoutError, RoutingError, StateError
-from hones_steer.ffns import Ffn
+from hones_steer.experts import Experts
+from hones_steer.ffns import EXPERTS, Ffn
 from hones_steer.layout import Layout, base_layer
 from hones_steer.slots import IDENTITY, RowSlots, ScaleTables
 
@@ -84,7 +88,7 @@ class Edge:
 
 def is_injected(model: nn.Module, layout: Layout) -> bool:
     """Whether an `Injection` has its hooks on the model; inside a wrapper, `model` is the one that it calls."""
-    modules = [model, *(layer.down_proj for layer in layout.with_ffn)]
+    modules = [model, *(projection.down_proj for projection in layout.projections)]
     return any(isinstance(hook, _Hook) for module in modules for hook in module._forward_pre_hooks.values())
 
 
@@ -130,23 +134,22 @@ class Injection:
     ) -> None:
         self.lock = threading.RLock()
         self.batch = 1
-        self.missed: str | None = None  # a layer that ran in this forward without calling its down-projection
+        self.missed: str | None = None  # says of a layer that it ran in this forward without calling what is scaled
         self._current = current
         self._generating = generating
         self._owner: int | None = None  # the thread whose forward is in progress
         self._routing: Routing | None = None  # the block that this forward is in
         self._slots: tuple[int, ...] = (IDENTITY,)  # one for each of its rows, or one for all
         self._with_gradients = ForwardsWithGradients()
-        places = {
-            layer.ffn: (execution_device(layer.down_proj, layer.name), slice(0, layer.width))
-            for layer in layout.with_ffn
-        }
+        places = _places(layout)
         self.tables = ScaleTables(places, slots)
         self._rows = {device: RowSlots(device) for device, _ in places.values()}
         self._written: tuple[tuple[int, ...], int] = ((IDENTITY,), 1)
-        self._edges = _edges(model, [layer.down_proj for layer in layout.with_ffn])
-        self._layer_hooks: list[LayerHook] = []
-        self._handles: list[RemovableHandle] = []
+        self._edges = _edges(model, _scaled_modules(layout))
+        self._hooked: list[nn.Module] = []  # down-projections and modules of experts
+        self._layer_hooks: list[LayerHook | ExpertsHook] = []
+        self._experts_hooks: dict[int, ExpertsHook] = {}
+        self._handles: list[RemovableHandle | InstanceMethods] = []
         self._attach(model, layout, {ffn: self._rows[device] for ffn, (device, _) in places.items()})
 
     def _attach(self, model: nn.Module, layout: Layout, rows: Mapping[Ffn, RowSlots]) -> None:
@@ -158,15 +161,38 @@ class Injection:
             self._handles.append(model.register_forward_hook(_LeaveHook(self), always_call=True))
             if layout.decoder is not model:
                 self._handles.append(layout.decoder.register_forward_pre_hook(_DecoderHook(self)))
-            for layer in layout.with_ffn:
-                hook = LayerHook(self, layer.name, self.tables.tables[layer.ffn], rows[layer.ffn])
-                self._layer_hooks.append(hook)
-                self._handles.append(layer.down_proj.register_forward_pre_hook(hook))
-                self._handles.append(layer.module.register_forward_hook(GuardHook(hook)))
+            for projection in layout.projections:
+                ffn = projection.ffn
+                hook = LayerHook(self, projection.name, self.tables.tables[ffn], rows[ffn])
+                self._handles.append(projection.down_proj.register_forward_pre_hook(hook))
+                self._hooked.append(projection.down_proj)
+                self._guard(layout.layers[ffn.layer].module, hook)
+            for layer, experts in layout.experts.items():
+                ffn = Ffn(layer, EXPERTS)
+                of_experts = ExpertsHook(self, experts, self.tables.tables[ffn], rows[ffn])
+                self._experts_hooks[layer] = of_experts
+                self._attach_experts(experts, of_experts)
+                self._guard(layout.layers[layer].module, of_experts)
         except BaseException:
             self.detach()
             raise
         _forget_compiled_code()
+
+    def _guard(self, layer: nn.Module, hook: LayerHook | ExpertsHook) -> None:
+        self._layer_hooks.append(hook)
+        self._handles.append(layer.register_forward_hook(GuardHook(hook)))
+
+    def _attach_experts(self, experts: Experts, hook: ExpertsHook) -> None:
+        module = experts.module
+        self._hooked.append(module)
+        self._handles.append(module.register_forward_pre_hook(hook.begin, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(hook.end))
+        if isinstance(experts.activation, nn.Module):
+            self._handles.append(experts.activation.register_forward_hook(hook.scale_output))
+        else:
+            methods = InstanceMethods(module)
+            self._handles.append(methods)
+            methods.wrap(experts.activation, hook.scaling)
 
     def detach(self) -> None:
         """Remove every hook."""
@@ -177,8 +203,17 @@ class Injection:
 
     def is_attached_to(self, module: nn.Module) -> bool:
         """Whether this injection's hook is on the down-projection `module`."""
-        hooks = module._forward_pre_hooks.values()
-        return any(isinstance(hook, LayerHook) and hook.injection is self for hook in hooks)
+        hooks = [getattr(hook, "__self__", hook) for hook in module._forward_pre_hooks.values()]
+        return any(isinstance(hook, LayerHook | ExpertsHook) and hook.injection is self for hook in hooks)
+
+    def is_attached(self) -> bool:
+        """Whether all its hooks are on the modules that had them at `steer`, and these are still the model's."""
+        return self.replaced() is None and all(map(self.is_attached_to, self._hooked))
+
+    @property
+    def experts_hooks(self) -> dict[int, ExpertsHook]:
+        """The hook of each layer's routed experts, by the layer's index."""
+        return dict(self._experts_hooks)
 
     def replaced(self) -> str | None:
         """The path of the first module, on the way to a down-projection, that was replaced after `steer`; or None."""
@@ -257,7 +292,7 @@ class Injection:
         """Raise StateError if a layer of the steered forward that returns ran without its down-projection."""
         if self.missed is not None and self._slots != (IDENTITY,):
             raise StateError(
-                f"{self.missed} ran without calling its down-projection, so {self._routing} has not scaled its "
+                f"{self.missed}, so {self._routing} has not scaled its "
                 "neurons (a fused kernel that reads the weight itself does that); switch the fused kernel off, or "
                 "use fold()"
             )
@@ -279,6 +314,22 @@ class Injection:
         self.refuse_past_the_model(hook.layer)
         return None
 
+    def eager_slots(self, hook: ExpertsHook, tokens: int) -> Tensor | None:
+        """Slots of the batch rows that `tokens` tokens of an uncompiled layer are of; None where it is not steered.
+
+        They are int64 `[rows]`, or `[1]` for all rows.
+        """
+        if self.is_running_here():
+            if self._slots == (IDENTITY,):
+                return None
+            self._refuse_packed(hook.layer, tokens, flat=True)
+            return hook.rows.index[: len(self._slots)]
+        if torch._C._current_graph_task_id() != -1:
+            slots = self._with_gradients.slots_of_recomputation(hook.layer)
+            return None if slots == (IDENTITY,) else torch.tensor(slots, device=hook.table.device)
+        self.refuse_past_the_model(hook.layer)
+        return None
+
     def refuse_past_the_model(self, part: str) -> None:
         """Raise RoutingError inside a block: `part` was called without the model, so its rows are not known."""
         refuse_recording()
@@ -294,12 +345,16 @@ class Injection:
             return None
         if len(self._slots) == 1 and not torch.is_grad_enabled():
             return hook.by_slot[self._slots[0]]  # a view, which backward() might find overwritten
-        if len(self._slots) > 1 and (z.shape[0] != self.batch if z.dim() > 2 else z.shape[0] % self.batch):
+        self._refuse_packed(hook.layer, z.shape[0], flat=z.dim() <= 2)
+        return hook.table.index_select(0, hook.rows.index[: len(self._slots)])
+
+    def _refuse_packed(self, layer: str, rows: int, *, flat: bool) -> None:
+        """Raise RoutingError if a layer's rows cannot be those of the batch, `flat`: the tokens of those."""
+        if len(self._slots) > 1 and (rows % self.batch if flat else rows != self.batch):
             raise RoutingError(
-                f"{hook.layer} got {z.shape[0]} rows from a batch of {self.batch}: its rows are packed; "
+                f"{layer} got {rows} rows from a batch of {self.batch}: its rows are packed; "
                 "steer the whole batch with task() instead of tasks()"
             )
-        return hook.table.index_select(0, hook.rows.index[: len(self._slots)])
 
     def _scales_of_recomputation(self, hook: LayerHook) -> Tensor | None:
         """Scales of the forward that backward(), perhaps in another thread, recomputes (gradient checkpointing)."""
@@ -377,6 +432,7 @@ class LayerHook(_Hook):
         self.by_slot = table.unbind()
         self.rows = rows
         self.called = False  # whether it ran since its layer began, in a forward of the model
+        self.missed = f"{layer} ran without calling its down-projection"
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         z: Tensor = args[0]
@@ -397,21 +453,210 @@ class LayerHook(_Hook):
         return (scale(rows, s).view(z.shape), *args[1:])
 
 
+class ExpertsHook(_Hook):
+    """Scales the activations of one layer's routed experts, of each row by its token's slot and its expert.
+
+    `begin` runs before their module, `scale_output` or `scaling` at its activation, once or once for each expert, and
+    `end` after it. Compiled code reads tensors only; the rows of an uncompiled call are its thread's own.
+    """
+
+    def __init__(self, injection: Injection, experts: Experts, table: Tensor, rows: RowSlots) -> None:
+        super().__init__(injection)
+        self.layer = experts.name
+        self.experts = experts
+        self.table = table
+        self.by_expert = table.view(-1, experts.width)  # [slots · experts, I]
+        self.rows = rows
+        self.called = False
+        self.missed = f"{self.layer} ran without calling its experts' activation"
+        self.watch: Callable[[Tensor, Tensor, Tensor], None] | None = None
+        """Called, if it is set, with each uncompiled call's places in `by_expert`, activations before and after."""
+        self._traced: Tensor | None = None  # the place in `by_expert` of each row, in the present call of the module
+        self._traced_rows = 0  # how many of them compiled code has scaled
+        self._eager = _EagerRows()
+
+    @_never_compiled_alone
+    def begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find out the rows of the call that begins."""
+        hidden_states, choices = _experts_arguments(args, kwargs, self.experts)
+        if torch.compiler.is_compiling():
+            refuse_recording()
+            self._traced = self._places(hidden_states, choices, self.rows.index[: self.injection.batch])
+            self._traced_rows = 0
+        else:
+            self._begin_eagerly(hidden_states, choices)
+
+    @_never_compiled
+    def _begin_eagerly(self, hidden_states: Tensor, choices: Tensor | None) -> None:
+        slots = self.injection.eager_slots(self, self.experts.num_tokens(hidden_states, choices))
+        places = None if slots is None else self._places(hidden_states, choices, slots)
+        self._eager.begin(places)
+        if self.injection.is_running_here():  # its activation may be compiled by itself
+            self._traced, self._traced_rows = places, 0
+
+    def _places(self, hidden_states: Tensor, choices: Tensor | None, slots: Tensor) -> Tensor:
+        """The place in `by_expert` of each row, int64 `[rows]`."""
+        self.experts.require_implementation()
+        tokens, experts = self.experts.rows(hidden_states, choices)
+        each = self.experts.num_tokens(hidden_states, choices) // slots.shape[0]
+        return slots.index_select(0, tokens // each) * self.experts.count + experts
+
+    @_never_compiled_alone
+    def scale_output(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Scale the output of the activation, `[rows, I]`, or `[experts, tokens, I]` where all tokens are computed."""
+        return self._scaled(output)
+
+    def scaling(self, activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Wrap a method of the experts, their own gating or activation, so that what it returns is scaled."""
+
+        def scaled_activation(projected: Tensor) -> Tensor:
+            return self._scaled(activation(projected))
+
+        return scaled_activation
+
+    def _scaled(self, z: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return self._scaled_eagerly(z)
+        if self._traced is None:
+            return z
+        rows = z.shape[:-1].numel()
+        places = self._traced
+        if places.shape[0] != rows:
+            places = places[self._traced_rows : self._traced_rows + rows]
+        self._traced_rows += rows
+        return scale(z, self.by_expert.index_select(0, places).view(z.shape))
+
+    @_never_compiled
+    def _scaled_eagerly(self, z: Tensor) -> Tensor:
+        places = self._eager.take(z.shape[:-1].numel())
+        if places is None:
+            return z
+        self._refuse_unknown_order(places, z)
+        scaled = scale(z, self.by_expert.index_select(0, places).view(z.shape))
+        if self.watch is not None:
+            self.watch(places, z.reshape(-1, z.shape[-1]), scaled.reshape(-1, z.shape[-1]))
+        return scaled
+
+    def _refuse_unknown_order(self, places: Tensor, z: Tensor) -> None:
+        """Raise StateError if these cannot be the rows expected: those of one expert, where not all come at once."""
+        experts = places % self.experts.count
+        complete = len(places) == z.shape[:-1].numel()
+        if not complete or not (self._eager.is_whole(places) or bool((experts == experts[0]).all())):
+            raise StateError(
+                f"{self.layer}: {type(self.experts.module).__name__} computes its experts in an order that hones-steer "
+                f"does not know, with the experts implementation {self.experts.implementation!r}; call "
+                "model.set_experts_implementation('grouped_mm')"
+            )
+
+    @_never_compiled_alone
+    def end(self, _module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
+        """Note that the call has ended, and whether all its rows were scaled."""
+        if torch.compiler.is_compiling():
+            self.called = self._traced is None or self._traced_rows == self._traced.shape[0]
+            self._traced = None
+        else:
+            self._end_eagerly()
+
+    @_never_compiled
+    def _end_eagerly(self) -> None:
+        expected, scaled = self._eager.end()
+        if self.injection.is_running_here():
+            self.called = scaled + self._traced_rows == expected
+            self._traced = None
+
+
+class _EagerRows(threading.local):
+    """The rows of a thread's present call of an experts module: their places, and how many were scaled."""
+
+    def __init__(self) -> None:
+        self._places: Tensor | None = None
+        self._taken = 0
+
+    def begin(self, places: Tensor | None) -> None:
+        """Begin a call; None if it is not steered."""
+        self._places, self._taken = places, 0
+
+    def take(self, rows: int) -> Tensor | None:
+        """The places of the next rows; None if they are not steered."""
+        if self._places is None:
+            return None
+        self._taken += rows
+        return self._places[self._taken - rows : self._taken]
+
+    def is_whole(self, places: Tensor) -> bool:
+        """Whether these are the places of all rows of the call."""
+        return self._places is not None and len(places) == len(self._places)
+
+    def end(self) -> tuple[int, int]:
+        """End the call; return how many rows it had, and how many were taken."""
+        rows = 0 if self._places is None else self._places.shape[0]
+        taken, self._places = self._taken, None
+        return rows, taken
+
+
 class GuardHook(_Hook):
     """Notes, after a decoder layer has run, that its down-projection was not called.
 
     When it is compiled, what it notes is a constant, which the code sets again at each run.
     """
 
-    def __init__(self, hook: LayerHook) -> None:
+    def __init__(self, hook: LayerHook | ExpertsHook) -> None:
         super().__init__(hook.injection)
         self.hook = hook
 
     def __call__(self, _module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
         if torch.compiler.is_compiling() or self.injection.is_running_here():
             if not self.hook.called:
-                self.injection.missed = self.hook.layer
+                self.injection.missed = self.hook.missed
             self.hook.called = False
+
+
+class InstanceMethods:
+    """Methods replaced on one module; those that somebody else had put there before are kept for `remove`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._before: dict[str, Callable[..., Any] | None] = {}
+
+    def wrap(self, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Replace the module's method by the wrapped one, if it has the method."""
+        if (method := getattr(self._module, name, None)) is not None:
+            self._before[name] = self._module.__dict__.get(name)
+            self._module.__dict__[name] = wrapper(method)
+
+    def remove(self) -> None:
+        """Put the module's own methods back."""
+        for name, before in self._before.items():
+            del self._module.__dict__[name]
+            if before is not None:
+                self._module.__dict__[name] = before
+
+
+def _experts_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], experts: Experts) -> tuple[Tensor, Tensor | None]:
+    """The hidden states `[tokens, hidden]` and choices `[tokens, k]` that experts are called with."""
+    given = [*args, *kwargs.values()]
+    return given[0], None if experts.all_tokens else given[1]
+
+
+def _places(layout: Layout) -> dict[Ffn, tuple[torch.device, slice]]:
+    """The device of each FFN, all routed experts of a layer being one, and the range of its neurons."""
+    places = {
+        projection.ffn: (execution_device(projection.down_proj, projection.name), slice(0, projection.width))
+        for projection in layout.projections
+    }
+    for layer, experts in layout.experts.items():
+        experts.require_implementation()
+        device = execution_device(experts.module, experts.name)
+        places[Ffn(layer, EXPERTS)] = device, slice(0, experts.count * experts.width)
+    return places
+
+
+def _scaled_modules(layout: Layout) -> list[nn.Module]:
+    """The modules that hooks scale something of."""
+    modules = [projection.down_proj for projection in layout.projections]
+    for experts in layout.experts.values():
+        modules += [module for module in (experts.module, experts.activation) if isinstance(module, nn.Module)]
+    return modules
 
 
 def refuse_recording() -> None:

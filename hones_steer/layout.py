@@ -1,8 +1,9 @@
 """Layout of a model: where its decoder layers, FFN down-projections and attention heads are.
 
-Steering needs one thing per decoder layer: the FFN's down-projection, whose *input* is scaled. Attribution
-also needs the attention output projection, the head count and the unembedding; if one of them is not
-recognized, `steer` still works, and `Layout.require_attribution()` says what is missing.
+Steering needs one thing per decoder layer: the FFN's down-projection, whose *input* is scaled. In a mixture of experts
+these are the routed experts (`experts.py`) and the down-projection of the shared one. Attribution also needs the
+attention output projection, the head count and the unembedding; if one of them is not recognized, `steer` still works,
+and `Layout.require_attribution()` says what is missing.
 
 A model is recognized by its structure. To add an architecture, add its names to the tuples below (and a tiny config to
 `tests/tiny_models.py`); for one that is not part of this package, call `register_layout`. Only the text decoder is ever
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from hones_steer.errors import LayoutError
-from hones_steer.ffns import DENSE, Ffn
+from hones_steer.experts import Experts, find_experts
+from hones_steer.ffns import DENSE, EXPERTS, SHARED, Ffn
 
 # Dotted names inside the decoder or inside one decoder layer, most common first.
 LAYER_LISTS = ("layers", "h", "blocks", "layer", "block", "encoder.layer")
@@ -36,6 +38,7 @@ DOWN_PROJECTIONS = (
     "feed_forward.value",  # RWKV
     "output.dense",  # GIT, BERT
 )
+_SHARED_DOWN_PROJECTIONS = {path.rpartition(".")[2] for path in DOWN_PROJECTIONS} | {"output_linear"}
 # Of the projections hidden -> I of a gated FFN, the one that goes through the activation; and projections hidden -> 2 I
 # that hold both, the gate first.
 _GATES = ("gate_proj", "w1")
@@ -72,8 +75,9 @@ FINAL_NORMS = (
 class DecoderLayer:
     """A decoder layer of the text model, the `index`-th from 0.
 
-    `name` is its dotted path in the model (without PEFT or `torch.compile` wrappers). `ffn_out` is the FFN's
-    down-projection, None in a layer that has no FFN beside others that have one. `attn_out`, the attention's output
+    `name` is its dotted path in the model (without PEFT or `torch.compile` wrappers). `ffn_out` is the dense FFN's
+    down-projection, None in a layer that has no such FFN beside others that have one, or has experts instead.
+    `shared_out` is that of the shared expert beside the routed `experts`. `attn_out`, the attention's output
     projection, takes the concatenated heads, `[..., num_heads * head_dim]`, as its input; it and `num_heads` are None
     where there is no attention or it was not recognized.
     """
@@ -84,10 +88,12 @@ class DecoderLayer:
     ffn_out: nn.Module | None
     attn_out: nn.Module | None
     num_heads: int | None
+    shared_out: nn.Module | None = None
+    experts: Experts | None = None
 
     @property
     def has_ffn(self) -> bool:
-        """Whether the layer has an FFN."""
+        """Whether the layer has a dense FFN."""
         return self.ffn_out is not None
 
     @property
@@ -97,23 +103,58 @@ class DecoderLayer:
 
     @property
     def width(self) -> int:
-        """Number of neurons of the layer's FFN; 0 if it has none."""
-        shape = None if self.ffn_out is None else linear_shape(self.ffn_out)
-        return 0 if shape is None else shape[0]
+        """Number of neurons of the layer's dense FFN; 0 if it has none."""
+        return _width(self.ffn_out)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The widths of all its FFNs, as fields of `ffns.FfnRun`; those that it does not have are left out."""
+        widths = {DENSE: self.width, SHARED: _width(self.shared_out)}
+        if self.experts is not None:
+            widths |= {EXPERTS: self.experts.count, "expert_width": self.experts.width}
+        return {name: width for name, width in widths.items() if width}
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """The down-projections that are linear layers: of the dense FFN and the shared expert, those there are."""
+        return tuple(
+            Projection(Ffn(self.index, part), self.name if part == DENSE else f"{self.name}'s shared expert", module)
+            for part, module in ((DENSE, self.ffn_out), (SHARED, self.shared_out))
+            if module is not None
+        )
 
     @property
     def down_proj(self) -> nn.Module:
-        """The FFN's down-projection; raises LayoutError, naming the layer, if it has no FFN."""
+        """The dense FFN's down-projection; raises LayoutError, naming the layer, if it has no such FFN."""
         if self.ffn_out is None:
-            raise LayoutError(f"{self.name} ({type(self.module).__name__}) has no FFN; choose neurons of other layers")
+            what = "no dense FFN" if self.experts is not None else "no FFN"
+            raise LayoutError(f"{self.name} ({type(self.module).__name__}) has {what}; choose neurons of other layers")
         return self.ffn_out
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """A down-projection that is a linear layer, of the dense FFN or the shared expert at `ffn`.
+
+    `name` is for a person: the layer's, with what it is where that is not the dense FFN.
+    """
+
+    ffn: Ffn
+    name: str
+    down_proj: nn.Module
+
+    @property
+    def width(self) -> int:
+        """Number of neurons of the FFN."""
+        return _width(self.down_proj)
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
     """Parts of a model. `decoder` is the text decoder stack, which is called with `inputs_embeds`.
 
-    `intermediate_size` is the width of all FFNs, None where their widths differ (`DecoderLayer.width` has each).
+    `intermediate_size` is the width of all FFNs, None where their widths differ (`DecoderLayer.widths` has each) or
+    there are experts.
     `final_norm` and `unembedding` are None where they were not recognized.
     """
 
@@ -127,18 +168,42 @@ class Layout:
 
     @property
     def with_ffn(self) -> tuple[DecoderLayer, ...]:
-        """The layers that have an FFN, in order; all of them but in some hybrids."""
+        """The layers that have a dense FFN, in order; all of them but in some hybrids and mixtures of experts."""
         return tuple(layer for layer in self.layers if layer.has_ffn)
 
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """The down-projections of all layers that are linear layers, those of routed experts not."""
+        return tuple(projection for layer in self.layers for projection in layer.projections)
+
+    @property
+    def experts(self) -> dict[int, Experts]:
+        """The routed experts of each layer that has some, by its index."""
+        return {layer.index: layer.experts for layer in self.layers if layer.experts is not None}
+
+    @property
+    def num_without_ffn(self) -> int:
+        """Number of layers that have no FFN of any kind."""
+        return sum(not layer.widths for layer in self.layers)
+
     def require_ffns(self, ffns: Iterable[Ffn]) -> None:
-        """Raise LayoutError, naming the first of these FFNs that cannot be steered here, if there is one."""
+        """Raise LayoutError, naming the first of these FFNs that the model does not have, if there is one."""
+        for ffn in ffns:
+            layer = self.layers[ffn.layer]
+            if ffn.part == DENSE:
+                _ = layer.down_proj
+            elif (layer.shared_out if ffn.part == SHARED else layer.experts) is None:
+                raise LayoutError(f"{ffn} is not in model type {self.model_type!r}: {layer.name} has no such FFN")
+
+    def require_dense(self, ffns: Iterable[Ffn], what: str) -> None:
+        """Raise LayoutError if one of these FFNs is not dense, or there is none: `what` is for dense FFNs only."""
         for ffn in ffns:
             if ffn.part != DENSE:
                 raise LayoutError(
-                    f"{ffn} of model type {self.model_type!r} cannot be steered: mixture-of-experts FFNs are not "
-                    "supported yet; use a profile of dense FFNs"
+                    f"{ffn} of model type {self.model_type!r}: {what} is for dense FFNs, not for those of a mixture of "
+                    "experts; steer the model with the profile itself"
                 )
-            _ = self.layers[ffn.layer].down_proj
+        self.require_ffns(ffns)
 
     @property
     def keeps_only_keys_and_values(self) -> bool:
@@ -158,6 +223,11 @@ class Layout:
 
         A layer without attention has no heads to score; one layer with attention is needed, and the head count of each.
         """
+        if self.experts:
+            raise LayoutError(
+                f"attribution does not count the neurons of experts in model type {self.model_type!r}; steering this "
+                "model works, attributing on it does not"
+            )
         if getattr(getattr(self.decoder, "config", None), "is_encoder_decoder", False):
             raise LayoutError(
                 f"model type {self.model_type!r} is an encoder-decoder, whose prompts go to the encoder; attribution "
@@ -227,8 +297,8 @@ def find_layout(model: nn.Module) -> Layout:
     """Find the parts of a Hugging Face model, also of one inside a PEFT or `torch.compile` wrapper.
 
     Raises:
-        LayoutError: a layer has no recognized FFN (a state-space mixer is none), mixture-of-experts FFNs, or an FFN
-            that is sharded over devices (tensor parallelism), or is shared with another layer.
+        LayoutError: no layer has a recognized FFN (a state-space mixer is none), or one has experts that cannot be
+            scaled, or an FFN that is sharded over devices (tensor parallelism) or is shared with another layer.
     """
     model = unwrap(model)
     config = getattr(model, "config", None)
@@ -243,16 +313,16 @@ def find_layout(model: nn.Module) -> Layout:
         _describe_layer(index, paths[id(module)], module, model_type, names, text_config)
         for index, module in enumerate(modules)
     )
-    if not any(layer.has_ffn for layer in layers):
+    if not any(layer.widths for layer in layers):
         raise _unrecognized(model_type, _no_ffn(layers[0].name, layers[0].module))
-    widths, hidden_size = _common_shapes([layer for layer in layers if layer.has_ffn], model_type)
-    _refuse_shards([layer for layer in layers if layer.has_ffn], text_config)
+    widths, hidden_size = _common_shapes(layers, model_type)
+    _refuse_shards(layers, text_config)
     return Layout(
         model_type=model_type,
         decoder=decoder,
         layers=layers,
         hidden_size=hidden_size,
-        intermediate_size=widths.pop() if len(widths) == 1 else None,
+        intermediate_size=widths.pop() if len(widths) == 1 and not any(layer.experts for layer in layers) else None,
         final_norm=_find_final_norm(decoder, model_type, names, hidden_size),
         unembedding=_find_unembedding(model, model_type, names, hidden_size),
     )
@@ -269,6 +339,12 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def _linear_outputs(module: nn.Module) -> int:
+    shape = linear_shape(module)
+    assert shape is not None  # checked where the layer was described
+    return shape[1]
+
+
 def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
     """(inputs, outputs) of a linear-like module (nn.Linear, quantized, transformers' Conv1D); None for any other."""
     for inputs, outputs in (("in_features", "out_features"), ("nx", "nf")):
@@ -278,7 +354,13 @@ def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
     return None
 
 
-def down_weight(layer: DecoderLayer) -> Tensor:
+def _width(down_proj: nn.Module | None) -> int:
+    """Number of neurons that a down-projection takes; 0 if there is none."""
+    shape = linear_shape(down_proj)
+    return 0 if shape is None else shape[0]
+
+
+def down_weight(layer: DecoderLayer | Projection) -> Tensor:
     """W_down as a view `[hidden, I]`, however the module stores it, without a PEFT adapter's delta.
 
     Raises LayoutError if the weight is not a plain floating-point matrix (quantized or otherwise packed).
@@ -403,12 +485,17 @@ def _find_layer_list(decoder: nn.Module, model_type: str, names: _Names) -> nn.M
 def _describe_layer(
     index: int, name: str, module: nn.Module, model_type: str, names: _Names, text_config: Any
 ) -> DecoderLayer:
+    experts, shared = None, None
     if names.down_proj is not None:
         down_proj: nn.Module | None = _required(module, names.down_proj, model_type)
     else:
-        _refuse_experts(name, module, model_type)
-        named = _first(module, DOWN_PROJECTIONS)
-        down_proj = named if named is not None else _down_projection_by_shape(name, module, model_type)
+        experts = find_experts(module, name, model_type)
+        down_proj = _first(module, DOWN_PROJECTIONS)
+        if experts is not None:
+            shared = _shared_projection(name, module, model_type)
+            _refuse_others(name, module, model_type, (down_proj, shared))
+        elif down_proj is None:
+            down_proj = _down_projection_by_shape(name, module, model_type)
     if down_proj is not None and linear_shape(down_proj) is None:
         raise _unrecognized(
             model_type, f"the down-projection of {name} is a {type(down_proj).__name__}, not a linear layer"
@@ -419,7 +506,33 @@ def _describe_layer(
     shape = linear_shape(attn_out) if attn_out is not None else None
     if shape is None or not isinstance(num_heads, int) or shape[0] % num_heads:
         attn_out, num_heads = (None if shape is None else attn_out), None
-    return DecoderLayer(index, name, module, down_proj, attn_out, num_heads)
+    return DecoderLayer(index, name, module, down_proj, attn_out, num_heads, shared, experts)
+
+
+def _shared_projection(name: str, layer: nn.Module, model_type: str) -> nn.Module | None:
+    """The down-projection of the shared expert beside routed ones; None if there is none.
+
+    Several shared experts are one of their summed width, as models keep them; LayoutError is raised for others.
+    """
+    inside = {path: module for path, module in layer.named_modules() if "shared" in path and linear_shape(module)}
+    # What a PEFT layer wraps is inside another linear. A gate of the whole shared expert has one output.
+    linears = {
+        path: module for path, module in inside.items() if not any(path.startswith(f"{outer}.") for outer in inside)
+    }
+    down = [module for path, module in linears.items() if path.rpartition(".")[2] in _SHARED_DOWN_PROJECTIONS]
+    if len(down) > 1 or (not down and any(_linear_outputs(module) > 1 for module in linears.values())):
+        raise LayoutError(
+            f"{name} of model type {model_type!r}: its shared expert is not recognized among {', '.join(linears)}; "
+            "one is needed that keeps all shared experts in one down-projection"
+        )
+    return down[0] if down else None
+
+
+def _refuse_others(name: str, layer: nn.Module, model_type: str, known: tuple[nn.Module | None, ...]) -> None:
+    """Raise LayoutError if a layer with experts has an FFN besides these, which would stay unsteered."""
+    for block, down, alone in _wide_blocks(layer):
+        if alone and not any(down is module for module in known):
+            raise _unrecognized(model_type, f"{name} has an FFN beside its experts, {block}, of an unknown kind")
 
 
 def _down_projection_by_shape(name: str, layer: nn.Module, model_type: str) -> nn.Module | None:
@@ -474,31 +587,29 @@ def _has_other_weights(parent: nn.Module, is_layer: bool) -> bool:
     return any(weight.dim() > 1 for child in children for weight in child.parameters(recurse=not is_layer))
 
 
-def _refuse_experts(name: str, layer: nn.Module, model_type: str) -> None:
-    for path, module in layer.named_modules():
-        kind = type(module).__name__
-        if path.endswith(("experts", "block_sparse_moe")) or kind.endswith(("Experts", "MoE")):
-            raise LayoutError(
-                f"{name}.{path} ({kind}) of model type {model_type!r}: mixture-of-experts FFNs are not "
-                "supported yet; use a dense model"
-            )
-
-
 def _common_shapes(layers: Iterable[DecoderLayer], model_type: str) -> tuple[set[int], int]:
-    """The layers' widths and their hidden size; raises LayoutError if that differs, or if two layers share one FFN."""
+    """The layers' widths and their hidden size; raises LayoutError if that differs, or if two layers share one FFN.
+
+    The widths are those of dense FFNs.
+    """
     shapes: dict[int, str] = {}
     widths = set()
     owners: dict[int, str] = {}
     for layer in layers:
-        if (owner := owners.setdefault(id(layer.down_proj), layer.name)) != layer.name:
-            raise LayoutError(
-                f"{layer.name} and {owner} of model type {model_type!r} share one FFN, which cannot be "
-                "steered per layer; use a model whose layers have their own"
-            )
-        shape = linear_shape(layer.down_proj)
-        assert shape is not None  # checked where the layer was described
-        widths.add(shape[0])
-        shapes[shape[1]] = layer.name
+        experts = [layer.experts] if layer.experts is not None else []
+        for module in (*(item.down_proj for item in layer.projections), *(item.module for item in experts)):
+            if (owner := owners.setdefault(id(module), layer.name)) != layer.name:
+                raise LayoutError(
+                    f"{layer.name} and {owner} of model type {model_type!r} share one FFN, which cannot be "
+                    "steered per layer; use a model whose layers have their own"
+                )
+        if layer.has_ffn:
+            widths.add(layer.width)
+        for hidden in (
+            *(_linear_outputs(item.down_proj) for item in layer.projections),
+            *(e.hidden_size for e in experts),
+        ):
+            shapes[hidden] = layer.name
     if len(shapes) != 1:
         sizes = ", ".join(f"{name} has {hidden}" for hidden, name in shapes.items())
         raise LayoutError(
@@ -511,7 +622,11 @@ def _common_shapes(layers: Iterable[DecoderLayer], model_type: str) -> tuple[set
 def _refuse_shards(layers: Iterable[DecoderLayer], text_config: Any) -> None:
     """Raise LayoutError if a module holds only some of its FFN's neurons: a profile numbers those of the whole FFN."""
     for layer in layers:
-        module = base_layer(layer.down_proj)
+        if layer.shared_out is not None:
+            _refuse_shard(f"{layer.name}'s shared expert", *_stored_width(base_layer(layer.shared_out)))
+        if layer.ffn_out is None:
+            continue
+        module = base_layer(layer.ffn_out)
         width, full = _stored_width(module)
         ffn = next((part for part in layer.module.modules() if layer.down_proj in part.children()), None)
         # RecurrentGemma's FFN has half of the configured width, and says so itself.
@@ -521,11 +636,15 @@ def _refuse_shards(layers: Iterable[DecoderLayer], text_config: Any) -> None:
             # A module that was sharded by hand knows its own part only. (The width of a model that derives it from the
             # configured one, as LFM2 does, does not divide that.)
             full = max(full, configured)
-        if width != full:
-            raise LayoutError(
-                f"{layer.name}: its down-projection holds {width} of {full} FFN neurons; a sharded FFN "
-                "(tp_plan) cannot be steered here: load the model without tensor parallelism"
-            )
+        _refuse_shard(layer.name, width, full)
+
+
+def _refuse_shard(name: str, width: int, full: int) -> None:
+    if width != full:
+        raise LayoutError(
+            f"{name}: its down-projection holds {width} of {full} FFN neurons; a sharded FFN "
+            "(tp_plan) cannot be steered here: load the model without tensor parallelism"
+        )
 
 
 def _stored_width(module: nn.Module) -> tuple[int, int]:

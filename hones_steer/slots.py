@@ -16,7 +16,7 @@ import torch._dynamo
 from torch import Tensor
 
 from hones_steer.errors import RoutingError
-from hones_steer.ffns import Ffn
+from hones_steer.ffns import EXPERTS, Ffn, run_of
 from hones_steer.profile import Profile
 
 IDENTITY = 0
@@ -105,9 +105,17 @@ class SlotPool:
 
 
 def scale_row(profile: Profile, ffn: Ffn) -> Tensor:
-    """The scales of one FFN as a dense float32 row `[I]` on the CPU, 1 where the profile lists nothing."""
+    """The scales of one FFN as a dense float32 row `[I]` on the CPU, 1 where the profile lists nothing.
+
+    For all experts of a layer, whose part is "experts", the row has one expert after the other, `[experts · I]`.
+    """
+    width = profile.base_model.width(ffn)
+    if ffn.part == EXPERTS and ffn in profile.ffns.groups:
+        entries = profile.ffns.groups[ffn]
+        of_each = run_of(profile.base_model.runs, ffn.layer).expert_width
+        return dense_row(entries.positions(of_each), entries.scales, width)
     neurons, scales = profile.ffns.get(ffn, ((), ()))
-    return dense_row(neurons, scales, profile.base_model.width(ffn))
+    return dense_row(neurons, scales, width)
 
 
 def layer_tensors(profile: Profile, layer: int) -> tuple[Tensor, Tensor]:

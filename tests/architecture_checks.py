@@ -5,7 +5,8 @@ or what transformers says of its model. Everything is compared with the slow twi
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from hones_offline.data.tasks import JsonlTask
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import prepare
 from PIL import Image
+from reference_steering import experts_forward
 from stand_in_processors import plain_tokenizer, processor_for
 from tiny_architectures import OTHER_TOWER
 from torch import Tensor
@@ -28,6 +30,7 @@ from torch._dynamo.utils import counters
 
 from hones_steer import steer
 from hones_steer.errors import HonesError
+from hones_steer.ffns import Ffn
 from hones_steer.layout import find_layout
 from hones_steer.profile import ModelIdentity, Profile
 from serving import checkpoints
@@ -75,11 +78,39 @@ def profiles_of(model: Any) -> dict[str, Profile]:
     for seed, task in enumerate("ab"):
         generator = np.random.default_rng(seed)
         layers = {}
-        for layer in find_layout(model).with_ffn:
-            chosen = np.flatnonzero(generator.random(layer.width) < 0.3).astype(np.int32)
-            layers[layer.index] = (chosen, generator.uniform(-2, 3, len(chosen)).astype(np.float32))
+        for ffn, width in ffns_of(model):
+            chosen = np.flatnonzero(generator.random(width) < 0.3).astype(np.int32)
+            layers[ffn] = (chosen, generator.uniform(-2, 3, len(chosen)).astype(np.float32))
         result[task] = Profile(task=task, layers=layers, base_model=identity)
     return result
+
+
+def ffns_of(model: Any) -> Iterator[tuple[Ffn, int]]:
+    """The FFNs of a model in order, each expert by itself, and their widths."""
+    for layer in find_layout(model).layers:
+        yield from ((projection.ffn, projection.width) for projection in layer.projections)
+        if layer.experts is not None:
+            yield from ((Ffn(layer.index, expert), layer.experts.width) for expert in range(layer.experts.count))
+
+
+@contextmanager
+def scaled_plainly(model: Any, profile: Profile) -> Iterator[None]:
+    """Within the block, the model does what the profile says, by the slow twins."""
+    layout = find_layout(model)
+    with ExitStack() as stack:
+        for projection in layout.projections:
+            if projection.ffn in profile.ffns:
+                stack.enter_context(reference.input_scaled(projection.down_proj, *profile.ffns[projection.ffn]))
+        for layer, experts in layout.experts.items():
+            listed = {ffn.part: pair for ffn, pair in profile.ffns.items() if ffn.layer == layer}
+            factors = {
+                part: dict(zip(neurons.tolist(), scales.tolist(), strict=True))
+                for part, (neurons, scales) in listed.items()
+                if isinstance(part, int)
+            }
+            experts.module.forward = experts_forward(experts.module, factors)
+            stack.callback(delattr, experts.module, "forward")
+        yield
 
 
 def inputs_for(model: Any) -> tuple[dict[str, Tensor], str]:
@@ -125,7 +156,10 @@ def far(found: Tensor, expected: Tensor) -> bool:
 
 def check_steering(model: Any) -> str:
     """Rows of a mixed batch equal rows alone under plain hooks; unsteered rows and the detached model are untouched."""
-    find_layout(model)
+    if any(experts.by_interface for experts in find_layout(model).experts.values()):
+        model.set_experts_implementation(
+            "batched_mm"
+        )  # each token by itself, so that rows do not depend on one another
     inputs, what = inputs_for(model)
     real = inputs["attention_mask"].bool()
     if model.config.is_encoder_decoder:
@@ -145,7 +179,7 @@ def check_steering(model: Any) -> str:
             if not torch.equal(mixed[i], plain[i]):
                 raise WrongError(f"unsteered row {i} of a mixed batch is not bit-equal to the untouched model")
             continue
-        with reference.neurons_scaled(model, profiles[task].layers):
+        with scaled_plainly(model, profiles[task]):
             alone = logits(model, rows[i])[0] if batch_is_rows else logits(model, inputs)[i]
         if far(mixed[i, real[i]], alone[real[i]]):
             raise WrongError(f"steered row {i} of a mixed batch differs from the row alone under plain hooks")
@@ -158,7 +192,7 @@ def check_steering(model: Any) -> str:
         notes.append("its own batches differ from rows alone")
     if verified.layers_not_run:
         notes.append(f"text does not reach {len(verified.layers_not_run)} of its layers")
-    if missing := len(find_layout(model).layers) - len(find_layout(model).with_ffn):
+    if missing := find_layout(model).num_without_ffn:
         notes.append(f"{missing} of {len(find_layout(model).layers)} layers have no FFN")
     return "; ".join(notes)
 
@@ -249,7 +283,8 @@ def check_text(model: Any) -> str:
 
 def check_image(model: Any) -> str:
     """Attribution with images, by a real processor or a stand-in."""
-    find_layout(model)
+    if (layout := find_layout(model)).experts:
+        layout.require_attribution()
     if model.config.model_type in OTHER_TOWER:
         raise NotRunError("its vision tower needs the timm package")
     processor, real = processor_for(model)
@@ -269,9 +304,11 @@ def vllm_cell(row: Any, model: Any | None) -> Cell:
         return Cell(True)
     if model is not None:
         try:
-            find_layout(model)
+            layout = find_layout(model)
         except HonesError as error:
             return Cell(False, str(error))
+        if layout.experts:
+            return Cell(False, "experts are not steered in vLLM")
     return Cell(None, "not tried")
 
 

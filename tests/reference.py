@@ -56,16 +56,25 @@ def neurons_scaled(model, layers):
     """Z' = s·z for the listed neurons: layers = {layer: (neurons, scales)} (2.5 with scale 0, 2.6)."""
     with ExitStack() as stack:
         for layer, (neurons, scales) in layers.items():
-
-            def hook(_module, args, neurons=neurons, scales=scales):
-                z = args[0].clone()
-                for neuron, scale in zip(neurons.tolist(), scales.tolist(), strict=True):
-                    z[..., neuron] = z[..., neuron] * scale
-                return (z,)
-
-            handle = find_layout(model).layers[layer].down_proj.register_forward_pre_hook(hook)
-            stack.callback(handle.remove)
+            stack.enter_context(input_scaled(find_layout(model).layers[layer].down_proj, neurons, scales))
         yield
+
+
+@contextmanager
+def input_scaled(down_projection, neurons, scales):
+    """Z' = s·z for the listed neurons of one down-projection."""
+
+    def hook(_module, args):
+        z = args[0].clone()
+        for neuron, scale in zip(neurons.tolist(), scales.tolist(), strict=True):
+            z[..., neuron] = z[..., neuron] * scale
+        return (z,)
+
+    handle = down_projection.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -1,31 +1,43 @@
 """The runtime's scaling written plainly: one row at a time, the multiplication spelled out inside each projection.
 
 Shares nothing with `hones_steer` but the profile: projections are found by their names, and a row's result comes
-from running that row alone.
+from running that row alone. Routed experts are computed here, one token and one expert after the other.
 """
 
+import re
 from contextlib import contextmanager
 
 import torch
 from tiny_models import select_row
 
+DENSE = ("mlp.down_proj", "mlp.c_proj", "fc2", "feed_forward.down_proj")
+SHARED = ("shared_expert.down_proj", "shared_experts.down_proj")
+
+
+def named_parts(model, names):
+    """The text decoder's modules with these last names, by the number of their layer."""
+    return {
+        int(re.search(r"\.(\d+)\.", name)[1]): module
+        for name, module in model.named_modules()
+        if name.endswith(names) and "vision" not in name and "visual" not in name
+    }
+
 
 def down_projections(model):
     """The text decoder's FFN down-projections in layer order, by name."""
-    return [
-        module
-        for name, module in model.named_modules()
-        if name.endswith(("mlp.down_proj", "mlp.c_proj", "fc2")) and "vision" not in name and "visual" not in name
-    ]
+    return [module for _, module in sorted(named_parts(model, DENSE).items())]
 
 
 @contextmanager
 def scaled(model, profile):
     """Within the block, each down-projection multiplies its input by the profile's scales; None changes nothing."""
-    layers = {} if profile is None else profile.layers
-    modules = down_projections(model)
-    for index, (neurons, scales) in layers.items():
-        module = modules[index]
+    changed = []
+    experts = {}
+    for (layer, part), (neurons, scales) in ({} if profile is None else profile.ffns).items():
+        if isinstance(part, int):
+            experts.setdefault(layer, {})[part] = dict(zip(neurons.tolist(), scales.tolist(), strict=True))
+            continue
+        module = named_parts(model, DENSE if part == "dense" else SHARED)[layer]
         factor = torch.ones(module.weight.numel() // profile.base_model.hidden_size)
         for neuron, value in zip(neurons.tolist(), scales.tolist(), strict=True):
             factor[neuron] = value
@@ -34,11 +46,57 @@ def scaled(model, profile):
             return type(module).forward(module, (z.float() * factor).to(z.dtype))
 
         module.forward = forward
+        changed.append(module)
+    for layer, factors in experts.items():
+        module = named_parts(model, (".experts",))[layer]
+        module.forward = experts_forward(module, factors)
+        changed.append(module)
     try:
         yield
     finally:
-        for index in layers:
-            del modules[index].forward
+        for module in changed:
+            del module.forward
+
+
+def experts_forward(module, factors):
+    """Return the forward of a module of experts, neuron i of expert e multiplied by `factors[e][i]` if there is one."""
+    kind = type(module).__name__
+    inputs_first = getattr(module, "is_transposed", kind == "Llama4TextExperts")  # weights [inputs, outputs]
+
+    def product(name, e, x):
+        weight = getattr(module, name)[e]
+        bias = getattr(module, f"{name}_bias")[e] if hasattr(module, f"{name}_bias") else 0
+        return (x @ weight if inputs_first else weight @ x) + bias
+
+    def expert_output(e, x):
+        if not hasattr(module, "gate_up_proj"):  # no gate
+            z = module.act_fn(product("up_proj", e, x))
+        elif kind == "GptOssExperts":
+            gate_up = product("gate_up_proj", e, x)
+            gate = torch.tensor([min(value, module.limit) for value in gate_up[::2].tolist()])
+            up = torch.tensor([max(-module.limit, min(value, module.limit)) for value in gate_up[1::2].tolist()])
+            z = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+        elif "_apply_gate" in vars(type(module)) and not hasattr(module, "act_fn"):
+            z = module._apply_gate(product("gate_up_proj", e, x))
+        else:
+            gate_up = product("gate_up_proj", e, x)
+            z = module.act_fn(gate_up[: len(gate_up) // 2]) * gate_up[len(gate_up) // 2 :]
+        for neuron, value in factors.get(e, {}).items():
+            z[neuron] *= value
+        return product("down_proj", e, z)
+
+    def forward(hidden_states, choices, weights):
+        result = torch.zeros_like(hidden_states, dtype=torch.float32)
+        for token, x in enumerate(hidden_states):
+            for e, weight in zip(choices[token].tolist(), weights[token], strict=True):
+                result[token] += weight * expert_output(e, x)
+        return result
+
+    def forward_of_all(hidden_states):
+        tokens = len(hidden_states) // module.num_experts
+        return torch.stack([expert_output(i // tokens, x) for i, x in enumerate(hidden_states)])
+
+    return forward_of_all if kind == "Llama4TextExperts" else forward
 
 
 def logits_alone(model, inputs, profiles):

@@ -1,8 +1,8 @@
 """Imports: who may import whom, and what `import hones_steer` and `hones --help` load.
 
 An arrow runs from who is imported to who imports. Inside hones_steer: errors → {files, strict_json} → profile → store;
-errors → ffns → layout; ffns → identity → profile → slots; {layout, slots} → injection → huggingface; all these → the
-rooms export and cli.
+errors → {experts, ffns} → layout; ffns → identity → profile → slots; {layout, slots} → injection → huggingface; all
+these → the rooms export and cli.
 Between the packages: hones_offline ← hones_steer → hones_serving. Imports inside functions count like all others.
 """
 
@@ -55,13 +55,14 @@ ALLOWED = {
         "strict_json",
     },
     "store": {"errors", "profile"},
-    "layout": {"errors", "ffns"},
+    "experts": {"errors"},
+    "layout": {"errors", "experts", "ffns"},
     "slots": {"errors", "ffns", "profile"},
     "_blocks": {"errors", "slots"},
     "_recomputation": {"_blocks", "errors", "slots"},
-    "injection": {"_blocks", "_recomputation", "errors", "ffns", "layout", "slots"},
-    "_folding": {"errors", "injection", "layout", "profile", "slots"},
-    "_selftest": {"errors", "injection", "layout", "profile", "slots"},
+    "injection": {"_blocks", "_recomputation", "errors", "experts", "ffns", "layout", "slots"},
+    "_folding": {"errors", "ffn_scales", "ffns", "injection", "layout", "profile"},
+    "_selftest": {"errors", "experts", "ffns", "injection", "layout", "profile", "slots"},
     "huggingface": _BELOW_HUGGINGFACE,
     "loading": {"errors"},
     "export": set(),

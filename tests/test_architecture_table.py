@@ -109,9 +109,9 @@ def test_what_differs_between_models_of_a_kind_is_left_out_of_a_reason() -> None
     )
     assert shortened(message) == "its text decoder gives other logits than the whole model"
     experts = (
-        "model.layers.0.mlp (MoE) of model type 'x': mixture-of-experts FFNs are not supported yet; use a dense model"
+        "model.layers.0.mlp (MoE) of model type 'x': its experts are kept in a way of their own; use a dense model"
     )
-    assert shortened(experts) == "mixture-of-experts FFNs are not supported yet"
+    assert shortened(experts) == "its experts are kept in a way of their own"
 
 
 def test_a_row_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,6 +128,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config.rope_theta": 10000.0},
     "deepseek_ocr2": {
         "text_config.mlp_layer_types": ["dense", "sparse", "sparse"],
+        "text_config.num_experts_per_tok": 2,
         "vision_config.sam_config.downsample_channels": [32, 32],
     },
     "diffusion_gemma": {
@@ -136,7 +137,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "text_config.moe_intermediate_size": NEURONS,
         "vision_config": {"model_type": "gemma4_vision"},
     },
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "glm4v_moe_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "emu3": {
         "vocabulary_map": {
             "<image>": IMAGE,
@@ -229,6 +232,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {"ngram_vocab_size_base": VOCABULARY, "make_ngram_vocab_size_divisible_by": 1, **_INDEXER},
     **{f"{name}_text": {"rope_parameters": _ROPE | {"mrope_section": [2, 1, 1]}} for name in _MROPE},
     "qwen2_5_omni_thinker": {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END},
     "reformer": {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 16]},
     "vipllava": {"vision_feature_layers": [-2, -1]},
     "vision-encoder-decoder": {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "gpt2"}},

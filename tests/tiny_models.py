@@ -45,7 +45,7 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 
-from hones_steer.ffns import DENSE, Ffn
+from hones_steer.ffns import DENSE, SHARED, Ffn
 from hones_steer.profile import ModelIdentity, Profile
 
 VOCABULARY = 160
@@ -121,7 +121,7 @@ def opt(seed=0):
 
 
 def mixtral(seed=0):
-    """A mixture of experts, which is refused."""
+    """A mixture of two experts, to both of which every token goes."""
     return _build(MixtralForCausalLM, MixtralConfig(**GROUPED, num_local_experts=2), seed)
 
 
@@ -315,10 +315,13 @@ def random_profile(model, seed, task="random", fraction=0.3):
     identity = ModelIdentity.from_model(model)
     generator = np.random.default_rng(seed)
     layers = {}
-    for layer in range(identity.num_layers):
-        chosen = generator.random(identity.width(Ffn(layer, DENSE))) < fraction
-        neurons = np.flatnonzero(chosen).astype(np.int32)
-        layers[layer] = (neurons, generator.uniform(-2, 3, len(neurons)).astype(np.float32))
+    for run in identity.runs:
+        for ffn in (
+            Ffn(layer, part) for layer in range(run.first, run.stop) for part in (DENSE, SHARED, *range(run.experts))
+        ):
+            if width := identity.width(ffn):
+                neurons = np.flatnonzero(generator.random(width) < fraction).astype(np.int32)
+                layers[ffn] = (neurons, generator.uniform(-2, 3, len(neurons)).astype(np.float32))
     return Profile(task=task, layers=layers, base_model=identity)
 
 
@@ -341,7 +344,11 @@ def _randomise(model, seed):
                 parameter.add_(0.3 * noise)
             elif "embed" in name or "wte" in name or "wpe" in name:
                 parameter.copy_(noise)
+            elif "experts" in name and parameter.dim() == 3:  # a matrix for each
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
             else:
                 parameter.copy_(noise * parameter[0].numel() ** -0.5)
-            if any(part in name for part in ("down_proj.weight", "mlp.c_proj.weight", "fc2.weight")):
+            if any(
+                part in name for part in ("down_proj.weight", "mlp.c_proj.weight", "fc2.weight", "experts.down_proj")
+            ):
                 parameter.mul_(4)

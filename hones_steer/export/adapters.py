@@ -28,7 +28,7 @@ def checked_layout(profile: Profile, model: nn.Module, allow_mismatch: bool) -> 
     """
     layout = find_layout(model)
     profile.base_model.check(ModelIdentity.from_model(unwrap(model)), allow_mismatch=allow_mismatch)
-    layout.require_ffns(profile.ffns)
+    layout.require_dense(profile.ffns, "an adapter")
     return layout
 
 

@@ -56,7 +56,7 @@ def merge_into(
     base = open_checkpoint(os.fspath(checkpoint))
     _refuse_unmergeable(base)
     profile.base_model.check(ModelIdentity.from_model(base.model), allow_mismatch=allow_mismatch)
-    base.layout.require_ffns(profile.ffns)
+    base.layout.require_dense(profile.ffns, "a merged checkpoint")
     names = module_names(base.model, base.layout)
     modules = {layer: name for layer, name in names.items() if layer in profile.layers}
     targets = {layer: _target(base.layout.layers[layer], f"{name}.weight", base) for layer, name in modules.items()}

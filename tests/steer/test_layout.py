@@ -144,9 +144,13 @@ def test_a_model_without_a_head_has_a_layout_but_cannot_be_attributed(model):
     assert isinstance(layout.decoder, LlamaModel)
 
 
-def test_mixtures_of_experts_are_refused():
-    with pytest.raises(LayoutError, match="mixture-of-experts FFNs are not supported yet"):
-        find_layout(tiny_models.mixtral())
+def test_experts_that_are_modules_of_their_own_are_refused():
+    model = tiny_models.llama()
+    model.model.layers[1].mlp.experts = nn.ModuleList([nn.Linear(32, 96), nn.Linear(96, 32)])
+    with pytest.raises(
+        LayoutError, match=r"layers\.1\.mlp\.experts \(ModuleList\) .* are not kept as transformers keeps"
+    ):
+        find_layout(model)
 
 
 def test_models_that_are_no_decoders_are_refused():
