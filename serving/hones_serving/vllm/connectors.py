@@ -25,7 +25,6 @@ _REFUSED = {
     "ExampleConnector": _BY_TOKENS,
     "HF3FSKVConnector": _BY_TOKENS,
     "LMCacheConnectorV1": _BY_TOKENS,
-    "FlexKVConnectorV1": _BY_TOKENS,
     "NixlConnector": _FROM_ELSEWHERE,
     "NixlPullConnector": _FROM_ELSEWHERE,
     "NixlPushConnector": _FROM_ELSEWHERE,
