@@ -92,7 +92,7 @@ class Streams:
     Event = Done
 
     class cuda:  # noqa: N801 -- as in PyTorch
-        """What a worker asks of CUDA."""
+        """Parts of `torch.cuda` that a worker asks for."""
 
         @staticmethod
         def current_stream() -> None:
