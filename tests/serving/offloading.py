@@ -115,6 +115,6 @@ def move_on_a_cpu(patch: pytest.MonkeyPatch) -> None:
     from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
     from vllm.v1.simple_kv_offload import worker
 
-    patch.setattr(CPUOffloadingSpec, "get_worker", Mover)
+    patch.setattr(CPUOffloadingSpec, "get_worker", lambda spec, caches: Mover(spec, caches))
     patch.setattr(worker, "DmaCopyBackend", Copier)
     patch.setattr(worker, "torch", Streams())

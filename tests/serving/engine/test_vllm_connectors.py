@@ -35,9 +35,12 @@ def reference(llama: Path, profiles: Path) -> Reference:
 
 @pytest.fixture
 def movers() -> Iterator[None]:
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+
     with pytest.MonkeyPatch.context() as patch:
         move_on_a_cpu(patch)
         yield
+    ensure_kv_transfer_shutdown()  # an engine that did not start has left its connector to the next one
 
 
 def ask(llm: Any, expression: str | None, prompt: list[int]) -> tuple[list[int], int]:
@@ -49,7 +52,9 @@ def ask(llm: Any, expression: str | None, prompt: list[int]) -> tuple[list[int],
 
 @pytest.mark.usefixtures("movers")
 @pytest.mark.both_runners
-@pytest.mark.parametrize("name", CONNECTORS)
+@pytest.mark.parametrize(
+    "name", ["OffloadingConnector", *(pytest.param(name, marks=pytest.mark.matrix) for name in [*CONNECTORS][1:])]
+)
 def test_across_tasks(name: str, llama: Path, profiles: Path, reference: Reference) -> None:
     """Shows as well that the test would see a wrong hit: without the salt there are some."""
     expected = reference.answers([PROMPT] * len(SEQUENCE), SEQUENCE)

@@ -146,7 +146,7 @@ def hooked(worker: Any) -> tuple[int, int]:
 
 
 @pytest.mark.both_runners
-@pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3"])
+@pytest.mark.parametrize("method", ["draft_model", pytest.param("eagle", marks=pytest.mark.matrix), "eagle3"])
 def test_tokens_are_those_without_speculation(
     method: str, llama: Path, profiles: Path, expected: list[list[int]], drafting: dict[str, dict[str, Any]]
 ) -> None:
@@ -162,6 +162,7 @@ def test_tokens_are_those_without_speculation(
         assert sum(accepted.values()) > 0.5
 
 
+@pytest.mark.matrix
 def test_compiled_and_in_chunks(
     llama: Path, profiles: Path, expected: list[list[int]], drafting: dict[str, dict[str, Any]]
 ) -> None:
@@ -170,6 +171,7 @@ def test_compiled_and_in_chunks(
         assert answers(llm, PROMPTS, MIXED) == expected
 
 
+@pytest.mark.matrix
 @pytest.mark.both_runners
 def test_a_layer_of_the_checkpoint_for_multi_token_prediction(tmp_path: Path) -> None:
     model = drafters.qwen2()
