@@ -44,8 +44,8 @@ def eagle3(folder: Path, target: Any, hidden: Tensor, following: Sequence[int]) 
         weights[f"midlayer.self_attn.{name}.weight"] = torch.randn(rows, 2 * HIDDEN, generator=generator) / HIDDEN**0.5
     weights["midlayer.hidden_norm.weight"], weights["norm.weight"] = torch.ones(HIDDEN), torch.ones(HIDDEN)
     weights["fc.weight"] = _fitted(hidden, target, following)
-    settings = {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": AUX_LAYERS}
-    return _write(folder, weights, architectures=["LlamaForCausalLMEagle3"], eagle_config=settings)
+    layers = {"eagle_aux_hidden_state_layer_ids": AUX_LAYERS}  # where both runners look for them
+    return _write(folder, weights, architectures=["LlamaForCausalLMEagle3"], **layers)
 
 
 def qwen2(seed: int = 0) -> Any:
