@@ -31,6 +31,18 @@ class Metrics:
         self._tokens = Counter(
             "hones_tokens_total", "Tokens generated, by the task that steered them.", ["profile"], registry=collector
         )
+        self._drafted = Counter(
+            "hones_draft_tokens_total",
+            "Tokens drafted by speculative decoding, by the task that steered their request.",
+            ["profile"],
+            registry=collector,
+        )
+        self._accepted = Counter(
+            "hones_accepted_draft_tokens_total",
+            "Drafted tokens that the steered model accepted, by the task that steered their request.",
+            ["profile"],
+            registry=collector,
+        )
         self._loads = Counter(
             "hones_profile_loads_total",
             "Attempts to load a profile over HTTP: ok, error.",
@@ -56,6 +68,11 @@ class Metrics:
     def tokens(self, profile: str, count: int) -> None:
         """Count generated tokens under the label of their request's admission."""
         self._tokens.labels(profile).inc(count)
+
+    def drafts(self, profile: str, drafted: int, accepted: int) -> None:
+        """Count the tokens that were drafted for a request, and those of them that its model accepted."""
+        self._drafted.labels(profile).inc(drafted)
+        self._accepted.labels(profile).inc(accepted)
 
     def loads(self, result: str) -> None:
         """Count an attempt to load a profile: ``ok`` or ``error``."""

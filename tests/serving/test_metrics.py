@@ -48,12 +48,15 @@ def test_what_is_counted(registry):
     metrics.requests("vqa", "body")
     metrics.requests("none", "default")
     metrics.tokens("blend", 7)
+    metrics.drafts("blend", 6, 2)
     metrics.loads("ok")
     metrics.loads("error")
     assert scraped(collector) == {
         ("hones_requests_total", ("profile", "vqa"), ("route", "body")): 2,
         ("hones_requests_total", ("profile", "none"), ("route", "default")): 1,
         ("hones_tokens_total", ("profile", "blend")): 7,
+        ("hones_draft_tokens_total", ("profile", "blend")): 6,
+        ("hones_accepted_draft_tokens_total", ("profile", "blend")): 2,
         ("hones_profile_loads_total", ("result", "ok")): 1,
         ("hones_profile_loads_total", ("result", "error")): 1,
         ("hones_profiles_loaded",): 2,

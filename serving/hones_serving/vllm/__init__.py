@@ -1,10 +1,11 @@
 """The vLLM plugin: entry points that vLLM calls in each of its processes.
 
-compat.py    the functions of vLLM that the plugin relies on, checked at start, and the settings it refuses
-front.py     before the engine: an expression or an HTTP admission becomes the request's profile and cache salt
-layout.py    in the worker: the loaded model's down-projections
-worker.py    in the worker: scale tables, each token's slot, the scaled input of each down-projection
-endpoint.py  the HTTP side of the API server
+compat.py      the functions of vLLM that the plugin relies on, checked at start, and the settings it refuses
+connectors.py  which KV connectors keep one steering's cache from another
+front.py       before the engine: an expression or an HTTP admission becomes the request's profile and cache salt
+layout.py      in the worker: the loaded model's down-projections
+worker.py      in the worker: scale tables, each token's slot, the scaled input of each down-projection
+endpoint.py    the HTTP side of the API server
 
 `hones serve` runs the API server, which starts the engine core as a process of its own. There is one worker for each
 tensor-parallel rank: a single one lives in the engine core's process, several have a process each. From a profile's
@@ -33,7 +34,8 @@ For each step
                  9. `SteeredInput.forward`, before each down-projection: z * table[slot of each token]
 For each request
     API server  10. `middleware._steering_headers`, as the response starts: X-Hones-Profile and X-Hones-Route
-                11. `Front.leave`, after `OutputProcessor._finish_request`: counts the tokens and gives the slot back
+                11. `Front.leave`, after `OutputProcessor._finish_request`: counts the tokens and gives the slot back.
+                    What speculative decoding drafted, `Front.count_drafts` has counted before `process_outputs`
                 12. `ProfileRegistry.leave`, after the response's end: the ticket is void
 
 `LLM(...)` has no steps 3, 4, 10 and 12: `LLMEngine` calls `front.attach` itself, and in step 5 `Front.steer` resolves

@@ -10,10 +10,12 @@ from vllm import envs
 
 from hones_serving import signatures
 from hones_serving.settings import Settings
+from hones_serving.vllm import connectors
 from hones_steer.errors import StateError
 
 TESTED = "0.32"
 DEFAULT_MAX_PROFILES = 64
+SPECULATION = ("ngram", "draft_model", "eagle", "eagle3", "mtp")  # methods that tests run
 
 
 def check_version() -> None:
@@ -28,12 +30,14 @@ def check_version() -> None:
 def _expected_signatures() -> Iterator[tuple[Callable[..., Any], tuple[str, ...]]]:
     """Yield (function, names of the parameters that it must begin with) for each function that the plugin wraps.
 
-    And for `BatchReqState`, which one of them is given.
+    And for what some of them are given: `BatchReqState`, `RequestSpecDecodeMetrics`.
     """
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.engine.output_processor import OutputProcessor
+    from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
     from vllm.v1.worker.gpu.model_runner import BatchReqState
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
@@ -42,12 +46,15 @@ def _expected_signatures() -> Iterator[tuple[Callable[..., Any], tuple[str, ...]
     yield InputProcessor.__init__, ("self", "vllm_config", "renderer")
     yield InputProcessor.process_inputs, ("self", "request_id", "prompt", "params")
     yield OutputProcessor.add_request, ("self", "request", "prompt", "parent_req", "request_index", "queue")
+    yield OutputProcessor.process_outputs, ("self", "engine_core_outputs")
     yield OutputProcessor.abort_requests, ("self", "request_ids", "internal")
     yield OutputProcessor._finish_request, ("self", "req_state")
     yield LLMEngine.__init__, ("self", "vllm_config")
     yield LLMEngine.collective_rpc, ("self", "method")
     yield AsyncLLM.__init__, ("self", "vllm_config")
     yield AsyncLLM.collective_rpc, ("self", "method")
+    yield Scheduler.__init__, ("self", "vllm_config")
+    yield RequestSpecDecodeMetrics, ("num_spec_tokens", "histogram", "num_draft_tokens")
     yield Worker.load_model, ("self",)
     yield RunnerV1.execute_model, ("self", "scheduler_output", "intermediate_tensors")
     yield RunnerV1._prepare_inputs, ("self", "scheduler_output", "num_scheduled_tokens")
@@ -90,10 +97,14 @@ def _unsupported(config: Any) -> dict[str, bool]:
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "more than one API server (--api-server-count)": parallel._api_process_count > 1,
         "the Rust frontend (VLLM_USE_RUST_FRONTEND)": envs.VLLM_USE_RUST_FRONTEND,
-        "a KV connector (--kv-transfer-config)": config.kv_transfer_config is not None,
+        **dict.fromkeys(connectors.unsupported(config.kv_transfer_config), True),
         # The number of tokens of each request is then known to the GPU only.
         "adaptive verification (speculative_config.enable_adaptive_verification)": (
             speculative is not None and speculative.enable_adaptive_verification
+        ),
+        # Drafts, which nothing steers, would be answers.
+        "unverified drafts (speculative_config.rejection_sample_method 'synthetic')": (
+            speculative is not None and speculative.rejection_sample_method == "synthetic"
         ),
     }
 
@@ -106,7 +117,10 @@ def _untested(config: Any) -> dict[str, bool]:
         "data parallelism": parallel.data_parallel_size > 1,
         f"the executor backend {backend!r}": backend not in (None, "uni", "mp"),
         "an encoder-cache connector": config.ec_transfer_config is not None,
-        "speculative decoding other than n-gram": speculative is not None and speculative.method != "ngram",
+        **dict.fromkeys(connectors.untested(config.kv_transfer_config), True),
+        f"speculative decoding by {speculative and speculative.method!r}": (
+            speculative is not None and speculative.method not in SPECULATION
+        ),
     }
 
 

@@ -42,12 +42,14 @@ class RequestError(RoutingError, VLLMClientError):  # type: ignore[misc]  # mypy
 class Front:
     """Steering of one engine's requests, in the process where they enter.
 
-    `metrics` is set where the engine belongs to an HTTP server.
+    `metrics` is set where the engine belongs to an HTTP server. `shows_drafts`: vLLM was asked to say in answers how
+    many drafted tokens it accepted.
     """
 
-    def __init__(self, registry: ProfileRegistry) -> None:
+    def __init__(self, registry: ProfileRegistry, *, shows_drafts: bool = False) -> None:
         self.registry = registry
         self.metrics: Metrics | None = None
+        self._shows_drafts = shows_drafts
         self._live: dict[str, tuple[str | None, str, Any]] = {}  # request id -> digest, label, vLLM's RequestState
 
     def steer(self, request: Any) -> None:
@@ -114,6 +116,20 @@ class Front:
             raise
         self._live[request_id] = digest, reserved.get(LABEL, "none"), states[request_id]
 
+    def count_drafts(self, output: Any) -> None:
+        """Count what was drafted for a request that ends with an EngineCoreOutput, and keep it out of the answer.
+
+        Requests that a client has left, and those that the front ends at a stop string, have no such output.
+        """
+        drafts = output.spec_decode_metrics
+        if drafts is None:
+            return
+        if self.metrics is not None and output.request_id in self._live:
+            accepted = sum(tokens * steps for tokens, steps in enumerate(drafts.histogram))
+            self.metrics.drafts(self._live[output.request_id][1], drafts.num_draft_tokens, accepted)
+        if not self._shows_drafts:
+            output.spec_decode_metrics = None
+
     def leave(self, request_id: str) -> None:
         """Give back the slot of a request that has finished or was aborted; may be called more than once."""
         digest, label, state = self._live.pop(request_id, (None, "", None))
@@ -169,13 +185,15 @@ def attach(engine: Any, identities: Sequence[Mapping[str, Any]], settings: Setti
         always_enough=slots >= compat.max_requests(engine.vllm_config),
         listing=listing,
     )
-    front = Front(registry)
+    shown = engine.vllm_config.observability_config.per_request_spec_decode_metrics
+    front = Front(registry, shows_drafts=shown != "none")
     engine.input_processor.hones_front = engine.output_processor.hones_front = front
     return front
 
 
 def install() -> None:
     """Wrap the methods of vLLM through which every request and every engine passes."""
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -184,10 +202,12 @@ def install() -> None:
     _wrap(InputProcessor, "__init__", _check_config)
     _wrap(InputProcessor, "process_inputs", _process_inputs)
     _wrap(OutputProcessor, "add_request", _add_request)
+    _wrap(OutputProcessor, "process_outputs", _process_outputs)
     _wrap(OutputProcessor, "_finish_request", _finish_request)
     _wrap(OutputProcessor, "abort_requests", _abort_requests)
     _wrap(LLMEngine, "__init__", _start_offline)
     _wrap(AsyncLLM, "__init__", _start_server)
+    _wrap(Scheduler, "__init__", _follow_drafts)
 
 
 def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
@@ -248,6 +268,13 @@ def _add_request(original: Callable[..., None], self: Any, request: Any, *args: 
         front.enter(request, self.request_states, add)
 
 
+def _process_outputs(original: Callable[..., Any], self: Any, outputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+    if (front := getattr(self, "hones_front", None)) is not None:
+        for output in outputs:
+            front.count_drafts(output)
+    return original(self, outputs, *args, **kwargs)
+
+
 def _finish_request(original: Callable[..., None], self: Any, req_state: Any) -> None:
     original(self, req_state)
     if (front := getattr(self, "hones_front", None)) is not None:
@@ -260,3 +287,10 @@ def _abort_requests(original: Callable[..., list[str]], self: Any, *args: Any, *
         for request_id in aborted:
             front.leave(request_id)
     return aborted
+
+
+def _follow_drafts(original: Callable[..., None], self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    """In the engine core, have the scheduler add up what is drafted for each request; the front counts it."""
+    original(self, vllm_config, *args, **kwargs)
+    if Settings.from_env() and vllm_config.speculative_config is not None and self.spec_decode_metrics_level == "none":
+        self.spec_decode_metrics_level = "summary"

@@ -49,13 +49,18 @@ UNSUPPORTED = {
     "decode context parallelism": {"tensor_parallel_size": 4, "decode_context_parallel_size": 2},
     "pipeline parallelism": {"pipeline_parallel_size": 2},
     "more than one API server": {"_api_process_count": 2},
-    "a KV connector": {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+    "the KV connector ExampleConnector": {
+        "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    },
+    "unverified drafts": {
+        "speculative_config": {**NGRAM, "rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2}
+    },
 }
 UNTESTED = {
     "data parallelism": {"data_parallel_size": 2},
     "the executor backend 'external_launcher'": {"distributed_executor_backend": "external_launcher"},
     "an encoder-cache connector": {"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_both"}},
-    "speculative decoding other than n-gram": {"speculative_config": DRAFT},
+    "speculative decoding by 'ngram_gpu'": {"speculative_config": {**NGRAM, "method": "ngram_gpu"}},
 }
 
 
@@ -112,7 +117,8 @@ def test_adaptive_verification(llama: Path, profiles: Path) -> None:
 
 
 def test_what_is_supported_is_not_refused(llama: Path, profiles: Path) -> None:
-    for options in ({}, {"tensor_parallel_size": 2}, {"enable_lora": True}, {"speculative_config": NGRAM}):
+    speculative = [{"speculative_config": method} for method in (NGRAM, DRAFT)]
+    for options in ({}, {"tensor_parallel_size": 2}, {"enable_lora": True}, *speculative):
         compat.refuse_unsupported(config_of(llama, **options), Settings(profiles))
 
 
