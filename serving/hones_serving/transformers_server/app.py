@@ -18,10 +18,10 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
-from transformers import AutoProcessor
+from transformers import AutoProcessor, GenerationMixin
 from transformers.cli.serving.model_manager import ModelManager, TimedModel
 from transformers.cli.serving.server import build_server
-from transformers.cli.serving.utils import BaseHandler, GenerateManager, GenerationState
+from transformers.cli.serving.utils import BaseGenerateManager, BaseHandler, GenerationState
 
 from hones_serving import playground, signatures
 from hones_serving.asgi import App, Message, Receive, Scope, Send, error_content
@@ -31,7 +31,9 @@ from hones_serving.registry import Admission, ProfileRegistry
 from hones_serving.routing import RoutingPlan
 from hones_serving.routing_file import load_plan
 from hones_serving.settings import Settings
-from hones_serving.transformers_server.generation import OneGeneration
+from hones_serving.transformers_server.batching import generate_together
+from hones_serving.transformers_server.exactness import is_exact
+from hones_serving.transformers_server.generation import Batches, OneGeneration, SteeredGeneration
 from hones_serving.transformers_server.handlers import TICKET, Chat, Completion, Responses
 from hones_serving.transformers_server.stopping import StoppingMiddleware, unavailable
 from hones_serving.transformers_server.turns import TURN, StoppingError, Turn, Turns
@@ -41,6 +43,7 @@ from hones_steer.loading import load_model, loading
 from hones_steer.profile import ModelIdentity
 
 TESTED = "5.19"
+MAX_NUM_SEQS = 16
 # The routes of transformers' server that stay. Others load, drop or list models of the client's choice, or answer
 # unsteered.
 _KEPT = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/health"}
@@ -55,11 +58,13 @@ def build_app(
     api_key: str | None = None,
     allowed_origins: Sequence[str] = (),
     collector: CollectorRegistry = REGISTRY,
+    *,
+    most: int = MAX_NUM_SEQS,
 ) -> FastAPI:
     """Steer the model that `manager` holds (see `pinned`) and build the application that serves it.
 
-    `served` are the names of the model; `collector` gets the metrics. The application's `state.turns` are the requests
-    that wait or generate; `stopping.serve` drains them.
+    `served` are the names of the model; `collector` gets the metrics; at most `most` requests generate at a time. The
+    application's `state.turns` are the requests that wait or generate; `stopping.serve` drains them.
 
     Raises:
         LayoutError: the model cannot be steered.
@@ -68,17 +73,21 @@ def build_app(
         StateError: this transformers version is not supported.
     """
     signatures.check(_overridden(), f"transformers {transformers.__version__}", TESTED)
-    model = next(iter(manager.loaded_models.values())).model
+    loaded = next(iter(manager.loaded_models.values()))
+    model, processor = loaded.model, loaded.processor
     registry = ProfileRegistry(
         settings.profiles,
         ModelIdentity.from_model(model),
         max_profiles=settings.max_profiles or 1,
-        always_enough=settings.max_profiles is None,  # one request generates at a time
+        always_enough=settings.max_profiles is None,  # a batch has no more profiles than there are slots
     )
     plan = load_plan(settings.routing, registry.tasks()) if settings.routing else RoutingPlan()
     metrics = Metrics(registry, collector)
     # The registry has checked the profiles against this model; each is loaded when a request that it steers runs.
-    state = OneGeneration(steer(model, {}, allow_mismatch=True), metrics)
+    steering = steer(model, {}, max_profiles=most, allow_mismatch=True)
+    padded = is_exact(model, processor, functools.partial(generate_together, model), "prompts padded to one length")
+    batches = Batches(model, steering, metrics, most=most, padded=padded)
+    state = OneGeneration(SteeredGeneration(batches, steering))
     handlers: dict[str, Any] = {
         "chat_handler": Chat(manager, state, registry, served),
         "completion_handler": Completion(manager, state, registry, served),
@@ -132,8 +141,10 @@ def pinned(name: str, *, dtype: str = "auto", device: str = "auto") -> ModelMana
 
 def _overridden() -> Iterator[tuple[Callable[..., Any], tuple[str, ...]]]:
     """Yield (function of transformers' server that is overridden, names of the parameters it must begin with)."""
-    yield GenerateManager.generate_streaming, ("self", "model", "processor", "inputs", "gen_config")
-    yield GenerateManager.generate_non_streaming, ("self", "model", "processor", "inputs", "gen_config")
+    streaming = ("self", "model", "processor", "inputs", "gen_config", "request_id", "response_parser")
+    yield BaseGenerateManager.generate_streaming, streaming
+    yield BaseGenerateManager.generate_non_streaming, streaming[:-1]
+    yield GenerationMixin._sample, ("self", "input_ids", "logits_processor", "stopping_criteria", "generation_config")
     yield GenerationState.get_manager, ("self", "model_id", "use_cb")
     yield BaseHandler.__init__, ("self", "model_manager", "generation_state")
     yield BaseHandler._validate_request, ("self", "body")
