@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from transformers import AutoProcessor, GenerationMixin
 from transformers.cli.serving.model_manager import ModelManager, TimedModel
 from transformers.cli.serving.server import build_server
-from transformers.cli.serving.utils import BaseGenerateManager, BaseHandler, GenerationState
+from transformers.cli.serving.utils import BaseGenerateManager, BaseHandler, GenerationState, Modality
 
 from hones_serving import playground, signatures
 from hones_serving.asgi import App, Message, Receive, Scope, Send, error_content
@@ -32,18 +32,19 @@ from hones_serving.routing import RoutingPlan
 from hones_serving.routing_file import load_plan
 from hones_serving.settings import Settings
 from hones_serving.transformers_server.batching import generate_together
-from hones_serving.transformers_server.exactness import is_exact
+from hones_serving.transformers_server.command import KV_CACHE_GIB, MAX_NUM_SEQS
+from hones_serving.transformers_server.continuous import cache_tokens, has_pages
+from hones_serving.transformers_server.exactness import exact_pages, is_exact
 from hones_serving.transformers_server.generation import Batches, OneGeneration, SteeredGeneration
 from hones_serving.transformers_server.handlers import TICKET, Chat, Completion, Responses
 from hones_serving.transformers_server.stopping import StoppingMiddleware, unavailable
-from hones_serving.transformers_server.turns import TURN, StoppingError, Turn, Turns
+from hones_serving.transformers_server.turns import LOGGER, TURN, StoppingError, Turn, Turns
 from hones_steer.errors import DataError, HonesError
-from hones_steer.huggingface import steer
+from hones_steer.huggingface import Steering, steer
 from hones_steer.loading import load_model, loading
 from hones_steer.profile import ModelIdentity
 
 TESTED = "5.19"
-MAX_NUM_SEQS = 16
 # The routes of transformers' server that stay. Others load, drop or list models of the client's choice, or answer
 # unsteered.
 _KEPT = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/health"}
@@ -60,11 +61,13 @@ def build_app(
     collector: CollectorRegistry = REGISTRY,
     *,
     most: int = MAX_NUM_SEQS,
+    cache_gib: float = KV_CACHE_GIB,
 ) -> FastAPI:
     """Steer the model that `manager` holds (see `pinned`) and build the application that serves it.
 
-    `served` are the names of the model; `collector` gets the metrics; at most `most` requests generate at a time. The
-    application's `state.turns` are the requests that wait or generate; `stopping.serve` drains them.
+    `served` are the names of the model; `collector` gets the metrics; at most `most` requests generate at a time,
+    from a paged cache of `cache_gib` GiB if the model can have one (0: none). The application's `state.turns` are the
+    requests that wait or generate; `stopping.serve` drains them.
 
     Raises:
         LayoutError: the model cannot be steered.
@@ -73,8 +76,7 @@ def build_app(
         StateError: this transformers version is not supported.
     """
     signatures.check(_overridden(), f"transformers {transformers.__version__}", TESTED)
-    loaded = next(iter(manager.loaded_models.values()))
-    model, processor = loaded.model, loaded.processor
+    model = next(iter(manager.loaded_models.values())).model
     registry = ProfileRegistry(
         settings.profiles,
         ModelIdentity.from_model(model),
@@ -85,8 +87,7 @@ def build_app(
     metrics = Metrics(registry, collector)
     # The registry has checked the profiles against this model; each is loaded when a request that it steers runs.
     steering = steer(model, {}, max_profiles=most, allow_mismatch=True)
-    padded = is_exact(model, processor, functools.partial(generate_together, model), "prompts padded to one length")
-    batches = Batches(model, steering, metrics, most=most, padded=padded)
+    batches = _batches(manager, steering, metrics, most, cache_gib)
     state = OneGeneration(SteeredGeneration(batches, steering))
     handlers: dict[str, Any] = {
         "chat_handler": Chat(manager, state, registry, served),
@@ -113,6 +114,20 @@ def build_app(
     app.state.turns = Turns()
     _add_middleware(app, service, api_key, allowed_origins)
     return app
+
+
+def _batches(manager: ModelManager, steering: Steering, metrics: Metrics, most: int, cache_gib: float) -> Batches:
+    """What the generation thread does, with the kinds of batches that the model answers exactly."""
+    loaded = next(iter(manager.loaded_models.values()))
+    model: Any = loaded.model
+    processor: Any = loaded.processor
+    padded = is_exact(model, processor, functools.partial(generate_together, model), "prompts padded to one length")
+    text = manager.get_model_modality(model, processor) == Modality.LLM
+    pages = None
+    if cache_gib and text and has_pages(model):
+        pages = exact_pages(model, processor, most, cache_tokens(model, most, cache_gib))
+    LOGGER.info("At most %d requests generate at a time, %s", most, "in pages" if pages else "in batches")
+    return Batches(model, steering, metrics, most=most, padded=padded, pages=pages)
 
 
 def pinned(name: str, *, dtype: str = "auto", device: str = "auto") -> ModelManager:

@@ -115,7 +115,7 @@ def joined(rows: Sequence[Row], padding: int) -> dict[str, Any]:
 
 
 def _per_token(row: Row, name: str) -> Tensor:
-    """An input with one value per token, for the tokens so far: those generated count, and are text (0 in the others)."""
+    """An input with one value per token, for the tokens so far: one that was generated counts, and is text."""
     values: Tensor = row.inputs[name]
     return torch.nn.functional.pad(values, (0, row.ids.shape[1] - values.shape[1]), value=name == "attention_mask")
 

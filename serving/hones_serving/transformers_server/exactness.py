@@ -7,12 +7,14 @@ depends on who else is in it; they are not given such batches.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hones_serving.transformers_server.batching import generate_together
+from hones_serving.transformers_server.continuous import Pages
 from hones_serving.transformers_server.rows import Choosing, Row
 from hones_serving.transformers_server.turns import LOGGER
 
@@ -66,7 +68,23 @@ def is_exact(model: Any, processor: Any, together: Callable[[Sequence[Row]], Non
     tolerance = torch.finfo(model.dtype).eps ** 0.5
     for one, row in zip(alone, batch, strict=True):
         expected, found = torch.stack(one.logits), torch.stack(row.logits)
-        if found.shape != expected.shape or not (found - expected).norm() <= tolerance * expected.norm():
+        if not (found - expected).norm() <= tolerance * expected.norm():  # nor NaN
             LOGGER.info("This model is not run with %s, which changes what it says", what)
             return False
     return True
+
+
+def exact_pages(model: Any, processor: Any, most: int, size: int) -> Pages | None:
+    """A paged cache of `size` tokens for at most `most` rows; None, which the log explains, if it is not exact."""
+    try:
+        pages = Pages(model, most, size)
+    except (ValueError, MemoryError) as error:
+        LOGGER.info("This model is not run with continuous batching: %s", error)
+        return None
+
+    def together(rows: Sequence[Row]) -> None:
+        waiting = iter(rows)
+        for first in waiting:
+            pages.answer(first, lambda: next(waiting, None), lambda _rows, _counts: nullcontext(), lambda _row: None)
+
+    return pages if is_exact(model, processor, together, "continuous batching") else None

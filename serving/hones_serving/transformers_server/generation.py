@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -18,8 +19,9 @@ from transformers.cli.serving.utils import BaseGenerateManager, DirectStreamer, 
 from hones_serving.metrics import Metrics
 from hones_serving.registry import Admission
 from hones_serving.transformers_server.batching import can_join, generate_alone, generate_together
+from hones_serving.transformers_server.continuous import Pages
 from hones_serving.transformers_server.rows import Listener, Row, Streamed, Whole, prepare
-from hones_serving.transformers_server.turns import TURN, StoppingError
+from hones_serving.transformers_server.turns import LOGGER, TURN, StoppingError
 from hones_serving.unsteered import generating
 from hones_steer.errors import StateError
 from hones_steer.huggingface import Steering
@@ -137,6 +139,14 @@ class Waiting:
             self._changed.wait_for(lambda: self._rows)
             return self._rows.pop(0)
 
+    def take_first(self, accepts: Callable[[Row], bool]) -> Row | None:
+        """Take the first row if there is one and `accepts` accepts it."""
+        with self._changed:
+            row = self._rows[0] if self._rows else None
+        if row is None or not accepts(row):
+            return None
+        return self.first()
+
     def take(self, accepts: Callable[[Row], bool]) -> Iterator[Row]:
         """Take, one after the other and in order, the rows that `accepts` accepts when it is asked."""
         with self._changed:
@@ -151,19 +161,27 @@ class Waiting:
 class Batches:
     """What the generation thread does: answers rows in batches of at most `most`, each steered by its own profile.
 
-    `padded`: rows of different lengths may share a `generate`.
+    Rows that `pages` can hold (None: there is no such cache) join and leave the batch that runs. Others share a
+    `generate` with those that wait when it begins; `padded`: also with rows of other lengths.
     """
 
-    def __init__(self, model: Any, steering: Steering, metrics: Metrics, *, most: int, padded: bool) -> None:
+    def __init__(
+        self, model: Any, steering: Steering, metrics: Metrics, *, most: int, padded: bool, pages: Pages | None
+    ) -> None:
         self._model = model
         self._steering = steering
         self._metrics = metrics
         self._most = most
         self._padded = padded
+        self._pages = pages
+        self._uses: Counter[str] = Counter()  # digest of a profile -> rows that have begun
 
     def answer(self, first: Row, waiting: Waiting) -> None:
         """Answer a row, together with those that wait and can join it."""
         if not self._begun(first):
+            return
+        if self._pages is not None and self._pages.can_hold(first):
+            self._answer_from_pages(self._pages, first, waiting)
             return
         rows = [first]
         others = waiting.take(lambda row: self._prepared(row) and can_join(row, rows, padded=self._padded))
@@ -186,10 +204,39 @@ class Batches:
         if not row.turn.begin():
             row.listener.fail(StateError("nobody waits for this answer any more; send the request again"))
             return False
+        if row.profile is not None:
+            if not self._uses[row.profile.digest]:
+                self._steering.load(row.profile.digest, row.profile)
+            self._uses[row.profile.digest] += 1
         if not self._prepared(row):
             self._end(row, row.error)
             return False
         return True
+
+    def _answer_from_pages(self, pages: Pages, first: Row, waiting: Waiting) -> None:
+        """Answer a row and those that join it, in order: nobody joins once the first that waits cannot."""
+        running = [first]
+
+        def at_once(row: Row) -> bool:
+            return row.turn.abandoned.is_set() or not self._prepared(row) or pages.can_hold(row)
+
+        def more() -> Row | None:
+            while (row := waiting.take_first(at_once)) is not None:
+                if self._begun(row):
+                    running.append(row)
+                    return row
+            return None
+
+        def ended(row: Row) -> None:
+            running.remove(row)
+            self._end(row, None)
+
+        try:
+            pages.answer(first, more, self._packed, ended)
+        except Exception:  # noqa: BLE001 - the thread must live on, and those that are not to blame are answered
+            LOGGER.exception("A step of continuous batching failed; its %d requests are answered singly", len(running))
+            for row in running:
+                self._answer_together([row])
 
     def _answer_together(self, rows: Sequence[Row]) -> None:
         """Answer rows that have begun; if that fails, each by itself, so that only those fail that are to blame."""
@@ -212,27 +259,27 @@ class Batches:
 
     def _end(self, row: Row, error: Exception | None) -> None:
         self._metrics.tokens(row.label, row.ids.shape[1] - row.prompt_length)
+        if row.profile is not None:
+            self._uses[row.profile.digest] -= 1
+            if not self._uses[row.profile.digest]:
+                del self._uses[row.profile.digest]
+                self._steering.unload(row.profile.digest)
         if error is None:
             row.listener.end(row.tokens)
         else:
             row.listener.fail(error)
         row.turn.end()
 
-    @contextmanager
-    def _steered(self, rows: Sequence[Row]) -> Iterator[None]:
-        """Steer, within the block, each row with the contents of its profile, under its digest as name.
+    # A profile's name is its digest here: the task's name may have other contents by now.
 
-        The task's name may have other contents by now.
-        """
-        profiles = {row.profile.digest: row.profile for row in rows if row.profile is not None}
-        if not profiles:
-            yield
-            return
-        for digest, profile in profiles.items():
-            self._steering.load(digest, profile)
-        try:
-            with self._steering.tasks([row.profile.digest if row.profile else None for row in rows]):
-                yield
-        finally:
-            for digest in profiles:
-                self._steering.unload(digest)
+    def _steered(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
+        names = _digests(rows)
+        return self._steering.tasks(names) if any(names) else nullcontext()
+
+    def _packed(self, rows: Sequence[Row], counts: Sequence[int]) -> AbstractContextManager[None]:
+        names = _digests(rows)
+        return self._steering.packed(names, counts) if any(names) else nullcontext()
+
+
+def _digests(rows: Sequence[Row]) -> list[str | None]:
+    return [row.profile.digest if row.profile else None for row in rows]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StopStringCriteria
 from transformers.cli.serving.utils import DirectStreamer, _GenerationCancelled, _StreamError
-from transformers.generation import GenerationMode
+from transformers.generation.configuration_utils import GenerationMode
 
 from hones_serving.registry import Admission
 from hones_serving.transformers_server.turns import Turn
