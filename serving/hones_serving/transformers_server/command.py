@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging.config
 import os
 import signal
 import sys
@@ -90,9 +91,12 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
     if settings is None:
         raise DataError("HONES_PROFILES names no folder of profiles; start this server with `hones serve`")
     sockets = listening.bind(options.host, options.port)
+    import uvicorn.config
+
     from hones_serving.transformers_server import stopping
     from hones_serving.transformers_server.app import build_app, pinned
 
+    logging.config.dictConfig(uvicorn.config.LOGGING_CONFIG)  # which uvicorn does later, but what is built logs, too
     manager = pinned(options.model, dtype=options.dtype, device=options.device)
     served = options.served_model_name or [options.model]
     app = build_app(

@@ -205,8 +205,8 @@ class Batches:
             row.listener.fail(StateError("nobody waits for this answer any more; send the request again"))
             return False
         if row.profile is not None:
-            if not self._uses[row.profile.digest]:
-                self._steering.load(row.profile.digest, row.profile)
+            if row.profile.digest not in self._uses:
+                self._steering.load(row.profile.digest, row.profile)  # which the registry has checked
             self._uses[row.profile.digest] += 1
         if not self._prepared(row):
             self._end(row, row.error)
