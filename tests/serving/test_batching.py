@@ -83,7 +83,7 @@ class Heard:
 
 @dataclass
 class Engine:
-    """What answers rows, the same model without it, and the (rows, tokens) of each forward."""
+    """Batches to answer rows with, the same model without it, and the (rows, tokens) of each forward."""
 
     model: Any
     plain: Any

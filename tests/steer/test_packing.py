@@ -50,7 +50,7 @@ def logits(model, inputs):
 
 
 def alone(model, profiles):
-    """What each prompt of PROMPTS is continued with by itself."""
+    """The continuation of each prompt of PROMPTS by itself."""
     rows = zip(PROMPTS, profiles, strict=True)
     inputs = [({"input_ids": torch.tensor([ids])}, profile) for ids, profile in rows]
     return [generated_alone(model, one, [profile], max_new_tokens=NEW)[0][0] for one, profile in inputs]

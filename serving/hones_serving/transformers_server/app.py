@@ -89,15 +89,7 @@ def build_app(
     steering = steer(model, {}, max_profiles=most, allow_mismatch=True)
     batches = _batches(manager, steering, metrics, most, cache_gib)
     state = OneGeneration(SteeredGeneration(batches, steering))
-    handlers: dict[str, Any] = {
-        "chat_handler": Chat(manager, state, registry, served),
-        "completion_handler": Completion(manager, state, registry, served),
-        "response_handler": Responses(manager, state, registry, served),
-    }
-    for name in inspect.signature(build_server).parameters:
-        if name.endswith("_handler"):
-            handlers.setdefault(name, None)  # its route is left out
-    app = build_server(manager, generation_state=state, **handlers)
+    app = build_server(manager, generation_state=state, **_handlers(manager, state, registry, served))
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in _KEPT]
     _add_routes(app, served, collector)
     _add_error_handlers(app)
@@ -116,8 +108,22 @@ def build_app(
     return app
 
 
+def _handlers(
+    manager: ModelManager, state: GenerationState, registry: ProfileRegistry, served: Sequence[str]
+) -> dict[str, Any]:
+    handlers: dict[str, Any] = {
+        "chat_handler": Chat(manager, state, registry, served),
+        "completion_handler": Completion(manager, state, registry, served),
+        "response_handler": Responses(manager, state, registry, served),
+    }
+    for name in inspect.signature(build_server).parameters:
+        if name.endswith("_handler"):
+            handlers.setdefault(name, None)  # its route is left out
+    return handlers
+
+
 def _batches(manager: ModelManager, steering: Steering, metrics: Metrics, most: int, cache_gib: float) -> Batches:
-    """What the generation thread does, with the kinds of batches that the model answers exactly."""
+    """Make the batches that the model answers exactly: with a paged cache or without, of one length or of several."""
     loaded = next(iter(manager.loaded_models.values()))
     model: Any = loaded.model
     processor: Any = loaded.processor

@@ -9,17 +9,26 @@ scheduled, and each of them is steered as its request.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.continuous_api import (
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+)
+from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import RequestState
+from transformers.generation.continuous_batching.scheduler import Scheduler
 
+from hones_serving import signatures
 from hones_serving.transformers_server.rows import Row
 
+TESTED = "5.19"
 PAGE = 32  # tokens
 _STEP = 256  # tokens of a step, at most: of a longer prompt, some in each of several steps
 _MOST_TOKENS = 2**16  # in the cache, so that the mask of a step is small
@@ -36,7 +45,9 @@ class Pages:
 
         Raises:
             ValueError, MemoryError: transformers cannot have a paged cache for this model, or not of this size.
+            StateError: this transformers version is not supported.
         """
+        signatures.check(_used(), f"transformers {transformers.__version__}", TESTED)
         manager = model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
             continuous_batching_config=ContinuousBatchingConfig(
@@ -62,7 +73,7 @@ class Pages:
         """Whether a prepared row can be answered from this cache: text whose tokens all fit."""
         pages = self._processor.cache.num_blocks - 1
         text = row.inputs.keys() <= {"input_ids", "attention_mask"}
-        return row.choosing is not None and text and row.choosing.limit <= pages * PAGE
+        return row.choosing is not None and text and row.prompt_length > 0 and row.choosing.limit <= pages * PAGE
 
     def answer(self, first: Row, more: Callable[[], Row | None], steer: Steer, ended: Callable[[Row], None]) -> None:
         """Answer `first`, and the rows that `more` gives before each step, until none is left.
@@ -143,3 +154,15 @@ def has_pages(model: Any) -> bool:
         and kinds <= {"full_attention"}
         and attention == "sdpa"
     )
+
+
+def _used() -> Iterator[tuple[Callable[..., Any], tuple[str, ...]]]:
+    """Yield (function of transformers' continuous batching that is called or replaced, names of its parameters)."""
+    yield ContinuousBatchingManager._create_batch_processor, ("self",)
+    yield ContinuousBatchProcessor.prepare_next_batch, ("self",)
+    yield ContinuousBatchProcessor._generation_step, ("self", "model")
+    yield ContinuousBatchProcessor.update_batch, ("self",)
+    yield ModelRunner._sample, ("self", "scores", "output_ids")
+    yield Scheduler.add_waiting_request, ("self", "state")
+    yield Scheduler.set_request_cancellation, ("self", "request_id")
+    yield Scheduler.clear_cancelled_requests, ("self",)

@@ -159,7 +159,7 @@ class Waiting:
 
 
 class Batches:
-    """What the generation thread does: answers rows in batches of at most `most`, each steered by its own profile.
+    """Answers rows in batches of at most `most`, each steered by its own profile; the generation thread does only this.
 
     Rows that `pages` can hold (None: there is no such cache) join and leave the batch that runs. Others share a
     `generate` with those that wait when it begins; `padded`: also with rows of other lengths.
