@@ -213,6 +213,8 @@ async def test_a_body_that_is_no_object(text: httpx.AsyncClient, body: bytes) ->
         {"max_tokens": "many"},
         {"max_tokens": 0},
         {"temperature": "hot"},
+        {"seed": "x"},
+        {"seed": 2**64},
         {"generation_config": "{"},
     ],
     ids=str,
@@ -221,6 +223,14 @@ async def test_fields_that_mean_nothing(text: httpx.AsyncClient, fields: dict[st
     for steering in ("none", "vqa"):
         assert "cannot be answered" in said(await chat(text, hones_task=steering, **fields), 400)
     assert (await chat(text, hones_task="vqa")).status_code == 200
+
+
+async def test_an_empty_prompt(text: httpx.AsyncClient) -> None:
+    for task in ("none", "vqa"):
+        answers = await asyncio.gather(*(complete(text, prompt=p, hones_task=task) for p in (WORDS, "", WORDS, "")))
+        said = [answer.json()["choices"][0]["text"] for answer in answers]
+        assert said[:2] == said[2:]
+        assert answers[1].json()["usage"] == {"completion_tokens": 8, "prompt_tokens": 0, "total_tokens": 8}
 
 
 async def test_several_prompts_in_one_request(text: httpx.AsyncClient) -> None:

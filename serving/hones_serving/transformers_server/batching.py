@@ -25,6 +25,8 @@ def can_join(row: Row, others: Sequence[Row], *, padded: bool) -> bool:
     first = others[0]
     if row.choosing is None or first.choosing is None or row.inputs.keys() != first.inputs.keys():
         return False
+    if 0 in (row.prompt_length, first.prompt_length):  # whatever `generate` does then
+        return False
     if row.ids.shape != first.ids.shape and not (padded and "attention_mask" in row.inputs):
         return False
     further = row.inputs.keys() - _PER_TOKEN - {"input_ids"}

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from fastapi import HTTPException
 from jinja2 import TemplateError
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -19,7 +18,7 @@ from transformers.cli.serving.utils import BaseHandler, GenerationState, Modalit
 
 from hones_serving.registry import Admission, ProfileRegistry
 from hones_serving.transformers_server.generation import ADMISSION
-from hones_serving.transformers_server.rows import SEED
+from hones_serving.transformers_server.rows import SEED, checked_seed
 from hones_serving.transformers_server.turns import TURN
 from hones_steer.errors import StateError
 
@@ -103,7 +102,7 @@ class _Served(BaseHandler):
 
     def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if body.get("seed") is not None:
-            SEED.set(torch.Generator().manual_seed(body["seed"]).initial_seed())  # which refuses what is no seed
+            SEED.set(checked_seed(body["seed"]))
         config = super()._build_generation_config({**body, "seed": None}, *args, **kwargs)
         if body.get("temperature"):
             config.do_sample = True  # transformers' server sets the temperature only, which greedy decoding ignores

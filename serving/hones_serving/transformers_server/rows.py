@@ -31,6 +31,13 @@ SEED: ContextVar[int | None] = ContextVar("hones_seed", default=None)
 _ONE_AT_A_TIME = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
+def checked_seed(value: object) -> int:
+    """Return a request's seed; raises ValueError if it is none."""
+    if type(value) is not int or not -(2**63) <= value < 2**63:
+        raise ValueError(f"seed is {value!r}; give an integer of 64 bits")
+    return value
+
+
 class Listener(Protocol):
     """Whoever waits for a row's answer; called in the generation thread."""
 
