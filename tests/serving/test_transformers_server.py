@@ -230,7 +230,7 @@ async def test_an_empty_prompt(text: httpx.AsyncClient) -> None:
         answers = await asyncio.gather(*(complete(text, prompt=p, hones_task=task) for p in (WORDS, "", WORDS, "")))
         said = [answer.json()["choices"][0]["text"] for answer in answers]
         assert said[:2] == said[2:]
-        assert answers[1].json()["usage"] == {"completion_tokens": 8, "prompt_tokens": 1, "total_tokens": 9}  # its start
+        assert answers[1].json()["usage"] == {"completion_tokens": 8, "prompt_tokens": 1, "total_tokens": 9}
 
 
 async def test_several_prompts_in_one_request(text: httpx.AsyncClient) -> None:
