@@ -33,20 +33,24 @@ R = TypeVar("R")
 class Routing:
     """One block: a request to the model of `steering` for one slot for every row, or one slot per prompt.
 
-    `expressions` are as the user wrote them, `slots` the slots of the scale tables that hold them. `forwards` counts
-    the forwards that ran inside the block; `outer` is the block around it.
+    `expressions` are as the user wrote them, `slots` the slots of the scale tables that hold them. With `counts` the
+    model is called with one row, of which `counts[i]` tokens have slot i, one sequence after the other. `forwards`
+    counts the forwards that ran inside the block; `outer` is the block around it.
     """
 
     steering: object
     expressions: tuple[str, ...]
     slots: tuple[int, ...]
     per_row: bool
+    counts: tuple[int, ...] | None = None
     forwards: int = 0
     closed: bool = False
     outer: Routing | None = None
     _generator: FrameType | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
+        if self.counts is not None:
+            return f"packed({list(self.expressions)}, {list(self.counts)})"
         return f"tasks({list(self.expressions)})" if self.per_row else f"task({self.expressions[0]!r})"
 
     @property
@@ -78,16 +82,27 @@ class Routing:
                 outer = outer.outer
             _current.set(outer)
 
-    def row_slots(self, rows: int | None, *, generating: bool) -> tuple[int, ...]:
-        """The slot of each of a forward's `rows`, or a single slot for all of them.
+    def slots_of(self, rows: int | None, tokens: int | None, *, generating: bool) -> tuple[int, ...]:
+        """The slot of each of a forward's `rows`, or a single slot for all; if it is packed, of each of its `tokens`.
 
         Within `generate`, beams and returned sequences repeat each prompt's row (`repeat_interleave`). Raises as
         `require_prompts` does.
         """
+        if self.counts is not None:
+            return self._token_slots(rows, tokens, self.counts)
         if not self.per_row:
             return self.slots
         repeats = self.require_prompts(rows, exactly=not generating) // len(self.slots)
         return tuple(slot for slot in self.slots for _ in range(repeats))
+
+    def _token_slots(self, rows: int | None, tokens: int | None, counts: tuple[int, ...]) -> tuple[int, ...]:
+        if (rows, tokens) != (1, sum(counts)):
+            raise RoutingError(
+                f"{self} names {sum(counts)} tokens of one row, but the model was called with {rows} rows of {tokens}; "
+                "give the number of tokens of each sequence in the row"
+            )
+        slots = tuple(slot for slot, count in zip(self.slots, counts, strict=True) for _ in range(count))
+        return slots[:1] if slots.count(slots[0]) == len(slots) else slots
 
     def require_prompts(self, rows: int | None, *, exactly: bool = True) -> int:
         """Return `rows`; raise RoutingError if they cannot be the rows of these tasks.

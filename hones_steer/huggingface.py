@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hones_steer._blocks import Routing, block_of, carry, innermost
 from hones_steer._folding import Folded
+from hones_steer._packing import steered_generate_batch, steered_init
 from hones_steer._selftest import Verification, self_test
 from hones_steer.errors import ProfileError, RoutingError, StateError
 from hones_steer.injection import Injection, InstanceMethods, is_injected
@@ -32,8 +33,6 @@ from hones_steer.store import ProfileStore, combine, known_tasks, parse_expressi
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-_CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
 
 
 def steer(
@@ -94,8 +93,8 @@ class Steering:
         pool = SlotPool(injection.tables, max_profiles)
         methods = InstanceMethods(inner)
         methods.wrap("generate", lambda generate: self._generate(generate, injection))
-        for name in _CONTINUOUS_BATCHING:
-            methods.wrap(name, self._refused_inside_a_block)
+        methods.wrap("generate_batch", lambda generate_batch: steered_generate_batch(generate_batch, self._routing))
+        methods.wrap("init_continuous_batching", lambda begin: steered_init(begin, self._routing))
         self._attached: _Attached | None = _Attached(inner, layout, injection, pool, methods)
 
     @property
@@ -130,6 +129,20 @@ class Steering:
         if isinstance(expressions, str) or not expressions:
             raise RoutingError(f"tasks() got {expressions!r}; give a list with one expression per row")
         return self._routed(list(expressions), per_row=True)
+
+    def packed(self, expressions: Sequence[str | None], counts: Sequence[int]) -> AbstractContextManager[None]:
+        """Steer each token of a packed row, within the block: `counts[i]` tokens by `expressions[i]`, in that order.
+
+        A packed row holds the tokens of several sequences one after the other, as paged attention takes them; within
+        the block the model is called with such a row only, uncompiled and without gradients. All else is as in `task`.
+
+        Raises:
+            RoutingError, StateError: as `task` does; also if the model is called with other tokens than one row of
+                `sum(counts)`, with gradients, or compiled.
+        """
+        if isinstance(expressions, str) or len(expressions) != len(counts) or not expressions or min(counts) < 1:
+            raise RoutingError(f"packed() got {expressions!r} and {counts!r}; give each sequence's number of tokens")
+        return self._routed(list(expressions), per_row=False, counts=tuple(counts))
 
     def wrap(self, function: Callable[P, R]) -> Callable[P, R]:
         """Wrap a function so that it runs inside the present block wherever it is called, as in a running thread.
@@ -250,7 +263,9 @@ class Steering:
             self.detach()
 
     @contextmanager
-    def _routed(self, expressions: list[str | None], *, per_row: bool) -> Generator[None]:
+    def _routed(
+        self, expressions: list[str | None], *, per_row: bool, counts: tuple[int, ...] | None = None
+    ) -> Generator[None]:
         attached = self._require_attached()
         injection = attached.injection
         texts = tuple("none" if expression is None else expression for expression in expressions)
@@ -258,7 +273,7 @@ class Steering:
             self._require_unfolded("task()")
             profiles = [self._resolve(text) for text in texts]
             slots = attached.pool.acquire(profiles)
-            routing = Routing(self._key, texts, slots, per_row)
+            routing = Routing(self._key, texts, slots, per_row, counts)
             self._open.append(routing)
         outer = self._routing()
         routing.open()
@@ -318,21 +333,6 @@ class Steering:
                 self._generating.reset(token)
 
         return steered_generate
-
-    def _refused_inside_a_block(self, batching: Callable[P, R]) -> Callable[P, R]:
-        """Wrap a method for continuous batching, which packs rows into one, so that a block that steers refuses it."""
-
-        @functools.wraps(batching)
-        def unsteered(*args: P.args, **kwargs: P.kwargs) -> R:
-            routing = self._routing()
-            if routing is not None and routing.steers:
-                raise RoutingError(
-                    f"{batching.__name__}() packs the rows of several requests into one, which {routing} cannot tell "
-                    "apart; use generate()"
-                )
-            return batching(*args, **kwargs)
-
-        return unsteered
 
     def _require_attached(self) -> _Attached:
         if self._attached is None:

@@ -134,12 +134,14 @@ class Injection:
     ) -> None:
         self.lock = threading.RLock()
         self.batch = 1
+        self.packed = False  # the forward has one row, whose tokens have slots of their own
         self.missed: str | None = None  # says of a layer that it ran in this forward without calling what is scaled
         self._current = current
         self._generating = generating
         self._owner: int | None = None  # the thread whose forward is in progress
         self._routing: Routing | None = None  # the block that this forward is in
-        self._slots: tuple[int, ...] = (IDENTITY,)  # one for each of its rows, or one for all
+        self._slots: tuple[int, ...] = (IDENTITY,)  # one for each of its rows (packed: tokens), or one for all
+        self._eager_layers = 0  # how many layers of this forward ran uncompiled
         self._with_gradients = ForwardsWithGradients()
         places = _places(layout)
         self.tables = ScaleTables(places, slots)
@@ -230,7 +232,7 @@ class Injection:
         self.lock.acquire()
         self._owner = threading.get_ident()
         try:
-            self._begin(_num_rows(args, kwargs))
+            self._begin(*_shape(args, kwargs))
         except BaseException:
             self.release()
             raise
@@ -245,6 +247,7 @@ class Injection:
         if self.is_running_here():
             self._with_gradients.end()
             self._owner = self._routing = None
+            self.packed = False
             self.lock.release()
 
     def rest(self) -> None:
@@ -257,7 +260,7 @@ class Injection:
             if not self.is_running_here() and self._with_gradients.latest_slots != self._written[0]:
                 self._write((IDENTITY,), 1)
 
-    def _begin(self, rows: int | None) -> None:
+    def _begin(self, rows: int | None, tokens: int | None) -> None:
         refuse_recording()
         routing = self._current()
         self._routing, self._slots = routing, (IDENTITY,)
@@ -267,18 +270,22 @@ class Injection:
                     f"the block of {routing} was left while a thread or function that belongs to it still runs; "
                     "join it inside the block"
                 )
-            self._slots = routing.row_slots(rows, generating=self._generating())
+            self._slots = routing.slots_of(rows, tokens, generating=self._generating())
             if routing.steers and (path := self.replaced()) is not None:
                 raise StateError(
                     f"{path} was replaced after steer(), so that {routing} would not steer it as before (adding or "
                     "merging a PEFT adapter does that, too); detach() and steer() again"
                 )
+            if routing.counts is not None and torch.is_grad_enabled():
+                raise RoutingError(f"{routing} steers no forward with gradients; call the model under torch.no_grad()")
             routing.forwards += 1
+            self.packed = routing.counts is not None
         self.batch = rows or 1
         self.missed = None
+        self._eager_layers = 0
         for hook in self._layer_hooks:
             hook.called = False
-        self._write(self._slots, self.batch)
+        self._write(self._slots, len(self._slots) if self.packed else self.batch)
         if torch.is_grad_enabled():
             self._with_gradients.begin(routing, self._slots)
 
@@ -296,6 +303,11 @@ class Injection:
                 "neurons (a fused kernel that reads the weight itself does that); switch the fused kernel off, or "
                 "use fold()"
             )
+        if self.packed and self._slots != (IDENTITY,) and self._eager_layers != len(self._layer_hooks):
+            raise StateError(
+                f"{self._eager_layers} of {len(self._layer_hooks)} layers ran uncompiled, and only these tell the "
+                f"tokens of {self._routing} apart; do not compile the model for packed rows"
+            )
 
     def is_running_here(self) -> bool:
         """Whether a forward of the model is in progress in the calling thread."""
@@ -304,10 +316,11 @@ class Injection:
     def eager_scales(self, hook: LayerHook, z: Tensor) -> Tensor | None:
         """Scales for the input z `[rows, ..., I]` of an uncompiled layer; None where it is not steered.
 
-        They are `[rows, I]`, or `[I]` or `[1, I]` for all rows, in float32.
+        They are `[rows, I]`, or `[I]` or `[1, I]` for all rows, or packed `[tokens, I]`, in float32.
         """
         if self.is_running_here():
             hook.called = True
+            self._eager_layers += 1
             return self._scales_of_forward(hook, z)
         if torch._C._current_graph_task_id() != -1:
             return self._scales_of_recomputation(hook)
@@ -322,7 +335,7 @@ class Injection:
         if self.is_running_here():
             if self._slots == (IDENTITY,):
                 return None
-            self._refuse_packed(hook.layer, tokens, flat=True)
+            self._check_rows(hook.layer, tokens, None)
             return hook.rows.index[: len(self._slots)]
         if torch._C._current_graph_task_id() != -1:
             slots = self._with_gradients.slots_of_recomputation(hook.layer)
@@ -345,15 +358,23 @@ class Injection:
             return None
         if len(self._slots) == 1 and not torch.is_grad_enabled():
             return hook.by_slot[self._slots[0]]  # a view, which backward() might find overwritten
-        self._refuse_packed(hook.layer, z.shape[0], flat=z.dim() <= 2)
+        self._check_rows(hook.layer, z.shape[:-1].numel(), None if z.dim() <= 2 else z.shape[0])
         return hook.table.index_select(0, hook.rows.index[: len(self._slots)])
 
-    def _refuse_packed(self, layer: str, rows: int, *, flat: bool) -> None:
-        """Raise RoutingError if a layer's rows cannot be those of the batch, `flat`: the tokens of those."""
-        if len(self._slots) > 1 and (rows % self.batch if flat else rows != self.batch):
+    def _check_rows(self, layer: str, tokens: int, rows: int | None) -> None:
+        """Raise RoutingError if what a layer got cannot be this batch's; `rows` is None where all tokens are in one."""
+        if len(self._slots) == 1:
+            return
+        if self.packed:
+            if tokens != len(self._slots):
+                raise RoutingError(
+                    f"{layer} got {tokens} tokens of {len(self._slots)}, so that {self._routing} does not know which; "
+                    "this model cannot be steered by packed()"
+                )
+        elif tokens % self.batch if rows is None else rows != self.batch:
             raise RoutingError(
-                f"{layer} got {rows} rows from a batch of {self.batch}: its rows are packed; "
-                "steer the whole batch with task() instead of tasks()"
+                f"{layer} got {tokens if rows is None else rows} rows from a batch of {self.batch}: its rows are "
+                "packed; steer the whole batch with task() instead of tasks()"
             )
 
     def _scales_of_recomputation(self, hook: LayerHook) -> Tensor | None:
@@ -443,11 +464,11 @@ class LayerHook(_Hook):
             self.called = True
             s = self.table.index_select(0, self.rows.index[:batch])
         elif (eager := self.injection.eager_scales(self, z)) is not None:
+            if eager.dim() == 1 or self.injection.packed:
+                return (scale(z, eager), *args[1:])
             s = eager
         else:
             return None
-        if s.dim() == 1:
-            return (scale(z, s), *args[1:])
         rows = z if z.dim() > 2 else z.reshape(batch, -1, z.shape[-1])
         s = s.view(s.shape[0], *[1] * (rows.dim() - 2), s.shape[1])
         return (scale(rows, s).view(z.shape), *args[1:])
@@ -705,12 +726,12 @@ def execution_device(module: nn.Module, name: str) -> torch.device:
     return device
 
 
-def _num_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """The batch size in a call of the model, or None if no input tells it."""
+def _shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Batch size and tokens per row in a call of the model, None where no input tells it."""
     for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
         if isinstance(value, Tensor):
-            return value.shape[0]
-    return None
+            return value.shape[0], value.shape[1] if value.dim() > 1 else None
+    return None, None
 
 
 def _forget_compiled_code() -> None:

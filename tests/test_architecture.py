@@ -31,7 +31,18 @@ PACKAGES = {
 }
 
 # Module of hones_steer -> the modules and rooms (packages) it may import. A new module needs a line here.
-_BELOW_HUGGINGFACE = {"errors", "profile", "store", "layout", "slots", "_blocks", "injection", "_folding", "_selftest"}
+_BELOW_HUGGINGFACE = {
+    "errors",
+    "profile",
+    "store",
+    "layout",
+    "slots",
+    "_blocks",
+    "_packing",
+    "injection",
+    "_folding",
+    "_selftest",
+}
 _ADAPTER = {"errors", "ffns", "layout", "profile", "slots", "_folding", "export.adapters", "export.sidecar"}
 ALLOWED = {
     "_version": set(),
@@ -59,6 +70,7 @@ ALLOWED = {
     "layout": {"errors", "experts", "ffns"},
     "slots": {"errors", "ffns", "profile"},
     "_blocks": {"errors", "slots"},
+    "_packing": {"_blocks", "errors"},
     "_recomputation": {"_blocks", "errors", "slots"},
     "injection": {"_blocks", "_recomputation", "errors", "experts", "ffns", "layout", "slots"},
     "_folding": {"errors", "ffn_scales", "ffns", "injection", "layout", "profile"},

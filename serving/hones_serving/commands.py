@@ -57,8 +57,9 @@ Every response says in X-Hones-Profile and X-Hones-Route what it got."""
 
 _EPILOG = """\
 Every other option goes to vLLM as it is; `vllm serve --help=all` lists them. The transformers engine needs no more
-than a laptop and generates one answer at a time; it takes --dtype (auto, float32, bfloat16, float16), --device (auto,
-cpu, cuda, ...) and, for web pages that call it, --allowed-origins '["https://app.example"]' instead.
+than a laptop; it takes --dtype (auto, float32, bfloat16, float16), --device (auto, cpu, cuda, ...), --max-num-seqs
+(requests that generate at a time), --kv-cache-gib (what their cache takes; 0: none, they wait for each other) and, for
+web pages that call it, --allowed-origins '["https://app.example"]' instead.
 
 examples:
   hones serve llava-hf/llava-1.5-7b-hf --profiles profiles
@@ -162,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         type=_count,
         help="how many different profiles can be in use at once; requests beyond get 429 (default: as many as vLLM's "
-        "--max-num-seqs, at most 64; no limit with transformers, which generates one answer at a time)",
+        "--max-num-seqs, at most 64; no limit with transformers)",
     )
     add(
         "--allow-profile-updates",

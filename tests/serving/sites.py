@@ -78,9 +78,9 @@ class Vllm:
 
 
 class Transformers:
-    """The transformers engine, by `hones serve --engine transformers`: one answer at a time."""
+    """The transformers engine, by `hones serve --engine transformers`, whose batches of images nobody joins."""
 
-    at_once = 1
+    at_once = 1  # of images: a batch that has begun stays as it is
     no_end: Mapping[str, Any] = {}  # the model has no end token, see `serve`
     forms: Sequence[Form] = FORMS
     elsewhere: Elsewhere = RESPONSES

@@ -278,8 +278,10 @@ def test_without_the_engine(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--continuous-batching"], "continuous batching cannot be steered here; use --engine vllm"),
-        (["--cb-block-size", "32"], "--cb-block-size cannot be given: continuous batching"),
+        (["--continuous-batching"], "--continuous-batching cannot be given: batching is on, and has --max-num-seqs"),
+        (["--cb-block-size", "32"], "--cb-block-size cannot be given: batching is on"),
+        (["--max-num-seqs", "0"], "'0' is not a whole number above 0"),
+        (["--kv-cache-gib", "-1"], "'-1' is no number of GiB, such as 2 or 0.5"),
         (["--max-model-len", "4096"], "the transformers engine knows no --max-model-len; it has --dtype, --device"),
         (["--model=other"], "MODEL, the first argument, names the model"),
         (["--dtype", "int8"], "int8"),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -212,6 +213,8 @@ async def test_a_body_that_is_no_object(text: httpx.AsyncClient, body: bytes) ->
         {"max_tokens": "many"},
         {"max_tokens": 0},
         {"temperature": "hot"},
+        {"seed": "x"},
+        {"seed": 2**64},
         {"generation_config": "{"},
     ],
     ids=str,
@@ -220,6 +223,14 @@ async def test_fields_that_mean_nothing(text: httpx.AsyncClient, fields: dict[st
     for steering in ("none", "vqa"):
         assert "cannot be answered" in said(await chat(text, hones_task=steering, **fields), 400)
     assert (await chat(text, hones_task="vqa")).status_code == 200
+
+
+async def test_an_empty_prompt(text: httpx.AsyncClient) -> None:
+    for task in ("none", "vqa"):
+        answers = await asyncio.gather(*(complete(text, prompt=p, hones_task=task) for p in (WORDS, "", WORDS, "")))
+        said = [answer.json()["choices"][0]["text"] for answer in answers]
+        assert said[:2] == said[2:]
+        assert answers[1].json()["usage"] == {"completion_tokens": 8, "prompt_tokens": 1, "total_tokens": 9}
 
 
 async def test_several_prompts_in_one_request(text: httpx.AsyncClient) -> None:
@@ -266,7 +277,8 @@ async def gated(
     """A server that `ENGINE.frozen` can keep from generating, and a client of it."""
     command, env = ENGINE.serve(model, here, "--profiles", str(profiles), "--served-model-name", "tiny", *options)
     with server([*prefix, *command], here / "log", env) as running:
-        async with httpx.AsyncClient(base_url=running.url, timeout=300) as client:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=running.url, timeout=300, limits=limits) as client:
             yield running, client
 
 
@@ -297,7 +309,7 @@ async def test_told_to_stop_it_finishes_the_answer_and_refuses_who_waits(
             with ENGINE.frozen(running, tmp_path):
                 answer = group.create_task(stream(client, begun, hones_task="vqa"))
                 await begun.wait()
-                requests = [(complete, False), (complete, True), (chat, False), (chat, True)]
+                requests = [(complete, False), (complete, True), (chat, False), (chat, True)] * 25
                 waiting = [group.create_task(send(client, stream=streamed)) for send, streamed in requests]
                 await until(admitted, 1 + len(waiting))
                 running.process.terminate()
@@ -310,6 +322,68 @@ async def test_told_to_stop_it_finishes_the_answer_and_refuses_who_waits(
             assert response.headers["Retry-After"] == "1"
         assert answer.result()[-1]["usage"]["completion_tokens"] == ANSWER
         assert await ended(running.process) == 0
+
+
+@pytest.mark.matrix
+async def test_a_load_of_2000_requests_some_of_which_leave_and_then_sigterm(
+    llama: Path, profiles: Path, tmp_path: Path
+) -> None:
+    """Loses none and leaves nothing behind: each request has its own answer, or is refused when the server stops."""
+    reference = Reference(AutoModelForCausalLM.from_pretrained(llama), profiles)
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    expressions = [*TASKS, "vqa@0.5+ocr", "none"]
+    texts = [" ".join(f"w{i + 3 * j}" for j in range(3 + i)) for i in range(8)]
+    expected = {
+        (text, e): tokenizer.decode(reference.tokens(tokenizer(text)["input_ids"], e, 8), skip_special_tokens=True)
+        for text in texts
+        for e in expressions
+    }
+    assert len(set(expected.values())) > 20
+    outcomes: Counter[str] = Counter()
+
+    async def one(client: httpx.AsyncClient, i: int) -> None:
+        text, expression = texts[i % 8], expressions[i % 5]
+        body = {"model": "tiny", "prompt": text, "hones_task": expression}
+        if i % 5 == 3:
+            async with client.stream("POST", COMPLETIONS, json={**body, "stream": True, "max_tokens": 200}) as response:
+                outcomes["left" if response.status_code == 200 else "refused"] += 1
+            return
+        response = await client.post(COMPLETIONS, json={**body, "max_tokens": 8})
+        if response.status_code == 503:
+            outcomes["refused"] += 1
+            return
+        assert response.json()["choices"][0]["text"] == expected[text, expression]
+        outcomes["answered"] += 1
+
+    async def answered() -> int:
+        return outcomes["answered"]
+
+    async with gated(llama, profiles, tmp_path) as (running, client):
+
+        async def in_flight() -> float:
+            return (await scrape(running.url))[("hones_requests_in_flight",)]
+
+        numbers = iter(range(1800))
+
+        async def keep_asking() -> None:
+            for i in numbers:
+                await one(client, i)
+
+        await asyncio.gather(*(keep_asking() for _ in range(48)))
+        assert outcomes == {"answered": 1440, "left": 360}
+        await until(in_flight, 0)
+        assert (await scrape(running.url))[("hones_slots_used",)] == 0
+        async with asyncio.TaskGroup() as group:
+            with ENGINE.frozen(running, tmp_path):
+                for i in range(1800, 2000):
+                    group.create_task(one(client, i))
+                await until(in_flight, 199)  # the one that has begun may be a stream, whose client has left
+            await until(answered, 1445)
+            running.process.terminate()
+        assert await ended(running.process) == 0
+    assert sum(outcomes.values()) == 2000
+    assert outcomes["refused"] > 0
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 async def test_an_answer_that_takes_longer_than_the_limit_is_cut_off(

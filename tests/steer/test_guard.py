@@ -243,17 +243,6 @@ class TestRecordedPrograms:
         with steering.task("a"):
             logits(model)
 
-    def test_continuous_batching_is_refused(self, model):
-        steering = attach(model)
-        for call in (
-            lambda: model.generate_batch([[11, 12, 13]], max_new_tokens=2),
-            lambda: model.init_continuous_batching(),
-        ):
-            with pytest.raises(RoutingError, match=r"packs the rows .* generate\(\)"), steering.task("a"):
-                call()
-        steering.detach()
-        assert "generate_batch" not in vars(model)
-
 
 @COMPILED
 def test_the_decoder_called_past_its_model_is_refused(model, compiled):

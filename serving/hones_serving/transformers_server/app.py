@@ -18,10 +18,10 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
-from transformers import AutoProcessor
+from transformers import AutoProcessor, GenerationMixin
 from transformers.cli.serving.model_manager import ModelManager, TimedModel
 from transformers.cli.serving.server import build_server
-from transformers.cli.serving.utils import BaseHandler, GenerateManager, GenerationState
+from transformers.cli.serving.utils import BaseGenerateManager, BaseHandler, GenerationState, Modality
 
 from hones_serving import playground, signatures
 from hones_serving.asgi import App, Message, Receive, Scope, Send, error_content
@@ -31,12 +31,16 @@ from hones_serving.registry import Admission, ProfileRegistry
 from hones_serving.routing import RoutingPlan
 from hones_serving.routing_file import load_plan
 from hones_serving.settings import Settings
-from hones_serving.transformers_server.generation import OneGeneration
+from hones_serving.transformers_server.batching import generate_together
+from hones_serving.transformers_server.command import KV_CACHE_GIB, MAX_NUM_SEQS
+from hones_serving.transformers_server.continuous import cache_tokens, has_pages
+from hones_serving.transformers_server.exactness import exact_pages, is_exact
+from hones_serving.transformers_server.generation import Batches, OneGeneration, SteeredGeneration
 from hones_serving.transformers_server.handlers import TICKET, Chat, Completion, Responses
 from hones_serving.transformers_server.stopping import StoppingMiddleware, unavailable
-from hones_serving.transformers_server.turns import TURN, StoppingError, Turn, Turns
+from hones_serving.transformers_server.turns import LOGGER, TURN, StoppingError, Turn, Turns
 from hones_steer.errors import DataError, HonesError
-from hones_steer.huggingface import steer
+from hones_steer.huggingface import Steering, steer
 from hones_steer.loading import load_model, loading
 from hones_steer.profile import ModelIdentity
 
@@ -55,11 +59,15 @@ def build_app(
     api_key: str | None = None,
     allowed_origins: Sequence[str] = (),
     collector: CollectorRegistry = REGISTRY,
+    *,
+    most: int = MAX_NUM_SEQS,
+    cache_gib: float = KV_CACHE_GIB,
 ) -> FastAPI:
     """Steer the model that `manager` holds (see `pinned`) and build the application that serves it.
 
-    `served` are the names of the model; `collector` gets the metrics. The application's `state.turns` are the requests
-    that wait or generate; `stopping.serve` drains them.
+    `served` are the names of the model; `collector` gets the metrics; at most `most` requests generate at a time,
+    from a paged cache of `cache_gib` GiB if the model can have one (0: none). The application's `state.turns` are the
+    requests that wait or generate; `stopping.serve` drains them.
 
     Raises:
         LayoutError: the model cannot be steered.
@@ -73,21 +81,15 @@ def build_app(
         settings.profiles,
         ModelIdentity.from_model(model),
         max_profiles=settings.max_profiles or 1,
-        always_enough=settings.max_profiles is None,  # one request generates at a time
+        always_enough=settings.max_profiles is None,  # a batch has no more profiles than there are slots
     )
     plan = load_plan(settings.routing, registry.tasks()) if settings.routing else RoutingPlan()
     metrics = Metrics(registry, collector)
     # The registry has checked the profiles against this model; each is loaded when a request that it steers runs.
-    state = OneGeneration(steer(model, {}, allow_mismatch=True), metrics)
-    handlers: dict[str, Any] = {
-        "chat_handler": Chat(manager, state, registry, served),
-        "completion_handler": Completion(manager, state, registry, served),
-        "response_handler": Responses(manager, state, registry, served),
-    }
-    for name in inspect.signature(build_server).parameters:
-        if name.endswith("_handler"):
-            handlers.setdefault(name, None)  # its route is left out
-    app = build_server(manager, generation_state=state, **handlers)
+    steering = steer(model, {}, max_profiles=most, allow_mismatch=True)
+    batches = _batches(manager, steering, metrics, most, cache_gib)
+    state = OneGeneration(SteeredGeneration(batches, steering))
+    app = build_server(manager, generation_state=state, **_handlers(manager, state, registry, served))
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in _KEPT]
     _add_routes(app, served, collector)
     _add_error_handlers(app)
@@ -104,6 +106,34 @@ def build_app(
     app.state.turns = Turns()
     _add_middleware(app, service, api_key, allowed_origins)
     return app
+
+
+def _handlers(
+    manager: ModelManager, state: GenerationState, registry: ProfileRegistry, served: Sequence[str]
+) -> dict[str, Any]:
+    handlers: dict[str, Any] = {
+        "chat_handler": Chat(manager, state, registry, served),
+        "completion_handler": Completion(manager, state, registry, served),
+        "response_handler": Responses(manager, state, registry, served),
+    }
+    for name in inspect.signature(build_server).parameters:
+        if name.endswith("_handler"):
+            handlers.setdefault(name, None)  # its route is left out
+    return handlers
+
+
+def _batches(manager: ModelManager, steering: Steering, metrics: Metrics, most: int, cache_gib: float) -> Batches:
+    """Make the batches that the model answers exactly: with a paged cache or without, of one length or of several."""
+    loaded = next(iter(manager.loaded_models.values()))
+    model: Any = loaded.model
+    processor: Any = loaded.processor
+    padded = is_exact(model, processor, functools.partial(generate_together, model), "prompts padded to one length")
+    text = manager.get_model_modality(model, processor) == Modality.LLM
+    pages = None
+    if cache_gib and text and has_pages(model):
+        pages = exact_pages(model, processor, most, cache_tokens(model, most, cache_gib))
+    LOGGER.info("At most %d requests generate at a time, %s", most, "in pages" if pages else "in batches")
+    return Batches(model, steering, metrics, most=most, padded=padded, pages=pages)
 
 
 def pinned(name: str, *, dtype: str = "auto", device: str = "auto") -> ModelManager:
@@ -132,8 +162,10 @@ def pinned(name: str, *, dtype: str = "auto", device: str = "auto") -> ModelMana
 
 def _overridden() -> Iterator[tuple[Callable[..., Any], tuple[str, ...]]]:
     """Yield (function of transformers' server that is overridden, names of the parameters it must begin with)."""
-    yield GenerateManager.generate_streaming, ("self", "model", "processor", "inputs", "gen_config")
-    yield GenerateManager.generate_non_streaming, ("self", "model", "processor", "inputs", "gen_config")
+    streaming = ("self", "model", "processor", "inputs", "gen_config", "request_id", "response_parser")
+    yield BaseGenerateManager.generate_streaming, streaming
+    yield BaseGenerateManager.generate_non_streaming, streaming[:-1]
+    yield GenerationMixin._sample, ("self", "input_ids", "logits_processor", "stopping_criteria", "generation_config")
     yield GenerationState.get_manager, ("self", "model_id", "use_cb")
     yield BaseHandler.__init__, ("self", "model_manager", "generation_state")
     yield BaseHandler._validate_request, ("self", "body")

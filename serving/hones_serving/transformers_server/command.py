@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging.config
 import os
 import signal
 import sys
@@ -16,6 +17,9 @@ from hones_serving.settings import Settings
 from hones_steer.errors import DataError, HonesError
 
 KEY = "HONES_API_KEY"
+MAX_NUM_SEQS = 16  # requests that generate at a time
+KV_CACHE_GIB = 1.0  # of a paged cache
+OPTIONS = ("--dtype", "--device", "--allowed-origins", "--max-num-seqs", "--kv-cache-gib")
 SHUTDOWN_SECONDS = 20  # Kubernetes kills after 30
 
 
@@ -35,12 +39,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--allowed-origins", metavar="JSON", type=_origins, default=[])
+    parser.add_argument("--max-num-seqs", metavar="N", type=_positive, default=MAX_NUM_SEQS)
+    parser.add_argument("--kv-cache-gib", metavar="GIB", type=_size, default=KV_CACHE_GIB)
     options, unknown = parser.parse_known_args(argv)
     for argument in unknown:
         name = argument.partition("=")[0].replace("_", "-")
         if name == "--continuous-batching" or name.startswith("--cb-"):
-            parser.error(f"{name} cannot be given: continuous batching cannot be steered here; use --engine vllm")
-        parser.error(f"the transformers engine knows no {name}; it has --dtype, --device and --allowed-origins")
+            parser.error(f"{name} cannot be given: batching is on, and has --max-num-seqs and --kv-cache-gib")
+        parser.error(f"the transformers engine knows no {name}; it has {', '.join(OPTIONS)}")
     return options
 
 
@@ -52,6 +58,22 @@ def _origins(text: str) -> list[str]:
     if not (isinstance(origins, list) and all(isinstance(origin, str) for origin in origins)):
         raise argparse.ArgumentTypeError(f"{text!r} is no JSON list of origins such as '[\"https://app.example\"]'")
     return origins
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _size(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = -1
+    if not 0 <= size < 2**20:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of GiB, such as 2 or 0.5")
+    return size
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
@@ -69,12 +91,23 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
     if settings is None:
         raise DataError("HONES_PROFILES names no folder of profiles; start this server with `hones serve`")
     sockets = listening.bind(options.host, options.port)
+    import uvicorn.config
+
     from hones_serving.transformers_server import stopping
     from hones_serving.transformers_server.app import build_app, pinned
 
+    logging.config.dictConfig(uvicorn.config.LOGGING_CONFIG)  # which uvicorn does later, but what is built logs, too
     manager = pinned(options.model, dtype=options.dtype, device=options.device)
     served = options.served_model_name or [options.model]
-    app = build_app(settings, manager, served, environ.get(KEY), options.allowed_origins)
+    app = build_app(
+        settings,
+        manager,
+        served,
+        environ.get(KEY),
+        options.allowed_origins,
+        most=options.max_num_seqs,
+        cache_gib=options.kv_cache_gib,
+    )
     stopping.serve(app, sockets, options.shutdown_timeout)
 
 

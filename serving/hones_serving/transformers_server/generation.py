@@ -1,27 +1,30 @@
-"""The generation thread, in which each request is steered as it was admitted.
+"""The generation thread, which answers requests together, each steered as it was admitted.
 
-Transformers' server generates in one thread of its own, one request after the other. That thread does not have the
+Requests are answered in the order in which they came, but for those that join a batch. That thread does not have the
 context of the request that submits to it, so the admission is taken from there and carried along.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers.cli.serving.utils import GenerateManager, GenerationState, _StreamError
+from transformers.cli.serving.utils import BaseGenerateManager, DirectStreamer, GenerationState, _StreamError
 
 from hones_serving.metrics import Metrics
 from hones_serving.registry import Admission
-from hones_serving.transformers_server.turns import TURN, StoppingError, Turn
+from hones_serving.transformers_server.batching import can_join, generate_alone, generate_together
+from hones_serving.transformers_server.continuous import Pages
+from hones_serving.transformers_server.rows import Listener, Row, Streamed, Whole, prepare
+from hones_serving.transformers_server.turns import LOGGER, TURN, StoppingError
 from hones_serving.unsteered import generating
 from hones_steer.errors import StateError
 from hones_steer.huggingface import Steering
-from hones_steer.profile import Profile
 
 # The admission of the request that is being handled; None: it is not steered, or its route cannot be.
 ADMISSION: ContextVar[Admission | None] = ContextVar("hones_admission", default=None)
@@ -30,119 +33,253 @@ ADMISSION: ContextVar[Admission | None] = ContextVar("hones_admission", default=
 class OneGeneration(GenerationState):
     """Transformers' table of generation threads, with the one thread there is, whatever the model is called."""
 
-    def __init__(self, steering: Steering, metrics: Metrics) -> None:
+    def __init__(self, manager: SteeredGeneration) -> None:
         super().__init__()
-        self._manager = SteeredGeneration(steering, metrics)
+        self._manager = manager
 
-    def get_manager(self, model_id: str, use_cb: bool = False) -> GenerateManager:  # noqa: ARG002
+    def get_manager(self, model_id: str, use_cb: bool = False) -> BaseGenerateManager:  # noqa: ARG002
         """The one generation thread."""
         return self._manager
 
 
-class SteeredGeneration(GenerateManager):
-    """Transformers' generation thread; a request runs under the admission in the context that submits it."""
+class SteeredGeneration(BaseGenerateManager):
+    """Transformers' interface to the generation thread; a request runs under the admission in its context."""
 
-    def __init__(self, steering: Steering, metrics: Metrics) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+    def __init__(self, batches: Batches, steering: Steering) -> None:
+        self._batches = batches
         self._steering = steering
-        self._metrics = metrics
+        self._waiting = Waiting()
+        thread = threading.Thread(target=self._run, name="hones-generation", daemon=True)
+        thread.start()
 
-    def generate_streaming(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """Generate as transformers does, but end the stream with an error if the server stops before it is complete.
+    def generate_streaming(
+        self,
+        model: Any,
+        processor: Any,
+        inputs: Any,
+        gen_config: Any,
+        request_id: str,  # noqa: ARG002 - transformers passes it
+        response_parser: Any = None,
+    ) -> tuple[asyncio.Queue[Any], DirectStreamer]:
+        """Queue a request whose answer is streamed; returns the queue of its text, and what counts its tokens.
+
+        The stream ends with an error if the server stops before it is complete.
 
         Raises:
             StateError: `model` is not the one that is steered.
             StoppingError: the server is stopping.
         """
-        steered, turn = self._steered(model)
-        queue, streamer = super().generate_streaming(steered, *args, **kwargs)
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[Any] = asyncio.Queue()
+        tokenizer = getattr(processor, "tokenizer", processor)._tokenizer
+        streamer = DirectStreamer(tokenizer, loop, queue, response_parser=response_parser)
 
         def cut(error: StoppingError) -> None:
             queue.put_nowait(_StreamError(str(error)))
 
-        turn.when_refused(cut)
+        row = self._submit(model, processor, inputs, gen_config, Streamed(streamer, queue, loop))
+        row.turn.when_refused(cut)
         return queue, streamer
 
-    async def generate_non_streaming(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """Generate as transformers does. If this is cancelled, generation goes on until the turn is given up.
+    async def generate_non_streaming(
+        self,
+        model: Any,
+        processor: Any,
+        inputs: Any,
+        gen_config: Any,
+        request_id: str,  # noqa: ARG002 - transformers passes it
+    ) -> tuple[str, int, list[int]]:
+        """Queue a request; returns the answer's text, the prompt's length and the answer's tokens.
+
+        If this is cancelled, generation goes on until the turn is given up.
 
         Raises:
             StateError: `model` is not the one that is steered.
             StoppingError: the server stops before the answer is complete.
         """
-        steered, turn = self._steered(model)
-        return await turn.or_refused(super().generate_non_streaming(steered, *args, **kwargs))
+        whole = Whole(asyncio.get_running_loop())
+        row = self._submit(model, processor, inputs, gen_config, whole)
+        tokens = (await row.turn.or_refused(whole.answer)).tolist()
+        return processor.decode(tokens, skip_special_tokens=True), row.prompt_length, tokens
 
-    def _steered(self, model: Any) -> tuple[Any, Turn]:
+    def stop(self) -> None:
+        """Do nothing: the thread ends with the process."""
+
+    def _submit(self, model: Any, processor: Any, inputs: Any, config: Any, listener: Listener) -> Row:
         if not self._steering.is_attached_to(model):
             raise StateError("the model was loaded anew, without its steering; restart the server")
         generating()
         turn = TURN.get()
         turn.ask()
-        return SteeredModel(model, self._steering, ADMISSION.get(), turn, self._metrics), turn
+        row = Row(inputs, config, processor, ADMISSION.get(), turn, listener)
+        self._waiting.add(row)
+        return row
+
+    def _run(self) -> None:
+        while True:
+            self._batches.answer(self._waiting.first(), self._waiting)
 
 
-class SteeredModel:
-    """Stand-in for a model whose `generate` takes one request's turn and is steered by its admission.
+class Waiting:
+    """The rows that wait, in the order in which they came; any thread may add, the generation thread takes."""
 
-    All its other attributes are the model's.
+    def __init__(self) -> None:
+        self._rows: list[Row] = []
+        self._changed = threading.Condition()
+
+    def add(self, row: Row) -> None:
+        """Let a row wait."""
+        with self._changed:
+            self._rows.append(row)
+            self._changed.notify()
+
+    def first(self) -> Row:
+        """Wait until there is a row, and take the first."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._rows)
+            return self._rows.pop(0)
+
+    def take_first(self, accepts: Callable[[Row], bool]) -> Row | None:
+        """Take the first row if there is one and `accepts` accepts it."""
+        with self._changed:
+            row = self._rows[0] if self._rows else None
+        if row is None or not accepts(row):
+            return None
+        return self.first()
+
+    def take(self, accepts: Callable[[Row], bool]) -> Iterator[Row]:
+        """Take, one after the other and in order, the rows that `accepts` accepts when it is asked."""
+        with self._changed:
+            rows = list(self._rows)
+        for row in rows:
+            if accepts(row):
+                with self._changed:
+                    self._rows.remove(row)
+                yield row
+
+
+class Batches:
+    """Answers rows in batches of at most `most`, each steered by its own profile; the generation thread does only this.
+
+    Rows that `pages` can hold (None: there is no such cache) join and leave the batch that runs. Others share a
+    `generate` with those that wait when it begins; `padded`: also with rows of other lengths.
     """
 
     def __init__(
-        self, model: Any, steering: Steering, admission: Admission | None, turn: Turn, metrics: Metrics
+        self, model: Any, steering: Steering, metrics: Metrics, *, most: int, padded: bool, pages: Pages | None
     ) -> None:
         self._model = model
         self._steering = steering
-        self._profile = admission.profile if admission else None
-        self._label = admission.label if admission else "none"
-        self._turn = turn
         self._metrics = metrics
+        self._most = most
+        self._padded = padded
+        self._pages = pages
+        self._uses: Counter[str] = Counter()  # digest of a profile -> rows that have begun
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def generate(self, *, input_ids: Tensor, streamer: Any = None, **inputs: Any) -> Tensor:
-        """Generate token ids `[1, prompt + new]` from `input_ids` `[1, prompt]`, and count the new ones.
-
-        Raises:
-            StateError: nobody waits for the answer any more, so nothing was generated.
-        """
-        if not self._turn.begin():
-            raise StateError("nobody waits for this answer any more; send the request again")
-        try:
-            return self._generate(input_ids, streamer, inputs)
-        finally:
-            self._turn.end()
-
-    def _generate(self, input_ids: Tensor, streamer: Any, inputs: dict[str, Any]) -> Tensor:
-        with self._steering_by(self._profile):
-            try:
-                sequences: Tensor = self._model.generate(
-                    input_ids=input_ids, streamer=streamer, stopping_criteria=[self._is_abandoned], **inputs
-                )
-            finally:  # generation for a stream that nobody reads any more ends with an exception
-                if streamer is not None:
-                    self._metrics.tokens(self._label, streamer.total_tokens)
-        if streamer is None:
-            self._metrics.tokens(self._label, sequences.shape[1] - input_ids.shape[1])
-        return sequences
-
-    def _is_abandoned(self, ids: Tensor, _scores: object, **_: Any) -> Tensor:
-        return torch.full(ids.shape[:1], self._turn.abandoned.is_set(), device=ids.device)
-
-    @contextmanager
-    def _steering_by(self, profile: Profile | None) -> Iterator[None]:
-        """Steer, within the block, with the contents of this profile (None: not at all), under its digest as name.
-
-        The task's name may have other contents by now.
-        """
-        if profile is None:
-            yield
+    def answer(self, first: Row, waiting: Waiting) -> None:
+        """Answer a row, together with those that wait and can join it."""
+        if not self._begun(first):
             return
-        name = profile.digest
-        self._steering.load(name, profile)
+        if self._pages is not None and self._pages.can_hold(first):
+            self._answer_from_pages(self._pages, first, waiting)
+            return
+        rows = [first]
+        others = waiting.take(lambda row: self._prepared(row) and can_join(row, rows, padded=self._padded))
+        while len(rows) < self._most and (row := next(others, None)) is not None:
+            if self._begun(row):
+                rows.append(row)
+        self._answer_together(rows)
+
+    def _prepared(self, row: Row) -> bool:
+        """Prepare a row, unless that was done; false if it cannot be answered."""
+        if not row.prepared:
+            try:
+                prepare(self._model, row)
+            except Exception as error:  # noqa: BLE001 - whatever is wrong with a request is the answer to it
+                row.error = error
+        return row.error is None
+
+    def _begun(self, row: Row) -> bool:
+        """Begin a row's turn; false if nobody waits for it, or it cannot be answered, which whoever waits is told."""
+        if not row.turn.begin():
+            row.listener.fail(StateError("nobody waits for this answer any more; send the request again"))
+            return False
+        if row.profile is not None:
+            if row.profile.digest not in self._uses:
+                self._steering.load(row.profile.digest, row.profile)  # which the registry has checked
+            self._uses[row.profile.digest] += 1
+        if not self._prepared(row):
+            self._end(row, row.error)
+            return False
+        return True
+
+    def _answer_from_pages(self, pages: Pages, first: Row, waiting: Waiting) -> None:
+        """Answer a row and those that join it, in order: nobody joins once the first that waits cannot."""
+        running = [first]
+
+        def at_once(row: Row) -> bool:
+            return row.turn.abandoned.is_set() or not self._prepared(row) or pages.can_hold(row)
+
+        def more() -> Row | None:
+            while (row := waiting.take_first(at_once)) is not None:
+                if self._begun(row):
+                    running.append(row)
+                    return row
+            return None
+
+        def ended(row: Row) -> None:
+            running.remove(row)
+            self._end(row, None)
+
         try:
-            with self._steering.task(name):
-                yield
-        finally:
-            self._steering.unload(name)
+            pages.answer(first, more, self._packed, ended)
+        except Exception:  # noqa: BLE001 - the thread must live on, and those that are not to blame are answered
+            LOGGER.exception("A step of continuous batching failed; its %d requests are answered singly", len(running))
+            for row in running:
+                self._answer_together([row])
+
+    def _answer_together(self, rows: Sequence[Row]) -> None:
+        """Answer rows that have begun; if that fails, each by itself, so that only those fail that are to blame."""
+        error: Exception | None = None
+        try:
+            with self._steered(rows):
+                if rows[0].choosing is not None:
+                    generate_together(self._model, rows)
+                else:
+                    generate_alone(self._model, rows[0])
+        except Exception as failure:  # noqa: BLE001 - the thread must live on, and whoever waits is told
+            error = failure
+        for row in rows:
+            if error is None or row.over:
+                self._end(row, None)
+            elif len(rows) == 1:
+                self._end(row, error)
+            else:
+                self._answer_together([row])
+
+    def _end(self, row: Row, error: Exception | None) -> None:
+        self._metrics.tokens(row.label, row.ids.shape[1] - row.prompt_length)
+        if row.profile is not None:
+            self._uses[row.profile.digest] -= 1
+            if not self._uses[row.profile.digest]:
+                del self._uses[row.profile.digest]
+                self._steering.unload(row.profile.digest)
+        if error is None:
+            row.listener.end(row.tokens)
+        else:
+            row.listener.fail(error)
+        row.turn.end()
+
+    # A profile's name is its digest here: the task's name may have other contents by now.
+
+    def _steered(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
+        names = _digests(rows)
+        return self._steering.tasks(names) if any(names) else nullcontext()
+
+    def _packed(self, rows: Sequence[Row], counts: Sequence[int]) -> AbstractContextManager[None]:
+        names = _digests(rows)
+        return self._steering.packed(names, counts) if any(names) else nullcontext()
+
+
+def _digests(rows: Sequence[Row]) -> list[str | None]:
+    return [row.profile.digest if row.profile else None for row in rows]

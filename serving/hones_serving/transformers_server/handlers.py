@@ -18,6 +18,7 @@ from transformers.cli.serving.utils import BaseHandler, GenerationState, Modalit
 
 from hones_serving.registry import Admission, ProfileRegistry
 from hones_serving.transformers_server.generation import ADMISSION
+from hones_serving.transformers_server.rows import SEED, checked_seed
 from hones_serving.transformers_server.turns import TURN
 from hones_steer.errors import StateError
 
@@ -100,7 +101,9 @@ class _Served(BaseHandler):
         return requested, model, processor
 
     def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        config = super()._build_generation_config(body, *args, **kwargs)
+        if body.get("seed") is not None:
+            SEED.set(checked_seed(body["seed"]))
+        config = super()._build_generation_config({**body, "seed": None}, *args, **kwargs)
         if body.get("temperature"):
             config.do_sample = True  # transformers' server sets the temperature only, which greedy decoding ignores
         return config

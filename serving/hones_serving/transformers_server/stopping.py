@@ -1,7 +1,7 @@
 """The HTTP server, and its steps from SIGTERM or SIGINT until the process ends.
 
 1. Requests that wait are answered 503 at once, and so are /health and every further POST.
-2. The answer that runs may take `seconds` more; then it is cut off with an error.
+2. The answers that run may take `seconds` more; then they are cut off with an error.
 3. Answers that are complete are sent, which may take GRACE_SECONDS. Then the process ends, whatever still runs in it,
    one second later at the latest.
 """
@@ -32,8 +32,8 @@ GRACE_SECONDS = 4
 def serve(app: FastAPI, sockets: list[socket.socket], seconds: int) -> NoReturn:
     """Listen on bound `sockets` and serve an application of `build_app` until a signal; then end the process with 0.
 
-    An answer that runs may take `seconds` more after the signal. If it cannot even be cut off, because it holds up the
-    event loop, the process ends with 1.
+    Answers that run may take `seconds` more after the signal. If they cannot even be cut off, because one holds up
+    the event loop, the process ends with 1.
 
     Raises:
         DataError: another process listens there by now.

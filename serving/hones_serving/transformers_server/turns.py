@@ -1,4 +1,4 @@
-"""Turns: requests generate one after the other, and each must hear when its turn begins or will not come.
+"""Turns: only so many requests generate at a time, and each must hear when its turn begins or will not come.
 
 Transformers' server queues every request and generates all of them, also for clients that have left and after it was
 told to stop. Here every request has a turn. Everything runs in the event loop, except `begin` and `end`, which the
@@ -46,7 +46,7 @@ class Turns:
         self._changed.set()
 
     async def drain(self, seconds: float) -> None:
-        """Refuse the turns that wait; let the one that runs finish, or cut it off with an error after `seconds`."""
+        """Refuse the turns that wait; let those that run finish, or cut them off with an error after `seconds`."""
         self.stopping = True
         waiting = [turn for turn in self._open if not turn.running]
         for turn in waiting:
