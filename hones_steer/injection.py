@@ -333,6 +333,7 @@ class Injection:
         They are int64 `[rows]`, or `[1]` for all rows.
         """
         if self.is_running_here():
+            self._eager_layers += 1
             if self._slots == (IDENTITY,):
                 return None
             self._check_rows(hook.layer, tokens, None)
