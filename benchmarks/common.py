@@ -1,8 +1,9 @@
-"""Shared parts of the runtime benchmarks: a random Llama of a given shape, profiles for it, and ratios."""
+"""Shared parts of the runtime benchmarks: a random Llama of a given shape, profiles for it, ratios and intervals."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 # glibc gives large blocks back to the system or not, depending on what a process did before: without these, one eager
 # process is up to a quarter slower than another that runs the same code. Read when a process starts.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+
+LEAST_ROUNDS = 6
+"""Fewer have no 95% interval of their median."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,18 @@ def ratios(seconds: Sequence[float], baseline: Sequence[float]) -> dict[str, Any
     """Speed relative to the baseline's round of the same repeat: median, smallest and largest."""
     found = [theirs / mine for mine, theirs in zip(seconds, baseline, strict=True)]
     return {"ratio": statistics.median(found), "ratio_min": min(found), "ratio_max": max(found), "n": len(found)}
+
+
+def median_interval(name: str, values: Sequence[float]) -> dict[str, float]:
+    """The median of `LEAST_ROUNDS` values or more as `name`, and its 95% interval as `name`_low and `name`_high.
+
+    The interval is that of the sign test: from the k-th smallest to the k-th largest value, k so large that fewer than
+    k of as many coin tosses are heads with a probability of 2.5% at most. It assumes no distribution.
+    """
+    ordered, n = sorted(values), len(values)
+    tails = [math.comb(n, heads) / 2**n for heads in range(n)]
+    k = max(k for k in range(1, n // 2 + 1) if sum(tails[:k]) <= 0.025)
+    return {name: statistics.median(ordered), f"{name}_low": ordered[k - 1], f"{name}_high": ordered[n - k]}
 
 
 def positive(text: str) -> int:
