@@ -404,7 +404,7 @@ class Engine:
                 raise SystemExit(f"{variant.name}: the model wrote {wrote}")
 
     def rounds(self, work: Work, variants: Sequence[Variant], seconds: float) -> dict[Variant, list[Round]]:
-        """Rounds of each variant, one per repeat; as many repeats as `seconds` are enough for, and no fewer than can be.
+        """Rounds of each variant, one per repeat: as many as `seconds` are enough for, and no fewer than can be.
 
         How many there are depends on nothing but time, or intervals would be narrower than they should be.
         """
@@ -580,7 +580,7 @@ def is_wide(row: Mapping[str, Any]) -> bool:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows for people, as Markdown."""
     lines = [
-        "| runner | mode | phase | profiles | tokens/s | by wall time | by CPU time | ms added to a step | n | KV blocks |",
+        "| runner | mode | phase | profiles | tokens/s | by wall time | by CPU time | ms a step | n | KV blocks |",
         "|---|---|---|---|---:|---|---|---|---:|---:|",
     ]
     for row in rows:
