@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from numpy.random import Generator
 
     from hones_steer import Profile
+
+V = TypeVar("V")
+R = TypeVar("R")
 
 # glibc gives large blocks back to the system or not, depending on what a process did before: without these, one eager
 # process is up to a quarter slower than another that runs the same code. Read when a process starts.
@@ -90,6 +94,29 @@ def ratios(seconds: Sequence[float], baseline: Sequence[float]) -> dict[str, Any
     """Speed relative to the baseline's round of the same repeat: median, smallest and largest."""
     found = [theirs / mine for mine, theirs in zip(seconds, baseline, strict=True)]
     return {"ratio": statistics.median(found), "ratio_min": min(found), "ratio_max": max(found), "n": len(found)}
+
+
+def in_turn(
+    variants: Sequence[V], run: Callable[[V], R], seconds: float, most: float = math.inf, least: int = LEAST_ROUNDS
+) -> dict[V, list[R]]:
+    """Results of each variant's rounds, one per repeat, in an order that moves on by one with every repeat.
+
+    There are as many repeats as `seconds` are enough for, but `least` at least and `most` at most: how many depends
+    on nothing that was measured, or intervals would be narrower than they should be.
+    """
+    from tqdm import tqdm
+
+    found: dict[V, list[R]] = {variant: [] for variant in variants}
+    end, longest, repeat = time.monotonic() + seconds, 0.0, 0
+    with tqdm(unit="repeat", disable=None) as bar:
+        while repeat < least or (repeat < most and time.monotonic() + longest < end):
+            start = time.monotonic()
+            for i in range(len(variants)):
+                variant = variants[(i + repeat) % len(variants)]
+                found[variant].append(run(variant))
+            longest, repeat = max(longest, time.monotonic() - start), repeat + 1
+            bar.update()
+    return found
 
 
 def median_interval(name: str, values: Sequence[float]) -> dict[str, float]:

@@ -11,10 +11,11 @@
 
 The model is a Llama of SmolLM2-135M's shape with random weights; a profile scales 1% of the neurons of every layer.
 
-All rows of a table's mode come from one engine in one process, in the same memory: between two rounds hones-steer is
-taken off and put on again (`Plugin`). Compiled, the engine keeps two compiled models on the same weights, one that
-vLLM compiled with the plugin and one that it compiled after it had been taken off. Before anything counts, a round of
-each row must have run hones-steer's code, or none of it at all, and steering must have changed what is written.
+All rows of a runner and mode come from one engine in one process, in the same memory: between two rounds hones-steer
+is taken off and put on again (`Plugin`). Compiled, the engine keeps two compiled models on the same weights, one that
+vLLM compiled with the plugin and one that it compiled after it had been taken off; CUDA graphs, which have no such
+seam, are off. Before anything counts, a round of each row must have run hones-steer's code, or none of it at all, and
+steering must have changed what is written.
 
 Rounds of about a second take turns in an order that moves on by one with every repeat, as many as there is time for.
 A ratio is to the `absent` round of the same repeat, once by wall time, which is what a user waits for and wants idle
@@ -50,15 +51,16 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import (
     ALLOCATOR,
-    LEAST_ROUNDS,
     SMOLLM2_135M,
     TINY,
     Shape,
+    in_turn,
     median_interval,
     positive,
     random_llama,
@@ -307,7 +309,7 @@ def measure(args: argparse.Namespace, mode: str, runner: str) -> list[dict[str, 
         work = works(args)[phase]
         engine.check(work, variants)
         seconds = 0.0 if args.quick else (deadline - time.monotonic()) / (len(args.phases) - number)
-        rounds = engine.rounds(work, variants, seconds)
+        rounds = in_turn(variants, partial(engine.round, work), seconds)
         measured = [
             {"runner": runner, "mode": mode, "phase": phase, "name": variant.name, "profiles": variant.profiles}
             | compared(rounds[variant], rounds[ABSENT], work)
@@ -355,6 +357,7 @@ class Engine:
             max_num_seqs=REQUESTS,
             max_num_batched_tokens=2048,
             kv_cache_memory_bytes=2**29,
+            compilation_config={"cudagraph_mode": "NONE"},  # a captured graph could not be taken off
             **lora,
         )
         cache = self.llm.llm_engine.vllm_config.cache_config
@@ -402,25 +405,6 @@ class Engine:
             if (tokens != absent) != bool(variant.profiles):
                 wrote = "what vLLM alone writes" if variant.profiles else "something else than vLLM alone"
                 raise SystemExit(f"{variant.name}: the model wrote {wrote}")
-
-    def rounds(self, work: Work, variants: Sequence[Variant], seconds: float) -> dict[Variant, list[Round]]:
-        """Rounds of each variant, one per repeat: as many as `seconds` are enough for, and no fewer than can be.
-
-        How many there are depends on nothing but time, or intervals would be narrower than they should be.
-        """
-        from tqdm import tqdm
-
-        found: dict[Variant, list[Round]] = {variant: [] for variant in variants}
-        end, longest, repeat = time.monotonic() + seconds, 0.0, 0
-        with tqdm(unit="repeat", disable=None) as bar:
-            while repeat < LEAST_ROUNDS or time.monotonic() + longest < end:
-                start = time.monotonic()
-                for i in range(len(variants)):
-                    variant = variants[(i + repeat) % len(variants)]
-                    found[variant].append(self.round(work, variant))
-                longest, repeat = max(longest, time.monotonic() - start), repeat + 1
-                bar.update()
-        return found
 
     def memory(self, variant: Variant) -> int:
         """Bytes that a variant takes besides the model: tables and tokens' slots, or adapters."""
@@ -494,34 +478,43 @@ class Plugin:
         if not wanted:  # it will not hear of the end of the requests that it has seen
             self._worker.hones_steering._profiles.clear()
         if self._code:
-            self._decoder().aot_compiled_fn = self._code[wanted]
+            vars(self._decoder()).update(self._code[wanted])
         self._placed = wanted
 
     def _decoder(self) -> Any:
-        """The part of the model that vLLM compiles."""
-        compiled = [
-            module
-            for module in self._worker.model_runner.get_model().modules()
-            if getattr(module, "aot_compiled_fn", None) is not None
-        ]
-        if len(compiled) != 1:
-            raise SystemExit("vLLM has not compiled the model (with LoRA on a CPU it does not); use --modes eager")
-        return compiled[0]
+        """The part of the model that vLLM compiles.
+
+        Raises:
+            SystemExit: vLLM did not compile it.
+        """
+        from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+
+        for module in self._worker.model_runner.get_model().modules():
+            if isinstance(module, TorchCompileWithNoGuardsWrapper) and any(_code(module).values()):
+                return module
+        raise SystemExit("vLLM has not compiled the model (with LoRA on a CPU it does not); use --modes eager")
 
     def _compile_without(self) -> None:
         """Have vLLM compile the model a second time, as it does where there is no plugin."""
         from vllm.compilation.wrapper import reset_compile_wrapper
 
         decoder, config = self._decoder(), self._worker.vllm_config
-        steered = decoder.aot_compiled_fn
+        steered = _code(decoder)
         self.place(False)
         ours = config.additional_config.pop("hones_steer")  # a part of the key of vLLM's stored code
+        decoder.compiled = False
         reset_compile_wrapper(decoder)
-        self._worker.compile_or_warm_up_model()
+        runner = self._worker.model_runner
+        getattr(runner, "warming_up_model", runner.profile_run)()  # the former on CPUs
         config.additional_config["hones_steer"] = ours
-        self._code = {True: steered, False: decoder.aot_compiled_fn}
-        if self._code[True] is self._code[False]:
+        self._code = {True: steered, False: _code(self._decoder())}
+        if any(code and code is self._code[False][name] for name, code in steered.items()):
             raise SystemExit("vLLM did not compile the model again")
+
+
+def _code(decoder: Any) -> dict[str, Any]:
+    """What vLLM calls instead of a compiled decoder's `forward`: one of these, by how it compiles."""
+    return {name: getattr(decoder, name, None) for name in ("aot_compiled_fn", "_compiled_bytecode")}
 
 
 def _is_ours(function: Any) -> bool:
