@@ -218,6 +218,21 @@ def machine(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
 
 def random_llava(shape: LlavaShape, device: torch.device, dtype: str) -> Any:
     """A LLaVA on the device, its weights of unit gain and always the same."""
+    with device:
+        model = llava_of(shape, dtype)
+    generator = torch.Generator(device).manual_seed(SEED)
+    for name, weight in model.named_parameters():
+        if weight.dim() < 2:
+            mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            weight.normal_(mean, 0.1, generator=generator)
+        else:
+            weight.normal_(0, 1 if "embed" in name else weight[0].numel() ** -0.5, generator=generator)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
+    return model
+
+
+def llava_of(shape: LlavaShape, dtype: str) -> Any:
+    """A LLaVA as transformers initializes it."""
     from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     text = shape.text
@@ -246,17 +261,7 @@ def random_llava(shape: LlavaShape, device: torch.device, dtype: str) -> Any:
         image_token_id=IMAGE,
         image_seq_length=shape.image_tokens,
     )
-    with device:
-        model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype)).eval()
-    generator = torch.Generator(device).manual_seed(SEED)
-    for name, weight in model.named_parameters():
-        if weight.dim() < 2:
-            mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            weight.normal_(mean, 0.1, generator=generator)
-        else:
-            weight.normal_(0, 1 if "embed" in name else weight[0].numel() ** -0.5, generator=generator)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
-    return model
+    return AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype)).eval()
 
 
 class Models:
@@ -486,7 +491,6 @@ def estimated(
 ) -> estimate.Run:
     """The estimate's run of what is measured: this shape, these tokens, these heads."""
     text = shape.text
-    vision = sum(weight.numel() for name, weight in model.named_parameters() if "vision_tower" in name)
     found = estimate.Shape(
         name=shape.name,
         layers=text.layers,
@@ -497,7 +501,7 @@ def estimated(
         weights=sum(weight.numel() for weight in model.parameters()),
         top_heads=top_heads,
         image_tokens=shape.image_tokens,
-        vision_flops=2.0 * vision * (shape.image_tokens + 1),
+        vision_flops=vision_flops(shape, model),
     )
     pairs = prepared.pairs()
     prompt = round(statistics.mean(len(prompt) for prompt, _ in pairs))
@@ -509,6 +513,12 @@ def estimated(
         evaluated=top_heads / (text.layers * text.heads),
     )
     return estimate.Run(found, settings)
+
+
+def vision_flops(shape: LlavaShape, model: Any) -> float:
+    """Operations of one image through the vision tower: two for each weight and patch, of which one is the class's."""
+    weights = sum(weight.numel() for name, weight in model.named_parameters() if "vision_tower" in name)
+    return 2.0 * weights * (shape.image_tokens + 1)
 
 
 def matmul_tflops(
