@@ -182,14 +182,14 @@ def measure_all(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     Raises:
         SystemExit: nothing of what was asked for can run here, or an engine's process failed.
     """
-    inputs = folder / ("tiny" if args.quick else "smollm2-135m")
-    write_inputs(inputs, TINY if args.quick else SMOLLM2_135M)
     interpreted = importlib.util.find_spec("triton") is None
     engines = [(mode, runner) for runner in args.runners for mode in args.modes]
     if interpreted:  # which compiles nothing
         engines = [(mode, runner) for mode, runner in engines if (mode, runner) != ("compiled", "V2")]
     if not engines:
         raise SystemExit("the V2 runner needs Triton to be compiled, which is not installed; leave out --modes")
+    inputs = folder / ("tiny" if args.quick else "smollm2-135m")
+    write_inputs(inputs, TINY if args.quick else SMOLLM2_135M)
     deadline = time.monotonic() + 60 * args.minutes
     rows = []
     for number, (mode, runner) in enumerate(engines):
@@ -485,36 +485,43 @@ class Plugin:
         """The part of the model that vLLM compiles.
 
         Raises:
-            SystemExit: vLLM did not compile it.
+            SystemExit: vLLM compiles none.
         """
         from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 
         for module in self._worker.model_runner.get_model().modules():
-            if isinstance(module, TorchCompileWithNoGuardsWrapper) and any(_code(module).values()):
+            if isinstance(module, TorchCompileWithNoGuardsWrapper) and not module.do_not_compile:
                 return module
-        raise SystemExit("vLLM has not compiled the model (with LoRA on a CPU it does not); use --modes eager")
+        raise SystemExit("vLLM does not compile the model (on a CPU, none with LoRA); use --modes eager")
 
     def _compile_without(self) -> None:
         """Have vLLM compile the model a second time, as it does where there is no plugin."""
         from vllm.compilation.wrapper import reset_compile_wrapper
+        from vllm.config import set_current_vllm_config
 
         decoder, config = self._decoder(), self._worker.vllm_config
-        steered = _code(decoder)
+        code = {True: self._compiled(decoder)}
         self.place(False)
         ours = config.additional_config.pop("hones_steer")  # a part of the key of vLLM's stored code
         decoder.compiled = False
-        reset_compile_wrapper(decoder)
-        runner = self._worker.model_runner
-        getattr(runner, "warming_up_model", runner.profile_run)()  # the former on CPUs
+        with set_current_vllm_config(config):
+            reset_compile_wrapper(decoder)
+            code[False] = self._compiled(decoder)
         config.additional_config["hones_steer"] = ours
-        self._code = {True: steered, False: _code(self._decoder())}
-        if any(code and code is self._code[False][name] for name, code in steered.items()):
-            raise SystemExit("vLLM did not compile the model again")
+        self._code = code
 
+    def _compiled(self, decoder: Any) -> dict[str, Any]:
+        """What vLLM calls instead of the decoder's `forward`, by name: one of two, depending on how it compiles.
 
-def _code(decoder: Any) -> dict[str, Any]:
-    """What vLLM calls instead of a compiled decoder's `forward`: one of these, by how it compiles."""
-    return {name: getattr(decoder, name, None) for name in ("aot_compiled_fn", "_compiled_bytecode")}
+        Raises:
+            SystemExit: it calls neither.
+        """
+        runner = self._worker.model_runner
+        getattr(runner, "warming_up_model", runner.profile_run)()  # the former on CPUs; compiles if it was not done yet
+        code = {name: getattr(decoder, name, None) for name in ("aot_compiled_fn", "_compiled_bytecode")}
+        if not any(code.values()):
+            raise SystemExit("vLLM did not compile the model; use --modes eager")
+        return code
 
 
 def _is_ours(function: Any) -> bool:
