@@ -185,7 +185,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def machine(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
-    """What this runs on."""
+    """The row of the machine: device, memory, versions, threads, dtype."""
     import transformers
 
     import hones_steer

@@ -397,7 +397,8 @@ class Engine:
             SystemExit: it is not what its row would say it is, so there is nothing to measure.
         """
         absent = self.round(work, ABSENT).tokens
-        for variant in variants:
+        # At the end, because compiled code that was not taken off would go by the slots that the last round left.
+        for variant in (*variants, ABSENT):
             with calls_of_ours() as calls:
                 tokens = self.round(work, variant).tokens
             if bool(calls) != variant.steered:
@@ -430,7 +431,7 @@ def adapter_bytes(model: Any) -> int:
 
 
 class Plugin:
-    """What hones-steer has put into an engine that runs in this process: it can be taken off and put on again.
+    """All that hones-steer has put into an engine that runs in this process: it can be taken off and put on again.
 
     That is: a hook of each down-projection, the wrapped methods of the model's runner and of the engine's front, and
     for a compiled model the code that was compiled with the hooks. Tables and slots stay in memory.
@@ -511,7 +512,7 @@ class Plugin:
         self._code = code
 
     def _compiled(self, decoder: Any) -> dict[str, Any]:
-        """What vLLM calls instead of the decoder's `forward`, by name: one of two, depending on how it compiles.
+        """The code that vLLM calls instead of the decoder's `forward`, by name: one of two, depending on how it compiles.
 
         Raises:
             SystemExit: it calls neither.

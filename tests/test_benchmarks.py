@@ -1,4 +1,4 @@
-"""What the benchmarks share: intervals that hold what they promise, rounds that take turns."""
+"""Parts that the benchmarks share: intervals that hold what they promise, rounds that take turns."""
 
 import importlib
 import itertools
@@ -17,7 +17,7 @@ def common(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def probability(n: int, k: int) -> float:
-    """That of n values the k-th smallest is below the median and the k-th largest above, by looking at every case."""
+    """Probability of the median of n values to be between the k-th smallest and the k-th largest, by looking at every case."""
     cases = list(itertools.product((False, True), repeat=n))
     return sum(k <= sum(below) <= n - k for below in cases) / len(cases)
 

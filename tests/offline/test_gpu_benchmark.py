@@ -67,7 +67,7 @@ def test_rows(options: list[str], modes: list[str], batches: list[int]) -> None:
 
 
 def test_the_estimate_is_asked_about_the_model_that_runs(benchmark: Any) -> None:
-    """Of LLaVA-1.5-7B it has numbers of its own; the model of that shape is made without memory."""
+    """The estimate has numbers of its own for LLaVA-1.5-7B; the model of that shape is made without memory."""
     shape, theirs = benchmark.LLAVA_7B, estimate.llava()
     text = (shape.text.layers, shape.text.heads, shape.text.kv_heads, shape.text.hidden, shape.text.ffn)
     assert text == (theirs.layers, theirs.heads, theirs.kv_heads, theirs.hidden, theirs.ffn)
