@@ -51,7 +51,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +121,10 @@ LORA = tuple(Variant(f"LoRA {count}", False, count) for count in ADAPTERS)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.new_tokens < 2:
+        parser.error("--new-tokens: decode begins with the second")
     if args.engine:
         with _stdout_for_rows_alone() as out:
             print(json.dumps(measure(args, *args.engine)), file=out, flush=True)
@@ -157,7 +159,10 @@ def _parser() -> argparse.ArgumentParser:
         help="default: float32, which is twice as fast on a CPU without AMX",
     )
     parser.add_argument(
-        "--prompt-tokens", type=positive, default=32, metavar="N", help="per request of prefill (default: 32)"
+        "--prompt-tokens", type=positive, default=16, metavar="N", help="per request of prefill (default: 16)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=positive, default=4, metavar="N", help="per request of decode (default: 4)"
     )
     parser.add_argument("--lora", action="store_true", help="start vLLM with LoRA and compare with it (much longer)")
     parser.add_argument(
@@ -209,7 +214,8 @@ def measure_all(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 def _passed_on(args: argparse.Namespace) -> list[str]:
     """The arguments that an engine's process needs as well."""
-    numbers = {"--prompt-tokens": args.prompt_tokens, "--kv-gib": args.kv_gib, "--dtype": args.dtype}
+    numbers = {"--prompt-tokens": args.prompt_tokens, "--new-tokens": args.new_tokens}
+    numbers |= {"--kv-gib": args.kv_gib, "--dtype": args.dtype}
     flags = {"--quick": args.quick, "--lora": args.lora}
     return [
         *(name for name, given in flags.items() if given),
@@ -304,20 +310,20 @@ def measure(args: argparse.Namespace, mode: str, runner: str) -> list[dict[str, 
     deadline = time.monotonic() + 60 * args.minutes
     engine = Engine(args, mode)
     variants = [*VARIANTS, *(LORA if args.lora else ())]
-    rows = []
-    for number, phase in enumerate(args.phases):
-        work = works(args)[phase]
-        engine.check(work, variants)
-        seconds = 0.0 if args.quick else (deadline - time.monotonic()) / (len(args.phases) - number)
-        rounds = in_turn(variants, partial(engine.round, work), seconds)
-        measured = [
-            {"runner": runner, "mode": mode, "phase": phase, "name": variant.name, "profiles": variant.profiles}
-            | compared(rounds[variant], rounds[ABSENT], work)
-            | kv_blocks(engine.memory(variant), engine.kv_block, args.kv_gib)
-            for variant in variants
-        ]
-        print(table(measured), file=sys.stderr, flush=True)
-        rows += measured
+    work = works(args)
+    engine.check(variants)
+    both = [(phase, variant) for phase in args.phases for variant in variants]
+    for phase, variant in both:  # what is made at first need is made now
+        engine.round(work[phase], variant)
+    seconds = 0.0 if args.quick else deadline - time.monotonic()
+    rounds = in_turn(both, lambda which: engine.round(work[which[0]], which[1]), seconds)
+    rows = [
+        {"runner": runner, "mode": mode, "phase": phase, "name": variant.name, "profiles": variant.profiles}
+        | compared(rounds[phase, variant], rounds[phase, ABSENT], work[phase])
+        | kv_blocks(engine.memory(variant), engine.kv_block, args.kv_gib)
+        for phase, variant in both
+    ]
+    print(table(rows), file=sys.stderr, flush=True)
     return rows
 
 
@@ -325,7 +331,7 @@ def works(args: argparse.Namespace) -> dict[str, Work]:
     """One round of each phase."""
     if args.quick:
         return {"decode": Work(REQUESTS, 2, 4), "prefill": Work(REQUESTS, 16, 1)}
-    return {"decode": Work(REQUESTS, 2, 8), "prefill": Work(REQUESTS, args.prompt_tokens, 1)}
+    return {"decode": Work(REQUESTS, 2, args.new_tokens), "prefill": Work(REQUESTS, args.prompt_tokens, 1)}
 
 
 @dataclass(frozen=True)
@@ -390,14 +396,15 @@ class Engine:
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         return Round(wall, cpu, [list(output.outputs[0].token_ids) for output in outputs])
 
-    def check(self, work: Work, variants: Sequence[Variant]) -> None:
-        """Run a round of each that does not count.
+    def check(self, variants: Sequence[Variant]) -> None:
+        """Run a short round of each that does not count, and watch it.
 
         Raises:
             SystemExit: it is not what its row would say it is, so there is nothing to measure.
         """
+        work = Work(REQUESTS, 2, 2)
         absent = self.round(work, ABSENT).tokens
-        # At the end, because compiled code that was not taken off would go by the slots that the last round left.
+        # At the end once more, because compiled code that was not taken off would go by the slots of the last round.
         for variant in (*variants, ABSENT):
             with calls_of_ours() as calls:
                 tokens = self.round(work, variant).tokens
@@ -512,7 +519,7 @@ class Plugin:
         self._code = code
 
     def _compiled(self, decoder: Any) -> dict[str, Any]:
-        """The code that vLLM calls instead of the decoder's `forward`, by name: one of two, depending on how it compiles.
+        """The code that vLLM calls instead of the decoder's `forward`, by name: one of two, by how it compiles.
 
         Raises:
             SystemExit: it calls neither.

@@ -17,7 +17,7 @@ def common(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def probability(n: int, k: int) -> float:
-    """Probability of the median of n values to be between the k-th smallest and the k-th largest, by looking at every case."""
+    """Probability of the median to be from the k-th smallest of n values to the k-th largest, through all cases."""
     cases = list(itertools.product((False, True), repeat=n))
     return sum(k <= sum(below) <= n - k for below in cases) / len(cases)
 
