@@ -168,7 +168,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     small = args.small or device.type == "cpu"
     shape = TINY if args.quick else SMALL if small else LLAVA_7B
-    minutes = 0.0 if args.quick else args.minutes or (2.0 if small else 8.0)
+    minutes = args.minutes if args.minutes is not None else 2.0 if small else 8.0
+    minutes = 0.0 if args.quick else minutes
     deadline = time.monotonic() + 60 * minutes
     rows = [machine(device, args)]
     print(machine_line(rows[0]), file=sys.stderr, flush=True)
@@ -385,7 +386,7 @@ class Cell:
         self._inputs = {"input_ids": ids, "use_cache": False, "logits_to_keep": 1}
         if phase == "decode":  # all take turns in one cache; how long a step takes depends on its room alone
             self._cache = StaticCache(config=models.plain.config, max_cache_len=prompt + args.steps)
-            self._inputs = {"input_ids": ids[:, :1], cache_name(models.plain.forward): self._cache}
+            self._inputs = {"input_ids": ids[:, :1].clone(), cache_name(models.plain.forward): self._cache}
             models.plain(**self._inputs)  # makes the cache's tensors, outside of compiled code
 
     def check(self) -> None:

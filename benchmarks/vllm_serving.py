@@ -17,7 +17,7 @@ vLLM compiled with the plugin and one that it compiled after it had been taken o
 seam, are off. Before anything counts, a round of each row must have run hones-steer's code, or none of it at all, and
 steering must have changed what is written.
 
-Rounds of about a second take turns in an order that moves on by one with every repeat, as many as there is time for.
+Rounds of a second or two take turns in an order that moves on by one with every repeat, as many as there is time for.
 A ratio is to the `absent` round of the same repeat, once by wall time, which is what a user waits for and wants idle
 cores, and once by the process's CPU time, which stands still while others have the core. CPU time counts work that two
 threads share twice, and so weighs what one thread does alone less. Given are the median and its 95% interval, by the
