@@ -24,9 +24,9 @@ threads share twice, and so weighs what one thread does alone less. Given are th
 ranks of the rounds and whatever their distribution; a row with an interval wider than ±0.02 by CPU time is marked, and
 decides nothing.
 
-Runners: on a CPU, vLLM's V2 model runner has no kernels, and runs by Triton's interpreter (.venv/triton-interpreter,
-installed for the tests), where a step takes long for reasons of its own. Its ratios say little there, but what
-hones-steer adds to a step, in milliseconds of CPU time, is what it adds to any.
+Runners: V1, and V2 as well where Triton is installed. On a CPU V2 runs only by Triton's interpreter
+(.venv/triton-interpreter, installed for the tests), where a step takes so long for reasons of its own that its ratios
+say nothing. `--runners V2` runs it there all the same, eager: `--rows idle 64 --phases decode` takes minutes.
 
 With `--lora`, vLLM is started with LoRA, `absent` is vLLM with LoRA that nobody uses, and two more rows,
 
@@ -148,9 +148,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--threads", type=positive, default=2, metavar="N", help="OMP_NUM_THREADS (default: 2)")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="default: both")
-    parser.add_argument(
-        "--runners", nargs="+", choices=RUNNERS, default=RUNNERS, help="default: both; V2 on a CPU only eager"
-    )
+    parser.add_argument("--runners", nargs="+", choices=RUNNERS, help="default: V1, and V2 if Triton is installed")
+    parser.add_argument("--rows", nargs="+", choices=[v.name for v in VARIANTS + LORA], help="default: all")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES, help="default: both")
     parser.add_argument(
         "--dtype",
@@ -188,7 +187,8 @@ def measure_all(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         SystemExit: nothing of what was asked for can run here, or an engine's process failed.
     """
     interpreted = importlib.util.find_spec("triton") is None
-    engines = [(mode, runner) for runner in args.runners for mode in args.modes]
+    runners = args.runners or (["V1"] if interpreted else RUNNERS)
+    engines = [(mode, runner) for runner in runners for mode in args.modes]
     if interpreted:  # which compiles nothing
         engines = [(mode, runner) for mode, runner in engines if (mode, runner) != ("compiled", "V2")]
     if not engines:
@@ -221,6 +221,7 @@ def _passed_on(args: argparse.Namespace) -> list[str]:
         *(name for name, given in flags.items() if given),
         *(part for name, value in numbers.items() for part in (name, str(value))),
         *("--phases", *args.phases),
+        *(("--rows", *args.rows) if args.rows else ()),
     ]
 
 
@@ -309,7 +310,9 @@ def measure(args: argparse.Namespace, mode: str, runner: str) -> list[dict[str, 
     """The rows of one engine, in this process; `args.model_dir` is what `write_inputs` wrote."""
     deadline = time.monotonic() + 60 * args.minutes
     engine = Engine(args, mode)
-    variants = [*VARIANTS, *(LORA if args.lora else ())]
+    variants = [
+        v for v in (*VARIANTS, *(LORA if args.lora else ())) if v == ABSENT or v.name in (args.rows or [v.name])
+    ]
     work = works(args)
     engine.check(variants)
     both = [(phase, variant) for phase in args.phases for variant in variants]

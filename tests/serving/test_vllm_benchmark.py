@@ -36,10 +36,17 @@ EAGER = ("V1", "eager")
 @pytest.mark.parametrize(
     ("options", "engines", "names"),
     [
-        pytest.param(["--modes", "eager", "--runners", "V1"], [EAGER], STEERED, id="eager"),
-        pytest.param([], [EAGER, ("V1", "compiled"), ("V2", "eager")], STEERED, id="all", marks=pytest.mark.matrix),
+        pytest.param(["--modes", "eager"], [EAGER], STEERED, id="eager"),
+        pytest.param([], [EAGER, ("V1", "compiled")], STEERED, id="all", marks=pytest.mark.matrix),
         pytest.param(
-            ["--lora", "--modes", "eager", "--runners", "V1"],
+            ["--runners", "V2", "--rows", "idle", "64"],
+            [("V2", "eager")],
+            ["absent", "idle", "64"],
+            id="V2",
+            marks=pytest.mark.matrix,
+        ),
+        pytest.param(
+            ["--lora", "--modes", "eager"],
             [EAGER],
             [*STEERED, *LORA],
             id="lora",
