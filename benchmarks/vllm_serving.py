@@ -125,6 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.new_tokens < 2:
         parser.error("--new-tokens: decode begins with the second")
+    if not args.lora and any(name.startswith("LoRA") for name in args.rows or ()):
+        parser.error("--rows: those of LoRA need --lora")
     if args.engine:
         with _stdout_for_rows_alone() as out:
             print(json.dumps(measure(args, *args.engine)), file=out, flush=True)

@@ -96,6 +96,19 @@ def test_the_v2_runner_is_not_compiled_without_triton(benchmark: Any, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--new-tokens", "1"], "begins with the second"), (["--rows", "idle", "LoRA 8"], "need --lora")],
+)
+def test_what_cannot_be_measured_is_refused(
+    arguments: list[str], said: str, benchmark: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        benchmark.main(arguments)
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def test_help_teaches() -> None:
     text = run("--help")
     assert "tokens per second" in text.lower()
