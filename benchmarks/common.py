@@ -1,21 +1,29 @@
-"""Shared parts of the runtime benchmarks: a random Llama of a given shape, profiles for it, and ratios."""
+"""Shared parts of the runtime benchmarks: a random Llama of a given shape, profiles for it, ratios and intervals."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from numpy.random import Generator
 
     from hones_steer import Profile
 
+V = TypeVar("V")
+R = TypeVar("R")
+
 # glibc gives large blocks back to the system or not, depending on what a process did before: without these, one eager
 # process is up to a quarter slower than another that runs the same code. Read when a process starts.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+
+LEAST_ROUNDS = 6
+"""Fewer have no 95% interval of their median."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,41 @@ def ratios(seconds: Sequence[float], baseline: Sequence[float]) -> dict[str, Any
     """Speed relative to the baseline's round of the same repeat: median, smallest and largest."""
     found = [theirs / mine for mine, theirs in zip(seconds, baseline, strict=True)]
     return {"ratio": statistics.median(found), "ratio_min": min(found), "ratio_max": max(found), "n": len(found)}
+
+
+def in_turn(
+    variants: Sequence[V], run: Callable[[V], R], seconds: float, most: float = math.inf, least: int = LEAST_ROUNDS
+) -> dict[V, list[R]]:
+    """Results of each variant's rounds, one per repeat, in an order that moves on by one with every repeat.
+
+    There are as many repeats as `seconds` are enough for, but `least` at least and `most` at most: how many depends
+    on nothing that was measured, or intervals would be narrower than they should be.
+    """
+    from tqdm import tqdm
+
+    found: dict[V, list[R]] = {variant: [] for variant in variants}
+    end, longest, repeat = time.monotonic() + seconds, 0.0, 0
+    with tqdm(unit="repeat", disable=None) as bar:
+        while repeat < least or (repeat < most and time.monotonic() + longest < end):
+            start = time.monotonic()
+            for i in range(len(variants)):
+                variant = variants[(i + repeat) % len(variants)]
+                found[variant].append(run(variant))
+            longest, repeat = max(longest, time.monotonic() - start), repeat + 1
+            bar.update()
+    return found
+
+
+def median_interval(name: str, values: Sequence[float]) -> dict[str, float]:
+    """The median of `LEAST_ROUNDS` values or more as `name`, and its 95% interval as `name`_low and `name`_high.
+
+    The interval is that of the sign test: from the k-th smallest to the k-th largest value, k so large that fewer than
+    k of as many coin tosses are heads with a probability of 2.5% at most. It assumes no distribution.
+    """
+    ordered, n = sorted(values), len(values)
+    tails = [math.comb(n, heads) / 2**n for heads in range(n)]
+    k = max(k for k in range(1, n // 2 + 1) if sum(tails[:k]) <= 0.025)
+    return {name: statistics.median(ordered), f"{name}_low": ordered[k - 1], f"{name}_high": ordered[n - k]}
 
 
 def positive(text: str) -> int:

@@ -243,7 +243,7 @@ def speeds(models: Models, args: argparse.Namespace, *, compiled: bool, bar: Any
     for batch in args.batches:
         for phase in args.phases:
             tokens = batch * (args.prompt_tokens if phase == "prefill" else args.steps)
-            with compiling(compiled, "eager" if args.quick else "inductor") as compile_:
+            with compiling({"backend": "eager" if args.quick else "inductor"} if compiled else None) as compile_:
                 rounds = {variant: Round(models, variant, phase, batch, args, compile_) for variant in variants(batch)}
                 check(rounds)
                 seconds = interleaved(rounds, args.repeats, clock, bar)
@@ -259,20 +259,18 @@ def speeds(models: Models, args: argparse.Namespace, *, compiled: bool, bar: Any
 
 
 @contextmanager
-def compiling(compiled: bool, backend: str) -> Iterator[Callable[[Any], Any]]:
-    """A function that compiles a model, always the same one for the same model, or leaves it as it is."""
+def compiling(options: Mapping[str, str] | None) -> Iterator[Callable[[Any], Any]]:
+    """A function that compiles a model, always the same one for the same model, or leaves it as it is (None)."""
     import torch
 
-    if not compiled:
+    if options is None:
         yield lambda model: model
         return
     torch.compiler.reset()
     kept: dict[int, Any] = {}
     # Dynamo counts the variants as recompilations of Llama's forward, and would give up (loudly) after eight.
     with torch._dynamo.config.patch(recompile_limit=64):
-        yield lambda model: kept.setdefault(
-            id(model), torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
-        )
+        yield lambda model: kept.setdefault(id(model), torch.compile(model, fullgraph=True, dynamic=False, **options))
 
 
 class Round:
