@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hones_serving.facts import RequestFacts, facts_of_chat, facts_of_completion, facts_of_message, facts_of_response
 from hones_serving.routing import (
     MATCHED_BYTES,
     ROUTES,
     Canary,
     Decision,
-    RequestFacts,
     RoutingPlan,
     Rule,
     UnknownAliasError,
     compile_regex,
     decide,
-    facts_of_chat,
-    facts_of_completion,
     split_alias,
 )
 from hones_serving.routing_file import MAX_FILE_BYTES, load_plan

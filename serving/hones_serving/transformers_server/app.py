@@ -25,14 +25,15 @@ from transformers.cli.serving.utils import BaseHandler, GenerateManager, Generat
 
 from hones_serving import playground, signatures
 from hones_serving.asgi import App, Message, Receive, Scope, Send, error_content
+from hones_serving.contract import Service
 from hones_serving.metrics import Metrics
-from hones_serving.middleware import HonesMiddleware, Service
-from hones_serving.registry import Admission, ProfileRegistry
+from hones_serving.middleware import HonesMiddleware
+from hones_serving.registry import ProfileRegistry
 from hones_serving.routing import RoutingPlan
 from hones_serving.routing_file import load_plan
 from hones_serving.settings import Settings
 from hones_serving.transformers_server.generation import OneGeneration
-from hones_serving.transformers_server.handlers import TICKET, Chat, Completion, Responses
+from hones_serving.transformers_server.handlers import Chat, Completion, Responses
 from hones_serving.transformers_server.stopping import StoppingMiddleware, unavailable
 from hones_serving.transformers_server.turns import TURN, StoppingError, Turn, Turns
 from hones_steer.errors import DataError, HonesError
@@ -80,9 +81,9 @@ def build_app(
     # The registry has checked the profiles against this model; each is loaded when a request that it steers runs.
     state = OneGeneration(steer(model, {}, allow_mismatch=True), metrics)
     handlers: dict[str, Any] = {
-        "chat_handler": Chat(manager, state, registry, served),
-        "completion_handler": Completion(manager, state, registry, served),
-        "response_handler": Responses(manager, state, registry, served),
+        "chat_handler": Chat(manager, state, served),
+        "completion_handler": Completion(manager, state, served),
+        "response_handler": Responses(manager, state, served),
     }
     for name in inspect.signature(build_server).parameters:
         if name.endswith("_handler"):
@@ -99,7 +100,7 @@ def build_app(
         exact=lambda: served,
         allow_updates=settings.allow_updates,
         playground=settings.playground,
-        stamp=_stamp,
+        max_body=settings.max_body,
     )
     app.state.turns = Turns()
     _add_middleware(app, service, api_key, allowed_origins)
@@ -140,10 +141,6 @@ def _overridden() -> Iterator[tuple[Callable[..., Any], tuple[str, ...]]]:
     yield BaseHandler._resolve_model, ("self", "body")
     yield BaseHandler._build_generation_config, ("self", "body", "model_generation_config")
     yield BaseHandler.get_processor_inputs_from_messages, ("messages", "modality")
-
-
-def _stamp(body: dict[str, Any], admission: Admission) -> None:
-    body[TICKET] = admission.ticket
 
 
 def _add_routes(app: FastAPI, served: Sequence[str], collector: CollectorRegistry) -> None:

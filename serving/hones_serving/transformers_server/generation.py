@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers.cli.serving.utils import GenerateManager, GenerationState, _StreamError
 
+from hones_serving.exchange import generating
 from hones_serving.metrics import Metrics
 from hones_serving.registry import Admission
 from hones_serving.transformers_server.turns import TURN, StoppingError, Turn
-from hones_serving.unsteered import generating
 from hones_steer.errors import StateError
 from hones_steer.huggingface import Steering
 from hones_steer.profile import Profile

@@ -6,13 +6,14 @@ import logging
 from argparse import Namespace
 from typing import Any
 
+from hones_serving.contract import Service
 from hones_serving.metrics import Metrics
-from hones_serving.middleware import HonesMiddleware, Service
-from hones_serving.registry import LISTING, Admission
+from hones_serving.middleware import HonesMiddleware
+from hones_serving.registry import LISTING
 from hones_serving.routing import RoutingPlan
 from hones_serving.routing_file import load_plan
 from hones_serving.settings import Settings
-from hones_serving.vllm.front import TICKET, attach
+from hones_serving.vllm.front import attach
 from hones_steer.errors import StateError
 
 
@@ -60,7 +61,7 @@ class Endpoint:
             exact=lambda: {*served, *models.lora_requests},
             allow_updates=settings.allow_updates,
             playground=settings.playground,
-            stamp=_stamp,
+            max_body=settings.max_body,
         )
 
     def service(self) -> Service:
@@ -68,8 +69,3 @@ class Endpoint:
         if self._service is None:
             raise StateError("the server has not started yet; send the request again later")
         return self._service
-
-
-def _stamp(body: dict[str, Any], admission: Admission) -> None:
-    """Write the admission's ticket into a request's JSON body, in the field that vLLM hands on to the front."""
-    body["vllm_xargs"] = {**(body.get("vllm_xargs") or {}), TICKET: admission.ticket}
