@@ -39,8 +39,7 @@ from hones_offline.report import report
 from hones_offline.scenes import CHARACTERS, COLORS, SHAPES, SPLITS, TASKS, Scene, scenes
 from hones_offline.study import STEERED, Splits
 from hones_offline.tasks import TASKS, JsonlTask, Task, get_task
-from hones_serving.facts import facts_of_chat
-from hones_serving.routing import decide
+from hones_serving.routing import decide, facts_of_chat
 from hones_serving.routing_file import load_plan
 from hones_steer import LayoutError, ModelIdentity, Profile, ProfileStore, RoutingError, Steering
 from hones_steer import DataError, HonesError, MismatchError, ProfileError, StateError

@@ -1,6 +1,6 @@
-"""Bodies of requests: read within a limit of bytes, also once decompressed, and as the JSON that the engine will see.
+"""Bodies of requests: read within a limit of bytes, also once decompressed, as the JSON that the engine will see.
 
-What is checked here is what the engine gets. A compressed body is handed on decompressed, so nobody unpacks it anew, and
+What is checked here is what the engine gets. A compressed body is handed on decompressed, so nobody unpacks it anew;
 an object that gives one name twice, which parsers may read differently, is told from one that does not.
 """
 
@@ -31,7 +31,7 @@ class BodyError(Exception):
 
 
 class RepeatedNames(dict[str, Any]):
-    """A JSON object of which a request gives some `names` more than once; as in Python's parser the last value counts."""
+    """A JSON object of which a request gives some `names` more than once; the last value counts."""
 
     names: frozenset[str]
 

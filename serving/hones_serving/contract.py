@@ -1,7 +1,7 @@
-"""The contract of steering, whatever a request comes in by: who may be steered, by what, and what the answer says.
+"""The contract of steering, whatever a request comes in by: what may be steered, by what, what the answer says.
 
-`admit` decides on a JSON body and headers, and lets the request in; `Admitted` is what it was admitted with, and changes
-the answer's JSON so that it says so. `middleware` does this over HTTP, `vllm.batch` for the lines of a batch file.
+`admit` decides on a JSON body and headers, and lets the request in; `Admitted` is what it was admitted with, and makes
+the answer's JSON say so. `middleware` does this over HTTP, `vllm.batch` for the lines of a batch file.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Admitted:
         return self._rename(answer) | self._confirm(answer)
 
     def complete_event(self, event: dict[str, Any]) -> bool:
-        """Let an event of a streamed answer say what steered it, if it is its place. Returns whether that changed it."""
+        """Let an event of a stream say what steered the answer, if it is the place. Returns whether that changed it."""
         # Chunks of OpenAI's completions are an answer themselves; events of the other two protocols can have one.
         nested = [event[name] for name in ("response", "message") if isinstance(event.get(name), dict)]
         answer = nested[0] if nested else event

@@ -1,4 +1,4 @@
-"""The HTTP request that is being handled, as the engine's code finds it: what it was admitted with, whether it generates.
+"""The HTTP request that is being handled, as the engine finds it: what it was admitted with, whether it generates.
 
 A context variable holds it, so it reaches whatever runs in the request's own tasks and in tasks that those begin, such
 as a response in the background; a thread pool's threads have no context of their own and must be given one.

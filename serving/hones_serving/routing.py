@@ -13,7 +13,7 @@ from typing import Any
 
 import re2  # type: ignore[import-untyped]
 
-from hones_serving.facts import RequestFacts, short
+from hones_serving.facts import RequestFacts, facts_of_chat, short  # noqa: F401 -- was documented as being here
 from hones_steer.errors import RoutingError
 from hones_steer.store import Expression, parse_expression
 

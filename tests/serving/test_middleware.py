@@ -17,9 +17,9 @@ import numpy as np
 import openai
 import pytest
 import uvicorn
-from hones_serving.metrics import Metrics
 from hones_serving.contract import Service
 from hones_serving.exchange import current_admission, generating
+from hones_serving.metrics import Metrics
 from hones_serving.middleware import HonesMiddleware
 from hones_serving.registry import ProfileRegistry
 from hones_serving.routing import RoutingPlan
@@ -712,7 +712,7 @@ def test_other_methods_and_kinds_of_connection_pass(client):
     async def nothing():
         raise AssertionError
 
-    scope = {"type": "websocket", "path": CHAT}
+    scope = {"type": "lifespan"}
     asyncio.run(HonesMiddleware(app, nothing)(scope, nothing, nothing))
     assert calls == [(scope, nothing, nothing)]
 

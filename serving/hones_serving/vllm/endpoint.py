@@ -48,24 +48,34 @@ class Endpoint:
             log.setLevel(logging.WARNING)
         if engine_client is None:
             raise StateError("a render server has no engine to steer; start it without HONES_PROFILES")
-        identities = await engine_client.collective_rpc("hones_identity")
-        front = attach(engine_client, identities, settings, LISTING)
-        front.metrics = metrics = Metrics(front.registry)
-        registry, models = front.registry, state.openai_serving_models
-        served = tuple(model.name for model in models.base_model_paths)
-        self._service = Service(
-            registry=registry,
-            plan=load_plan(settings.routing, registry.tasks()) if settings.routing else RoutingPlan(),
-            metrics=metrics,
-            served=served,
-            exact=lambda: {*served, *models.lora_requests},
-            allow_updates=settings.allow_updates,
-            playground=settings.playground,
-            max_body=settings.max_body,
-        )
+        self._service = await make_service(settings, engine_client, state.openai_serving_models)
 
     def service(self) -> Service:
         """The service that the middleware works with. Raises StateError if the server has not started yet."""
         if self._service is None:
             raise StateError("the server has not started yet; send the request again later")
         return self._service
+
+
+async def make_service(settings: Settings, engine_client: Any, models: Any) -> Service:
+    """Give an AsyncLLM its front, and build the service that decides on its requests; `models` is OpenAIServingModels.
+
+    Raises:
+        ProfileError, MismatchError: a profile is broken, or was made for another model.
+        RoutingError: the routing file is wrong.
+    """
+    identities = await engine_client.collective_rpc("hones_identity")
+    front = attach(engine_client, identities, settings, LISTING)
+    front.metrics = metrics = Metrics(front.registry)
+    registry = front.registry
+    served = tuple(model.name for model in models.base_model_paths)
+    return Service(
+        registry=registry,
+        plan=load_plan(settings.routing, registry.tasks()) if settings.routing else RoutingPlan(),
+        metrics=metrics,
+        served=served,
+        exact=lambda: {*served, *models.lora_requests},
+        allow_updates=settings.allow_updates,
+        playground=settings.playground,
+        max_body=settings.max_body,
+    )

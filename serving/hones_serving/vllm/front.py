@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllm.exceptions import VLLMClientError
+from vllm.usage.usage_lib import UsageContext
 
 from hones_serving.exchange import current_admission, generating
 from hones_serving.metrics import Metrics
@@ -106,9 +107,7 @@ class Front:
         digest = reserved.get(DIGEST)
         admission = current_admission()
         if admission is not None and admission.profile is not None and admission.profile.digest != digest:
-            raise RequestError(
-                "the steering of this request has not reached it; name hones_task 'none', or report this"
-            )
+            raise RequestError("this request has lost its steering on its way; name hones_task 'none', and report this")
         if digest is not None:
             self.registry.hold(digest)
         if request.sampling_params is not None:  # pooling generates nothing
@@ -233,7 +232,12 @@ def _start_offline(original: Callable[..., None], self: Any, *args: Any, **kwarg
 
 
 def _start_server(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    if Settings.from_env() and "hones" not in os.environ.get("VLLM_PLUGINS", "").split(","):
+    settings = Settings.from_env()
+    if settings and kwargs.get("usage_context") is UsageContext.OPENAI_BATCH_RUNNER:
+        from hones_serving.vllm import batch, endpoint
+
+        batch.install(functools.partial(endpoint.make_service, settings))
+    elif settings and "hones" not in os.environ.get("VLLM_PLUGINS", "").split(","):
         raise StateError(
             "HONES_PROFILES is set, but vLLM only loads the HTTP side of hones-steer if VLLM_PLUGINS names it; "
             "set VLLM_PLUGINS=hones, or use `hones serve`"
