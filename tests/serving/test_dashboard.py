@@ -24,6 +24,7 @@ def real_metrics(folder):
     metrics.requests("vqa", "body")
     metrics.tokens("vqa", 1)
     metrics.loads("ok")
+    metrics.unreached_defaults("vqa")
     samples = [sample for family in collector.collect() for sample in family.samples]
     return {sample.name: set(sample.labels) for sample in samples if not sample.name.endswith("_created")}
 

@@ -5,6 +5,7 @@ admitted with.
 """
 
 import asyncio
+import contextlib
 import contextvars
 import gzip
 import json
@@ -14,6 +15,7 @@ from typing import Any
 
 import anthropic
 import httpx
+import httpx2
 import numpy as np
 import openai
 import pytest
@@ -137,10 +139,11 @@ class Engine:
 
     async def talk(self, socket: WebSocket) -> None:
         await socket.accept()
-        while True:
-            text = await socket.receive_text()
-            generating()
-            await socket.send_text(f"{steered_by()}: {text}")
+        with contextlib.suppress(WebSocketDisconnect):
+            while True:
+                text = await socket.receive_text()
+                generating()
+                await socket.send_text(f"{steered_by()}: {text}")
 
 
 def whole(path: str, text: str) -> dict[str, Any]:
@@ -230,7 +233,7 @@ async def test_openais_client_on_responses(engine: Engine, stream: bool) -> None
 async def test_anthropics_client_on_messages(engine: Engine, stream: bool) -> None:
     options: Any = {"model": "m:vqa", "max_tokens": 4, "messages": BODIES[MESSAGES]["messages"], "tools": [TOOL]}
     async with (
-        engine.client() as http,
+        httpx2.AsyncClient(transport=httpx2.ASGITransport(engine.app), base_url="http://server") as http,
         anthropic.AsyncAnthropic(base_url="http://server", api_key="x", http_client=http, max_retries=0) as ai,
     ):
         if stream:

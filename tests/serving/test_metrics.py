@@ -50,12 +50,14 @@ def test_what_is_counted(registry):
     metrics.tokens("blend", 7)
     metrics.loads("ok")
     metrics.loads("error")
+    metrics.unreached_defaults("vqa")
     assert scraped(collector) == {
         ("hones_requests_total", ("profile", "vqa"), ("route", "body")): 2,
         ("hones_requests_total", ("profile", "none"), ("route", "default")): 1,
         ("hones_tokens_total", ("profile", "blend")): 7,
         ("hones_profile_loads_total", ("result", "ok")): 1,
         ("hones_profile_loads_total", ("result", "error")): 1,
+        ("hones_unreached_defaults_total", ("profile", "vqa")): 1,
         ("hones_profiles_loaded",): 2,
         ("hones_slots_used",): 0,
         ("hones_requests_in_flight",): 0,
