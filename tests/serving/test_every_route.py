@@ -265,6 +265,42 @@ async def test_openais_client_on_streams_of_completions(engine: Engine, path: st
     assert (chunks[-1].usage is not None) == totals
 
 
+# A gateway
+
+
+class Gateway:
+    """A gateway that hands on what OpenAI's API names, and no X- header either way, as LiteLLM's and others do."""
+
+    known = frozenset({"model", "messages", "prompt", "input", "max_tokens", "stream", "stream_options"})
+
+    def __init__(self, upstream: httpx.AsyncClient) -> None:
+        self.upstream = upstream
+        self.app = Starlette(routes=[Route("/{path:path}", self.forward, methods=["POST"])])
+
+    async def forward(self, request: Request) -> Response:
+        body = {name: value for name, value in json.loads(await request.body()).items() if name in self.known}
+        answer = await self.upstream.post(request.url.path, json=body)
+        return Response(answer.content, answer.status_code, media_type=answer.headers["content-type"])
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_behind_a_gateway_the_alias_names_and_the_body_confirms(engine: Engine, stream: bool) -> None:
+    async with engine.client() as upstream:
+        gateway = httpx.ASGITransport(Gateway(upstream).app)
+        async with (
+            httpx.AsyncClient(transport=gateway) as http,
+            openai.AsyncOpenAI(base_url="http://gateway/v1", api_key="x", http_client=http) as ai,
+        ):
+            lost: Any = {"extra_body": {"hones_task": "none"}, "extra_headers": {"X-Hones-Task": "none"}}
+            raw = await ai.chat.completions.with_raw_response.create(
+                model="m:vqa", messages=[{"role": "user", "content": "hi"}], stream=stream, **lost
+            )
+            answer: Any = raw.parse()
+            last = [chunk async for chunk in answer][-1] if stream else answer
+    assert not [name for name in raw.headers if name.startswith("x-hones")]
+    assert (last.model, last.model_extra["hones"]) == ("m:vqa", CONFIRMED)
+
+
 # Where the confirmation is
 
 
