@@ -201,7 +201,8 @@ def _has_image(message: dict[str, Any]) -> bool:
 
 
 def _is_tool_result(message: dict[str, Any]) -> bool:
-    return all(_field(part, "type") == "tool_result" for part in _parts(message))
+    parts = _parts(message)
+    return bool(parts) and all(_field(part, "type") == "tool_result" for part in parts)
 
 
 def _is_image(part: object) -> bool:

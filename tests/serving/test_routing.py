@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hones_serving.facts import RequestFacts, facts_of_chat, facts_of_completion
+from hones_serving.facts import RequestFacts, facts_of_chat, facts_of_completion, facts_of_message, facts_of_response
 from hones_serving.routing import (
     MATCHED_BYTES,
     ROUTES,
