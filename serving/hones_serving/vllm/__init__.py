@@ -66,10 +66,11 @@ def register() -> None:
     settings = Settings.from_env()
     if settings is None or _registered:
         return
-    from hones_serving.vllm import compat, front, worker
+    from hones_serving.vllm import batch, compat, front, worker
 
     compat.check_version()
     front.install()
+    batch.install()
     worker.install()
     _registered = True
 

@@ -12,9 +12,14 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from vllm.usage.usage_lib import UsageContext
+
 from hones_serving.contract import RefusedError, Service, admit, clean
 from hones_serving.exchange import Exchange
 from hones_serving.facts import facts_of_chat
+from hones_serving.settings import Settings
+from hones_serving.vllm.endpoint import make_service
+from hones_serving.vllm.front import wrap
 
 RUNNER = "vllm.entrypoints.launchers.run_batch"
 _CHAT = "completions"  # its key in vLLM's registry of handlers
@@ -23,25 +28,31 @@ Build = Callable[..., Awaitable[dict[str, dict[str, Any]]]]
 Handler = Callable[..., Awaitable[Any]]
 
 
-def install(service_of: Callable[[Any, Any], Awaitable[Service]]) -> None:
-    """Wrap vLLM's batch runner, in the module that runs as such; `service_of` makes the service of an engine.
+def install() -> None:
+    """Have the engine of vLLM's batch runner wrap the runner, whose module is complete by then, whatever its name."""
+    from vllm.v1.engine.async_llm import AsyncLLM
 
-    It is given the engine's client and the OpenAIServingModels of its handlers.
-    """
+    wrap(AsyncLLM, "__init__", _start_runner)
+
+
+def _start_runner(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    settings = Settings.from_env()
+    if settings is None or kwargs.get("usage_context") is not UsageContext.OPENAI_BATCH_RUNNER:
+        return
     for name in ("__main__", RUNNER):
         module = sys.modules.get(name)
         if module is not None and hasattr(module, "build_endpoint_registry"):
-            build = module.build_endpoint_registry
-            module.build_endpoint_registry = _steered(build, service_of)  # type: ignore[attr-defined]
+            module.build_endpoint_registry = _steered(module.build_endpoint_registry, settings)  # type: ignore[attr-defined]
 
 
-def _steered(build: Build, service_of: Callable[[Any, Any], Awaitable[Service]]) -> Build:
+def _steered(build: Build, settings: Settings) -> Build:
     @functools.wraps(build)
     async def build_endpoint_registry(engine_client: Any, args: Any) -> dict[str, dict[str, Any]]:
         registry = await build(engine_client=engine_client, args=args)
         handler = registry[_CHAT]["handler_getter"]()
         if handler is not None:
-            service = await service_of(engine_client, handler.__self__.models)
+            service = await make_service(settings, engine_client, handler.__self__.models)
             registry[_CHAT]["handler_getter"] = lambda: functools.partial(answer, service, handler)
         return registry
 

@@ -187,16 +187,16 @@ def install() -> None:
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.engine.output_processor import OutputProcessor
 
-    _wrap(InputProcessor, "__init__", _check_config)
-    _wrap(InputProcessor, "process_inputs", _process_inputs)
-    _wrap(OutputProcessor, "add_request", _add_request)
-    _wrap(OutputProcessor, "_finish_request", _finish_request)
-    _wrap(OutputProcessor, "abort_requests", _abort_requests)
-    _wrap(LLMEngine, "__init__", _start_offline)
-    _wrap(AsyncLLM, "__init__", _start_server)
+    wrap(InputProcessor, "__init__", _check_config)
+    wrap(InputProcessor, "process_inputs", _process_inputs)
+    wrap(OutputProcessor, "add_request", _add_request)
+    wrap(OutputProcessor, "_finish_request", _finish_request)
+    wrap(OutputProcessor, "abort_requests", _abort_requests)
+    wrap(LLMEngine, "__init__", _start_offline)
+    wrap(AsyncLLM, "__init__", _start_server)
 
 
-def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
+def wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
     """Replace a method of a class: calls go to `wrapper(original method, self, *arguments)`."""
     original = getattr(owner, name)
 
@@ -232,12 +232,8 @@ def _start_offline(original: Callable[..., None], self: Any, *args: Any, **kwarg
 
 
 def _start_server(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    settings = Settings.from_env()
-    if settings and kwargs.get("usage_context") is UsageContext.OPENAI_BATCH_RUNNER:
-        from hones_serving.vllm import batch, endpoint
-
-        batch.install(functools.partial(endpoint.make_service, settings))
-    elif settings and "hones" not in os.environ.get("VLLM_PLUGINS", "").split(","):
+    over_http = kwargs.get("usage_context") is not UsageContext.OPENAI_BATCH_RUNNER
+    if Settings.from_env() and over_http and "hones" not in os.environ.get("VLLM_PLUGINS", "").split(","):
         raise StateError(
             "HONES_PROFILES is set, but vLLM only loads the HTTP side of hones-steer if VLLM_PLUGINS names it; "
             "set VLLM_PLUGINS=hones, or use `hones serve`"
