@@ -15,7 +15,9 @@ from serving.engines import ENVIRONMENT, ENVIRONMENT_V2
 
 ENGINE = Path(__file__).parent / "engine"
 # Before anything in their process has wrapped parts of vLLM: these look at a vLLM that hones-steer has not touched.
-FIRST = ("test_environment", "test_vllm_tokens", "test_vllm_refusals")
+# Speculation before test_vllm_settings: vLLM looks for its kernels at all objects of all modules, numba's too, one of
+# which it stumbles over, and n-gram speculation imports that.
+FIRST = ("test_environment", "test_vllm_tokens", "test_vllm_refusals", "test_vllm_speculation")
 MODULES = [ENGINE / f"{name}.py" for name in FIRST]
 MODULES += sorted(module for module in ENGINE.glob("test_*.py") if module not in MODULES)
 PROCESSES = {
