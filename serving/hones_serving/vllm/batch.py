@@ -18,7 +18,6 @@ from hones_serving.contract import RefusedError, Service, admit, clean
 from hones_serving.exchange import Exchange
 from hones_serving.facts import facts_of_chat
 from hones_serving.settings import Settings
-from hones_serving.vllm.endpoint import make_service
 from hones_serving.vllm.front import wrap
 
 RUNNER = "vllm.entrypoints.launchers.run_batch"
@@ -49,6 +48,9 @@ def _start_runner(original: Callable[..., None], self: Any, *args: Any, **kwargs
 def _steered(build: Build, settings: Settings) -> Build:
     @functools.wraps(build)
     async def build_endpoint_registry(engine_client: Any, args: Any) -> dict[str, dict[str, Any]]:
+        # Not before: the module would take the place of the function `endpoint` of the package, which vLLM calls.
+        from hones_serving.vllm.endpoint import make_service
+
         registry = await build(engine_client=engine_client, args=args)
         handler = registry[_CHAT]["handler_getter"]()
         if handler is not None:
