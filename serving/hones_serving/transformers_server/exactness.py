@@ -63,7 +63,7 @@ def is_exact(model: Any, processor: Any, together: Callable[[Sequence[Row]], Non
             generate_together(model, [trial])
         together(batch)
     except Exception as error:  # noqa: BLE001 - whatever a model says of a batch that it does not take
-        LOGGER.info("This model is not run with %s, which it does not take: %s", what, error)
+        LOGGER.warning("This model is not run with %s, which it does not take: %s", what, error)
         return False
     tolerance = torch.finfo(model.dtype).eps ** 0.5
     for one, row in zip(alone, batch, strict=True):
@@ -79,7 +79,7 @@ def exact_pages(model: Any, processor: Any, most: int, size: int) -> Pages | Non
     try:
         pages = Pages(model, most, size)
     except Exception as error:  # noqa: BLE001 - whatever transformers says of a model that it has no pages for
-        LOGGER.info("This model is not run with continuous batching: %s", error)
+        LOGGER.warning("This model is not run with continuous batching: %s", error)
         return None
 
     def together(rows: Sequence[Row]) -> None:
