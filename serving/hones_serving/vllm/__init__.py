@@ -42,8 +42,9 @@ For each request
 the expression `hones_task` from the request's `extra_args`. A profile's contents travel inside the request, so workers
 need no registry of their own.
 
-vLLM logs and skips a plugin whose *import* fails: here only the standard library is imported, the rest inside the
-functions, whose errors stop the server.
+vLLM logs and skips a plugin whose *import* fails: here only the standard library is imported, the rest inside
+`register`, whose errors stop the process. It also logs and skips an `endpoint` that fails, so that one does next to
+nothing: what can go wrong is in `Endpoint.init_state`, whose errors stop the server.
 """
 
 from typing import Any
