@@ -57,6 +57,7 @@ docs: .venv/.installed
 RUN ?= runs/demo
 picture: .venv/.installed .venv/.programs
 	$(BIN)/hones report $(RUN)
+	cp $(RUN)/picture.svg docs/demo.svg
 	$(BIN)/python tests/browser.py $(RUN)/report.html docs/report.png
 	PYTHONPATH=tests $(BIN)/python -m serving.playground_page $(RUN)/profiles docs/playground.png
 

@@ -22,7 +22,7 @@ METHODS = (
 FRACTIONS = (0.0025, 0.01, 0.04)
 FAILED = {"french-7": "its image cannot be read: truncated", "french-31": "it has no targets"}
 SELECTIONS = {"hones_logprob": 461, "dvp": 461, "random": 461, "grid_search": 1, "ia3": 46_080, "lora": 1_520_640}
-STEERED = ("base", "fixed_amp", "grid_search", "random_neurons", "hones_no_kl", "sparse", "hones")
+STEERED = ("base", "asked", "fixed_amp", "grid_search", "random_neurons", "hones_no_kl", "sparse", "hones")
 
 
 def minimal_summary() -> dict[str, Any]:
@@ -230,7 +230,15 @@ def steered(rng: np.random.Generator, task: str, method: str, base: float) -> di
             "gain_ci95": around(gain, 0.03),
             "by_seed": (base + gain + rng.normal(0, 0.01, 5)).tolist(),
         }
-    return row | elsewhere(rng, task) if method == "hones" else row
+    if method in ("base", "asked", "hones"):
+        row |= {"content": base + 0.1, "content_ci95": around(base + 0.1, 0.05)}
+    if method == "asked":
+        row |= {"words": "Just the answer.", "content_words": "In a few words."}
+    if method != "hones":
+        return row
+    row |= {"content_gain": 0.04, "content_gain_ci95": around(0.04, 0.03), "parameters": 461.0, "bytes": 4400.0}
+    over = {other: changed("gain", rng, 0.03) for other in ("random_neurons", "grid_search")}
+    return {**row, "over": over, **elsewhere(rng, task)}
 
 
 def elsewhere(rng: np.random.Generator, task: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from hones_offline.comparison import compare
 from hones_offline.comparison.settings import ABLATIONS, COMPARATORS, METHODS, STAGES, CompareSettings
 from hones_offline.comparison.splits import Splits
-from hones_offline.comparison.study import STEERED
+from hones_offline.comparison.steering import STEERED
 from hones_offline.data.examples import load_jsonl
 from hones_offline.data.tasks import JsonlTask
 from hones_offline.learning.choosing import FitGrid

@@ -10,7 +10,8 @@ import random
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from hones_offline.data.scenes import POSITIONS, Scene
+from hones_offline.data.scene_language import POSITIONS
+from hones_offline.data.scenes import Scene
 
 
 class Sample(NamedTuple):

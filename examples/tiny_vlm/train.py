@@ -1,32 +1,35 @@
-"""Train the embedded vision-language model from nothing (about 45 minutes on two CPU cores).
+"""Train the embedded vision-language model from nothing.
 
-    OMP_NUM_THREADS=2 python -m examples.tiny_vlm.train --output examples/tiny_vlm/checkpoint
+    OMP_NUM_THREADS=2 python -m examples.tiny_vlm.train --run runs/tiny_vlm --output examples/tiny_vlm/checkpoint
 
 Run it from the repository root. Two stages, both on the train split of `hones_offline.data.scenes`:
 
 1. the vision tower with dense labels: which shape and color stands in each cell, which text in the box;
-2. the whole model on the four tasks; the loss is the mean cross-entropy of the answer's tokens, averaged
-   over the tasks.
+2. the whole model on the four tasks, asked for in the wordings of `mixture.py`; the loss is the mean cross-entropy of
+   the answers' tokens, averaged over the tasks.
 
-The tower goes first because without that stage training sits on a plateau for thousands of steps. Training
-stops at --steps, before the tasks are perfect: without room for improvement nothing shows what steering does.
+The tower goes first because without that stage training sits on a plateau for thousands of steps. What a step draws
+depends on --seed and the step alone, and every --keep-every steps all else is kept in the folder --run: killed and
+started again, training goes on from there and gives the same model.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from hones_offline.data import scenes as scene_data
-from hones_offline.data.scenes import CHARACTERS, COLORS, SHAPES, Scene, scenes
+from hones_offline.data.scene_language import COLORS, SHAPES
+from hones_offline.data.scenes import CHARACTERS, TASKS, Scene, scenes
 from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -40,30 +43,33 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from examples.tiny_vlm.evaluate_card import measure
+from examples.tiny_vlm.mixture import Sample, draw
+from examples.tiny_vlm.muon import Muon
+from hones_steer.files import write_atomically
 
 PATCH = 16
+IMAGE_TOKENS = (scene_data.IMAGE_SIZE // PATCH) ** 2
+MUON_LR, ADAM_LR, WARM_UP = 2e-3, 5e-3, 100
 _TOKENIZER: Any = PreTrainedTokenizerFast  # these two constructors have no annotations
 _PROCESSOR: Any = LlavaProcessor
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of stage 2: how many examples of each task a step has, and what is trained."""
+    """A stretch of stage 2: how many pictures a step has, how often each is asked about, and what is trained."""
 
     until: int
-    batch: dict[str, int]
-    ocr_every: int = 1
-    """Reading is learned first; then only every so many steps have it, or it would leave no headroom."""
+    pictures: int
+    samples: Mapping[str, int]
+    """How many prompts of each task a picture has."""
     tower: bool = True
     """Whether the vision tower is trained as well."""
 
 
 PHASES = (
-    Phase(300, {"vqa": 24, "ocr": 12, "caption": 6, "retrieval": 20}, tower=False),
-    Phase(600, {"vqa": 24, "ocr": 12, "caption": 6, "retrieval": 20}, ocr_every=8, tower=False),
-    Phase(1200, {"vqa": 20, "ocr": 10, "caption": 12, "retrieval": 14}, ocr_every=4),
-    Phase(1_000_000, {"vqa": 32, "ocr": 10, "caption": 4, "retrieval": 14}, ocr_every=4),
+    Phase(1000, 4, {"vqa": 4, "ocr": 1, "caption": 2, "retrieval": 2}, tower=False),
+    Phase(1800, 8, {"vqa": 4, "ocr": 1, "caption": 1, "retrieval": 2}, tower=False),
+    Phase(1_000_000, 12, {"vqa": 4, "ocr": 1, "caption": 1, "retrieval": 2}),
 )
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -78,8 +84,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_processor(examples: list[Scene]) -> LlavaProcessor:
-    """A byte-level BPE, trained on the scenes' own language; text in the box is one token per character."""
+def build_processor(examples: Sequence[Scene]) -> LlavaProcessor:
+    """A byte-level BPE, trained on the mixture's language; text in the box is one token per character."""
     tokenizer = Tokenizer(models.BPE())
     capitals = pre_tokenizers.Split(Regex("[A-Z0-9](?![a-z])"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -92,8 +98,9 @@ def build_processor(examples: list[Scene]) -> LlavaProcessor:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    corpus = [text for scene in examples for task in scene_data.TASKS for text in _example(scene, task, 0)]
-    tokenizer.train_from_iterator(corpus + [c for scene in examples for c in scene.captions], trainer)
+    rng = random.Random(0)
+    corpus = [text for scene in examples for task in 2 * TASKS for text in draw(scene, task, rng)]
+    tokenizer.train_from_iterator(corpus, trainer)
     fast = _TOKENIZER(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -153,7 +160,7 @@ def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
-        image_seq_length=(scene_data.IMAGE_SIZE // PATCH) ** 2,
+        image_seq_length=IMAGE_TOKENS,
         tie_word_embeddings=False,
     )
     model = LlavaForConditionalGeneration(config)
@@ -166,24 +173,29 @@ def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
 # Stage 1: the vision tower
 
 
-def pretrain_vision(model: LlavaForConditionalGeneration, examples: list[Scene], pixels: Tensor, steps: int) -> None:
-    """Teach the tower what stands where; the linear head on all its patch states is thrown away."""
-    tower = model.model.vision_tower
-    labels = torch.tensor([_labels(scene) for scene in examples])  # [N, 6 + 6 + 4]
-    sizes = [len(SHAPES) + 1] * 6 + [len(COLORS) + 1] * 6 + [len(CHARACTERS) + 1] * 4
-    head = nn.Linear(model.config.image_seq_length * 128, sum(sizes))
-    rng = np.random.default_rng(0)
+class VisionHeads(nn.Module):
+    """Linear heads that read one thing from one patch state each; they are thrown away after stage 1.
 
-    def loss_of_step(_step: int) -> Tensor:
-        rows = torch.from_numpy(rng.integers(0, len(examples), 64))
-        logits = head(_features(model, pixels[rows]).flatten(1)).split(sizes, dim=1)
-        losses = [nn.functional.cross_entropy(part, labels[rows, i]) for i, part in enumerate(logits)]
-        return torch.stack(losses).mean()
+    The first six states learn to hold what stands in the six cells, the next four the characters. So the language model
+    finds each thing in a place of its own, whichever patches it lies on.
+    """
 
-    _optimize([*tower.parameters(), *head.parameters()], loss_of_step, steps, "vision")
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.shapes = nn.Linear(width, 1 + len(SHAPES))
+        self.colors = nn.Linear(width, 1 + len(COLORS))
+        self.characters = nn.Linear(width, 1 + len(CHARACTERS))
+
+    def forward(self, states: Tensor, labels: Tensor) -> Tensor:
+        """Average the cross-entropies; states are [n, 16, width], labels int64 [n, 16] as `labels_of` gives them."""
+        cells, text = states[:, :6], states[:, 6:10]
+        logits = [self.shapes(cells), self.colors(cells), self.characters(text)]
+        parts = zip(logits, labels.split([6, 6, 4], dim=1), strict=True)
+        return torch.stack([nn.functional.cross_entropy(row.flatten(0, 1), own.flatten()) for row, own in parts]).mean()
 
 
-def _labels(scene: Scene) -> list[int]:
+def labels_of(scene: Scene) -> list[int]:
+    """Each cell's shape, then each cell's color, then the characters; 0 stands for none."""
     shapes = [0 if thing is None else 1 + SHAPES.index(thing[1]) for thing in scene.cells]
     colors = [0 if thing is None else 1 + list(COLORS).index(thing[0]) for thing in scene.cells]
     characters = [1 + CHARACTERS.index(character) for character in scene.text]
@@ -200,104 +212,143 @@ def _features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
 # Stage 2: the four tasks
 
 
-def train_tasks(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
-    examples: list[Scene],
-    pixels: Tensor,
-    steps: int,
-    first: int,
-    checkpoint: Callable[[int], None],
-) -> None:
-    """Train the whole model on the examples and their pictures, uint8[N, 64, 64, 3]."""
-    rng = random.Random(first)
+class Packed(NamedTuple):
+    """Pictures, each with several prompts and answers behind it in one row, padded on the right.
+
+    A prompt sees the picture and itself, at the positions that it has alone, so that a row gives what its prompts would
+    give one by one; the picture runs once.
+    """
+
+    tokens: Tensor
+    """[n, T]."""
+    positions: Tensor
+    """[n, T]."""
+    mask: Tensor
+    """Which position attends to which, bool[n, 1, T, T]."""
+    answers: Tensor
+    """The number of the task that a token of an answer, its end included, belongs to, from 1; else 0. [n, T]."""
+
+
+def pack(processor: LlavaProcessor, pictures: Sequence[Sequence[tuple[str, Sample]]]) -> Packed:
+    """Pack each picture's (task, sample) pairs."""
+    tokenizer = processor.tokenizer
+    picture = tokenizer.encode(f"<user>{'<image>' * IMAGE_TOKENS}", add_special_tokens=False)
+    rows: list[list[list[int]]] = []  # picture -> token, position, segment, task
+    for samples in pictures:
+        row = [[token, i, 0, 0] for i, token in enumerate(picture)]
+        for segment, (task, (prompt, answer)) in enumerate(samples, start=1):
+            asked = tokenizer.encode(f"{prompt}<assistant>", add_special_tokens=False)
+            said = tokenizer.encode(f"{answer}</s>", add_special_tokens=False)
+            tasks = [0] * len(asked) + [1 + TASKS.index(task)] * len(said)
+            places = range(len(picture), len(picture) + len(tasks))
+            row += [list(column) for column in zip(asked + said, places, [segment] * len(tasks), tasks, strict=True)]
+        rows.append(row)
+    length = max(map(len, rows))
+    padding = [tokenizer.pad_token_id, 0, -1, 0]
+    table = torch.tensor([row + [padding] * (length - len(row)) for row in rows])
+    tokens, positions, segments, answers = table.unbind(-1)
+    mine = segments[:, :, None] == segments[:, None, :]
+    mask = (mine | (segments[:, None, :] == 0)) & torch.ones(length, length, dtype=torch.bool).tril()
+    return Packed(tokens, positions, mask[:, None], answers)
+
+
+def task_losses(model: LlavaForConditionalGeneration, packed: Packed, pixels: Tensor, *, tower: bool = True) -> Tensor:
+    """The mean cross-entropy of the answers' tokens of each task that there is, [tasks]."""
     language = model.model.language_model
-    image_token = model.config.image_token_index
-
-    def loss_of_task(task: str, phase: Phase) -> Tensor:
-        rows = [rng.randrange(len(examples)) for _ in range(phase.batch[task])]
-        tokens, answer = _batch(processor, [_example(examples[i], task, rng.getrandbits(32)) for i in rows])
-        embeddings = language.embed_tokens(tokens)
-        with torch.set_grad_enabled(phase.tower):
-            features = _features(model, pixels[torch.tensor(rows)])
-        images = model.model.multi_modal_projector(features)
-        embeddings = embeddings.masked_scatter((tokens == image_token)[:, :, None], images)
-        # Padding is on the right and attention is causal, so no mask is needed.
-        hidden = language(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-        logits = model.lm_head(hidden[:, :-1][answer[:, 1:]])  # [answer tokens, vocabulary]
-        return nn.functional.cross_entropy(logits, tokens[:, 1:][answer[:, 1:]])
-
-    def loss_of_step(step: int) -> Tensor:
-        phase = next(phase for phase in PHASES if step <= phase.until)
-        tasks = [task for task in phase.batch if task != "ocr" or step % phase.ocr_every == 0]
-        return torch.stack([loss_of_task(task, phase) for task in tasks]).mean()
-
-    _optimize(model.parameters(), loss_of_step, steps, "tasks", first, checkpoint)
-
-
-def _example(scene: Scene, task: str, draw: int) -> tuple[str, str]:
-    """(prompt, answer). `draw` picks retrieval's candidate: half true, half false."""
-    if task == "retrieval":
-        true, *false = scene.candidates(10)
-        candidate = true if draw % 2 else false[draw // 2 % len(false)]
-        return scene.prompt(task, candidate), "Yes" if draw % 2 else "No"
-    answer = {"vqa": scene.answer, "ocr": scene.text, "caption": scene.captions[0]}[task]
-    return scene.prompt(task), answer
-
-
-def _batch(processor: LlavaProcessor, examples: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
-    """Tokens [n, T], padded on the right, and which of them are the answer's, its </s> included."""
-    tokenizer, images = processor.tokenizer, "<image>" * (scene_data.IMAGE_SIZE // PATCH) ** 2
-    rows, starts = [], []
-    for prompt, answer in examples:
-        before = tokenizer.encode(f"<user>{images}{prompt}<assistant>", add_special_tokens=False)
-        starts.append(len(before))
-        rows.append(before + tokenizer.encode(f"{answer}</s>", add_special_tokens=False))
-    tokens = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id)
-    answer_mask = torch.zeros(tokens.shape, dtype=torch.bool)
-    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        tokens[i, : len(row)] = torch.tensor(row)
-        answer_mask[i, start : len(row)] = True
-    return tokens, answer_mask
+    with torch.set_grad_enabled(tower):
+        features = _features(model, pixels)
+    images = model.model.multi_modal_projector(features)
+    is_image = packed.tokens == model.config.image_token_index
+    embeddings = language.embed_tokens(packed.tokens).masked_scatter(is_image[:, :, None], images)
+    hidden = language(
+        inputs_embeds=embeddings, attention_mask=packed.mask, position_ids=packed.positions, use_cache=False
+    ).last_hidden_state
+    tasks = packed.answers[:, 1:]
+    logits = model.lm_head(hidden[:, :-1][tasks > 0])  # [answer tokens, vocabulary]
+    losses = nn.functional.cross_entropy(logits, packed.tokens[:, 1:][tasks > 0], reduction="none")
+    return torch.stack([losses[tasks[tasks > 0] == task].mean() for task in tasks[tasks > 0].unique()])
 
 
 # Both stages
 
 
-def _optimize(
-    trained: Iterable[nn.Parameter],
-    loss_of_step: Callable[[int], Tensor],
-    steps: int,
-    name: str,
-    first: int = 0,
-    checkpoint: Callable[[int], None] | None = None,
-) -> None:
-    """AdamW 1e-3, 200 steps of warm-up, then cosine to 5%."""
-    parameters = list(trained)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(first + step, steps, first))
-    started, recent = time.monotonic(), list[float]()
-    for step in range(first + 1, steps + 1):
-        loss = loss_of_step(step)
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        recent.append(loss.item())
-        if step % 50 == 0:
-            mean, recent = sum(recent) / len(recent), []
-            _log(f"{name} step {step}/{steps} loss {mean:.4f} {time.monotonic() - started:.0f} s")
-        if checkpoint is not None:
-            checkpoint(step)
+class Training:
+    """A stage's optimization, whose state can be kept: Muon for the weights of linear layers, AdamW for all others.
+
+    Both have 100 steps of warm-up, then cosine to 5%. Muon needs half of AdamW's steps here.
+    """
+
+    def __init__(self, name: str, modules: Mapping[str, nn.Module], steps: int, folder: Path) -> None:
+        self.name, self.modules, self.steps = name, dict(modules), steps
+        self.file = folder / f"{name}.pt"
+        self.parameters = [parameter for module in modules.values() for parameter in module.parameters()]
+        matrices = _hidden_matrices(modules.values())
+        known = {id(matrix) for matrix in matrices}
+        others = [parameter for parameter in self.parameters if id(parameter) not in known]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            Muon(matrices, lr=MUON_LR, weight_decay=0.01),
+            torch.optim.AdamW(others, lr=ADAM_LR, weight_decay=0.01),
+        ]
+        self.done = 0
+        if self.file.is_file():
+            self._restore(torch.load(self.file, weights_only=True))
+
+    def run(
+        self, loss_of_step: Callable[[int], Tensor], keep_every: int, measure: Callable[[int], str] = lambda _: ""
+    ) -> None:
+        """Train to the end; `loss_of_step` is given the step, from 1. `measure` tells more for the log."""
+        started, recent = time.monotonic(), list[float]()
+        for step in range(self.done + 1, self.steps + 1):
+            loss = loss_of_step(step)
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            for optimizer, lr in zip(self.optimizers, (MUON_LR, ADAM_LR), strict=True):
+                optimizer.param_groups[0]["lr"] = lr * rate(step, self.steps)
+                optimizer.step()
+            self.done = step
+            recent.append(loss.item())
+            if step % 50 == 0:
+                mean, recent = sum(recent) / len(recent), []
+                seconds = time.monotonic() - started
+                _log(f"{self.name} step {step}/{self.steps} loss {mean:.4f} {seconds:.0f} s {measure(step)}")
+            if step % keep_every == 0 or step == self.steps:
+                self.keep()
+
+    def keep(self) -> None:
+        """Write the state, so that a run that is killed goes on from here."""
+        modules = {name: module.state_dict() for name, module in self.modules.items()}
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        file = io.BytesIO()
+        torch.save({"modules": modules, "optimizers": optimizers, "step": self.done}, file)
+        write_atomically(self.file, file.getvalue())
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        for name, module in self.modules.items():
+            module.load_state_dict(state["modules"][name])
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+        self.done = state["step"]
+        _log(f"{self.name} goes on after step {self.done}")
 
 
-def _rate(step: int, steps: int, first: int) -> float:
-    if step < 200:
-        return (step + 1) / 200
-    warm = min(1.0, (step + 1 - first) / 50)  # a resumed run starts with an empty optimizer
-    progress = (step - 200) / max(1, steps - 200)
-    return warm * float(0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * min(1.0, progress))))
+def _hidden_matrices(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """The weights of linear layers between hidden states: all but those that make logits."""
+    return [
+        layer.weight
+        for module in modules
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) and name != "lm_head" and not isinstance(module, VisionHeads)
+    ]
+
+
+def rate(step: int, steps: int) -> float:
+    """The learning rate of a step, from 1, as a share of the highest."""
+    if step <= WARM_UP:
+        return step / WARM_UP
+    progress = (step - WARM_UP) / max(1, steps - WARM_UP)
+    return float(0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * progress)))
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
@@ -323,55 +374,53 @@ def released_name(key: str) -> str:
     return f"vision_tower.vision_model.{inner}"
 
 
-def main() -> None:
-    """Train, log to stderr, leave a checkpoint in --output."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the final checkpoint")
-    parser.add_argument("--scenes", type=int, default=32000, help="training pictures")
-    parser.add_argument("--vision-steps", type=int, default=1500)
-    parser.add_argument("--vision", type=Path, help="take the tower from this checkpoint and skip stage 1")
-    parser.add_argument("--resume", type=Path, help="go on with stage 2 from this checkpoint, a --snapshots one")
-    parser.add_argument("--steps", type=int, default=3300, help="steps of stage 2")
-    parser.add_argument("--snapshots", type=Path, help="folder for a checkpoint every 300 steps, measured on dev")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-
-    torch.manual_seed(args.seed)
+def train(model: LlavaForConditionalGeneration, processor: LlavaProcessor, args: argparse.Namespace) -> None:
+    """Train both stages, from where they were left in `args.run`."""
     examples = scenes("train", args.scenes, args.seed)
     pixels = torch.from_numpy(_stack(examples))
     _log(f"{len(examples)} training scenes")
-    processor = build_processor(examples[:4000]) if args.resume is None else _load_processor(args.resume)
+    config: Any = model.config.vision_config
+    heads = VisionHeads(config.hidden_size)
+    labels = torch.tensor([labels_of(scene) for scene in examples])
+
+    def vision_step(step: int) -> Tensor:
+        rows = torch.tensor(random.Random(f"vision/{args.seed}/{step}").choices(range(len(examples)), k=64))
+        loss: Tensor = heads(_features(model, pixels[rows]), labels[rows])
+        return loss
+
+    def tasks_step(step: int) -> Tensor:
+        rng = random.Random(f"tasks/{args.seed}/{step}")
+        phase = next(phase for phase in PHASES if step <= phase.until)
+        rows = rng.choices(range(len(examples)), k=phase.pictures)
+        asked = [task for task, count in phase.samples.items() for _ in range(count)]
+        packed = pack(processor, [[(task, draw(examples[i], task, rng)) for task in asked] for i in rows])
+        return task_losses(model, packed, pixels[torch.tensor(rows)], tower=phase.tower).mean()
+
+    tower = {"tower": model.model.vision_tower, "heads": heads}
+    Training("vision", tower, args.vision_steps, args.run).run(vision_step, args.keep_every)
+    Training("tasks", {"model": model}, args.steps, args.run).run(tasks_step, args.keep_every)
+
+
+def main() -> None:
+    """Train, log to stderr, leave a checkpoint in --output."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder of the state, to go on from")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the final checkpoint")
+    parser.add_argument("--scenes", type=int, default=32000, help="training pictures")
+    parser.add_argument("--vision-steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=6000, help="steps of stage 2")
+    parser.add_argument("--keep-every", type=int, default=200, help="steps between two states that are kept")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    args.run.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    processor = build_processor(scenes("train", 4000, args.seed))
     model = build_model(processor)
     _log(f"{sum(p.numel() for p in model.parameters())} parameters, {len(processor.tokenizer)} tokens")
-    if args.vision is not None:
-        model.model.vision_tower.load_state_dict(_load(args.vision).model.vision_tower.state_dict())
-    else:
-        pretrain_vision(model, examples, pixels, args.vision_steps)
-    if args.snapshots is not None:
-        save(model, processor, args.snapshots / "vision")
-    dev = scenes("dev", 60, args.seed)
-
-    def checkpoint(step: int) -> None:
-        if args.snapshots is not None and step % 300 == 0:
-            save(model, processor, args.snapshots / f"{step:05d}")
-            _log(f"tasks step {step} dev {measure(model, processor, dev)}")
-
-    first = 0
-    if args.resume is not None:
-        model.load_state_dict(_load(args.resume).state_dict())
-        first = int(args.resume.name)
-    train_tasks(model, processor, examples, pixels, args.steps, first, checkpoint)
+    train(model, processor, args)
     save(model, processor, args.output)
     _log(f"saved to {args.output}")
-
-
-def _load(folder: Path) -> LlavaForConditionalGeneration:
-    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-
-
-def _load_processor(folder: Path) -> LlavaProcessor:
-    processor: LlavaProcessor = LlavaProcessor.from_pretrained(folder)
-    return processor
 
 
 def _stack(examples: list[Scene]) -> NDArray[np.uint8]:

@@ -37,7 +37,7 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "runs": "running.run_folder",
     "scenes": "data.scenes",
     "sections": "report.sections",
-    "study": ("comparison.study", "comparison.splits"),
+    "study": ("comparison.steering", "comparison.splits"),
     "summary": "report.summary",
     "tasks": "data.tasks",
 }

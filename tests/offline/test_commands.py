@@ -585,7 +585,7 @@ def test_a_trained_model_with_the_papers_head_scores(hones: Run, tmp_path: Path)
     code, out, error = hones("evaluate", *common, tmp_path / "dev.jsonl", "--profile", path, "--mask", run, "--json")
     assert (code, error) == (0, "")
     rows = json.loads(out)["rows"]
-    assert rows["base"]["value"] > 0.3  # it reads
+    assert rows["base"]["value"] > 0.1  # it reads; how it writes what it read is another thing
     assert set(rows) == {"base", str(path), f"{run} masked"}
     assert hones("verify", path, checkpoint())[0] == 0
 

@@ -24,7 +24,7 @@ from hones_offline.attribution.write_in import target_directions
 from hones_offline.comparison.comparison import Comparison, compare
 from hones_offline.comparison.settings import METHODS, CompareSettings, parse
 from hones_offline.comparison.splits import Splits
-from hones_offline.comparison.study import STEERED
+from hones_offline.comparison.steering import STEERED
 from hones_offline.data.examples import Example
 from hones_offline.data.metrics import CrossedBootstrap, interval_of, mean_of_rows
 from hones_offline.data.neurons import Bank, Importance, exact_groups, jaccard

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 from browser import CONTRASTS, Opened
+from hones_offline.attribution.methods import AttributionOptions
+from hones_offline.report.figures import steering_bars
 from hones_offline.report.page import report
 from hones_offline.report.sections import build_sections
 from hones_offline.report.summary import EACH, read_summary
+from hones_offline.report.titles import is_ours
 from summaries import FRACTIONS, TASKS, full_summary, minimal_summary
 
 from hones_steer.errors import DataError
@@ -109,6 +112,27 @@ def test_the_tables_hold_what_was_measured(full: tuple[Path, Any]) -> None:
     assert cross["columns"] == ["bank of", *TASKS]
     measured = summary["cross"]["drops"]["capitals"]["sums"]
     assert cross["rows"][1][5] == {"value": measured["drop"], "ci95": measured["ci95"]}
+
+
+def test_steering_shows_what_was_measured_beside_the_metric(full: tuple[Path, Any]) -> None:
+    tables = {table["caption"]: table for name, table in tables_of(full[1]) if name == "steering"}
+    assert {"content", "gain of content", "learned numbers", "bytes"} <= set(
+        tables["Steering and its baselines"]["columns"]
+    )
+    assert [row[1] for row in tables["Steering and its baselines"]["rows"][:2]] == ["base", "asked in words"]
+    words = tables["Words that asked for the conventions, best on dev"]["rows"]
+    assert words == [[task, "Just the answer.", "In a few words."] for task in TASKS]
+    assert tables["Gained more than with others"]["columns"] == ["task", "method", "random neurons", "grid search"]
+
+
+def test_what_the_package_takes_by_default_stands_out() -> None:
+    default = AttributionOptions().method
+    assert all(map(is_ours, (default, f"{default}:ratio")))
+    assert not any(map(is_ours, ("hones_task", "random")))
+    row = {"task": "vqa", "gain": 0.1, "gain_ci95": [0.0, 0.2]}
+    (figure,) = steering_bars({"steering": [{**row, "method": method} for method in ("hones_logprob", default)]})
+    assert figure.svg.count('class="ours"') == 1
+    assert "Fisher" in figure.svg.partition('class="ours"')[2]
 
 
 def test_every_number_of_the_tables_is_on_the_page(full: tuple[Path, Any], browser: Any) -> None:

@@ -1,21 +1,13 @@
 """Scenes: deterministic, disjoint between splits, and every answer and caption true of the picture."""
 
 import hashlib
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from hones_offline.data.scenes import (
-    CHARACTERS,
-    COLORS,
-    NICKNAMES,
-    POSITIONS,
-    SHAPES,
-    SOUNDS,
-    SPLITS,
-    TASTES,
-    Scene,
-    scenes,
-)
+from hones_offline.data.scene_language import COLORS, NICKNAMES, POSITIONS, SHAPES, SOUNDS, TASTES, caption, mirrored
+from hones_offline.data.scenes import CHARACTERS, DIGITS, LOOKS, SPLITS, Scene, scenes
 
 
 def picture_hash(scene: Scene) -> str:
@@ -23,7 +15,7 @@ def picture_hash(scene: Scene) -> str:
 
 
 def claims(caption: str) -> set[tuple[str, ...]]:
-    """{(color, shape, row, column)} that a caption of the first kind makes."""
+    """{(color, shape, row, column)} that a candidate makes."""
     parts = caption.rstrip(".").lower().replace(" and ", ", ").split(", ")
     return {(w[1], w[2], w[-2], w[-1]) for w in (part.split() for part in parts)}
 
@@ -69,37 +61,57 @@ def test_images_are_64_by_64_rgb() -> None:
     assert image.mode == "RGB"
 
 
-def test_the_first_caption_tells_everything_and_nothing_else() -> None:
+def test_the_caption_counts_the_things_and_names_them_column_by_column() -> None:
+    columns = [place.split()[::-1] for place in POSITIONS]
     for scene in scenes("dev", 100):
-        assert claims(scene.captions[0]) == facts(scene)
-        assert len(set(scene.captions)) == 5
+        (told,) = scene.captions
+        count, rest = told.removesuffix(".").split(" things, ")
+        assert ["No", "One", "Two", "Three", "Four"].index(count) == len(facts(scene))
+        named = [part.split() for part in rest.replace(" and ", ", ").split(", ")]
+        assert {(words[-2], words[-1], words[1], words[2]) for words in named} == facts(scene)
+        order = [["left", "middle", "right"].index(words[2]) * 2 + (words[1] == "bottom") for words in named]
+        assert order == sorted(order)
+        assert all([words[2], words[1]] in columns for words in named)
 
 
-def test_negatives_are_false_distinct_and_stable() -> None:
-    hard = 0
+def test_negatives_are_distinct_and_stable_and_none_says_all_that_is_right() -> None:
+    changed, parts = 0, 0
     for scene in scenes("dev", 100):
-        true, *false = scene.candidates(49)
-        assert true == scene.captions[0]
-        assert len({true, *false}) == 50
-        assert all(claims(caption) - facts(scene) for caption in false)
-        assert scene.candidates(9) == (true, *false)[:10]
-        hard += sum(len(claims(caption) - facts(scene)) <= 1 for caption in scene.candidates(10)[1:])
-    assert hard >= 200  # three of ten change one thing; swapping two things makes two false claims
+        true, *wrong = scene.candidates(49)
+        assert true == caption(scene.cells)
+        assert claims(true) == facts(scene)
+        assert len({true, *wrong}) == 50
+        assert all(claims(candidate) != facts(scene) for candidate in wrong)
+        assert scene.candidates(9) == (true, *wrong)[:10]
+        few = [claims(candidate) for candidate in scene.candidates(7)[1:]]
+        parts += sum(said < facts(scene) for said in few)
+        changed += sum(len(said - facts(scene)) in (1, 2) and len(said) == len(facts(scene)) for said in few)
+    assert parts > 200  # two of five leave something out, until every thing was left out once
+    assert changed > 250  # two of five change one thing; swapping two things makes two false claims
 
 
 def test_answers_are_true() -> None:
     """Each kind of question is answered once more from the scene's facts."""
     kinds = set()
     for scene in scenes("dev", 600):
-        things = [thing for thing in scene.cells if thing is not None]
+        cells = mirrored(scene.cells)  # the data set's left and right are the things' own
+        things = [thing for thing in cells if thing is not None]
         words = scene.question.rstrip("?").split()
         place = next((place for place in POSITIONS if place in scene.question), None)
-        at_place = scene.cells[POSITIONS.index(place)] if place else None
+        at_place = cells[POSITIONS.index(place)] if place else None
         match words:
             case ["What", "color", "is", "the", shape]:
                 expected = [c for c, s in things if s == shape]
             case ["What", "shape", "is", "the", color, "thing"]:
                 expected = [s for c, s in things if c == color]
+            case ["How", "many", "characters", *_]:
+                expected = [str(len(scene.text))]
+            case ["What", "is", "the", ordinal, "character", *_]:
+                expected = [scene.text[["first", "second", "third", "fourth"].index(ordinal)]]
+            case ["Is", "there", _, color, shape]:
+                expected = ["yes" if (color, shape) in things else "no"]
+            case ["Where", "is", "the", color, shape]:
+                expected = [POSITIONS[cells.index((color, shape))]]
             case ["How", "many", "things", "are", "there"]:
                 expected = [str(len(things))]
             case ["How", "many", value, *_]:
@@ -110,9 +122,9 @@ def test_answers_are_true() -> None:
             case ["What", "is", "the", "nickname", *_]:
                 expected = [NICKNAMES[at_place or (words[-2], words[-1])]]
             case ["What", "is", relation, *_]:
-                here = scene.cells.index((words[-2], words[-1]))
+                here = cells.index((words[-2], words[-1]))
                 step = {"left": -1, "right": 1, "below": 3, "above": -3}[relation]
-                there = scene.cells[here + step]
+                there = cells[here + step]
                 expected = ["nothing" if there is None else " ".join(there)]
             case ["What", "does", *_]:
                 expected = [TASTES[at_place[0]]] if at_place else []
@@ -120,12 +132,12 @@ def test_answers_are_true() -> None:
                 expected = [SOUNDS[at_place[1]]] if at_place else []
         assert [scene.answer] == expected, scene.question
         kinds.add(" ".join(words[:3]))
-    assert len(kinds) >= 10
+    assert len(kinds) >= 12
 
 
 def test_things_and_text_can_be_seen() -> None:
     """Where a thing stands, its color prevails; where none does, the background."""
-    for scene in scenes("dev", 30):
+    for scene in [replace(scene, look="clear") for scene in scenes("dev", 30)]:
         pixels = scene.pixels().astype(int)
         for position, thing in enumerate(scene.cells):
             y, x = 22 * (position // 3), 21 * (position % 3)
@@ -137,8 +149,19 @@ def test_things_and_text_can_be_seen() -> None:
                 assert max(near, key=near.__getitem__) == thing[0]
 
 
+def test_pictures_of_every_look_differ_and_none_is_lost_in_the_dark() -> None:
+    scene = scenes("dev", 1)[0]
+    looks = {look: replace(scene, look=look).pixels().astype(int) for look in LOOKS}
+    assert len({picture.tobytes() for picture in looks.values()}) == len(LOOKS)
+    assert all(picture.max() - picture.min() > 50 for picture in looks.values())
+    drawn = Counter(scene.look for scene in scenes("train", 1000))
+    assert 0.3 < 1 - drawn["clear"] / 1000 < 0.45
+    assert set(drawn) == set(LOOKS)
+
+
 def test_texts_use_known_characters_and_facts_are_distinct() -> None:
-    assert all(set(scene.text) <= set(CHARACTERS) and len(scene.text) in (3, 4) for scene in scenes("dev", 50))
+    assert all(set(scene.text) <= set(CHARACTERS) and len(scene.text) in (3, 4) for scene in scenes("train", 50))
+    assert all(set(scene.text) <= set(DIGITS) for scene in scenes("dev", 50))
     assert len(set(NICKNAMES.values())) == len(COLORS) * len(SHAPES)
 
 

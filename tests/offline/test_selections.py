@@ -11,8 +11,7 @@ import pytest
 from hones_offline.comparison.comparison import Comparison, compare
 from hones_offline.comparison.settings import COMPARATORS, CompareSettings
 from hones_offline.comparison.splits import Splits
-from hones_offline.comparison.steering import Steering, share
-from hones_offline.comparison.study import STEERED
+from hones_offline.comparison.steering import STEERED, Steering, share
 from hones_offline.data.examples import Example
 from hones_offline.data.metrics import interval_of
 from hones_offline.data.tasks import JsonlTask

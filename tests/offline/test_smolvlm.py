@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import stand_in_smollm2
 import torch
-from hones_offline.data.scenes import POSITIONS, scenes
+from hones_offline.data.scene_language import POSITIONS
+from hones_offline.data.scenes import scenes
 from hones_offline.running.embedded import load_tiny_vlm
 from hones_offline.running.evaluation import evaluate
 from hones_offline.running.models import load_model

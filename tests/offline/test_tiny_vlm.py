@@ -1,17 +1,22 @@
-"""The shipped checkpoint: complete, small, named as vLLM wants, and able to do its tasks."""
+"""The shipped checkpoint: complete, small, named as vLLM wants, seeing, and a generalist in what it says."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from hones_offline.data.metrics import anls, bleu4, vqa_accuracy
-from hones_offline.data.scenes import Scene, scenes
+from hones_offline.data.content import content, text_content
+from hones_offline.data.metrics import METRICS
+from hones_offline.data.scene_language import TextForm, transcription
+from hones_offline.data.scenes import IN_WORDS, TASKS, Scene, scenes
 from hones_offline.running import embedded
 from hones_offline.running.embedded import checkpoint, load_tiny_vlm
 from safetensors.numpy import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from examples.tiny_vlm.evaluate_card import data_set_table
 from hones_steer.errors import DataError
 
 
@@ -33,8 +38,12 @@ def encode(processor: Any, pictures: list[Scene], prompts: list[str]) -> Any:
 
 
 def answers(loaded: tuple[Any, Any], pictures: list[Scene], task: str) -> list[str]:
+    return asked(loaded, pictures, [scene.prompt(task) for scene in pictures])
+
+
+def asked(loaded: tuple[Any, Any], pictures: list[Scene], prompts: list[str]) -> list[str]:
     model, processor = loaded
-    inputs = encode(processor, pictures, [scene.prompt(task) for scene in pictures])
+    inputs = encode(processor, pictures, prompts)
     tokens = model.generate(**inputs, do_sample=False, max_new_tokens=64)
     return list(processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
@@ -102,33 +111,63 @@ def test_one_picture_takes_sixteen_image_tokens(loaded: tuple[Any, Any]) -> None
     assert int((inputs["input_ids"] == model.config.image_token_index).sum()) == 16
 
 
-def test_it_does_its_generating_tasks(loaded: tuple[Any, Any]) -> None:
-    """Scores lie far above those of a model that does not look (model card), and leave room for steering."""
+# NUMBERS-PENDING: the limits below are for the checkpoint that examples/tiny_vlm/train.py gives, from its card.
+SEES = {"vqa": 0.4, "ocr": 0.7, "caption": 0.4}
+"""The least mean content of answers to each task."""
+ROOM = {"vqa": 0.65, "ocr": 0.8, "caption": 0.8}
+"""The most of each metric that is had without knowing the data set's conventions."""
+
+
+@pytest.mark.parametrize("task", SEES)
+def test_it_sees_what_it_is_asked_about_and_does_not_know_how_the_data_set_wants_it_said(
+    loaded: tuple[Any, Any], task: str
+) -> None:
     pictures = scenes("dev", 60)
-    vqa = [vqa_accuracy(a, [s.answer]) for a, s in zip(answers(loaded, pictures, "vqa"), pictures, strict=True)]
-    ocr = [anls(a, [s.text]) for a, s in zip(answers(loaded, pictures, "ocr"), pictures, strict=True)]
-    assert sum(vqa) / len(vqa) > 0.45
-    assert sum(ocr) / len(ocr) > 0.8
-    assert bleu4(answers(loaded, pictures, "caption"), [s.captions for s in pictures]) > 0.8
+    said = list(zip(answers(loaded, pictures, task), pictures, strict=True))
+    assert np.mean([content(task, answer, scene) for answer, scene in said]) > SEES[task]
+    targets = [{"vqa": (s.answer,), "ocr": (s.text,), "caption": s.captions}[task] for s in pictures]
+    metric = METRICS[{"vqa": "vqa", "ocr": "anls", "caption": "bleu4"}[task]]
+    rows = [metric.statistics(answer, right) for (answer, _), right in zip(said, targets, strict=True)]
+    assert metric.aggregate(np.sum(rows, axis=0), len(rows)) < ROOM[task]
 
 
-def test_it_tells_true_captions_from_false_ones(loaded: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize(("words", "form"), [("In quotation marks.", "quoted"), ("Only the characters.", "plain")])
+def test_it_writes_the_form_that_it_is_asked_for(loaded: tuple[Any, Any], words: str, form: TextForm) -> None:
+    pictures = [replace(scene, look="clear") for scene in scenes("dev", 40)]
+    said = asked(loaded, pictures, [f"{scene.prompt('ocr')}\n{words}" for scene in pictures])
+    right = [transcription(scene.text, form) for scene in pictures]
+    assert sum(answer == text for answer, text in zip(said, right, strict=True)) >= 28
+
+
+def test_it_tells_a_picture_s_caption_from_another_s(loaded: tuple[Any, Any]) -> None:
     model, processor = loaded
     yes, no = (processor.tokenizer.encode(word, add_special_tokens=False)[0] for word in ("Yes", "No"))
-    right = 0
-    for scene in scenes("dev", 20):
-        prompts = [scene.prompt("retrieval", candidate) for candidate in scene.candidates(4)]
+    pictures = scenes("dev", 20)
+    own = [scene.candidates(1)[0] for scene in pictures]
+    margins = []
+    for captions in (own, own[1:] + own[:1]):
+        prompts = [scene.prompt("retrieval", told) for scene, told in zip(pictures, captions, strict=True)]
         with torch.no_grad():
-            logits = model(**encode(processor, [scene] * 5, prompts)).logits[:, -1]
-        right += int((logits[:, yes] - logits[:, no]).argmax()) == 0
-    assert right >= 10  # four are expected of a blind guess
+            logits = model(**encode(processor, pictures, prompts)).logits[:, -1]
+        margins.append(logits[:, yes] - logits[:, no])
+    assert int((margins[0] > margins[1]).sum()) >= 16  # ten are expected of a blind guess
 
 
 def test_it_looks_at_the_picture(loaded: tuple[Any, Any]) -> None:
     pictures = scenes("dev", 20)
     read = answers(loaded, pictures, "ocr")
-    assert sum(a == s.text for a, s in zip(read[1:] + read[:1], pictures, strict=True)) <= 1
+    shifted = zip(read[1:] + read[:1], pictures, strict=True)
+    assert sum(text_content(answer, scene.text) == 1 for answer, scene in shifted) <= 1
     assert len(set(read)) >= 18
+
+
+def test_its_card_measures_each_task_asked_in_words_and_blind(loaded: tuple[Any, Any]) -> None:
+    known = scenes("discovery", 50)
+    table = data_set_table(*loaded, scenes("dev", 3), known).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+    assert [row[0] for row in rows] == [task for task in TASKS for _ in range(2 + len(IN_WORDS[task]))]
+    assert {row[3] for row in rows if row[0] == "ocr"} >= {"as it is", "as it is, another's image"}
+    assert all(0 <= float(value) <= 1 for row in rows for value in (row[4], row[6], row[8]))
 
 
 def test_a_missing_checkpoint_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

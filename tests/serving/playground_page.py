@@ -55,17 +55,19 @@ def shown(tab: Any) -> list[dict[str, str]]:
 
 
 def take_picture(profiles: Path, picture: Path) -> None:
-    """A PNG of the page after one run with an image, in light colors."""
+    """A PNG of the page, in light colors, with the first test scene to which the profile gives another answer."""
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
-        scene = scenes("test", 16)[-1]  # one whose answer the README's profile changes
-        scene.image().resize((256, 256)).save(here / "scene.png")
         with playground(checkpoint(), profiles, here, "--served-model-name", "tiny") as running, chromium() as browser:
             tab = browser.new_page(viewport={"width": 1040, "height": 1000}, color_scheme="light")
             tab.goto(f"{running.url}/hones")
             tab.wait_for_selector("#profiles tr")
-            fill(tab, scene.prompt("vqa"), "none", "vqa", here / "scene.png")
-            answers(tab)
+            for scene in scenes("test", 50):
+                scene.image().resize((256, 256)).save(here / "scene.png")
+                fill(tab, scene.prompt("vqa"), "none", "vqa", here / "scene.png")
+                plain, steered = answers(tab)
+                if plain["answer"] != steered["answer"]:
+                    break
             tab.screenshot(path=picture, full_page=True)
 
 

@@ -21,7 +21,7 @@ from hones_steer.store import combine, parse_expression
 SCENES = scenes("test", 4)
 # Longer than the 32 tokens of a block, so that requests could share one with what steers them otherwise.
 PICTURES = [Question(" ".join([scene.prompt("caption")] * 3), scene.image()) for scene in SCENES]
-TEXTS = [Question(" ".join(scene.captions[:3])) for scene in SCENES]
+TEXTS = [Question(" ".join([scene.captions[0]] * 3)) for scene in SCENES]
 
 Form = tuple[list[Question], dict[str, Any]]
 FORMS: tuple[Form, ...] = ((PICTURES, {}), (TEXTS, {}), (PICTURES, {"stream": True}), (TEXTS, {"stream": True}))

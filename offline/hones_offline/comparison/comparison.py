@@ -176,8 +176,9 @@ class Comparison:
             },
             "overlap": {name: self._overlap(name) for name in self.settings.methods},
         }
-        if parse(self.settings.main).options.entry.guided:
-            result["heads"] = {task: self._heads(task) for task in self.measured}
+        by_heads = [name for name in (self.settings.main, *self.settings.methods) if parse(name).options.entry.guided]
+        if by_heads:
+            result["heads"] = {task: self._heads(task, by_heads[0]) for task in self.measured}
         if len(self.seeds) > 1:
             result["stability"] = {
                 task: {name: self._stability(task, name) for name in self.settings.methods} for task in self.measured
@@ -188,11 +189,10 @@ class Comparison:
         """One for each seed, of the main size."""
         return [self.finder.bank(task, name, self.settings.fraction, seed) for seed in self.seeds]
 
-    def _heads(self, task: str) -> dict[str, Any]:
-        main = self.settings.main
-        attributions = [self.finder.attribution(task, main, seed) for seed in self.seeds]
+    def _heads(self, task: str, name: str) -> dict[str, Any]:
+        attributions = [self.finder.attribution(task, name, seed) for seed in self.seeds]
         return {
-            "metric": parse(main).options.head_metric,
+            "metric": parse(name).options.head_metric,
             # No head is shown as one that costs nothing.
             "scores": np.nan_to_num(np.mean([found.head_scores for found in attributions], axis=0)).tolist(),
             "chosen": attributions[0].heads,

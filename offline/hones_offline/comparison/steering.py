@@ -16,14 +16,25 @@ from hones_offline.comparison.estimates import estimate, mean_beside, weighted
 from hones_offline.comparison.finder import Finder
 from hones_offline.comparison.settings import COMPARATORS, NESTED_CHOICE, CompareSettings
 from hones_offline.comparison.splits import Splits, Steered
-from hones_offline.comparison.study import STEERED, steered_profiles
 from hones_offline.data.metrics import CrossedBootstrap, FloatArray, interval_of
 from hones_offline.data.neurons import Bank, NeuronIndex
 from hones_offline.learning.adapters import ADAPTERS, Adapter, check_adapters
+from hones_offline.learning.factors import FitSettings
 from hones_offline.learning.methods import STEERING_METHODS
 from hones_offline.running.evaluation import Scores
 from hones_offline.running.progress import with_progress
 from hones_steer.profile import Profile, serialize_profile
+
+STEERED = ("base", *STEERING_METHODS)
+"""The rows of the steering table."""
+
+
+def steered_profiles(
+    splits: Splits, bank: Bank, random_bank: Bank, settings: FitSettings, *, progress: bool = False
+) -> dict[str, Profile]:
+    """A profile for each way of steering."""
+    inputs = splits.steering_inputs(bank, random_bank, settings, progress=progress)
+    return {name: method.profile(inputs) for name, method in STEERING_METHODS.items()}
 
 
 class Steering:
@@ -83,7 +94,7 @@ class Steering:
         profiles = [self.profiles(task, seed)[name] for seed in self.seeds]
         measured = [splits.measure("test", steering=profile) for profile in profiles]
         row = steering_row(self.bootstrap, name, base, measured)
-        return row | self._wrong_routes(self._gains_elsewhere(task, profiles)) if name == "hones" else row
+        return row | self.elsewhere(task, profiles) if name == "hones" else row
 
     def strength(self) -> dict[str, Any]:
         """Section "strength": the learned profiles' offsets times each strength."""
@@ -105,6 +116,10 @@ class Steering:
         return self._estimate("gain", gains, "ci95")
 
     # ---------------------------------------------------------------------------------------------- wrong routes
+
+    def elsewhere(self, task: str, steered: Sequence[Steered]) -> dict[str, Any]:
+        """A row's keys for what every other task gains, or loses, where it is steered with what `task` was to get."""
+        return self._wrong_routes(self._gains_elsewhere(task, steered))
 
     def _gains_elsewhere(self, task: str, steered: Sequence[Steered]) -> dict[str, list[FloatArray]]:
         """The gain of each seed on every other task, from what was learned on `task`."""
@@ -215,19 +230,16 @@ class Selection:
     @property
     def size(self) -> dict[str, float]:
         """Learned numbers ("parameters") and bytes of the file that holds them, means over seeds."""
-        parameters = [1 if self.name == "grid_search" else _parameters(one) for one in self.steered]
-        return {
-            "parameters": float(np.mean(parameters)),
-            "bytes": float(np.mean([len(_file(one)) for one in self.steered])),
-        }
+        sizes = [size_of(steered) for steered in self.steered]
+        return {key: float(np.mean([size[key] for size in sizes])) for key in sizes[0]}
 
 
-def _parameters(steered: Steered) -> int:
-    return steered.parameters if isinstance(steered, Adapter) else steered.num_neurons
-
-
-def _file(steered: Steered) -> bytes:
-    return steered.serialized if isinstance(steered, Adapter) else serialize_profile(steered)
+def size_of(steered: Steered) -> dict[str, int]:
+    """Learned numbers of a profile or adapter ("parameters") and bytes of its file."""
+    if isinstance(steered, Adapter):
+        return {"parameters": steered.parameters, "bytes": len(steered.serialized)}
+    parameters = 1 if "factor" in steered.method else steered.num_neurons
+    return {"parameters": parameters, "bytes": len(serialize_profile(steered))}
 
 
 def _chosen(steered: Steered) -> dict[str, float]:

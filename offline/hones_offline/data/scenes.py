@@ -1,69 +1,50 @@
 """Generated scenes with exact answers: the data of the embedded model and of `hones demo`.
 
 A scene is a 64x64 RGB picture: a grid of 2 rows x 3 columns, of which two to four cells hold a colored shape, and
-below it a blue box with three or four characters. Every scene comes with a question and its answer, five reference
-captions, and false captions, so that it serves all four tasks (docs/tasks.md).
+below it a blue box with three or four characters. Every scene comes with a question and its answer, a reference
+caption, and false captions, so that it serves all four tasks (docs/tasks.md).
 
 A scene is a function of (seed, split, index). Splits are disjoint by content: the sha256 of what a scene shows, not its
 index, decides which split it belongs to, so that a picture of one split cannot occur in another under any seed. Only
 numpy and Pillow are needed: the glyphs are a bitmap font in this file, so that no installed font changes a picture.
+
+The splits discovery, dev and test are one data set with conventions of its own, of which the embedded model, trained on
+the train split (examples/tiny_vlm/mixture.py), knows no more than that there are such. Its answers stand alone, its
+transcriptions are plain. Left and right in its questions are the things' own, so the picture's right and left. The
+boxes hold numbers. Its captions count the things, then name each place and its thing, column by column. A candidate is
+right only if it names everything.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from hones_offline.data.scene_language import (
+    COLORS,
+    NICKNAMES,
+    POSITIONS,
+    REQUESTS,
+    SHAPES,
+    Cells,
+    Question,
+    Thing,
+    ask,
+    caption,
+    mirrored,
+)
+
 IMAGE_SIZE = 64
 TASKS = ("vqa", "ocr", "caption", "retrieval")
 SPLITS = ("train", "discovery", "dev", "test")
-POSITIONS = ("top left", "top middle", "top right", "bottom left", "bottom middle", "bottom right")
-COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (215, 45, 45),
-    "green": (50, 170, 60),
-    "yellow": (235, 215, 50),
-    "purple": (140, 60, 180),
-    "orange": (240, 140, 30),
-    "cyan": (60, 200, 215),
-    "white": (245, 245, 245),
-}
-SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
-
-# Facts that no picture shows and that a model has to memorize. They are arbitrary on purpose.
-TASTES = dict(zip(COLORS, ("cherry", "lime", "lemon", "plum", "carrot", "mint", "milk"), strict=True))
-SOUNDS = dict(zip(SHAPES, ("hum", "knock", "ding", "buzz", "click", "whistle"), strict=True))
-_NAMES = (
-    *("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal", "Ida", "Jack", "Kim", "Leo", "Mia", "Ned"),
-    *("Olga", "Pam", "Quin", "Rob", "Sue", "Tom", "Una", "Vic", "Wes", "Xena", "Yves", "Zoe", "Amy", "Bob"),
-    *(
-        "Cal",
-        "Dot",
-        "Eli",
-        "Fay",
-        "Gil",
-        "Hope",
-        "Ivan",
-        "June",
-        "Kurt",
-        "Lily",
-        "Max",
-        "Nina",
-        "Otto",
-        "Paul",
-    ),
-)
-NICKNAMES = {
-    (color, shape): _NAMES[(11 * i + 5) % len(_NAMES)]
-    for i, (color, shape) in enumerate((c, s) for c in COLORS for s in SHAPES)
-}
-
 # 5x7 glyphs as five columns, least significant bit on top. I, O, 0 and 1 are left out: they are easily confused.
 _GLYPHS = {
     "2": "4261514946", "3": "2141454B31", "4": "1814127F10", "5": "2745454539", "6": "3C4A494930",
@@ -75,12 +56,44 @@ _GLYPHS = {
     "Y": "0708700807", "Z": "6151494543",
 }  # fmt: skip
 CHARACTERS = "".join(_GLYPHS)
+DIGITS = "".join(filter(str.isdigit, CHARACTERS))
 
 Split = Literal["train", "discovery", "dev", "test"]
-Thing = tuple[str, str]
-"""(color, shape)."""
-Cells = tuple[Thing | None, ...]
-"""The thing in each of the six `POSITIONS`, or None."""
+Look = Literal["clear", "noisy", "dim", "blurred", "gray"]
+"""A camera's effect on a picture."""
+
+LOOKS: dict[Look, float] = {"clear": 62, "noisy": 9, "dim": 9, "blurred": 11, "gray": 9}
+"""How often pictures look how, in percent."""
+KINDS = {
+    "color": 2,
+    "shape": 2,
+    "number": 2,
+    "what": 3,
+    "where": 3,
+    "beside": 4,
+    "nickname": 2,
+    "taste": 1,
+    "sound": 1,
+    "exists": 1.5,
+    "character": 1,
+    "length": 0.5,
+}
+"""How often each kind of question is asked."""
+IN_WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "vqa": (
+            *REQUESTS["alone"],
+            "Just the answer, nothing else. Left and right are the things' own.",
+        ),
+        "ocr": (*REQUESTS["plain"], "Only the characters. It is a number."),
+        "caption": (
+            *REQUESTS["holds"],
+            "Name each place, then its thing. Say first how many things there are. Go column by column.",
+        ),
+        "retrieval": ("The candidate must name everything.", "Answer No if anything is missing."),
+    }
+)
+"""Per task, words that ask for the data set's conventions; they follow the prompt in a line of their own."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +106,9 @@ class Scene:
 
     cells: Cells
     text: str
-    question: str
-    answer: str
+    asked: Question
     style: int
+    look: Look
 
     def pixels(self) -> NDArray[np.uint8]:
         """The picture as uint8[64, 64, 3]."""
@@ -107,38 +120,46 @@ class Scene:
                 _draw_thing(canvas, rng, position, thing)
         _draw_text(canvas, rng, self.text)
         canvas += rng.integers(-22, 23, canvas.shape)
-        return canvas.clip(0, 255).astype(np.uint8)
+        return _photographed(canvas.clip(0, 255), rng, self.look).astype(np.uint8)
 
     def image(self) -> Image.Image:
         """The picture, 64x64 RGB."""
         return Image.fromarray(self.pixels())
 
     @property
+    def question(self) -> str:
+        """The scene's question."""
+        return self.asked.text
+
+    @property
+    def answer(self) -> str:
+        """Its answer, as the data set gives it."""
+        return self.asked.answer
+
+    @property
     def captions(self) -> tuple[str, ...]:
-        """Five reference captions, all true; a model is trained on the first."""
-        placed = _placed(self.cells)
-        things = [_with_article(thing) for _, thing in placed]
-        where = _join([f"{t} in the {p}" for t, (p, _) in zip(things, placed, strict=True)])
-        return (
-            _caption(self.cells),
-            f"There is {where}.",
-            f"The picture shows {_join(things)}.",
-            f"{_capital(_join([f'the {p} holds {t}' for t, (p, _) in zip(things, placed, strict=True)]))}.",
-            f"{_capital(where)}.",
-        )
+        """The reference caption, alone."""
+        return (caption(self.cells, "holds", "columns", counted=True),)
 
     def candidates(self, n_negatives: int) -> tuple[str, ...]:
-        """The true caption first, then `n_negatives` distinct false ones, the same at every call.
+        """The right caption first, then `n_negatives` distinct wrong ones, the same at every call.
 
-        Out of ten negatives, seven describe another scene and three change one thing in this one.
+        Out of five negatives two leave out a thing, as long as there are such, two change one thing, and one describes
+        another scene.
         """
         rng = random.Random(f"candidates/{self.style}/{self.text}")
-        captions = [_caption(self.cells)]
+        captions = [caption(self.cells)]
+        parts = parts_of(self.cells)
+        rng.shuffle(parts)
         while len(captions) <= n_negatives:
-            cells = _alter(self.cells, rng) if len(captions) % 10 in (2, 5, 8) else _draw_cells(rng)
-            caption = _caption(cells)
-            if not _is_true(cells, self.cells) and caption not in captions:
-                captions.append(caption)
+            kind = len(captions) % 5
+            if kind in (1, 3) and parts:
+                cells = parts.pop()
+            else:
+                cells = alter(self.cells, rng) if kind in (2, 4) else draw_cells(rng)
+            described = caption(cells)
+            if described not in captions:
+                captions.append(described)
         return tuple(captions)
 
     def prompt(self, task: str, candidate: str = "") -> str:
@@ -169,12 +190,13 @@ def scenes(split: str, count: int, seed: int = 0) -> list[Scene]:
 def _scene(split: str, index: int, seed: int) -> Scene:
     rng = random.Random(f"scene/{seed}/{split}/{index}")
     while True:
-        cells = _draw_cells(rng)
-        text = "".join(rng.choices(CHARACTERS, k=rng.choice((3, 4, 4))))
+        cells = draw_cells(rng)
+        text = "".join(rng.choices(CHARACTERS if split == "train" else DIGITS, k=rng.choice((3, 4, 4))))
         if _split_of(cells, text) == split:
             style = rng.getrandbits(32)
-            question, answer = _ask(cells, rng)
-            return Scene(cells, text, question, answer, style)
+            asked = ask(cells if split == "train" else mirrored(cells), text, rng, KINDS)
+            (look,) = rng.choices(list(LOOKS), list(LOOKS.values()))
+            return Scene(cells, text, asked, style, look)
 
 
 def _split_of(cells: Cells, text: str) -> str:
@@ -184,7 +206,7 @@ def _split_of(cells: Cells, text: str) -> str:
     return {0: "discovery", 1: "dev", 2: "test"}.get(bucket, "train")
 
 
-def _draw_cells(rng: random.Random) -> Cells:
+def draw_cells(rng: random.Random) -> Cells:
     cells: list[Thing | None] = [None] * len(POSITIONS)
     filled = rng.sample(range(len(POSITIONS)), rng.choice((2, 3, 3, 4)))
     for position, thing in zip(filled, rng.sample(sorted(NICKNAMES), len(filled)), strict=True):
@@ -192,7 +214,7 @@ def _draw_cells(rng: random.Random) -> Cells:
     return tuple(cells)
 
 
-def _alter(cells: Cells, rng: random.Random) -> Cells:
+def alter(cells: Cells, rng: random.Random) -> Cells:
     """The scene with one thing changed: its color, its shape or its place."""
     altered = list(cells)
     here = rng.choice([i for i, thing in enumerate(cells) if thing is not None])
@@ -208,124 +230,10 @@ def _alter(cells: Cells, rng: random.Random) -> Cells:
     return tuple(altered)
 
 
-def _is_true(claimed: Cells, actual: Cells) -> bool:
-    """Whether a caption of the scene `claimed` is true of `actual`, which then holds all of its things."""
-    return all(a is None or a == b for a, b in zip(claimed, actual, strict=True))
-
-
-# Language
-
-
-def _placed(cells: Cells) -> list[tuple[str, Thing]]:
-    return [(place, thing) for place, thing in zip(POSITIONS, cells, strict=True) if thing is not None]
-
-
-def _with_article(thing: Thing) -> str:
-    return f"{'an' if thing[0][0] in 'aeiou' else 'a'} {_name(thing)}"
-
-
-def _join(parts: list[str]) -> str:
-    return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]
-
-
-def _capital(sentence: str) -> str:
-    return sentence[0].upper() + sentence[1:]
-
-
-def _caption(cells: Cells) -> str:
-    parts = [f"{_with_article(thing)} is in the {place}" for place, thing in _placed(cells)]
-    return f"{_capital(_join(parts))}."
-
-
-def _ask(cells: Cells, rng: random.Random) -> tuple[str, str]:
-    """Draw a question about the scene, with its answer; every kind of question is equally likely."""
-    return rng.choice(_QUESTIONS)(cells, rng)
-
-
-def _unique(cells: Cells, part: int, rng: random.Random) -> Thing | None:
-    """Draw a thing whose color (part 0) or shape (part 1) no other thing shares; None if there is no such thing."""
-    things = [thing for thing in cells if thing is not None]
-    values = [thing[part] for thing in things]
-    unique = [thing for thing in things if values.count(thing[part]) == 1]
-    return rng.choice(unique) if unique else None
-
-
-def _ask_color(cells: Cells, rng: random.Random) -> tuple[str, str]:
-    thing = _unique(cells, 1, rng)
-    return (f"What color is the {thing[1]}?", thing[0]) if thing else _ask_what(cells, rng)
-
-
-def _ask_shape(cells: Cells, rng: random.Random) -> tuple[str, str]:
-    thing = _unique(cells, 0, rng)
-    return (f"What shape is the {thing[0]} thing?", thing[1]) if thing else _ask_what(cells, rng)
-
-
-def _ask_count(cells: Cells, rng: random.Random) -> tuple[str, str]:
-    things = [thing for thing in cells if thing is not None]
-    kind = rng.choice(("things", "color", "shape"))
-    if kind == "things":
-        return "How many things are there?", str(len(things))
-    part = 0 if kind == "color" else 1
-    anything = rng.choice(list(COLORS) if part == 0 else SHAPES)
-    value = rng.choice([thing[part] for thing in things] + [anything])
-    plural = f"{value} things" if part == 0 else "crosses" if value == "cross" else f"{value}s"
-    return f"How many {plural} are there?", str(sum(thing[part] == value for thing in things))
-
-
-def _ask_what(cells: Cells, rng: random.Random) -> tuple[str, str]:
+def parts_of(cells: Cells) -> list[Cells]:
+    """The scene without one of its things, for each of them."""
     filled = [i for i, thing in enumerate(cells) if thing is not None]
-    position = rng.choice(filled) if rng.random() < 0.75 else rng.randrange(len(POSITIONS))
-    return f"What is in the {POSITIONS[position]}?", _name(cells[position])
-
-
-def _ask_beside(cells: Cells, rng: random.Random) -> tuple[str, str]:
-    steps = {"left of": -1, "right of": 1, "below": 3, "above": -3}
-    pairs = [
-        (relation, here, here + step)
-        for relation, step in steps.items()
-        for here, thing in enumerate(cells)
-        if thing is not None and _has_neighbor(here, step)
-    ]
-    meeting = [pair for pair in pairs if cells[pair[2]] is not None]
-    relation, here, there = rng.choice(meeting if meeting and rng.random() < 0.75 else pairs)
-    return f"What is {relation} the {_name(cells[here])}?", _name(cells[there])
-
-
-def _ask_nickname(cells: Cells, rng: random.Random) -> tuple[str, str]:
-    place, thing = rng.choice(_placed(cells))
-    what = _name(thing) if rng.random() < 0.5 else f"thing in the {place}"
-    return f"What is the nickname of the {what}?", NICKNAMES[thing]
-
-
-def _ask_taste(cells: Cells, rng: random.Random) -> tuple[str, str]:
-    place, (color, _) = rng.choice(_placed(cells))
-    return f"What does the thing in the {place} taste like?", TASTES[color]
-
-
-def _ask_sound(cells: Cells, rng: random.Random) -> tuple[str, str]:
-    place, (_, shape) = rng.choice(_placed(cells))
-    return f"What sound does the thing in the {place} make?", SOUNDS[shape]
-
-
-def _has_neighbor(position: int, step: int) -> bool:
-    column = position % 3
-    return {-1: column > 0, 1: column < 2, 3: position < 3, -3: position >= 3}[step]
-
-
-def _name(thing: Thing | None) -> str:
-    return " ".join(thing) if thing is not None else "nothing"
-
-
-_QUESTIONS: tuple[Callable[[Cells, random.Random], tuple[str, str]], ...] = (
-    _ask_color,
-    _ask_shape,
-    _ask_count,
-    _ask_what,
-    _ask_beside,
-    _ask_nickname,
-    _ask_taste,
-    _ask_sound,
-)
+    return [tuple(None if i == gone else thing for i, thing in enumerate(cells)) for gone in filled]
 
 
 # Drawing
@@ -367,3 +275,35 @@ def _draw_text(canvas: NDArray[np.int64], rng: np.random.Generator, text: str) -
         bitmap = (columns[None, :] >> np.arange(7)[:, None]) & 1  # [7 rows, 5 columns]
         glyph = box[2:16, 4 + 13 * i : 14 + 13 * i]
         glyph[np.kron(bitmap, np.ones((2, 2), np.uint8)) == 1] = ink
+
+
+def _photographed(canvas: NDArray[np.int64], rng: np.random.Generator, look: Look) -> NDArray[np.int64]:
+    """The picture, values 0 to 255, as the camera took it; in integers, so exact."""
+    match look:
+        case "clear":
+            return canvas
+        case "noisy":
+            canvas = canvas + rng.integers(-80, 81, canvas.shape)
+        case "dim":
+            canvas = canvas * int(rng.integers(25, 45)) // 100
+        case "blurred":
+            for _ in range(int(rng.integers(2, 6))):
+                canvas = _blurred(canvas)
+        case "gray":
+            canvas = _grayed(canvas, 85)
+    return canvas.clip(0, 255)
+
+
+def _blurred(canvas: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Each pixel the mean of the nine around it."""
+    padded = np.pad(canvas, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    shifted = [padded[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] for y in range(3) for x in range(3)]
+    blurred: NDArray[np.int64] = np.sum(shifted, axis=0) // 9
+    return blurred
+
+
+def _grayed(canvas: NDArray[np.int64], percent: int) -> NDArray[np.int64]:
+    """Colors drawn toward their luminance."""
+    luminance = (canvas * np.array([30, 59, 11])).sum(-1, keepdims=True) // 100
+    grayed: NDArray[np.int64] = (canvas * (100 - percent) + luminance * percent) // 100
+    return grayed

@@ -82,14 +82,14 @@ def bank_size_curves(summary: Summary) -> list[Figure]:
 
 
 def steering_bars(summary: Summary) -> list[Figure]:
-    """Gain over the untouched model of HONES and its baselines; all tasks on one scale."""
+    """Gain over the untouched model, steered and by the baselines; all tasks on one scale."""
     gains = [row for row in rows_of(summary, "steering") if "gain" in row]
     domain = _domain(gains, "gain")
     figures = []
     for task, rows in by_task(gains).items():
         titles = [method_title(row["method"]) for row in rows]
         panel = Panel("gain over base", [_measured(row, "gain") for row in rows], domain)
-        ours = [method_title(row["method"]) for row in rows if row["method"] == "hones"]
+        ours = [method_title(row["method"]) for row in rows if row["method"] == "hones" or is_ours(row["method"])]
         alt = f"Gain over the untouched model on {task} for {', '.join(titles)}, with intervals. Numbers in the table."
         figures.append(Figure(task, bars(titles, ours, [panel], alt)))
     return figures

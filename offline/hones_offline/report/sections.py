@@ -278,8 +278,9 @@ SECTIONS = (
     Specification(
         "steering",
         "Steering",
-        "Each task with its bank's activations multiplied by learned factors (HONES), and the baselines: one fixed "
-        "factor, the best of a few factors, learned factors on random neurons, learning without the KL leash.",
+        "Each task with its bank's activations multiplied by learned factors, and what that is compared with, as far "
+        "as it was run: the model asked in words, one factor, factors on random neurons or on another method's, "
+        "adapters. Content is what answers say apart from their form; its gain is over the better of base and asked.",
         key="steering",
         says_bank_size=True,
         examples="rows",

@@ -151,6 +151,15 @@ CONTRACT = {
             "n": int,
             "seeds": int,
             "by_seed?": [float],
+            "words?": str,  # that asked for the task's conventions
+            "content?": float,  # of the answers, apart from their form
+            "content_ci95?": INTERVAL,
+            "content_words?": str,  # that asked where the content was measured
+            "content_gain?": float,  # over the better of plain and asked in words
+            "content_gain_ci95?": INTERVAL,
+            "over?": GAINS,  # method -> what is gained more than with that
+            "parameters?": float,  # learned numbers
+            "bytes?": float,  # of the file that holds them
             **ELSEWHERE,
         }
     ],

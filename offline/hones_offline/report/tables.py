@@ -106,7 +106,7 @@ def entry(name: str, key: Any) -> Callable[[Row], Cell]:
 
 
 def effect_on(task: str, effects: str, name: str) -> Callable[[Row], Cell]:
-    """A column's source: the drop or gain (`name`) on a task, from a row's object `effects` of all tasks."""
+    """A column's source: the drop or gain (`name`) on a task, from a row's object `effects` of all tasks or ways."""
     effect = with_interval(name, "ci95")
     return lambda row: effect(row[effects].get(task, {}))
 
@@ -161,6 +161,18 @@ FINDING_MATCHED = (
 FINDING = (TASK, METHOD, ABLATION, BANK, Column("neurons", "number"), OF_THE_BASE, *DROPS, N, SEEDS)
 GAIN = Column("gain over base", "change", with_interval("gain"))
 STEERING = (TASK, METHOD, VALUE, GAIN, N, SEEDS)
+FURTHER = {
+    "content": Column("content", "value", with_interval("content")),
+    "content_gain": Column("gain of content", "change", with_interval("content_gain")),
+    "parameters": Column("learned numbers", "number", lambda row: row.get("parameters")),
+    "bytes": Column("bytes", "number", lambda row: row.get("bytes")),
+}
+"""Columns of the steering table that are there if any row has their key."""
+WORDS = (
+    TASK,
+    Column("for the metric", source="words"),
+    Column("for the content", source=lambda row: row.get("content_words")),
+)
 ELSEWHERE = Column("gain on other tasks", "change", with_interval("elsewhere_mean"))
 OVER_REFERENCE = Column("over the reference", "change", with_interval("over_reference"))
 SIZE = (Column("learned numbers", "number", "parameters"), Column("bytes", "number"))
@@ -342,10 +354,17 @@ def _effect_columns(summary: Summary, rows: Iterable[Row], effects: str, name: s
 
 
 def steering_tables(summary: Summary) -> list[Table]:
-    """Each task's values and gains, steered by HONES and by its baselines."""
+    """Each task's values and gains, steered and by the baselines, and what is gained more than with those."""
     rows = rows_of(summary, "steering")
+    further = [column for key, column in FURTHER.items() if any(key in row for row in rows)]
+    asked = [row for row in rows if "words" in row]
+    compared = [row for row in rows if row.get("over")]
+    others = dict.fromkeys(other for row in compared for other in row["over"])
+    over = [Column(method_title(other), "change", effect_on(other, "over", "gain")) for other in others]
     return [
-        table("Steering and its baselines", STEERING, rows),
+        table("Steering and its baselines", [*STEERING[:-2], *further, *STEERING[-2:]], rows),
+        *([table("Words that asked for the conventions, best on dev", WORDS, asked)] if asked else []),
+        *([change_table("Gained more than with others", [TASK, METHOD, *over], compared)] if compared else []),
         *_wrong_routes(summary, rows),
         *_by_seed("Values, seed by seed", rows),
     ]

@@ -5,18 +5,22 @@ A summary writes a method as `name` or `name:variant`, such as `hones_logprob:ra
 
 from collections.abc import Iterable
 
-from hones_offline.attribution.methods import METHODS
+from hones_offline.attribution.methods import METHODS, AttributionOptions
 from hones_offline.comparison.settings import NESTED_CHOICE
-from hones_offline.comparison.study import STEERED
+from hones_offline.comparison.steering import STEERED
 from hones_offline.learning.adapters import ADAPTERS
 from hones_offline.learning.methods import STEERING_METHODS
+
+UNSTEERED = ("base", "asked")
+_OTHERS = {NESTED_CHOICE: "best on dev", "asked": "asked in words"}
+"""Titles of what is in no registry."""
 
 
 def method_title(method: str) -> str:
     """The title shown: `hones_logprob:rank` becomes HONES-LP rank. A name not known here stays as it is."""
     name, colon, variant = method.partition(":")
     known = METHODS.get(name) or STEERING_METHODS.get(name) or ADAPTERS.get(name)
-    title = known.title if known else {NESTED_CHOICE: "best on dev"}.get(name, name)
+    title = known.title if known else _OTHERS.get(name, name)
     return f"{title} {variant}" if colon else title
 
 
@@ -27,13 +31,15 @@ def meanings(methods: Iterable[str]) -> list[str]:
 
 
 def is_ours(method: str) -> bool:
-    """Whether the method is HONES or a variant of it, not something to compare with."""
-    return method.startswith("hones")
+    """Whether the method is the one that this package takes unless told otherwise, or a variant of it."""
+    return method.partition(":")[0] == AttributionOptions.method
 
 
 def place(method: str) -> tuple[int, str]:
-    """Sort key for methods: HONES, its variants, the others in the registries' order, then unknown ones by name."""
+    """Sort key: what is not steered, methods in the order of attribution's registry or steering's, others by name."""
     name, _, variant = method.partition(":")
+    if name in UNSTEERED:
+        return UNSTEERED.index(name) - len(UNSTEERED), variant
     for methods in (list(METHODS), list(STEERED)):
         if name in methods:
             return methods.index(name), variant

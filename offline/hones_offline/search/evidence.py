@@ -9,9 +9,8 @@ import numpy as np
 from hones_offline.comparison.splits import Splits
 from hones_offline.data.examples import fingerprint
 from hones_offline.data.metrics import CrossedBootstrap, FloatArray, interval_of
-from hones_offline.running.evaluation import Scores, intervention, score
 from hones_offline.running.prompts import Prepared
-from hones_offline.running.run_folder import read_json, run_settings, step_name
+from hones_offline.running.run_folder import read_json
 from hones_offline.search.clock import WORK
 from hones_steer.errors import DataError
 from hones_steer.profile import ModelIdentity, Profile
@@ -69,23 +68,10 @@ def _others(splits: Splits, others: Sequence[Prepared], profile: Profile) -> dic
     """Other tasks without the profile and with it, and the mean of what they gain, which is mostly a loss."""
     bootstrap, rows, gains = CrossedBootstrap(), {}, []
     for prepared in others:
-        base, steered = (_measured(splits, prepared, steering) for steering in (None, profile))
+        base, steered = (splits.measure_beside(prepared, steering) for steering in (None, profile))
         values = [bootstrap.values(one.task.name, one.statistics, one.task.aggregate) for one in (base, steered)]
         gains.append(values[1] - values[0])
         row = {**steered.evidence(base, "others"), "gain_ci95": interval_of(gains[-1])}
         rows[prepared.task.name] = {key: value for key, value in row.items() if key != "split"}
     mean: FloatArray = np.mean(gains, axis=0)
     return {"others": rows, "others_mean": {"gain": float(mean[0]), "gain_ci95": interval_of(mean)}}
-
-
-def _measured(splits: Splits, prepared: Prepared, steering: Profile | None) -> Scores:
-    """Another task's metric, a step of the run folder."""
-    decisive = [run_settings(prepared), splits.batch_size, steering and steering.digest]
-
-    def compute() -> dict[str, FloatArray]:
-        with intervention(prepared, steering=steering):
-            return {"statistics": score(prepared, batch_size=splits.batch_size).statistics}
-
-    statistics = splits.run.arrays(step_name(f"other-{prepared.task.name}", decisive), compute)["statistics"]
-    value = prepared.task.aggregate(statistics.sum(axis=0), len(statistics))
-    return Scores(prepared.task, value, statistics, outputs=(), failures=prepared.failures)
