@@ -187,7 +187,7 @@ def test_the_optimizer_is_muon_but_for_rounding() -> None:
         for optimizer in optimizers:
             optimizer.step()
     for own, other, first in zip(ours, theirs, begin, strict=True):
-        assert (own - other).norm() < 0.01 * (own - first).norm()
+        assert (own - other).norm() < 0.02 * (own - first).norm()
     assert torch.equal(unused, begin[0])
 
 
