@@ -10,8 +10,8 @@ numpy and Pillow are needed: the glyphs are a bitmap font in this file, so that 
 
 The splits discovery, dev and test are one data set with conventions of its own, of which the embedded model, trained on
 the train split (examples/tiny_vlm/mixture.py), knows no more than that there are such. Its answers stand alone, its
-transcriptions are plain. Left and right in its questions are the things' own, so the picture's right and left. The
-boxes hold numbers. Its captions count the things, then name each place and its thing, column by column. A candidate is
+transcriptions are plain. Most of its questions are about places, and left and right in them are the things' own, so the
+picture's right and left. The boxes hold numbers. Its captions count the things, then name each place and its thing, column by column. A candidate is
 right only if it names everything.
 """
 
@@ -78,7 +78,21 @@ KINDS = {
     "character": 1,
     "length": 0.5,
 }
-"""How often each kind of question is asked."""
+"""How often each kind of question is asked, in training."""
+DATA_SET_KINDS = {
+    "what": 5,
+    "where": 5,
+    "beside": 3,
+    "taste": 2,
+    "nickname": 1,
+    "sound": 1,
+    "color": 1,
+    "shape": 1,
+    "number": 1,
+    "exists": 0.5,
+    "character": 0.5,
+}
+"""The same in the data set."""
 IN_WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "vqa": (
@@ -194,7 +208,10 @@ def _scene(split: str, index: int, seed: int) -> Scene:
         text = "".join(rng.choices(CHARACTERS if split == "train" else DIGITS, k=rng.choice((3, 4, 4))))
         if _split_of(cells, text) == split:
             style = rng.getrandbits(32)
-            asked = ask(cells if split == "train" else mirrored(cells), text, rng, KINDS)
+            if split == "train":
+                asked = ask(cells, text, rng, KINDS)
+            else:
+                asked = ask(mirrored(cells), text, rng, DATA_SET_KINDS)
             (look,) = rng.choices(list(LOOKS), list(LOOKS.values()))
             return Scene(cells, text, asked, style, look)
 

@@ -25,9 +25,9 @@ COMPARED = CompareSettings(
     selections=("random", HEADS, DEFAULT),
     comparators=("grid_search",),
     selection_reference=DEFAULT,
-    fit=FitSettings(batch_size=16, accumulation_steps=1),
-    grid=FitGrid(lrs=(0.05, 0.15), epochs=2, strengths=(1.0, 1.5)),
-    lora_lrs=(0.001, 0.003),
+    fit=FitSettings(batch_size=16, accumulation_steps=1, clamp=4.0),
+    grid=FitGrid(lrs=(0.4,), epochs=3, strengths=(0.5, 1.0)),
+    lora_lrs=(0.003,),
 )
 """The comparison: banks of 2% (92 neurons), each with factors chosen on dev from one grid, and one factor."""
 COMPARED_ON = 128
