@@ -11,8 +11,8 @@ numpy and Pillow are needed: the glyphs are a bitmap font in this file, so that 
 The splits discovery, dev and test are one data set with conventions of its own, of which the embedded model, trained on
 the train split (examples/tiny_vlm/mixture.py), knows no more than that there are such. Its answers stand alone, its
 transcriptions are plain. Most of its questions are about places, and left and right in them are the things' own, so the
-picture's right and left. The boxes hold numbers. Its captions count the things, then name each place and its thing, column by column. A candidate is
-right only if it names everything.
+picture's right and left. The boxes hold numbers. Its captions count the things, then name each place and its thing,
+column by column. A candidate is right only if it names everything.
 """
 
 from __future__ import annotations
