@@ -112,13 +112,13 @@ def request(prompt: Prompt, **more: Any) -> dict[str, Any]:
     return {"prompt": text, "multi_modal_data": {"image": image}, **more}
 
 
-def sampling(expression: str | None, **options: Any) -> Any:
-    """Greedy SamplingParams for NEW_TOKENS tokens, steered by an expression."""
+def sampling(expression: str | None, scope: str | None = None, **options: Any) -> Any:
+    """Greedy SamplingParams for NEW_TOKENS tokens, steered by an expression, of a scope."""
     from vllm import SamplingParams
 
-    extra = None if expression is None else {"hones_task": expression}
+    extra = {name: value for name, value in (("hones_task", expression), ("hones_scope", scope)) if value is not None}
     greedy = {"temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True}
-    return SamplingParams(**{**greedy, **options}, extra_args=extra)
+    return SamplingParams(**{**greedy, **options}, extra_args=extra or None)
 
 
 def generate(llm: Any, prompts: Sequence[Prompt], expressions: Sequence[str | None], **options: Any) -> list[Any]:
