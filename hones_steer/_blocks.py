@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
+from hones_steer._calls import Call, Generation
 from hones_steer.errors import RoutingError
 from hones_steer.scopes import ALL, split
 from hones_steer.slots import IDENTITY
@@ -30,36 +31,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Call(NamedTuple):
-    """One call of the model: its rows, and each row's tokens; None where no input tells.
-
-    `embedded`: the tokens come as embeddings. `cached` is the number of each row's tokens that are in the cache; None
-    if the call has no cache.
-    """
-
-    rows: int | None
-    tokens: int | None
-    embedded: bool = False
-    cached: int | None = None
-
-
 class Slots(NamedTuple):
     """The slots of a call: one for each row, or one for all; with `each_token` one for each token, row after row."""
 
     values: tuple[int, ...]
     each_token: bool = False
-
-
-@dataclass
-class Generation:
-    """A call of `generate`, whose prompts have `width` tokens, padding counted; None if no input tells.
-
-    `cached` of them are in a cache that it was given. `begun`: the model has run.
-    """
-
-    width: int | None
-    cached: int = 0
-    begun: bool = False
 
 
 @dataclass(eq=False)

@@ -18,17 +18,18 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
-from hones_steer._blocks import Generation, Routing, block_of, carry, innermost
+from hones_steer._blocks import Routing, block_of, carry, innermost
+from hones_steer._calls import Generation, cached_tokens, num_prompts, prompt_width
 from hones_steer._folding import Folded
 from hones_steer._packing import steered_generate_batch, steered_init
 from hones_steer._selftest import Verification, self_test
 from hones_steer.errors import ProfileError, RoutingError, StateError
-from hones_steer.injection import Injection, InstanceMethods, cached_tokens, is_injected
+from hones_steer.injection import Injection, InstanceMethods, is_injected
 from hones_steer.layout import Layout, find_layout, unwrap
 from hones_steer.profile import ModelIdentity, Profile, StrPath, is_task_name, load_profile
-from hones_steer.scopes import ALL, check_scope
+from hones_steer.scopes import ALL, check_end, check_scope, of_each
 from hones_steer.slots import SlotPool
 from hones_steer.store import ProfileStore, combine, known_tasks, parse_expression
 
@@ -292,8 +293,8 @@ class Steering:
         attached = self._require_attached()
         injection = attached.injection
         texts = tuple("none" if expression is None else expression for expression in expressions)
-        checked_scopes = tuple(check_scope(scope) for scope in _of_each(scopes, len(texts), "scope"))
-        checked_ends = None if ends is None else tuple(map(_checked_end, _of_each(ends, len(texts), "prompt_end")))
+        checked_scopes = tuple(check_scope(scope) for scope in of_each(scopes, len(texts), "scope"))
+        checked_ends = None if ends is None else tuple(map(check_end, of_each(ends, len(texts), "prompt_end")))
         with injection.lock:
             self._require_unfolded("task()")
             profiles = [self._resolve(text) for text in texts]
@@ -347,12 +348,12 @@ class Steering:
         def steered_generate(*args: P.args, **kwargs: P.kwargs) -> R:
             routing = self._routing()
             if routing is not None and routing.per_row:
-                routing.require_prompts(_num_prompts(args, kwargs))
+                routing.require_prompts(num_prompts(args, kwargs))
             generation = Generation(None)
             if routing is not None and routing.is_scoped:
                 if self._generation.get() is not None:
                     raise RoutingError(f"{routing} cannot tell the prompts of a generate() inside generate() apart")
-                generation = Generation(_prompt_width(args, kwargs), cached_tokens((), kwargs) or 0)
+                generation = Generation(prompt_width(args, kwargs), cached_tokens((), kwargs) or 0)
             token = self._generation.set(generation)
             try:
                 return generate(*args, **kwargs)
@@ -394,38 +395,3 @@ def _sources(profiles: Mapping[str, Profile | StrPath] | StrPath | ProfileStore)
         return dict(profiles)
     store = ProfileStore(profiles) if isinstance(profiles, str | os.PathLike) else profiles
     return {name: store.get(name) for name in store.names()}
-
-
-def _of_each(value: Any, count: int, name: str) -> list[Any]:
-    """The value of each of `count` rows, of which one is given for all, or one for each."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return [value] * count
-    if len(value) != count:
-        raise RoutingError(f"{name} has {len(value)} values for {count} rows; give one for all, or one for each")
-    return list(value)
-
-
-def _checked_end(end: object) -> int:
-    if type(end) is not int or end < 0:
-        raise RoutingError(f"prompt_end is {end!r}; give the number of the prompt's tokens")
-    return end
-
-
-def _prompt_width(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """The number of tokens of each prompt in a call of `generate`, padding counted, or None if no input tells it.
-
-    Beside a cache the input may have the last tokens of the prompt only, but the mask has all.
-    """
-    given = ("attention_mask", "inputs_embeds", "inputs", "input_ids")
-    for value in (*(kwargs.get(name) for name in given[:2]), *args[:1], *(kwargs.get(name) for name in given[2:])):
-        if isinstance(value, Tensor) and value.dim() == (3 if value is kwargs.get("inputs_embeds") else 2):
-            return value.shape[1]
-    return None
-
-
-def _num_prompts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """The number of rows in a call of `generate`, or None if no input tells it."""
-    for value in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
-        if isinstance(value, Tensor):
-            return value.shape[0]
-    return None

@@ -29,7 +29,8 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hones_steer._blocks import Call, Generation, Routing
+from hones_steer._blocks import Routing
+from hones_steer._calls import Generation, cached_tokens, call_of
 from hones_steer._recomputation import ForwardsWithGradients
 from hones_steer.errors import LayoutError, RoutingError, StateError
 from hones_steer.experts import Experts
@@ -263,7 +264,7 @@ class Injection:
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         refuse_recording()
         routing = self._current()
-        call = _call(args, kwargs)
+        call = call_of(args, kwargs)
         self._routing, self._slots = routing, (IDENTITY,)
         if routing is not None:
             if routing.closed:
@@ -391,8 +392,6 @@ class Injection:
             return None
         return hook.table.index_select(0, torch.tensor(slots, device=hook.table.device))
 
-
-_CACHES = ("past_key_values", "cache_params", "state")  # names of models' arguments
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 _never_compiled: Callable[[_Function], _Function] = torch.compiler.disable
@@ -733,35 +732,6 @@ def execution_device(module: nn.Module, name: str) -> torch.device:
     if device.type == "meta":
         raise LayoutError(f"{name}: its weights are not loaded (meta device); load the model before steering it")
     return device
-
-
-def _call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """The rows and tokens of a call of the model, None where no input tells them."""
-    embeddings = kwargs.get("inputs_embeds")
-    for value in (kwargs.get("input_ids"), embeddings, *args[:1]):
-        if isinstance(value, Tensor):
-            return Call(value.shape[0], value.shape[1] if value.dim() > 1 else None, value is embeddings)
-    return Call(None, None)
-
-
-def cached_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """The number of each row's tokens, padding counted, in the cache that a call is given; None: it is given none.
-
-    The call is one of the model or of `generate`. Raises RoutingError if the cache does not tell.
-    """
-    given = {**dict(enumerate(args)), **kwargs}
-    caches = [value for name, value in given.items() if name in _CACHES or hasattr(value, "get_seq_length")]
-    for cache in caches:
-        if cache is None:
-            continue
-        try:
-            return int(cache.get_seq_length())
-        except (AttributeError, ValueError) as error:  # no attention layer counts tokens
-            raise RoutingError(
-                f"a {type(cache).__name__} does not tell how many tokens are cached, so a part of them cannot be "
-                "steered; leave out scope"
-            ) from error
-    return None
 
 
 def _forget_compiled_code() -> None:

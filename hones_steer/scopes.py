@@ -8,6 +8,8 @@ unsteered. What phase a token is computed in does not matter: a generated token 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from typing import Any
 
 from hones_steer.errors import RoutingError
 
@@ -22,6 +24,22 @@ def check_scope(value: object) -> str:
     raise RoutingError(
         f"the scope is {text if len(text) <= 60 else text[:57] + '...'}; give 'all', 'prompt' or 'generated'"
     )
+
+
+def of_each(value: Any, count: int, name: str) -> list[Any]:
+    """The value of each of `count` rows, of which one is given for all, or one for each; raises RoutingError."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise RoutingError(f"{name} has {len(value)} values for {count} rows; give one for all, or one for each")
+    return list(value)
+
+
+def check_end(end: object) -> int:
+    """Return where a prompt ends, a number of tokens; raises RoutingError if `end` is none."""
+    if type(end) is not int or end < 0:
+        raise RoutingError(f"prompt_end is {end!r}; give the number of the prompt's tokens")
+    return end
 
 
 def split(scope: str, end: int, start: int, count: int) -> tuple[tuple[int, bool], tuple[int, bool]]:

@@ -142,7 +142,7 @@ class TestGenerate:
         assert steered_first[0][0] != plain[0][0]
 
     def test_a_second_turn_that_is_given_the_first_ones_cache(self, model):
-        """What the cache holds is as it was computed; the rest of the second prompt is the prompt."""
+        """Takes what the cache holds as it was computed; all else of the second prompt is the prompt."""
         first = torch.arange(11, 18)[None]
         steering, (profile, *_) = steered(model)
         with steering.task("a", scope="generated"):

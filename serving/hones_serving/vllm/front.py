@@ -174,7 +174,7 @@ def salted(profile: Profile | None, salt: str | None) -> str | None:
 
 
 def block_keys(request: Any, end: int) -> tuple[tuple[str, str], ...]:
-    """What the hash of a block that ends before position `end` must have beside its tokens, for vLLM's Request.
+    """Keys that the hash of a block of a vLLM Request must have beside its tokens; it ends before position `end`.
 
     From the end of a request's prompt on, its scope makes another cache of the same tokens: one that depends on where
     that is.
