@@ -266,9 +266,10 @@ def _admit(
         # Engines drop the stamp when they run beams. They may take any value but a plain no for a yes.
         if profile is not None and body.get("use_beam_search") not in (None, False):
             raise RoutingError("beam search cannot be steered; leave out use_beam_search, or name hones_task 'none'")
-        if scope is not None and profile is None and route == "default":
-            raise _Refused(400, f"{SCOPE} is given, but nothing steers this request; name {_TASK!r}", SCOPE, route)
-        return decision, service.registry.admit(profile, label_of(decision.expression), scope or ALL)
+        if scope != ALL and profile is None and route == "default":
+            message = f"{SCOPE} is {scope!r}, but nothing steers this request; name {_TASK!r}"
+            raise _Refused(400, message, SCOPE, route)
+        return decision, service.registry.admit(profile, label_of(decision.expression), scope)
     except CapacityError as error:
         raise _Refused(429, str(error), route=route) from error
     except UnknownAliasError as error:

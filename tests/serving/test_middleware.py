@@ -443,6 +443,7 @@ def test_two_scopes_and_a_scope_of_nothing_are_refused(client):
     refused(ask(client, hones_task="vqa", **both), 400, "hones_scope is 'prompt' and in vllm_xargs 'all'; give it once")
     error = refused(ask(client, hones_scope="prompt"), 400, "nothing steers this request; name 'hones_task'")
     assert error["param"] == "hones_scope"
+    assert steering(ask(client, hones_scope="all")) == ("none", "default")
     response = client.post("/v1/embeddings", json={"model": "m", "input": "hi", "hones_scope": "prompt"})
     refused(response, 400, "leave out 'hones_scope'")
     assert client.post("/v1/embeddings", json={"model": "m", "input": "hi", "hones_scope": None}).status_code == 200

@@ -106,10 +106,11 @@ class Front:
             raise RequestError(f"this route cannot be steered; leave out {TASK if scope is None else SCOPE!r}")
         if not isinstance(text, str | None):
             raise RequestError(f"{TASK} is {text!r}; give an expression like 'vqa@0.5+ocr'")
-        if text is None and scope is not None:
-            raise RequestError(f"{SCOPE} is given, but nothing steers this request; name {TASK!r}")
+        scope = check_scope(ALL if scope is None else scope)
+        if text is None and scope != ALL:
+            raise RequestError(f"{SCOPE} is {scope!r}, but nothing steers this request; name {TASK!r}")
         expression = parse_expression("none" if text is None else text)
-        return self.registry.resolve(expression), label_of(expression), check_scope(ALL if scope is None else scope)
+        return self.registry.resolve(expression), label_of(expression), scope
 
     def enter(self, request: Any, states: Mapping[str, Any], add: Callable[[], None]) -> None:
         """Let an EngineCoreRequest into the engine by calling `add`; its profile keeps a slot until `leave`.

@@ -239,7 +239,7 @@ def test_one_tokens_difference_in_where_the_prompt_ends(llm: Any, alone: Alone) 
     [
         ("vqa", "answer", "the scope is 'answer'; give 'all', 'prompt' or 'generated'"),
         ("vqa", 1, "the scope is 1; give"),
-        (None, "prompt", "hones_scope is given, but nothing steers this request; name 'hones_task'"),
+        (None, "prompt", "hones_scope is 'prompt', but nothing steers this request; name 'hones_task'"),
     ],
 )
 def test_what_means_nothing(llm: Any, expression: str | None, scope: Any, message: str) -> None:
