@@ -57,10 +57,10 @@ class Reference:
         self.steering = steer(model, {file.stem: file for file in sorted(folder.glob("*.safetensors"))})
         self._processor = processor
 
-    def tokens(self, prompt: Prompt, expression: str | None, count: int = NEW_TOKENS) -> list[int]:
+    def tokens(self, prompt: Prompt, expression: str | None, count: int = NEW_TOKENS, scope: str = "all") -> list[int]:
         """The next `count` tokens of greedy decoding."""
         inputs = self._inputs(prompt)
-        with torch.no_grad(), self.steering.task(expression or "none"):
+        with torch.no_grad(), self.steering.task(expression or "none", scope=scope):
             ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=count)
         return ids[0, inputs["input_ids"].shape[1] :].tolist()
 
