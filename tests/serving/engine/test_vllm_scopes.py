@@ -75,10 +75,6 @@ def test_each_request_of_a_mixed_batch_is_right(
         assert answers(llm, PROMPTS, MIXED) == expected
         singly = [answers(llm, [prompt], [named])[0] for prompt, named in zip(PROMPTS, MIXED, strict=True)]
         assert singly == expected
-        for i in (0, 1):  # several answers to one prompt
-            drawn = sampling(*MIXED[i], temperature=1, top_k=1, n=2)
-            (output,) = llm.generate([request(PROMPTS[i])], drawn, use_tqdm=False)
-            assert [list(answer.token_ids) for answer in output.outputs] == [expected[i]] * 2
 
 
 @pytest.mark.both_runners
@@ -229,6 +225,14 @@ def test_one_tokens_difference_in_where_the_prompt_ends(llm: Any, alone: Alone) 
     first, _ = ask(llm, FIRST, "vqa", "generated", max_tokens=ANSWER)
     second = FIRST + first[:1]
     assert ask(llm, second, "vqa", "generated", max_tokens=ANSWER)[0] == alone(second, "vqa", "generated", ANSWER)
+
+
+def test_several_answers_to_one_prompt(llm: Any, alone: Alone) -> None:
+    """Draws two from the likeliest token alone; the second finds the first's prompt."""
+    for scope in ("prompt", "generated"):
+        drawn = sampling("vqa", scope, temperature=1, top_k=1, n=2)
+        (output,) = llm.generate([request(FIRST)], drawn, use_tqdm=False)
+        assert [list(answer.token_ids) for answer in output.outputs] == [alone(FIRST, "vqa", scope)] * 2
 
 
 # Refused ------------------------------------------------------------------------------------------
