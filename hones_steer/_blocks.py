@@ -138,15 +138,23 @@ class Routing:
 
     def _prompt_ends(self, call: Call, tokens: int, generation: Generation | None) -> tuple[int, ...]:
         """Where the prompt of each slot ends, in a call with so many tokens of each row."""
-        if generation is not None and call.cached is None and tokens < (generation.width or 0):
-            raise RoutingError(f"{self} cannot tell the positions of tokens: the model keeps its cache in its own way")
+        first = generation is not None and generation.with_cache is None
+        if generation is not None:
+            with_cache = call.cached is not None
+            if first:
+                generation.with_cache = with_cache
+            if generation.with_cache != with_cache or (not with_cache and tokens < (generation.width or 0)):
+                raise RoutingError(
+                    f"{self} cannot tell the positions of tokens: the model keeps its cache in its own way, or runs on "
+                    "other tokens in between (guidance_scale does that); leave out scope"
+                )
         if self.ends is not None:
             return self.ends * (len(self.slots) if len(self.ends) == 1 else 1)
         if generation is None or generation.width is None:
             raise RoutingError(
                 f"{self} cannot tell where the prompt ends; call generate() with a prompt, or give prompt_end"
             )
-        if not generation.begun:
+        if first:
             cached = call.cached or 0
             # Further tokens may be drafts, but those come as ids.
             virtual = cached != generation.cached or (call.embedded and cached + tokens > generation.width)
@@ -155,7 +163,6 @@ class Routing:
                     f"{self} cannot tell where the prompt ends: the model got other tokens than generate() (virtual "
                     "ones, or a cache that the attention_mask leaves out); give prompt_end"
                 )
-            generation.begun = True
         return (generation.width,) * len(self.slots)
 
     def _token_slots(self, rows: int | None, tokens: int | None, counts: tuple[int, ...]) -> tuple[int, ...]:

@@ -29,12 +29,13 @@ class Call(NamedTuple):
 class Generation:
     """A call of `generate`, whose prompts have `width` tokens, padding counted; None if no input tells.
 
-    `cached` of them are in a cache that it was given. `begun`: the model has run.
+    `cached` of them are in a cache that it was given. `with_cache`: whether it calls the model with a cache; None: the
+    model has not run yet.
     """
 
     width: int | None
     cached: int = 0
-    begun: bool = False
+    with_cache: bool | None = None
 
 
 def call_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

@@ -352,6 +352,15 @@ class TestRefused:
         ):
             wrapped.generate(**text_inputs(2), max_new_tokens=2)
 
+    def test_guidance_by_another_text(self, model):
+        """Calls the model for that text within the same `generate`; it is as long as the prompt."""
+        other = {"negative_prompt_ids": text_inputs(1, seed=1)["input_ids"], "guidance_scale": 1.5}
+        steering, _ = steered(model)
+        with steering.task("a"):
+            model.generate(**text_inputs(1), **other, max_new_tokens=3)
+        with pytest.raises(RoutingError, match="runs on other tokens in between"), steering.task("a", scope="prompt"):
+            model.generate(**text_inputs(1), **other, max_new_tokens=3)
+
     def test_generate_inside_generate(self, model):
         steering, _ = steered(model)
         inner = lambda *_args, **_kwargs: model.generate(**text_inputs(2), max_new_tokens=1)  # noqa: E731

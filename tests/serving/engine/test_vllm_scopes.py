@@ -31,8 +31,10 @@ MIXED = (
 PROMPTS = prompts(len(MIXED), longest=30)
 BLOCK = 32
 MODES = [
-    pytest.param({"max_num_batched_tokens": 8}, id="chunked prefill", marks=pytest.mark.both_runners(everyday=True)),
-    pytest.param({"enforce_eager": False, "max_num_batched_tokens": 16}, id="compiled chunked prefill"),
+    pytest.param({"max_num_batched_tokens": 8}, id="chunked prefill", marks=pytest.mark.both_runners),
+    pytest.param(
+        {"enforce_eager": False, "max_num_batched_tokens": 16}, id="compiled chunked prefill", marks=pytest.mark.matrix
+    ),
 ]
 # Its answer: the tokens of a prompt under an expression and a scope.
 Alone = Callable[..., list[int]]
@@ -113,6 +115,7 @@ def test_a_generated_token_that_is_computed_again_is_a_generated_one(
         assert preemptions.value > 0
 
 
+@pytest.mark.matrix
 @pytest.mark.both_runners
 def test_drafted_tokens_are_generated_ones(llama: Path, profiles: Path, expected: list[list[int]]) -> None:
     speculative = {"method": "draft_model", "model": str(llama), "num_speculative_tokens": 3}
@@ -120,6 +123,7 @@ def test_drafted_tokens_are_generated_ones(llama: Path, profiles: Path, expected
         assert answers(llm, PROMPTS, MIXED) == expected
 
 
+@pytest.mark.matrix
 @pytest.mark.both_runners
 def test_images_are_a_part_of_the_prompt(embedded: Path, tmp_path: Path) -> None:
     processor = AutoProcessor.from_pretrained(embedded)
@@ -194,7 +198,7 @@ def test_without_the_keys_of_blocks_a_second_turn_is_wrong(
     assert tokens != alone(second, "vqa", "generated")
 
 
-@pytest.mark.both_runners(everyday=True)
+@pytest.mark.both_runners
 def test_a_prompt_is_shared_by_all_who_would_compute_the_same(llm: Any, alone: Alone) -> None:
     """Asks for answers to one prompt, of as many blocks as the prompt, under each kind of steering in turn."""
     prompt = words(2 * BLOCK, seed=7) + NEXT
