@@ -1,4 +1,4 @@
-"""What a call of the model, or of `generate`, says about its rows and their tokens."""
+"""The rows and tokens of a call of the model, or of `generate`, as its arguments tell them."""
 
 from __future__ import annotations
 
