@@ -104,6 +104,19 @@ def engine(model: Path, profiles: Path | None, env: Mapping[str, str] | None = N
             yield llm
 
 
+def schedule_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have engines schedule each step before the one before it has finished, which vLLM does not do on a CPU."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    update = CpuPlatform.check_and_update_config
+
+    def update_and_switch_on(config: Any) -> None:
+        update(config)
+        config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", staticmethod(update_and_switch_on))
+
+
 def request(prompt: Prompt, **more: Any) -> dict[str, Any]:
     """A prompt as vLLM takes it; `more` has further fields, such as cache_salt."""
     if isinstance(prompt, list):

@@ -12,7 +12,18 @@ import torch
 from hones_offline.data.scenes import scenes
 from reference_steering import generated_in_scope
 from serving.engines import V2
-from serving.steered import NEW_TOKENS, Prompt, engine, prompts, request, sampling, tokens_of, words, write_profiles
+from serving.steered import (
+    NEW_TOKENS,
+    Prompt,
+    engine,
+    prompts,
+    request,
+    sampling,
+    schedule_ahead,
+    tokens_of,
+    words,
+    write_profiles,
+)
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from hones_steer import ProfileStore, RoutingError
@@ -113,6 +124,16 @@ def test_a_generated_token_that_is_computed_again_is_a_generated_one(
         assert answers(llm, PROMPTS, MIXED) == expected
         (preemptions,) = (metric for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
         assert preemptions.value > 0
+
+
+@pytest.mark.both_runners
+def test_async_scheduling_in_chunks(
+    llama: Path, profiles: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule_ahead(monkeypatch)
+    with engine(llama, profiles, max_num_batched_tokens=16) as llm:
+        assert type(llm.llm_engine.engine_core.engine_core.scheduler).__name__ == "AsyncScheduler"
+        assert answers(llm, PROMPTS, MIXED) == expected
 
 
 @pytest.mark.matrix
