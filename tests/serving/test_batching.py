@@ -103,7 +103,7 @@ class Engine:
         SEED.set(settings.pop("seed", None))
         turn = Turn(Turns())
         turn.ask()
-        admission = Admission("ticket", self.profile(expression), label_of(parse_expression(expression)))
+        admission = Admission(self.profile(expression), label_of(parse_expression(expression)))
         row = Row(_inputs(inputs), self.config(settings), self.processor, admission, turn, heard)
         self.waiting.add(row)
         return row, heard

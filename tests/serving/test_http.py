@@ -32,7 +32,7 @@ from tiny_models import random_profile
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from hones_steer import save_profile
-from hones_steer.store import parse_expression
+from hones_steer.store import combine, parse_expression
 
 pytestmark = pytest.mark.anyio
 
@@ -279,6 +279,7 @@ async def test_what_the_engine_refuses_is_neither_steered_nor_counted(site: Site
     assert counted == {("vqa", "alias"): 1}
 
 
+@only_vllm  # transformers' server has no others
 async def test_other_routes_that_generate_say_that_they_are_unsteered_and_count(site: Site) -> None:
     """Checks that a default in the routing file does not change that."""
     before, tokens = await scrape(site.server.url), await site.tokens()
@@ -290,7 +291,61 @@ async def test_other_routes_that_generate_say_that_they_are_unsteered_and_count(
     assert response.status_code // 100 == 4
     after = await scrape(site.server.url)
     assert increase(before, after, "hones_requests_total") == {("none", "path"): len(site.engine.elsewhere)}
+    assert increase(before, after, "hones_unreached_defaults_total") == {("vqa",): len(site.engine.elsewhere)}
     assert await site.tokens() > tokens
+
+
+def words_of(content: list[dict[str, Any]]) -> str:
+    return "".join(part["text"] for part in content if "text" in part)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+async def test_responses_and_messages_are_steered_as_chats_are(site: Site, path: str, stream: bool) -> None:
+    """Compares the answers with those that the same chats get, which other tests compare with transformers."""
+    if path == "/v1/messages" and isinstance(site.engine, Transformers):
+        pytest.skip("transformers' server has no such route")
+    messages = [{"role": "user", "content": TEXTS[0].text}]
+    limit = {"/v1/responses": "max_output_tokens", "/v1/messages": "max_tokens"}[path]
+    given = {"input": messages} if path == "/v1/responses" else {"messages": messages}
+    before, texts = await scrape(site.server.url), {}
+    for expression, extra, route in (
+        ("vqa", {"model": "tiny:vqa"}, "alias"),
+        ("ocr@1.5", {"hones_task": "ocr@1.5"}, "body"),
+        ("vqa@0.5", {}, "default"),
+        ("none", {"hones_task": "none"}, "body"),
+    ):
+        chat = {"model": "tiny", "messages": messages, "max_tokens": NEW_TOKENS, "temperature": 0}
+        expected = await site.call("POST", "/v1/chat/completions", {**chat, "hones_task": expression})
+        text = expected.json()["choices"][0]["message"]["content"]
+        body = {"model": "tiny", **given, limit: NEW_TOKENS, "temperature": 0, "stream": stream, **extra}
+        response = await site.call("POST", path, body)
+        assert response.status_code == 200, response.text
+        assert (response.headers["x-hones-profile"], response.headers["x-hones-route"]) == (
+            *(site.header(expression), route),
+        )
+        lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: {")]
+        events = [json.loads(line) for line in lines] if stream else [response.json()]
+        carriers = [event.get("response") or event.get("message") or event for event in events]
+        (confirmed,) = [answer for answer in carriers if "hones" in answer]
+        profile = combine(parse_expression(expression), site.profiles.__getitem__)
+        digest = None if profile is None else profile.digest
+        assert confirmed["hones"] == {"profile": expression, "digest": digest, "route": route}
+        assert confirmed["model"] == body["model"]
+        if not stream:
+            content = confirmed["content"] if path == "/v1/messages" else confirmed["output"][0]["content"]
+            texts[expression] = words_of(content)
+        else:
+            deltas = [event.get("delta") for event in events if event["type"] in DELTAS]
+            texts[expression] = "".join(d if isinstance(d, str) else d.get("text", "") for d in deltas)
+        assert texts[expression] == text
+    assert len(set(texts.values())) > 1
+    counted = increase(before, await scrape(site.server.url), "hones_requests_total")
+    assert counted[("vqa", "alias")] == 1
+    assert ("none", "path") not in counted
+
+
+DELTAS = ("response.output_text.delta", "content_block_delta")
 
 
 async def test_beams_cannot_be_steered(site: Site) -> None:
@@ -301,7 +356,7 @@ async def test_beams_cannot_be_steered(site: Site) -> None:
         assert "beam search cannot be steered" in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/responses", "/v1/messages", "/tokenize", "/invocations"])
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/chat/completions/batch", "/tokenize", "/invocations"])
 async def test_other_routes_cannot_be_steered(site: Site, path: str) -> None:
     body = {"model": "tiny", "input": "A", "prompt": "A"}
     ways: list[tuple[dict[str, str], dict[str, str]]] = [
@@ -312,7 +367,7 @@ async def test_other_routes_cannot_be_steered(site: Site, path: str) -> None:
     for named_in_body, headers in ways:
         response = await site.call("POST", path, {**body, **named_in_body}, **headers)
         assert response.status_code == 400
-        assert "only /v1/chat/completions and /v1/completions can be steered" in response.json()["error"]["message"]
+        assert "/v1/responses and /v1/messages can be steered" in response.json()["error"]["message"]
 
 
 async def test_health_and_browsers(site: Site) -> None:

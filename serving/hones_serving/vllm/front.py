@@ -1,24 +1,29 @@
 """The front of an engine: turns the steering that a request names into its profile and its cache salt.
 
-A request names its steering in `SamplingParams.extra_args`: offline as an expression (``hones_task``), over HTTP as
-the ticket of an admission (``hones_ticket``), which only this process can have issued. Both are replaced by the
-profile's bytes: JSON cannot hold those, so no client can smuggle a profile in.
+Offline a request names its steering in `SamplingParams.extra_args`, as an expression (``hones_task``). In a server it
+is what the HTTP request that is being handled was admitted with (`hones_serving.exchange`): vLLM's handlers, tasks and
+generators run in its context, so that every route, `n`, tools and responses in the background are reached, and so are
+threads, which are given it. Either way `extra_args` gets the profile's bytes: JSON cannot hold those, so no client can
+smuggle a profile in.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import copy_context
 from dataclasses import replace
 from typing import Any
 
 from vllm.exceptions import VLLMClientError
+from vllm.usage.usage_lib import UsageContext
 
+from hones_serving.exchange import current_admission, generating
 from hones_serving.metrics import Metrics
 from hones_serving.registry import ProfileRegistry, label_of
 from hones_serving.settings import Settings
-from hones_serving.unsteered import generating
 from hones_serving.vllm import compat
 from hones_steer.errors import RoutingError, StateError
 from hones_steer.profile import ModelIdentity, Profile, serialize_profile
@@ -26,8 +31,7 @@ from hones_steer.store import parse_expression
 
 PREFIX = "hones_"
 TASK = PREFIX + "task"
-TICKET = PREFIX + "ticket"
-# The engine gets these instead of the two above:
+# The engine gets these instead:
 PROFILE = PREFIX + "profile"  # bytes: the profile's file without its texts for people
 DIGEST = PREFIX + "digest"
 LABEL = PREFIX + "label"  # that metrics count the request under
@@ -53,7 +57,9 @@ class Front:
         self._live: dict[str, tuple[str | None, str, Any]] = {}  # request id -> digest, label, vLLM's RequestState
 
     def steer(self, request: Any) -> None:
-        """Replace the steering that an EngineCoreRequest names with its profile, and salt its prefix cache.
+        """Give an EngineCoreRequest the profile of the steering that it names or was admitted with.
+
+        The profile's digest salts the request's prefix cache.
 
         Raises:
             RoutingError: the request names a task that has no profile, or a reserved name that is not its to use.
@@ -63,26 +69,23 @@ class Front:
         if profile is not None and request.resumable:
             raise RequestError("a session of streamed input cannot be steered; send the prompt in one request")
         request.cache_salt = salted(profile, request.cache_salt)
+        params = request.sampling_params
         if reserved:
-            params = request.sampling_params
             params.extra_args = {key: value for key, value in params.extra_args.items() if key not in reserved}
-            if profile is not None:
-                params.extra_args |= {PROFILE: packed(profile), DIGEST: profile.digest, LABEL: label}
+        if profile is not None:
+            extra = {PROFILE: packed(profile), DIGEST: profile.digest, LABEL: label}
+            params.extra_args = {**(params.extra_args or {}), **extra}
 
     def _resolved(self, reserved: Mapping[str, Any]) -> tuple[Profile | None, str]:
-        """The profile (None: unsteered) that a request's reserved arguments name, and its label in metrics."""
-        if unknown := reserved.keys() - {TASK, TICKET}:
+        """The profile (None: unsteered) of a request with these reserved arguments, and its label in metrics."""
+        if unknown := reserved.keys() - {TASK}:
             raise RequestError(f"{', '.join(sorted(unknown))}: a reserved name; name steering with {TASK!r}")
-        if TICKET in reserved:
-            ticket = reserved[TICKET]
-            admission = self.registry.admission(ticket) if isinstance(ticket, str) else None
-            if admission is None:
-                raise RequestError(f"{TICKET}: a reserved name; name steering with {TASK!r}")
-            return admission.profile, admission.label
         text = reserved.get(TASK)
-        # A server's requests come with tickets, where they may be steered.
-        if text is not None and self.metrics is not None:
-            raise RequestError(f"this route cannot be steered; leave out {TASK!r}")
+        if self.metrics is not None:  # a server, where the middleware has taken the name out where it may steer
+            if text is not None:
+                raise RequestError(f"this route cannot be steered; leave out {TASK!r}")
+            admission = current_admission()
+            return (None, "none") if admission is None else (admission.profile, admission.label)
         if not isinstance(text, str | None):
             raise RequestError(f"{TASK} is {text!r}; give an expression like 'vqa@0.5+ocr'")
         expression = parse_expression("none" if text is None else text)
@@ -98,12 +101,15 @@ class Front:
             RequestError: the request has not passed `steer`.
         """
         request_id, reserved = request.request_id, _reserved_args(request)
-        if reserved.keys() & {TASK, TICKET}:
+        if TASK in reserved:
             raise RequestError("an EngineCoreRequest made by hand cannot be steered; pass the prompt itself")
         if request_id in states:  # more input for a session that is in already
             add()
             return
         digest = reserved.get(DIGEST)
+        admission = current_admission()
+        if admission is not None and admission.profile is not None and admission.profile.digest != digest:
+            raise RequestError("this request has lost its steering on its way; name hones_task 'none', and report this")
         if digest is not None:
             self.registry.hold(digest)
         if request.sampling_params is not None:  # pooling generates nothing
@@ -199,18 +205,18 @@ def install() -> None:
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.engine.output_processor import OutputProcessor
 
-    _wrap(InputProcessor, "__init__", _check_config)
-    _wrap(InputProcessor, "process_inputs", _process_inputs)
-    _wrap(OutputProcessor, "add_request", _add_request)
-    _wrap(OutputProcessor, "process_outputs", _process_outputs)
-    _wrap(OutputProcessor, "_finish_request", _finish_request)
-    _wrap(OutputProcessor, "abort_requests", _abort_requests)
-    _wrap(LLMEngine, "__init__", _start_offline)
-    _wrap(AsyncLLM, "__init__", _start_server)
-    _wrap(Scheduler, "__init__", _follow_drafts)
+    wrap(InputProcessor, "__init__", _check_config)
+    wrap(InputProcessor, "process_inputs", _process_inputs)
+    wrap(OutputProcessor, "add_request", _add_request)
+    wrap(OutputProcessor, "process_outputs", _process_outputs)
+    wrap(OutputProcessor, "_finish_request", _finish_request)
+    wrap(OutputProcessor, "abort_requests", _abort_requests)
+    wrap(LLMEngine, "__init__", _start_offline)
+    wrap(AsyncLLM, "__init__", _start_server)
+    wrap(Scheduler, "__init__", _follow_drafts)
 
 
-def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
+def wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
     """Replace a method of a class: calls go to `wrapper(original method, self, *arguments)`."""
     original = getattr(owner, name)
 
@@ -226,6 +232,13 @@ def _check_config(original: Callable[..., None], self: Any, vllm_config: Any, *a
         compat.refuse_unsupported(vllm_config, settings)
     original(self, vllm_config, *args, **kwargs)
 
+    def process_inputs_async(*args: Any, **kwargs: Any) -> Any:
+        # vLLM's own thread has no context, so it would not know whose request this is.
+        call = functools.partial(copy_context().run, self.process_inputs, *args, **kwargs)
+        return asyncio.get_running_loop().run_in_executor(self.renderer._executor, call)
+
+    self.process_inputs_async = process_inputs_async
+
 
 def _start_offline(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
     original(self, *args, **kwargs)
@@ -239,7 +252,8 @@ def _start_offline(original: Callable[..., None], self: Any, *args: Any, **kwarg
 
 
 def _start_server(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    if Settings.from_env() and "hones" not in os.environ.get("VLLM_PLUGINS", "").split(","):
+    over_http = kwargs.get("usage_context") is not UsageContext.OPENAI_BATCH_RUNNER
+    if Settings.from_env() and over_http and "hones" not in os.environ.get("VLLM_PLUGINS", "").split(","):
         raise StateError(
             "HONES_PROFILES is set, but vLLM only loads the HTTP side of hones-steer if VLLM_PLUGINS names it; "
             "set VLLM_PLUGINS=hones, or use `hones serve`"
