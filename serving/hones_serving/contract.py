@@ -249,12 +249,8 @@ def _decide(service: Service, facts: RequestFacts) -> tuple[Decision, bool]:
     registry, served, exact = service.registry, service.served, service.exact()
     if facts.model is not None and facts.model in exact:
         service.report_ambiguous([facts.model])
-    if facts.model is not None and (alias := split_alias(facts.model, served, exact)) is not None:
-        expression = parse_expression(alias[1])
-        try:
-            registry.require_known(expression)
-        except RoutingError as error:
-            raise UnknownAliasError(f"the model {facts.model!r} does not exist: {error}") from error
+    if facts.model is not None:
+        _known_alias(service, facts.model, exact)
     decision = decide(facts, service.plan, served=served, exact=exact, enabled=True)
     asked = decision.route in ("body", "header", "alias")
     if registry.enabled:
@@ -262,6 +258,40 @@ def _decide(service: Service, facts: RequestFacts) -> tuple[Decision, bool]:
     if decision.route in ("body", "header"):
         registry.require_known(decision.expression)
     return decide(facts, service.plan, served=served, exact=exact, enabled=False), asked
+
+
+def _known_alias(service: Service, model: str, exact: Collection[str]) -> tuple[str, str] | None:
+    """`split_alias` of a model's name. Raises RoutingError if it is malformed, or (UnknownAliasError) no profile's."""
+    alias = split_alias(model, service.served, exact)
+    if alias is not None:
+        expression = parse_expression(alias[1])
+        try:
+            service.registry.require_known(expression)
+        except RoutingError as error:
+            raise UnknownAliasError(f"the model {model!r} does not exist: {error}") from error
+    return alias
+
+
+def drop_alias(service: Service, body: dict[str, Any]) -> bool:
+    """Give the model in a body its own name, for a route that only counts tokens. Returns whether that changed it.
+
+    Raises:
+        RefusedError: 400 or 404, as for the same name on a route that is steered.
+    """
+    check_repeated(body)
+    model = body.get("model")
+    if not isinstance(model, str):
+        return False
+    try:
+        alias = _known_alias(service, model, service.exact())
+    except UnknownAliasError as error:
+        raise RefusedError(404, str(error), "model", "path") from error
+    except RoutingError as error:
+        raise RefusedError(400, str(error), "model", "path") from error
+    if alias is None:
+        return False
+    body["model"] = alias[0]
+    return True
 
 
 def _places(body: dict[str, Any]) -> tuple[dict[str, Any], ...]:

@@ -5,6 +5,8 @@
 ``POST /v1/completions``,              engines do not know; the response says what steered it, in headers
 ``POST /v1/responses``,                and, where steering was asked for or applied, in its JSON
 ``POST /v1/messages``
+``POST /tokenize``,                    as below, but the model may be an alias; the engine gets its name
+``POST /v1/messages/count_tokens``
 any other ``POST``                     400 if it names steering, else untouched; where it generates, the
                                        response says that nothing steered it
 a websocket                            refused if it names steering, and closed if a message does
@@ -54,7 +56,16 @@ from hones_serving.asgi import (
     with_length,
 )
 from hones_serving.bodies import BodyError, ClientLeftError
-from hones_serving.contract import TASK_HEADER, RefusedError, Service, admit, check_repeated, clean, named_steering
+from hones_serving.contract import (
+    TASK_HEADER,
+    RefusedError,
+    Service,
+    admit,
+    check_repeated,
+    clean,
+    drop_alias,
+    named_steering,
+)
 from hones_serving.exchange import Exchange
 from hones_serving.facts import FactsOf, facts_of_chat, facts_of_completion, facts_of_message, facts_of_response, joined
 from hones_serving.websockets import open_session
@@ -68,6 +79,8 @@ _STEERABLE: dict[str, FactsOf] = {
     "/v1/responses": facts_of_response,
     _MESSAGES: facts_of_message,
 }
+# Steering does not change what these count, but clients name one model on all routes.
+_COUNTING = (f"{_MESSAGES}/count_tokens", "/tokenize")
 _MODELS = "/v1/models"
 _PROFILES = "/v1/hones/profiles"
 _STEERING = "/v1/hones/steering"
@@ -115,7 +128,7 @@ class HonesMiddleware:
         except RefusedError as refused:
             headers = _steering_headers("none", refused.route)
             content = refused.content
-            if path_of(scope) == _MESSAGES:
+            if path_of(scope) in (_MESSAGES, _COUNTING[0]):
                 content = {"type": "error", **content}  # so that Anthropic's clients know it, too
             await respond_json(with_headers(send, lambda _: headers), refused.status, content)
         except ClientLeftError:
@@ -185,6 +198,9 @@ class HonesMiddleware:
         if bodies.is_json(scope) or bodies.is_encoded(scope):
             scope, data = await bodies.read(scope, receive, service.max_body)
             body = bodies.parse_request(data) if bodies.is_json(scope) else None
+            if path_of(scope) in _COUNTING and isinstance(body, dict) and drop_alias(service, body):
+                data = dump_json(body)
+                scope = {**scope, "headers": with_length(scope["headers"], data)}
             receive = replay(data, receive)
             _refuse_steering(service, body, headers)
             del body, data

@@ -43,6 +43,7 @@ VQA = Profile("vqa", {0: (np.array([1], np.int32), np.array([2.0], np.float32))}
 LIMIT = 20_000
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
 ROUTES = (CHAT, COMPLETIONS, RESPONSES, MESSAGES)
+COUNTING = ("/v1/messages/count_tokens", "/tokenize")
 BODIES: dict[str, dict[str, Any]] = {
     CHAT: {"messages": [{"role": "user", "content": "hi"}]},
     COMPLETIONS: {"prompt": "hi"},
@@ -91,6 +92,7 @@ class Engine:
         self.background: list[str] = []
         routes: list[Any] = [Route(path, self.answer, methods=["POST"]) for path in ROUTES]
         routes += [Route("/v1/other", self.other, methods=["POST"]), WebSocketRoute("/v1/realtime", self.talk)]
+        routes += [Route(path, self.count, methods=["POST"]) for path in COUNTING]
         self.app = HonesMiddleware(Starlette(routes=routes), lambda: self.service)
 
     def client(self) -> httpx.AsyncClient:
@@ -136,6 +138,11 @@ class Engine:
             return JSONResponse({})
         generating()
         return JSONResponse({"steered_by": steered_by()}, background=BackgroundTask(lambda: None))
+
+    async def count(self, request: Request) -> Response:
+        self.got.append(await request.body())
+        assert int(request.headers["content-length"]) == len(self.got[-1])
+        return JSONResponse({"input_tokens": 1})
 
     async def talk(self, socket: WebSocket) -> None:
         await socket.accept()
@@ -394,6 +401,33 @@ def test_a_websocket_closes_on_a_message_that_names_steering(engine: Engine, mes
     assert "cannot be steered" in closed.value.reason
     assert engine.counted("hones_requests_total", profile="none", route="path") == 1
     assert engine.counted("hones_unreached_defaults_total", profile="vqa") == 1
+
+
+# Routes that only count tokens
+
+
+@pytest.mark.parametrize("path", COUNTING)
+async def test_tokens_are_counted_for_a_model_by_its_alias(engine: Engine, path: str) -> None:
+    async with engine.client() as client:
+        for model in ("m:vqa@0.5", "m"):
+            response = await client.post(path, json={"model": model, "prompt": "hi"})
+            assert (response.status_code, response.json()) == (200, {"input_tokens": 1})
+            assert "x-hones-profile" not in response.headers  # nothing was generated
+            assert json.loads(engine.got.pop()) == {"model": "m", "prompt": "hi"}
+        refused = [
+            ({"model": "m:nope"}, 404, "known tasks: vqa"),
+            ({"model": "m:vqa@"}, 400, "vqa@"),
+            ({"model": "m:vqa", "hones_task": "vqa"}, 400, "leave out 'hones_task'"),
+        ]
+        for body, status, words in refused:
+            response = await client.post(path, json=body)
+            assert response.status_code == status
+            assert words in response.json()["error"]["message"]
+            assert (response.json().get("type") == "error") == (path == COUNTING[0])
+        data = b'{"model": "m:vqa", "model": "m"}'
+        response = await client.post(path, content=data, headers={"Content-Type": "application/json"})
+        assert response.status_code == 400
+    assert not engine.got
 
 
 # Bodies

@@ -356,7 +356,7 @@ async def test_beams_cannot_be_steered(site: Site) -> None:
         assert "beam search cannot be steered" in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/chat/completions/batch", "/tokenize", "/invocations"])
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/chat/completions/batch", "/detokenize", "/invocations"])
 async def test_other_routes_cannot_be_steered(site: Site, path: str) -> None:
     body = {"model": "tiny", "input": "A", "prompt": "A"}
     ways: list[tuple[dict[str, str], dict[str, str]]] = [
@@ -368,6 +368,18 @@ async def test_other_routes_cannot_be_steered(site: Site, path: str) -> None:
         response = await site.call("POST", path, {**body, **named_in_body}, **headers)
         assert response.status_code == 400
         assert "/v1/responses and /v1/messages can be steered" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/messages/count_tokens"])
+async def test_tokens_are_counted_for_a_model_by_its_alias(site: Site, path: str) -> None:
+    if not isinstance(site.engine, Vllm):
+        pytest.skip("transformers' server has no such route")
+    body = {"messages": [{"role": "user", "content": "A red cat"}]}
+    by_name, by_alias = [await site.call("POST", path, {**body, "model": name}) for name in ("tiny", "tiny:vqa")]
+    assert by_name.status_code == by_alias.status_code == 200
+    assert by_name.json() == by_alias.json()
+    unknown = await site.call("POST", path, {**body, "model": "tiny:nope"})
+    assert unknown.status_code == 404
 
 
 async def test_health_and_browsers(site: Site) -> None:

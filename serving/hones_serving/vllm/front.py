@@ -15,9 +15,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import copy_context
 from dataclasses import replace
+from http import HTTPStatus
 from typing import Any
 
-from vllm.exceptions import VLLMClientError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.usage.usage_lib import UsageContext
 
 from hones_serving.exchange import current_admission, generating
@@ -259,6 +260,7 @@ def _start_server(original: Callable[..., None], self: Any, *args: Any, **kwargs
             "set VLLM_PLUGINS=hones, or use `hones serve`"
         )
     original(self, *args, **kwargs)
+    self.input_processor.hones_needs_front = Settings.from_env() is not None
 
 
 def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -266,6 +268,12 @@ def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwarg
     front: Front | None = getattr(self, "hones_front", None)
     if front is not None:
         front.steer(request)
+    elif getattr(self, "hones_needs_front", False) and request.sampling_params is not None:  # pooling is never steered
+        raise GracefulHTTPError(  # else vLLM would take the engine for broken, and drop the sentence
+            "HONES_PROFILES is set, but the HTTP side of hones-steer has not started in front of this engine, so "
+            "nothing is generated rather than everything unsteered; the log of the server's start says why",
+            HTTPStatus.SERVICE_UNAVAILABLE,
+        )
     elif Settings.from_env() and (reserved := _reserved_args(request)):
         raise RequestError(
             f"{', '.join(sorted(reserved))}: this engine cannot steer; use LLM(...), `hones serve` or `vllm serve`"
