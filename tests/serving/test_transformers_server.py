@@ -213,6 +213,12 @@ async def test_what_makes_no_difference_is_not(text: httpx.AsyncClient) -> None:
     assert "top_k" in said(await chat(text, top_k=1), 422)
 
 
+async def test_stop_strings_for_a_model_with_a_processor(vlm: httpx.AsyncClient) -> None:
+    whole, stopped = [await chat(vlm, "A red ring is in the top left.", **body) for body in ({}, {"stop": ["\n\n"]})]
+    assert whole.status_code == stopped.status_code == 200, stopped.text
+    assert whole.json()["choices"] == stopped.json()["choices"]
+
+
 async def test_a_maximum_by_its_newer_name(text: httpx.AsyncClient) -> None:
     answer = await chat(text, max_completion_tokens=3)
     assert answer.json()["usage"]["completion_tokens"] == 3
