@@ -32,7 +32,7 @@ class Endpoint:
             app.add_middleware(HonesMiddleware, service=self.service)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:  # noqa: ARG002
-        """Ask the workers about their model, load the profiles for it, and build the middleware's service.
+        """Ask all replicas' workers about their model, load the profiles for it, and build the middleware's service.
 
         Raises:
             StateError: the engine cannot be steered.
@@ -47,7 +47,9 @@ class Endpoint:
             log.setLevel(logging.WARNING)
         if engine_client is None:
             raise StateError("a render server has no engine to steer; start it without HONES_PROFILES")
-        identities = await engine_client.collective_rpc("hones_identity")
+        # `collective_rpc` of the client itself gives the answer of the first data-parallel replica only.
+        replicas = await engine_client.engine_core.call_utility_all_async("collective_rpc", "hones_identity", None, ())
+        identities = [identity for workers in replicas for identity in workers]
         front = attach(engine_client, identities, settings, LISTING)
         front.metrics = metrics = Metrics(front.registry)
         registry, models = front.registry, state.openai_serving_models

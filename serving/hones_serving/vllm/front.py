@@ -175,12 +175,14 @@ def attach(engine: Any, identities: Sequence[Mapping[str, Any]], settings: Setti
         ProfileError, MismatchError, DataError: a profile of the folder cannot be used with this model.
         StateError: the workers run different models.
     """
-    if any(identity != identities[0] for identity in identities):
+    # Of a pipeline, only workers of the last stage have the final norm.
+    known = next((identity for identity in identities if identity["sketch"] is not None), identities[0])
+    if any(identity not in (known, {**known, "sketch": None}) for identity in identities):
         raise StateError(f"the workers disagree about their model: {identities}; restart the server")
     slots = compat.max_profiles(engine.vllm_config, settings)
     registry = ProfileRegistry(
         settings.profiles,
-        ModelIdentity.from_json(dict(identities[0])),
+        ModelIdentity.from_json(dict(known)),
         max_profiles=slots,
         always_enough=slots >= compat.max_requests(engine.vllm_config),
         listing=listing,

@@ -7,12 +7,13 @@ did, and runs the others by transformers' code with its own linear layers in it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.models.utils import PPMissingLayer
 
 from hones_steer.errors import LayoutError
 from hones_steer.layout import DOWN_PROJECTIONS, FINAL_NORMS, LAYER_LISTS, base_layer
@@ -25,13 +26,15 @@ _NAMES = {path.rpartition(".")[2] for path in DOWN_PROJECTIONS}
 
 @dataclass(frozen=True, eq=False)
 class Decoder:
-    """A model's text decoder: its identity, and the down-projection of every layer, in order.
+    """A model's text decoder: its identity, and the down-projection of each layer of this worker, in order.
 
-    `shard` is the range of neurons that this worker holds: all of them, or its tensor-parallel rank's share.
+    A worker has all layers, or those of its pipeline stage; only the last stage has the final norm, and with it the
+    identity's sketch. `shard` is the range of neurons that this worker holds: all of them, or its tensor-parallel
+    rank's share.
     """
 
     identity: ModelIdentity
-    down_projections: Sequence[nn.Module]
+    down_projections: Mapping[int, nn.Module]
     shard: slice
 
 
@@ -43,11 +46,17 @@ def find_decoder(model: nn.Module, model_config: Any) -> Decoder:
     """
     stack, layers = _decoder_stack(model)
     hidden = model_config.hf_text_config.hidden_size
-    down_projections = [
-        _down_projection(f"layer {index} of {type(stack).__name__}", layer, hidden)
+    down_projections = {
+        index: _down_projection(f"layer {index} of {type(stack).__name__}", layer, hidden)
         for index, layer in enumerate(layers)
-    ]
-    width, shard = _shard(down_projections)
+        if not isinstance(layer, PPMissingLayer)  # it is in another pipeline stage
+    }
+    if not down_projections:
+        raise LayoutError(
+            f"this pipeline stage has none of the {len(layers)} layers of {type(stack).__name__}; "
+            "start vLLM with fewer stages (--pipeline-parallel-size)"
+        )
+    width, shard = _shard(down_projections.values())
     norm = next((norm for name in FINAL_NORMS if isinstance(norm := getattr(stack, name, None), nn.Module)), None)
     identity = ModelIdentity(
         name="",
@@ -94,7 +103,7 @@ def _down_projection(name: str, layer: nn.Module, hidden: int) -> nn.Module:
     return next(iter(candidates.values()))
 
 
-def _shard(down_projections: Sequence[nn.Module]) -> tuple[int, slice]:
+def _shard(down_projections: Collection[nn.Module]) -> tuple[int, slice]:
     """(neurons of an FFN in all, range of those whose activations reach this worker's down-projections)."""
     shards = set()
     for module in down_projections:

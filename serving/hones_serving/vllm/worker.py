@@ -206,12 +206,13 @@ def attach(runner: Any, config: Any, settings: Settings) -> WorkerSteering:
     max_profiles = compat.max_profiles(config, settings)
     places = {
         Ffn(layer, DENSE): (next(module.parameters()).device, decoder.shard)
-        for layer, module in enumerate(decoder.down_projections)
+        for layer, module in decoder.down_projections.items()
     }
     tables = ScaleTables(places, max_profiles + 1)
-    tokens = TokenSlots(_max_tokens(config), places[Ffn(0, DENSE)][0])
+    device = next(iter(places.values()))[0]
+    tokens = TokenSlots(_max_tokens(config), device)
     eager = _runs_eagerly(config)
-    for module, table in zip(decoder.down_projections, tables.tables.values(), strict=True):
+    for module, table in zip(decoder.down_projections.values(), tables.tables.values(), strict=True):
         SteeredInput(table, tokens, eager=eager).place(module)
     _change_compile_cache_key(config, max_profiles)
     steering = WorkerSteering(decoder.identity, tables, tokens, max_profiles)

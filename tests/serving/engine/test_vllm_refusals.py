@@ -47,7 +47,6 @@ UNSUPPORTED = {
     "pooling models": {"runner": "pooling"},
     "microbatching": UBATCH,
     "decode context parallelism": {"tensor_parallel_size": 4, "decode_context_parallel_size": 2},
-    "pipeline parallelism": {"pipeline_parallel_size": 2},
     "more than one API server": {"_api_process_count": 2},
     "the KV connector ExampleConnector": {
         "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
@@ -57,7 +56,8 @@ UNSUPPORTED = {
     },
 }
 UNTESTED = {
-    "data parallelism": {"data_parallel_size": 2},
+    "data parallelism over several machines": {"data_parallel_size": 2, "data_parallel_size_local": 1},
+    "data parallelism .* behind a load balancer": {"data_parallel_size": 2, "data_parallel_rank": 1},
     "the executor backend 'external_launcher'": {"distributed_executor_backend": "external_launcher"},
     "an encoder-cache connector": {"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_both"}},
     "speculative decoding by 'ngram_gpu'": {"speculative_config": {**NGRAM, "method": "ngram_gpu"}},
@@ -91,8 +91,8 @@ def test_untested_settings_want_to_be_asked_for(
 
 
 def test_several_at_once_are_all_named(llama: Path, profiles: Path) -> None:
-    config = config_of(llama, pipeline_parallel_size=2, **UBATCH)
-    with pytest.raises(StateError, match=r"microbatching .* and pipeline parallelism in this version"):
+    config = config_of(llama, _api_process_count=2, **UBATCH)
+    with pytest.raises(StateError, match=r"microbatching .* and more than one API server .* in this version"):
         compat.refuse_unsupported(config, Settings(profiles))
 
 
@@ -118,7 +118,14 @@ def test_adaptive_verification(llama: Path, profiles: Path) -> None:
 
 def test_what_is_supported_is_not_refused(llama: Path, profiles: Path) -> None:
     speculative = [{"speculative_config": method} for method in (NGRAM, DRAFT)]
-    for options in ({}, {"tensor_parallel_size": 2}, {"enable_lora": True}, *speculative):
+    for options in (
+        {},
+        {"tensor_parallel_size": 2},
+        {"pipeline_parallel_size": 2},
+        {"data_parallel_size": 2},
+        {"enable_lora": True},
+        *speculative,
+    ):
         compat.refuse_unsupported(config_of(llama, **options), Settings(profiles))
 
 

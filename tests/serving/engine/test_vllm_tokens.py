@@ -116,6 +116,15 @@ def test_tensor_parallel_in_processes_of_their_own(llama: Path, profiles: Path, 
         assert answers(llm, PROMPTS, MIXED) == expected
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.matrix)])
+def test_pipeline_parallel(llama: Path, profiles: Path, expected: list[list[int]], ranks: int) -> None:
+    """Two stages of `ranks` tensor-parallel workers each."""
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with engine(llama, profiles, env, pipeline_parallel_size=2, tensor_parallel_size=ranks) as llm:
+        assert answers(llm, PROMPTS, MIXED) == expected
+
+
 @pytest.mark.both_runners
 def test_the_embedded_llava(embedded: Path, tmp_path: Path) -> None:
     drawn = scenes("test", len(MIXED))
