@@ -45,7 +45,7 @@ EMBEDDED = ("vqa", "retrieval")
 def embedded(task: str) -> Problem:
     """Scenes for the embedded model."""
     return Problem(
-        *load_tiny_vlm(), TASKS[task], scene_examples(task, scenes("discovery", 2 if task == "retrieval" else 3))
+        *load_tiny_vlm(), TASKS[task], scene_examples(task, scenes("discovery", 2 if task == "retrieval" else 4))
     )
 
 
