@@ -1,6 +1,6 @@
 """Muon in float32, matrices of one shape at a time.
 
-`torch.optim.Muon` always iterates in bfloat16, which processors without instructions for it do some ten times slower.
+`torch.optim.Muon` always iterates in bfloat16, which takes 35 times as long on a processor with AVX2 alone.
 """
 
 from __future__ import annotations

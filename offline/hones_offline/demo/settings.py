@@ -1,4 +1,4 @@
-"""All that is decided before a run of the demo. It was chosen on dev scenes; test scenes were seen when it was done."""
+"""All that is decided before a run of the demo. It was chosen on dev scenes, before any test scene was seen."""
 
 from hones_offline.attribution.methods import AttributionOptions
 from hones_offline.comparison.settings import CompareSettings
