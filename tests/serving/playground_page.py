@@ -60,9 +60,9 @@ def take_picture(profiles: Path, picture: Path) -> None:
         here = Path(folder)
         with playground(checkpoint(), profiles, here, "--served-model-name", "tiny") as running, chromium() as browser:
             tab = browser.new_page(viewport={"width": 1040, "height": 1000}, color_scheme="light")
-            tab.goto(f"{running.url}/hones")
-            tab.wait_for_selector("#profiles tr")
             for scene in scenes("test", 50):
+                tab.goto(f"{running.url}/hones")  # anew, so that the preview awaited is not the last scene's
+                tab.wait_for_selector("#profiles tr")
                 scene.image().resize((256, 256)).save(here / "scene.png")
                 fill(tab, scene.prompt("vqa"), "none", "vqa", here / "scene.png")
                 plain, steered = answers(tab)
