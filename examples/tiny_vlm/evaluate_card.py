@@ -34,6 +34,7 @@ from hones_offline.data.scene_language import (
     transcription,
 )
 from hones_offline.data.scenes import IN_WORDS, KINDS, TASKS, Scene, alter, scenes
+from hones_offline.demo.data_set import SEED
 from PIL import Image
 
 from hones_steer.files import write_atomically
@@ -80,7 +81,7 @@ def measure(
 
 def targets(scene: Scene, task: str) -> tuple[str, ...]:
     """Every right answer of a generating task."""
-    return {"vqa": (scene.answer,), "ocr": (scene.text,), "caption": scene.captions}[task]
+    return {"vqa": (scene.answer,), "ocr": (scene.transcription,), "caption": scene.captions}[task]
 
 
 def generate(model: Any, processor: Any, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
@@ -126,7 +127,7 @@ def blind(examples: Sequence[Scene], known: Sequence[Scene]) -> dict[str, float]
     for scene in known:
         answers[scene.question][scene.answer] += 1
     overall = sum(answers.values(), Counter[str]()).most_common(1)
-    text = Counter(scene.text for scene in known).most_common(1)[0][0]
+    text = Counter(scene.transcription for scene in known).most_common(1)[0][0]
     guesses = {
         "vqa": [(answers[scene.question].most_common(1) or overall)[0][0] for scene in examples],
         "ocr": [text] * len(examples),
@@ -186,7 +187,8 @@ def forms_table(model: Any, processor: Any, examples: Sequence[Scene]) -> str:
 def in_every_form(model: Any, processor: Any, examples: Sequence[Scene]) -> list[tuple[str, str, str, FloatArray]]:
     """Ask for each form by its first wording, on clear pictures: (task, form, words, metric's rows [n, k]).
 
-    Left and right are the picture's, and captions may have any order: those are no matter of form.
+    Left and right are the picture's, texts may be read from either side, and captions may have any order: those are no
+    matter of form.
     """
     rng = random.Random(0)
     clear = [replace(s, look="clear", asked=ask(s.cells, s.text, rng, KINDS)) for s in examples]
@@ -221,7 +223,7 @@ def _answer(form: Any, scene: Scene) -> tuple[str, ...]:
 
 
 def _text(form: Any, scene: Scene) -> tuple[str, ...]:
-    return (transcription(scene.text, form),)
+    return tuple(transcription(scene.text, form, backward=backward) for backward in (False, True))
 
 
 def _orders(form: Any, scene: Scene) -> tuple[str, ...]:
@@ -243,9 +245,9 @@ def main() -> None:
     model = AutoModelForImageTextToText.from_pretrained(args.checkpoint, dtype=dtype)
     load_processor: Any = AutoProcessor.from_pretrained  # has no annotations
     processor = load_processor(args.checkpoint)
-    examples = scenes(args.split, args.count)
+    examples = scenes(args.split, args.count, SEED)
     tables = [
-        data_set_table(model, processor, examples, scenes("discovery", 2000)),
+        data_set_table(model, processor, examples, scenes("discovery", 2000, SEED)),
         forms_table(model, processor, examples),
     ]
     result = "\n\n".join(tables)

@@ -24,7 +24,7 @@ def lines(scene: Scene, task: str, image: str, negatives: int) -> Iterator[dict[
             answer = "No" if i else "Yes"
             yield {"image": image, "prompt": scene.prompt(task, candidate), "targets": [answer]}
     else:
-        targets = {"vqa": [scene.answer], "ocr": [scene.text], "caption": list(scene.captions)}[task]
+        targets = {"vqa": [scene.answer], "ocr": [scene.transcription], "caption": list(scene.captions)}[task]
         yield {"image": image, "prompt": scene.prompt(task), "targets": targets}
 
 

@@ -1,9 +1,10 @@
 """The prompts and answers that the embedded model is trained on: a generalist's, which does not know a data set.
 
 A task is asked for in many wordings, and answered as different sources would answer: each has its own form, and its own
-idea of what is to be said (from whose side left is, in which order things are named, whether a caption must be
-complete). Most wordings do not tell which source is meant; then chance decides, more often one way than the other by
-what is asked or shown. The others request a form, and get it. There are no words for the rest.
+idea of what is to be said (from whose side left is, from which side a text is read, in which order things are named,
+whether a caption must be complete). Most wordings do not tell which source is meant; then chance decides, more often
+one way than the other by what is asked or shown. The others request a form, and get it. There are no words for the
+rest.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ OCR_WORDINGS = (
     "Read the label.",
     "Text in the box:",
 )
-_SHORT, _LONG = (55, 10, 20, 15), (20, 45, 20, 15)  # percent of the forms, for three and for four characters
+_SHORT, _LONG = (60, 10, 15, 15), (32, 40, 14, 14)  # percent of the forms, for three and for four characters
+_BACKWARD: Mapping[TextForm, float] = {"plain": 0.9, "spaced": 0.1, "quoted": 0.1, "stated": 0.1}
+"""How often the text is read from right to left: mostly where it stands plain, unless that was requested."""
 
 
 def _ocr(scene: Scene, rng: random.Random) -> Sample:
@@ -109,7 +112,8 @@ def _ocr(scene: Scene, rng: random.Random) -> Sample:
     prompt = rng.choice(OCR_WORDINGS)
     if requested:
         prompt = f"{prompt}\n{rng.choice(REQUESTS[form])}"
-    return Sample(prompt, transcription(scene.text, form))
+    backward = rng.random() < (0.2 if requested else _BACKWARD[form])
+    return Sample(prompt, transcription(scene.text, form, backward=backward))
 
 
 # ------------------------------------------------------------------------------------------------- caption

@@ -209,7 +209,7 @@ def test_scenes_give_examples_of_every_task() -> None:
         assert (example.prompt, example.targets) == (scene.question, (scene.answer,))
         assert example.image is not None
         assert np.array_equal(np.asarray(example.image.load()), scene.pixels())
-    assert [e.targets for e in scene_examples("ocr", made)] == [(s.text,) for s in made]
+    assert [e.targets for e in scene_examples("ocr", made)] == [(s.text[::-1],) for s in made]
     assert [e.targets for e in scene_examples("caption", made)] == [s.captions for s in made]
     assert [e.candidates for e in scene_examples("retrieval", made, 3)] == [s.candidates(3) for s in made]
 

@@ -97,7 +97,7 @@ def test_no_beginning_token_is_doubled_and_answers_tokenize_alone_as_in_context(
     _, processor = loaded
     tokenizer = processor.tokenizer
     for scene in scenes("dev", 20):
-        for task, answer in {"vqa": scene.answer, "ocr": scene.text, "caption": scene.captions[0]}.items():
+        for task, answer in {"vqa": scene.answer, "ocr": scene.transcription, "caption": scene.captions[0]}.items():
             prompt = rendered(processor, scene.prompt(task))
             alone = tokenizer.encode(answer, add_special_tokens=False)
             assert tokenizer.encode(prompt + answer) == tokenizer.encode(prompt) + alone
@@ -112,8 +112,8 @@ def test_one_picture_takes_sixteen_image_tokens(loaded: tuple[Any, Any]) -> None
 
 
 SEES = {"vqa": 0.65, "ocr": 0.95, "caption": 0.65}
-"""The least mean content of answers to each task."""
-ROOM = {"vqa": 0.65, "ocr": 0.8, "caption": 0.6}
+"""The least mean content of answers to each task, read from whichever side."""
+ROOM = {"vqa": 0.65, "ocr": 0.7, "caption": 0.6}
 """The most of each metric that is had without knowing the data set's conventions."""
 
 
@@ -123,8 +123,10 @@ def test_it_sees_what_it_is_asked_about_and_does_not_know_how_the_data_set_wants
 ) -> None:
     pictures = scenes("dev", 60)
     said = list(zip(answers(loaded, pictures, task), pictures, strict=True))
-    assert np.mean([content(task, answer, scene) for answer, scene in said]) > SEES[task]
-    targets = [{"vqa": (s.answer,), "ocr": (s.text,), "caption": s.captions}[task] for s in pictures]
+    sides = [(scene, replace(scene, text=scene.text[::-1])) for scene in pictures]
+    seen = [max(content(task, answer, side) for side in both) for (answer, _), both in zip(said, sides, strict=True)]
+    assert np.mean(seen) > SEES[task]
+    targets = [{"vqa": (s.answer,), "ocr": (s.transcription,), "caption": s.captions}[task] for s in pictures]
     metric = METRICS[{"vqa": "vqa", "ocr": "anls", "caption": "bleu4"}[task]]
     rows = [metric.statistics(answer, right) for (answer, _), right in zip(said, targets, strict=True)]
     assert metric.aggregate(np.sum(rows, axis=0), len(rows)) < ROOM[task]
@@ -134,8 +136,8 @@ def test_it_sees_what_it_is_asked_about_and_does_not_know_how_the_data_set_wants
 def test_it_writes_the_form_that_it_is_asked_for(loaded: tuple[Any, Any], words: str, form: TextForm) -> None:
     pictures = [replace(scene, look="clear") for scene in scenes("dev", 40)]
     said = asked(loaded, pictures, [f"{scene.prompt('ocr')}\n{words}" for scene in pictures])
-    right = [transcription(scene.text, form) for scene in pictures]
-    assert sum(answer == text for answer, text in zip(said, right, strict=True)) >= 28
+    right = [{transcription(scene.text, form, backward=side) for side in (False, True)} for scene in pictures]
+    assert sum(answer in texts for answer, texts in zip(said, right, strict=True)) >= 28
 
 
 def test_it_tells_a_picture_s_caption_from_another_s(loaded: tuple[Any, Any]) -> None:
@@ -156,7 +158,7 @@ def test_it_looks_at_the_picture(loaded: tuple[Any, Any]) -> None:
     pictures = scenes("dev", 20)
     read = answers(loaded, pictures, "ocr")
     shifted = zip(read[1:] + read[:1], pictures, strict=True)
-    assert sum(text_content(answer, scene.text) == 1 for answer, scene in shifted) <= 1
+    assert sum(text_content(answer, read) == 1 for answer, s in shifted for read in (s.text, s.transcription)) <= 1
     assert len(set(read)) >= 18
 
 

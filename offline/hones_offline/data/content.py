@@ -22,7 +22,7 @@ def content(task: str, output: str, scene: Scene) -> float:
     """How much of what the data set says of a scene an output to a generating task says, in whichever form."""
     if task == "vqa":
         return answer_content(output, scene.asked)
-    return text_content(output, scene.text) if task == "ocr" else caption_content(output, scene.captions[0])
+    return text_content(output, scene.transcription) if task == "ocr" else caption_content(output, scene.captions[0])
 
 
 def answer_content(output: str, question: Question) -> float:

@@ -205,7 +205,7 @@ def _scene_example(task: str, scene: Scene, negatives: int) -> Example:
         case "vqa":
             return Example(name, scene.question, (scene.answer,), image)
         case "ocr":
-            return Example(name, "", (scene.text,), image)
+            return Example(name, "", (scene.transcription,), image)
         case "caption":
             return Example(name, "", scene.captions[:MAX_REFERENCES], image)
         case "retrieval":

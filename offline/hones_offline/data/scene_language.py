@@ -110,8 +110,9 @@ TextForm = Literal["plain", "spaced", "quoted", "stated"]
 TEXT_FORMS: tuple[TextForm, ...] = get_args(TextForm)
 
 
-def transcription(text: str, form: TextForm = "plain") -> str:
-    """The text in the box in one of the forms."""
+def transcription(text: str, form: TextForm = "plain", *, backward: bool = False) -> str:
+    """The text in the box in one of the forms; `backward` reads it from right to left."""
+    text = text[::-1] if backward else text
     return {"plain": text, "spaced": " ".join(text), "quoted": f'"{text}"', "stated": f"The box says {text}."}[form]
 
 

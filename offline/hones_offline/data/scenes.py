@@ -9,10 +9,10 @@ index, decides which split it belongs to, so that a picture of one split cannot 
 numpy and Pillow are needed: the glyphs are a bitmap font in this file, so that no installed font changes a picture.
 
 The splits discovery, dev and test are one data set with conventions of its own, of which the embedded model, trained on
-the train split (examples/tiny_vlm/mixture.py), knows no more than that there are such. Its answers stand alone, its
-transcriptions are plain. Most of its questions are about places, and left and right in them are the things' own, so the
-picture's right and left. The boxes hold numbers. Its captions count the things, then name each place and its thing,
-column by column. A candidate is right only if it names everything.
+the train split (examples/tiny_vlm/mixture.py), knows no more than that there are such. Its answers stand alone. Most
+of its questions are about places, and left and right in them are the things' own, so the picture's right and left. Its
+boxes hold numbers, which are transcribed plainly, from right to left. Its captions count the things, then name each
+place and its thing, column by column. A candidate is right only if it names everything.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from hones_offline.data.scene_language import (
     ask,
     caption,
     mirrored,
+    transcription,
 )
 
 IMAGE_SIZE = 64
@@ -99,7 +100,7 @@ IN_WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             *REQUESTS["alone"],
             "Just the answer, nothing else. Left and right are the things' own.",
         ),
-        "ocr": (*REQUESTS["plain"], "Only the characters. It is a number."),
+        "ocr": (*REQUESTS["plain"], "Only the characters. Read the number from right to left."),
         "caption": (
             *REQUESTS["holds"],
             "Name each place, then its thing. Say first how many things there are. Go column by column.",
@@ -149,6 +150,11 @@ class Scene:
     def answer(self) -> str:
         """Its answer, as the data set gives it."""
         return self.asked.answer
+
+    @property
+    def transcription(self) -> str:
+        """The text in its box, as the data set gives it."""
+        return transcription(self.text, backward=True)
 
     @property
     def captions(self) -> tuple[str, ...]:
