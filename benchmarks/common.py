@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -72,17 +73,29 @@ def random_llama(shape: Shape) -> Any:
     return model
 
 
-def random_profile(model: Any, shape: Shape, task: str, random: Generator) -> Profile:
-    """One that scales 1% of every layer's neurons by 0 to 3."""
+def random_profile(model: Any, shape: Shape, task: str, random: Generator, neurons: int | None = None) -> Profile:
+    """One that scales `neurons` of every layer (1% if None) by 0 to 3."""
     import numpy as np
 
     from hones_steer import ModelIdentity, Profile
 
-    layers = {}
+    count, layers = neurons or shape.neurons, {}
     for layer in range(shape.layers):
-        neurons = np.sort(random.choice(shape.ffn, shape.neurons, replace=False)).astype(np.int32)
-        layers[layer] = neurons, random.uniform(0, 3, shape.neurons).astype(np.float32)
+        chosen = np.sort(random.choice(shape.ffn, count, replace=False)).astype(np.int32)
+        layers[layer] = chosen, random.uniform(0, 3, count).astype(np.float32)
     return Profile(task, layers, ModelIdentity.from_model(model))
+
+
+def write_byte_tokenizer(shape: Shape, folder: Path) -> None:
+    """Write a tokenizer of single bytes, with further tokens up to the size of the vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names += [f"<{i}>" for i in range(len(names), shape.vocabulary)]
+    tokenizer = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
 def task_name(i: int) -> str:

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import SMOLLM2_135M, TINY, Shape, positive, random_llama, random_profile, task_name
+from common import SMOLLM2_135M, TINY, Shape, positive, random_llama, random_profile, task_name, write_byte_tokenizer
 
 if TYPE_CHECKING:
     import httpx
@@ -99,19 +99,13 @@ def _spread(speeds: Sequence[Speed], others: Sequence[Speed]) -> dict[str, list[
 def write_model(shape: Shape, folder: Path, profiles: int) -> None:
     """Write a random model without end tokens, a tokenizer of single bytes, and as many profiles."""
     import numpy as np
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     from hones_steer import save_profile
 
     model = random_llama(shape)
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder / "model")
-    names = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names += [f"<{i}>" for i in range(len(names), shape.vocabulary)]
-    tokenizer = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "model")
+    write_byte_tokenizer(shape, folder / "model")
     (folder / "profiles").mkdir()
     random = np.random.default_rng(0)
     for i in range(profiles):
