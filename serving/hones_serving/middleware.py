@@ -67,9 +67,11 @@ from hones_serving.routing import (
     joined,
     split_alias,
 )
+from hones_serving.scope_field import SCOPE, scope_of
 from hones_serving.unsteered import Exchange
 from hones_steer.errors import MismatchError, ProfileError, RoutingError
 from hones_steer.profile import Profile
+from hones_steer.scopes import ALL, scoped_digest
 from hones_steer.store import parse_expression
 
 FactsOf: TypeAlias = Callable[[object, Mapping[str, str]], RequestFacts]  # from body and headers
@@ -81,6 +83,7 @@ _STEERING = "/v1/hones/steering"
 
 _PREFIX = "hones_"
 _TASK = "hones_task"
+_FIELDS = (_TASK, SCOPE)
 _TASK_HEADER = "x-hones-task"
 
 logger = logging.getLogger(__name__)
@@ -215,7 +218,8 @@ class HonesMiddleware:
             if start["status"] >= REFUSED_FROM:
                 return _steering_headers("none", decision.route)
             service.metrics.requests(admission.label, decision.route)
-            return _steering_headers(profile_header(decision, admission.profile), decision.route)
+            applied = profile_header(decision, admission.profile, admission.scope)
+            return _steering_headers(applied, decision.route)
 
         try:
             send = with_headers(send, steering_headers)
@@ -246,10 +250,14 @@ def _admit(
         _Refused: 400, 404 or 429; the message says what is wrong with the steering that the request names.
     """
     for name in itertools.chain(*_places(body)):
-        if name.startswith(_PREFIX) and name != _TASK:
+        if name.startswith(_PREFIX) and name not in _FIELDS:
             raise _Refused(400, f"{name!r} is a reserved name; name steering with {_TASK!r}", name)
     if not isinstance(body.get("vllm_xargs"), dict | None):
         raise _Refused(400, "vllm_xargs is no object; give names and values", "vllm_xargs")
+    try:
+        scope = scope_of(body)
+    except RoutingError as error:
+        raise _Refused(400, str(error), SCOPE) from error
     route = "off"
     try:
         decision = _decide(service, facts_of(body, headers))
@@ -258,7 +266,10 @@ def _admit(
         # Engines drop the stamp when they run beams. They may take any value but a plain no for a yes.
         if profile is not None and body.get("use_beam_search") not in (None, False):
             raise RoutingError("beam search cannot be steered; leave out use_beam_search, or name hones_task 'none'")
-        return decision, service.registry.admit(profile, label_of(decision.expression))
+        if scope != ALL and profile is None and route == "default":
+            message = f"{SCOPE} is {scope!r}, but nothing steers this request; name {_TASK!r}"
+            raise _Refused(400, message, SCOPE, route)
+        return decision, service.registry.admit(profile, label_of(decision.expression), scope)
     except CapacityError as error:
         raise _Refused(429, str(error), route=route) from error
     except UnknownAliasError as error:
@@ -316,9 +327,10 @@ def _clean(body: dict[str, Any], model: str | None) -> bool:
     """
     changed = False
     for place in _places(body):
-        if _TASK in place:
-            del place[_TASK]
-            changed = True
+        for name in _FIELDS:
+            if name in place:
+                del place[name]
+                changed = True
     if changed and body.get("vllm_xargs") == {}:
         del body["vllm_xargs"]  # other engines know no such field
     if model is not None and body["model"] != model:
@@ -369,7 +381,7 @@ def _named_steering(service: Service, body: object, headers: Mapping[str, str]) 
     if not isinstance(body, dict):
         return None
     for name, value in itertools.chain(*(place.items() for place in _places(body))):
-        if name.startswith(_PREFIX) and (name != _TASK or value is not None):
+        if name.startswith(_PREFIX) and (name not in _FIELDS or value is not None):
             return repr(name)
     model = body.get("model")
     alias = split_alias(model, service.served, service.exact()) if isinstance(model, str) else None
@@ -466,6 +478,13 @@ def _steering_headers(profile: str, route: str) -> RawHeaders:
     return [(b"x-hones-profile", profile.encode("ascii")), (b"x-hones-route", route.encode("ascii"))]
 
 
-def profile_header(decision: Decision, profile: Profile | None) -> str:
-    """The value of X-Hones-Profile: the expression as written and the digest of what was applied, or ``none``."""
-    return "none" if profile is None else f"{decision.asked} ({profile.short_digest})"
+def profile_header(decision: Decision, profile: Profile | None, scope: str = ALL) -> str:
+    """The value of X-Hones-Profile: the expression as written and the digest of what was applied, or ``none``.
+
+    Where a scope was applied, it follows the digest, which is then that of the profile and the scope.
+    """
+    if profile is None:
+        return "none"
+    if scope == ALL:
+        return f"{decision.asked} ({profile.short_digest})"
+    return f"{decision.asked} ({scoped_digest(profile.digest, scope)[: len(profile.short_digest)]}; {scope})"

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from hones_steer.errors import MismatchError, ProfileError, RoutingError, StateError
 from hones_steer.profile import ModelIdentity, Profile, StrPath, is_task_name, load_profile
+from hones_steer.scopes import ALL
 from hones_steer.store import SUFFIX, Expression, ProfileStore, combine, known_tasks
 
 LISTING = "GET /v1/hones/profiles"  # the call that lists all profiles of a server
@@ -29,12 +30,14 @@ class CapacityError(RoutingError):
 class Admission:
     """Permission of one request to be steered by `profile` (None: unsteered), whatever is loaded or switched off later.
 
-    The engine finds the admission again by its `ticket`, which nobody can guess; metrics count it under `label`.
+    `scope` says which of its tokens are steered. The engine finds the admission again by its `ticket`, which nobody can
+    guess; metrics count it under `label`.
     """
 
     ticket: str = field(repr=False)
     profile: Profile | None
     label: str
+    scope: str = ALL
 
 
 class _Entry(NamedTuple):
@@ -180,13 +183,13 @@ class ProfileRegistry:
 
     # Using
 
-    def admit(self, profile: Profile | None, label: str) -> Admission:
+    def admit(self, profile: Profile | None, label: str, scope: str = ALL) -> Admission:
         """Admit a request: its profile has room until `leave`.
 
         Raises:
             CapacityError: `max_profiles` other profiles are in use.
         """
-        admission = Admission(secrets.token_hex(16), profile, label)
+        admission = Admission(secrets.token_hex(16), profile, label, scope)
         with self._lock:
             if profile is not None:
                 self._hold(profile.digest)

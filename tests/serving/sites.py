@@ -16,6 +16,7 @@ from serving.http_helpers import NEW_TOKENS, Answer, Client, Question, frozen, s
 from serving.steered import Reference
 
 from hones_steer import Profile
+from hones_steer.scopes import scoped_digest
 from hones_steer.store import combine, parse_expression
 
 SCENES = scenes("test", 4)
@@ -191,11 +192,11 @@ class Site:
         samples = await scrape(self.server.url)
         return sum(value for (name, *_), value in samples.items() if name == metric)
 
-    def text(self, question: Question, expression: str, count: int = NEW_TOKENS) -> str:
+    def text(self, question: Question, expression: str, count: int = NEW_TOKENS, scope: str = "all") -> str:
         """The answer of transformers."""
-        key = question.text, id(question.image), expression, count
+        key = question.text, id(question.image), expression, count, scope
         if key not in self.known:
-            tokens = self.reference.tokens(self._prompt(question), expression, count)
+            tokens = self.reference.tokens(self._prompt(question), expression, count, scope)
             before = self._tokenizer(question.text)["input_ids"]
             self.known[key] = self.engine.answer(self._tokenizer, before, tokens)
         return self.known[key]
@@ -211,10 +212,13 @@ class Site:
         messages = [{"role": "user", "content": content}]
         return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), question.image
 
-    def header(self, expression: str) -> str:
+    def header(self, expression: str, scope: str = "all") -> str:
         """The value that X-Hones-Profile should have."""
         profile = combine(parse_expression(expression), self.profiles.__getitem__)
-        return "none" if profile is None else f"{expression} ({profile.short_digest})"
+        if profile is None:
+            return "none"
+        applied = profile.short_digest if scope == "all" else f"{scoped_digest(profile.digest, scope)[:12]}; {scope}"
+        return f"{expression} ({applied})"
 
     def check(self, answer: Answer, question: Question, expression: str, route: str, **options: int) -> None:
         """Check everything that one answer says."""

@@ -218,6 +218,23 @@ async def test_the_metrics_count_what_was_sent(burst: Burst) -> None:
 # Names and refusals -------------------------------------------------------------------------------
 
 
+async def test_scopes_at_once(site: Site, client: Client) -> None:
+    """Asks each question in each scope, twice, so that the second finds what the first has left in a prefix cache."""
+    scopes = ("prompt", "generated", "all")
+    sent = [(question, scope) for question in (PICTURES[0], TEXTS[1]) for scope in scopes]
+    for _ in range(2):
+        asked = [{"extra_body": {"hones_task": "cap@2", "hones_scope": scope}} for _, scope in sent]
+        answers = await asyncio.gather(
+            *(ask(client, question, **more) for (question, _), more in zip(sent, asked, strict=True))
+        )
+        expected = [site.text(question, "cap@2", scope=scope) for question, scope in sent]
+        assert [answer.texts for answer in answers] == [[text] for text in expected]
+    assert len({*expected}) >= 5
+    assert [answer.profile for answer in answers] == [site.header("cap@2", scope) for _, scope in sent]
+    with pytest.raises(openai.BadRequestError, match="the scope is 'answer'; give 'all', 'prompt' or 'generated'"):
+        await ask(client, TEXTS[0], extra_body={"hones_task": "vqa", "hones_scope": "answer"})
+
+
 async def test_models_lists_an_alias_for_each_profile(client: Client) -> None:
     models = [(model.id, model.model_extra["parent"]) async for model in await client.models.list()]
     assert models == [("tiny", None), ("tiny:cap", "tiny"), ("tiny:ocr", "tiny"), ("tiny:vqa", "tiny")]

@@ -6,6 +6,7 @@ The engine is a small application that says what it got: the body, and the profi
 import asyncio
 import contextlib
 import gzip
+import hashlib
 import json
 import queue
 import socket
@@ -138,10 +139,11 @@ class Engine:
 
     def completion(self, kind, field, body):
         ticket = (body.get("vllm_xargs") or {}).get("hones_ticket")
-        steered_by = None
+        steered_by = scope = None
         if ticket is not None:
-            steered_by = self.service.registry.admission(ticket).profile.digest
-        said = {"role": "assistant", "content": json.dumps({"got": body, "steered_by": steered_by})}
+            admission = self.service.registry.admission(ticket)
+            steered_by, scope = admission.profile.digest, admission.scope
+        said = {"role": "assistant", "content": json.dumps({"got": body, "steered_by": steered_by, "scope": scope})}
         choice = {"index": 0, field: said, "finish_reason": "stop"}
         return {"id": "1", "object": kind, "created": 0, "model": body.get("model"), "choices": [choice]}
 
@@ -385,6 +387,66 @@ def test_steering_that_adds_up_to_nothing_is_none(client, engine):
     assert said(response)["steered_by"] is None
     engine.settle()
     assert counted(engine, "hones_requests_total", profile="none", route="body") == 1
+
+
+# Scope
+
+
+@STEERED_ROUTES
+@pytest.mark.parametrize("place", ["body", "vllm_xargs", "both"])
+@pytest.mark.parametrize("scope", ["prompt", "generated"])
+def test_a_scope_goes_with_the_admission_and_enters_the_digest(client, path, place, scope):
+    named = {"hones_scope": scope}
+    more = {"body": named, "vllm_xargs": {"vllm_xargs": named}, "both": {**named, "vllm_xargs": named}}[place]
+    response = ask(client, path, hones_task="vqa", **more)
+    assert (said(response)["steered_by"], said(response)["scope"]) == (VQA.digest, scope)
+    assert not {"hones_scope", "hones_task"} & {*said(response)["got"], *said(response)["got"]["vllm_xargs"]}
+    digest = hashlib.sha256(f"{VQA.digest}:{scope}".encode()).hexdigest()
+    assert steering(response) == (f"vqa ({digest[:12]}; {scope})", "body")
+
+
+def test_all_is_the_scope_of_those_who_name_none(client):
+    for named in ({}, {"hones_scope": "all"}, {"hones_scope": None}):
+        response = ask(client, hones_task="vqa", **named)
+        assert said(response)["scope"] == "all"
+        assert steering(response) == (shown(VQA), "body")
+
+
+def test_a_scope_is_of_whatever_steers(client, engine, tmp_path):
+    (tmp_path / "r.yaml").write_text("default: vqa\nrules:\n- {task: none, prompt_regex: plainly}\n")
+    engine.service.plan = load_plan(tmp_path / "r.yaml", engine.service.registry.tasks())
+    assert said(ask(client, hones_scope="prompt"))["scope"] == "prompt"
+    assert said(ask(client, model="m:ocr", hones_scope="prompt"))["scope"] == "prompt"
+    assert said(ask(client, headers={"X-Hones-Task": "ocr"}, hones_scope="generated"))["scope"] == "generated"
+    plainly = [{"role": "user", "content": "plainly"}]
+    for response in (
+        ask(client, hones_task="none", hones_scope="prompt"),
+        ask(client, messages=plainly, hones_scope="prompt"),
+    ):
+        assert said(response)["got"].keys() == {"model", "messages"}
+        assert response.headers["x-hones-profile"] == "none"
+    engine.service.registry.enabled = False
+    assert steering(ask(client, hones_task="vqa", hones_scope="prompt")) == ("none", "off")
+
+
+@pytest.mark.parametrize("value", ["answer", "", 1, ["prompt"], {}, "x" * 100], ids=repr)
+def test_an_unknown_scope_is_refused(client, engine, value):
+    for named in ({"hones_scope": value}, {"vllm_xargs": {"hones_scope": value}}):
+        error = refused(ask(client, hones_task="vqa", **named), 400, "; give 'all', 'prompt' or 'generated'")
+        assert error["param"] == "hones_scope"
+    engine.service.registry.enabled = False
+    refused(ask(client, hones_task="vqa", hones_scope=value), 400, "the scope is")
+
+
+def test_two_scopes_and_a_scope_of_nothing_are_refused(client):
+    both = {"hones_scope": "prompt", "vllm_xargs": {"hones_scope": "all"}}
+    refused(ask(client, hones_task="vqa", **both), 400, "hones_scope is 'prompt' and in vllm_xargs 'all'; give it once")
+    error = refused(ask(client, hones_scope="prompt"), 400, "nothing steers this request; name 'hones_task'")
+    assert error["param"] == "hones_scope"
+    assert steering(ask(client, hones_scope="all")) == ("none", "default")
+    response = client.post("/v1/embeddings", json={"model": "m", "input": "hi", "hones_scope": "prompt"})
+    refused(response, 400, "leave out 'hones_scope'")
+    assert client.post("/v1/embeddings", json={"model": "m", "input": "hi", "hones_scope": None}).status_code == 200
 
 
 # Streaming

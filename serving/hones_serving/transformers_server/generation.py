@@ -25,6 +25,7 @@ from hones_serving.transformers_server.turns import LOGGER, TURN, StoppingError
 from hones_serving.unsteered import generating
 from hones_steer.errors import StateError
 from hones_steer.huggingface import Steering
+from hones_steer.scopes import split
 
 # The admission of the request that is being handled; None: it is not steered, or its route cannot be.
 ADMISSION: ContextVar[Admission | None] = ContextVar("hones_admission", default=None)
@@ -273,12 +274,24 @@ class Batches:
     # A profile's name is its digest here: the task's name may have other contents by now.
 
     def _steered(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
-        names = _digests(rows)
-        return self._steering.tasks(names) if any(names) else nullcontext()
+        if all(row.profile is None for row in rows):
+            return nullcontext()
+        # Prompts are padded on the left to the longest row; one that has generated already has that behind its prompt.
+        width = max(row.ids.shape[1] for row in rows)
+        ends = [width - (row.ids.shape[1] - row.prompt_length) for row in rows]
+        return self._steering.tasks(_digests(rows), scope=[row.scope for row in rows], prompt_end=ends)
 
-    def _packed(self, rows: Sequence[Row], counts: Sequence[int]) -> AbstractContextManager[None]:
-        names = _digests(rows)
-        return self._steering.packed(names, counts) if any(names) else nullcontext()
+    def _packed(
+        self, rows: Sequence[Row], starts: Sequence[int], counts: Sequence[int]
+    ) -> AbstractContextManager[None]:
+        pieces = [
+            (digest if steered else None, tokens)
+            for row, digest, start, count in zip(rows, _digests(rows), starts, counts, strict=True)
+            for tokens, steered in split(row.scope, row.prompt_length, start, count)
+            if tokens
+        ]
+        names = [name for name, _ in pieces]
+        return self._steering.packed(names, [tokens for _, tokens in pieces]) if any(names) else nullcontext()
 
 
 def _digests(rows: Sequence[Row]) -> list[str | None]:

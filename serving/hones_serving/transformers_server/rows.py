@@ -24,6 +24,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from hones_serving.registry import Admission
 from hones_serving.transformers_server.turns import Turn
 from hones_steer.profile import Profile
+from hones_steer.scopes import ALL
 
 # The seed of the request that is being handled. Transformers' server seeds the whole process when a request arrives.
 SEED: ContextVar[int | None] = ContextVar("hones_seed", default=None)
@@ -137,6 +138,7 @@ class Row:
         self.processor = processor
         self.profile: Profile | None = admission.profile if admission else None
         self.label = admission.label if admission else "none"
+        self.scope = admission.scope if admission else ALL
         self.turn = turn
         self.listener = listener
         self.seed = SEED.get()

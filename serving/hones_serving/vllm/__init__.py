@@ -23,9 +23,10 @@ For each request
                  4. `endpoint._stamp`: writes the ticket into the body's `vllm_xargs`, of which vLLM makes
                     `SamplingParams.extra_args`
                  5. `Front.steer`, after `InputProcessor.process_inputs`: replaces the ticket with the profile's bytes
-                    and digest, and salts the request's prefix cache with the digest
+                    and digest, and salts the request's prefix cache with the digest; a scope goes with them
                  6. `Front.enter`, around `OutputProcessor.add_request`: keeps the profile's slot until the request ends
-    engine core     vLLM's own scheduler puts new requests, `extra_args` included, into its `SchedulerOutput`
+    engine core     vLLM's own scheduler puts new requests, `extra_args` included, into its `SchedulerOutput`;
+                    `front.block_keys` has a scope enter the hashes of blocks that reach behind the prompt
 For each step
     worker       7. `WorkerSteering.begin`, before the runner's `execute_model`: unpacks the profiles of new requests
                  8. `WorkerSteering.fill`, before the runner's `_prepare_inputs` (V1) or `prepare_inputs` (V2), if the

@@ -30,8 +30,10 @@ def check_version() -> None:
 def _expected_signatures() -> Iterator[tuple[Callable[..., Any], tuple[str, ...]]]:
     """Yield (function, names of the parameters that it must begin with) for each function that the plugin wraps.
 
-    And for what some of them are given: `BatchReqState`, `RequestSpecDecodeMetrics`.
+    And for what some of them are given: `BatchReqState`, `RequestSpecDecodeMetrics`, a step's requests.
     """
+    from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
+    from vllm.v1.core.sched.output import CachedRequestData, NewRequestData
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
@@ -54,12 +56,27 @@ def _expected_signatures() -> Iterator[tuple[Callable[..., Any], tuple[str, ...]
     yield AsyncLLM.__init__, ("self", "vllm_config")
     yield AsyncLLM.collective_rpc, ("self", "method")
     yield Scheduler.__init__, ("self", "vllm_config")
+    yield generate_block_hash_extra_keys, ("request", "start_token_idx", "end_token_idx", "start_mm_idx")
     yield RequestSpecDecodeMetrics, ("num_spec_tokens", "histogram", "num_draft_tokens")
     yield Worker.load_model, ("self",)
     yield RunnerV1.execute_model, ("self", "scheduler_output", "intermediate_tensors")
     yield RunnerV1._prepare_inputs, ("self", "scheduler_output", "num_scheduled_tokens")
     yield RunnerV2.execute_model, ("self", "scheduler_output", "intermediate_tensors", "dummy_run")
     yield RunnerV2.prepare_inputs, ("self", "scheduler_output", "batch_req_state")
+    yield (
+        NewRequestData,
+        (
+            *("req_id", "prompt_token_ids", "mm_features", "sampling_params", "pooling_params", "block_ids"),
+            "num_computed_tokens",
+        ),
+    )
+    yield (
+        CachedRequestData,
+        (
+            *("req_ids", "resumed_req_ids", "new_token_ids", "all_token_ids", "new_block_ids"),
+            "num_computed_tokens",
+        ),
+    )
     yield BatchReqState, ("req_ids", "num_scheduled_tokens")
 
 

@@ -1,8 +1,14 @@
 """The front of an engine: turns the steering that a request names into its profile and its cache salt.
 
-A request names its steering in `SamplingParams.extra_args`: offline as an expression (``hones_task``), over HTTP as
-the ticket of an admission (``hones_ticket``), which only this process can have issued. Both are replaced by the
-profile's bytes: JSON cannot hold those, so no client can smuggle a profile in.
+A request names its steering in `SamplingParams.extra_args`: offline as an expression (``hones_task``) and a scope
+(``hones_scope``), over HTTP as the ticket of an admission (``hones_ticket``), which only this process can have issued.
+They are replaced by the profile's bytes: JSON cannot hold those, so no client can smuggle a profile in.
+
+Blocks of the prefix cache are found by hashes, each of a block's tokens and all before it. The salt, in the first of
+them, says what steers the prompt; where a scope ends or begins with the prompt, the first block that has a token behind
+it says so (`block_keys`). So a block is shared by all who would compute the same, and by no one else: with the scope
+``generated`` the prompt by those who are not steered, with ``prompt`` by those who are steered throughout; the answer
+with nobody whose next prompt it is a part of.
 """
 
 from __future__ import annotations
@@ -14,23 +20,27 @@ from dataclasses import replace
 from typing import Any
 
 from vllm.exceptions import VLLMClientError
+from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from hones_serving.metrics import Metrics
 from hones_serving.registry import ProfileRegistry, label_of
+from hones_serving.scope_field import SCOPE
 from hones_serving.settings import Settings
 from hones_serving.unsteered import generating
-from hones_serving.vllm import compat
+from hones_serving.vllm import compat, connectors
 from hones_steer.errors import RoutingError, StateError
 from hones_steer.profile import ModelIdentity, Profile, serialize_profile
+from hones_steer.scopes import ALL, GENERATED, check_scope, scoped_digest
 from hones_steer.store import parse_expression
 
 PREFIX = "hones_"
 TASK = PREFIX + "task"
 TICKET = PREFIX + "ticket"
-# The engine gets these instead of the two above:
+# The engine gets these instead, and where it is not ``all`` the scope:
 PROFILE = PREFIX + "profile"  # bytes: the profile's file without its texts for people
 DIGEST = PREFIX + "digest"
 LABEL = PREFIX + "label"  # that metrics count the request under
+PROMPT_END = PREFIX + "prompt_end"  # the number of the prompt's tokens, those of images included
 
 _SALT = "hones:"
 
@@ -43,50 +53,64 @@ class Front:
     """Steering of one engine's requests, in the process where they enter.
 
     `metrics` is set where the engine belongs to an HTTP server. `shows_drafts`: vLLM was asked to say in answers how
-    many drafted tokens it accepted.
+    many drafted tokens it accepted. `by_salt` names a KV
+    connector that finds blocks by tokens and salt, not by their hashes.
     """
 
-    def __init__(self, registry: ProfileRegistry, *, shows_drafts: bool = False) -> None:
+    def __init__(self, registry: ProfileRegistry, *, shows_drafts: bool = False, by_salt: str | None = None) -> None:
         self.registry = registry
         self.metrics: Metrics | None = None
         self._shows_drafts = shows_drafts
+        self._by_salt = by_salt
         self._live: dict[str, tuple[str | None, str, Any]] = {}  # request id -> digest, label, vLLM's RequestState
 
     def steer(self, request: Any) -> None:
         """Replace the steering that an EngineCoreRequest names with its profile, and salt its prefix cache.
 
         Raises:
-            RoutingError: the request names a task that has no profile, or a reserved name that is not its to use.
+            RoutingError: the request names a task that has no profile, a scope that there is not, or a reserved name
+                that is not its to use.
         """
         reserved = _reserved_args(request)
-        profile, label = self._resolved(reserved)
+        profile, label, scope = self._resolved(reserved)
         if profile is not None and request.resumable:
             raise RequestError("a session of streamed input cannot be steered; send the prompt in one request")
-        request.cache_salt = salted(profile, request.cache_salt)
+        if profile is not None and scope != ALL and self._by_salt is not None:
+            raise RequestError(
+                f"{SCOPE} is {scope!r}, but {self._by_salt} finds blocks by a salt, which does not say where a prompt "
+                "ends; leave it out"
+            )
+        request.cache_salt = salted(None if scope == GENERATED else profile, request.cache_salt)
         if reserved:
             params = request.sampling_params
             params.extra_args = {key: value for key, value in params.extra_args.items() if key not in reserved}
             if profile is not None:
                 params.extra_args |= {PROFILE: packed(profile), DIGEST: profile.digest, LABEL: label}
+            if profile is not None and scope != ALL:
+                end = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
+                params.extra_args |= {SCOPE: scope, PROMPT_END: end}
 
-    def _resolved(self, reserved: Mapping[str, Any]) -> tuple[Profile | None, str]:
-        """The profile (None: unsteered) that a request's reserved arguments name, and its label in metrics."""
-        if unknown := reserved.keys() - {TASK, TICKET}:
+    def _resolved(self, reserved: Mapping[str, Any]) -> tuple[Profile | None, str, str]:
+        """The profile (None: unsteered) that a request's reserved arguments name, its label in metrics, its scope."""
+        if unknown := reserved.keys() - {TASK, SCOPE, TICKET}:
             raise RequestError(f"{', '.join(sorted(unknown))}: a reserved name; name steering with {TASK!r}")
         if TICKET in reserved:
             ticket = reserved[TICKET]
             admission = self.registry.admission(ticket) if isinstance(ticket, str) else None
             if admission is None:
                 raise RequestError(f"{TICKET}: a reserved name; name steering with {TASK!r}")
-            return admission.profile, admission.label
-        text = reserved.get(TASK)
+            return admission.profile, admission.label, admission.scope
+        text, scope = reserved.get(TASK), reserved.get(SCOPE)
         # A server's requests come with tickets, where they may be steered.
-        if text is not None and self.metrics is not None:
-            raise RequestError(f"this route cannot be steered; leave out {TASK!r}")
+        if self.metrics is not None and (text is not None or scope is not None):
+            raise RequestError(f"this route cannot be steered; leave out {TASK if scope is None else SCOPE!r}")
         if not isinstance(text, str | None):
             raise RequestError(f"{TASK} is {text!r}; give an expression like 'vqa@0.5+ocr'")
+        scope = check_scope(ALL if scope is None else scope)
+        if text is None and scope != ALL:
+            raise RequestError(f"{SCOPE} is {scope!r}, but nothing steers this request; name {TASK!r}")
         expression = parse_expression("none" if text is None else text)
-        return self.registry.resolve(expression), label_of(expression)
+        return self.registry.resolve(expression), label_of(expression), scope
 
     def enter(self, request: Any, states: Mapping[str, Any], add: Callable[[], None]) -> None:
         """Let an EngineCoreRequest into the engine by calling `add`; its profile keeps a slot until `leave`.
@@ -98,7 +122,7 @@ class Front:
             RequestError: the request has not passed `steer`.
         """
         request_id, reserved = request.request_id, _reserved_args(request)
-        if reserved.keys() & {TASK, TICKET}:
+        if reserved.keys() & {TASK, TICKET} or (SCOPE in reserved and DIGEST not in reserved):
             raise RequestError("an EngineCoreRequest made by hand cannot be steered; pass the prompt itself")
         if request_id in states:  # more input for a session that is in already
             add()
@@ -142,12 +166,24 @@ class Front:
 def salted(profile: Profile | None, salt: str | None) -> str | None:
     """The salt of a request's prefix cache: two requests share blocks if profile contents and users' salts are equal.
 
-    `salt` is the one that the user gave, or None.
+    `profile` is what steers the prompt, `salt` the one that the user gave; both may be None.
     """
     if profile is not None:
         return _SALT + profile.digest + ("" if salt is None else ":" + salt)
     # A user's own salt must not pass for a steered request's.
     return f"{_SALT}none:{salt}" if salt is not None and salt.startswith(_SALT) else salt
+
+
+def block_keys(request: Any, end: int) -> tuple[tuple[str, str], ...]:
+    """Keys that the hash of a block of a vLLM Request must have beside its tokens; it ends before position `end`.
+
+    From the end of a request's prompt on, its scope makes another cache of the same tokens: one that depends on where
+    that is.
+    """
+    extra = (request.sampling_params is not None and request.sampling_params.extra_args) or {}
+    if PROMPT_END not in extra or end <= extra[PROMPT_END]:
+        return ()
+    return ((SCOPE, f"{scoped_digest(extra[DIGEST], extra[SCOPE])}:{extra[PROMPT_END]}"),)
 
 
 @functools.lru_cache(maxsize=256)
@@ -186,13 +222,15 @@ def attach(engine: Any, identities: Sequence[Mapping[str, Any]], settings: Setti
         listing=listing,
     )
     shown = engine.vllm_config.observability_config.per_request_spec_decode_metrics
-    front = Front(registry, shows_drafts=shown != "none")
+    by_salt = connectors.by_salt(engine.vllm_config.kv_transfer_config)
+    front = Front(registry, shows_drafts=shown != "none", by_salt=by_salt)
     engine.input_processor.hones_front = engine.output_processor.hones_front = front
     return front
 
 
 def install() -> None:
     """Wrap the methods of vLLM through which every request and every engine passes."""
+    from vllm.v1.core import block_pool, kv_cache_utils
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
@@ -208,10 +246,12 @@ def install() -> None:
     _wrap(LLMEngine, "__init__", _start_offline)
     _wrap(AsyncLLM, "__init__", _start_server)
     _wrap(Scheduler, "__init__", _follow_drafts)
+    _wrap(kv_cache_utils, "generate_block_hash_extra_keys", _block_hash_extra_keys)
+    block_pool.generate_block_hash_extra_keys = kv_cache_utils.generate_block_hash_extra_keys  # for events
 
 
-def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
-    """Replace a method of a class: calls go to `wrapper(original method, self, *arguments)`."""
+def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Replace a method of a class, or a module's function: calls go to `wrapper(original, *arguments)`."""
     original = getattr(owner, name)
 
     @functools.wraps(original)
@@ -294,3 +334,12 @@ def _follow_drafts(original: Callable[..., None], self: Any, vllm_config: Any, *
     original(self, vllm_config, *args, **kwargs)
     if Settings.from_env() and vllm_config.speculative_config is not None and self.spec_decode_metrics_level == "none":
         self.spec_decode_metrics_level = "summary"
+
+
+def _block_hash_extra_keys(
+    original: Callable[..., Any], request: Any, start_token_idx: int, end_token_idx: int, *args: Any, **kwargs: Any
+) -> Any:
+    """In the engine core, what the hash of one block has beside its tokens, and vLLM's index of the next image."""
+    keys, index = original(request, start_token_idx, end_token_idx, *args, **kwargs)
+    further = block_keys(request, end_token_idx)
+    return (*(keys or ()), *further) or None, index
