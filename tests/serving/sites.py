@@ -32,9 +32,6 @@ TAKEN = "tiny:cap@9"  # a model's name that would else be an alias
 # Requests by routes that cannot be steered: a path and a body.
 Elsewhere = Sequence[tuple[str, dict[str, Any]]]
 _HELLO = [{"role": "user", "content": "A red cat"}]
-RESPONSES: Elsewhere = [
-    ("/v1/responses", {"input": "A red cat", "max_output_tokens": 2, "stream": stream}) for stream in (False, True)
-]
 
 # A command without --host and --port, and the variables to add to the environment.
 Command = tuple[list[str], dict[str, str]]
@@ -48,8 +45,6 @@ class Vllm:
     # vLLM calls n > 1 at temperature 0 an error.
     forms: Sequence[Form] = (*FORMS, (PICTURES, {"n": 2, "temperature": 1, "extra_body": {"top_k": 1}}))
     elsewhere: Elsewhere = (
-        *RESPONSES,
-        *(("/v1/messages", {"messages": _HELLO, "max_tokens": 2, "stream": stream}) for stream in (False, True)),
         ("/v1/chat/completions/batch", {"messages": [_HELLO, _HELLO], "max_tokens": 2}),
         ("/invocations", {"messages": _HELLO, "max_tokens": 2}),
     )
@@ -84,7 +79,7 @@ class Transformers:
     at_once = 1  # of images: a batch that has begun stays as it is
     no_end: Mapping[str, Any] = {}  # the model has no end token, see `serve`
     forms: Sequence[Form] = FORMS
-    elsewhere: Elsewhere = RESPONSES
+    elsewhere: Elsewhere = ()
 
     def serve(self, model: Path, here: Path, *options: str) -> Command:
         """Serve a model as `Vllm.serve` does."""
@@ -224,3 +219,10 @@ class Site:
         """Check everything that one answer says."""
         assert (answer.profile, answer.route) == (self.header(expression), route)
         assert answer.texts == [self.text(question, expression, **options)] * len(answer.texts)
+
+
+def confirmation(profiles: Mapping[str, Profile], expression: str, route: str, scope: str = "all") -> dict[str, Any]:
+    """The object ``hones`` that the JSON of an answer should have."""
+    profile = combine(parse_expression(expression), profiles.__getitem__)
+    digest = None if profile is None else scoped_digest(profile.digest, scope)
+    return {"profile": expression, "digest": digest, "route": route} | ({} if scope == "all" else {"scope": scope})

@@ -104,7 +104,7 @@ class Engine:
         scope = settings.pop("scope", "all")
         turn = Turn(Turns())
         turn.ask()
-        admission = Admission("ticket", self.profile(expression), label_of(parse_expression(expression)), scope)
+        admission = Admission(self.profile(expression), label_of(parse_expression(expression)), scope)
         row = Row(_inputs(inputs), self.config(settings), self.processor, admission, turn, heard)
         self.waiting.add(row)
         return row, heard

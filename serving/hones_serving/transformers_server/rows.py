@@ -208,7 +208,8 @@ def prepare(model: Any, row: Row) -> None:
     ) -> Tensor:
         if _is_plain(generation_config):
             if stop:  # transformers loses the tokenizer on the way to a decoding loop of one's own
-                stopping_criteria.append(StopStringCriteria(tokenizer=row.processor, stop_strings=stop))
+                tokenizer = getattr(row.processor, "tokenizer", row.processor)
+                stopping_criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop))
             generator = _generator(row.seed, ids.device) if generation_config.do_sample else None
             limit = generation_config.max_length
             prepared.append(Choosing(logits_processor, stopping_criteria, generator, limit))

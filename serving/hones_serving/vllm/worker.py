@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hones_serving.scope_field import SCOPE
+from hones_serving.contract import SCOPE
 from hones_serving.settings import Settings
 from hones_serving.vllm import compat
 from hones_serving.vllm.front import PROFILE, PROMPT_END
