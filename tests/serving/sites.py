@@ -38,9 +38,8 @@ Command = tuple[list[str], dict[str, str]]
 
 
 class Vllm:
-    """The vLLM engine: by `hones serve`, and by vLLM's own command with the plugin."""
+    """The vLLM engine, with so many data-parallel replicas: by `hones serve`, and by vLLM's command with the plugin."""
 
-    at_once = 8  # so many requests generate at the same time
     no_end: Mapping[str, Any] = {"ignore_eos": True}  # in a request's body: end tokens end nothing
     # vLLM calls n > 1 at temperature 0 an error.
     forms: Sequence[Form] = (*FORMS, (PICTURES, {"n": 2, "temperature": 1, "extra_body": {"top_k": 1}}))
@@ -49,18 +48,22 @@ class Vllm:
         ("/invocations", {"messages": _HELLO, "max_tokens": 2}),
     )
 
+    def __init__(self, replicas: int = 1) -> None:
+        self.at_once = 8 * replicas  # so many requests generate at the same time
+        self._replicas = ["--data-parallel-size", str(replicas)]
+
     def serve(self, model: Path, here: Path, *options: str) -> Command:
         """Serve a model as "tiny" with any options of `hones serve`; `here` is a folder for this server."""
         del here
-        flags = ["--max-model-len", "512", "--max-num-seqs", str(self.at_once), "--block-size", "32"]
-        command = [sys.executable, "-m", "hones_steer", "serve", str(model), "--engine", "vllm", *options, *flags]
-        return command, ENVIRONMENT
+        command = [sys.executable, "-m", "hones_steer", "serve", str(model), "--engine", "vllm", *options]
+        flags = ["--max-model-len", "512", "--max-num-seqs", "8", "--block-size", "32"]
+        return [*command, *flags, *self._replicas], ENVIRONMENT
 
     def serve_for_two(self, model: Path, profiles: Path, here: Path) -> Command:
         """Serve a model as "tiny" and `TAKEN`, with room for two profiles at once and no other option."""
         del here
         env = plain_env(profiles, VLLM_PLUGINS="hones", HONES_MAX_PROFILES="2")
-        return [*api_server(model), "--enable-scale-out"], env
+        return [*api_server(model), "--enable-scale-out", *self._replicas], env
 
     def frozen(self, server: Server, here: Path) -> AbstractContextManager[None]:
         """Hold up the engine within the block: it generates nothing."""
@@ -109,7 +112,7 @@ class Transformers:
         return text
 
 
-ENGINES = {"vllm": Vllm(), "transformers": Transformers()}
+ENGINES: dict[str, Vllm | Transformers] = {"vllm": Vllm(), "transformers": Transformers()}
 
 
 def _without_end(model: Path, folder: Path) -> Path:
@@ -215,10 +218,12 @@ class Site:
         applied = profile.short_digest if scope == "all" else f"{scoped_digest(profile.digest, scope)[:12]}; {scope}"
         return f"{expression} ({applied})"
 
-    def check(self, answer: Answer, question: Question, expression: str, route: str, **options: int) -> None:
+    def check(
+        self, answer: Answer, question: Question, expression: str, route: str, scope: str = "all", **options: int
+    ) -> None:
         """Check everything that one answer says."""
-        assert (answer.profile, answer.route) == (self.header(expression), route)
-        assert answer.texts == [self.text(question, expression, **options)] * len(answer.texts)
+        assert (answer.profile, answer.route) == (self.header(expression, scope), route)
+        assert answer.texts == [self.text(question, expression, scope=scope, **options)] * len(answer.texts)
 
 
 def confirmation(profiles: Mapping[str, Profile], expression: str, route: str, scope: str = "all") -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Endpoint:
             app.add_middleware(HonesMiddleware, service=self.service)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:  # noqa: ARG002
-        """Ask the workers about their model, load the profiles for it, and build the middleware's service.
+        """Build the middleware's service for the engine, with the profiles of the folder.
 
         Raises:
             StateError: the engine cannot be steered.
@@ -60,11 +60,16 @@ class Endpoint:
 async def make_service(settings: Settings, engine_client: Any, models: Any) -> Service:
     """Give an AsyncLLM its front, and build the service that decides on its requests; `models` is OpenAIServingModels.
 
+    The workers of all replicas are asked about their model.
+
     Raises:
+        StateError: the workers run different models.
         ProfileError, MismatchError: a profile is broken, or was made for another model.
         RoutingError: the routing file is wrong.
     """
-    identities = await engine_client.collective_rpc("hones_identity")
+    # `collective_rpc` of the client itself gives the answer of the first data-parallel replica only.
+    replicas = await engine_client.engine_core.call_utility_all_async("collective_rpc", "hones_identity", None, ())
+    identities = [identity for workers in replicas for identity in workers]
     front = attach(engine_client, identities, settings, LISTING)
     front.metrics = metrics = Metrics(front.registry)
     registry = front.registry

@@ -58,7 +58,8 @@ UNSUPPORTED = {
     },
 }
 UNTESTED = {
-    "data parallelism": {"data_parallel_size": 2},
+    "data parallelism over several machines": {"data_parallel_size": 2, "data_parallel_size_local": 1},
+    "data parallelism .* behind a load balancer": {"data_parallel_size": 2, "data_parallel_rank": 1},
     "the executor backend 'external_launcher'": {"distributed_executor_backend": "external_launcher"},
     "an encoder-cache connector": {"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_both"}},
     "speculative decoding by 'ngram_gpu'": {"speculative_config": {**NGRAM, "method": "ngram_gpu"}},
@@ -119,7 +120,13 @@ def test_adaptive_verification(llama: Path, profiles: Path) -> None:
 
 def test_what_is_supported_is_not_refused(llama: Path, profiles: Path) -> None:
     speculative = [{"speculative_config": method} for method in (NGRAM, DRAFT)]
-    for options in ({}, {"tensor_parallel_size": 2}, {"enable_lora": True}, *speculative):
+    for options in (
+        {},
+        {"tensor_parallel_size": 2},
+        {"data_parallel_size": 2},
+        {"enable_lora": True},
+        *speculative,
+    ):
         compat.refuse_unsupported(config_of(llama, **options), Settings(profiles))
 
 
