@@ -30,6 +30,11 @@ VLLM_INSTALL := $(addprefix tests/serving/,install_vllm.py torchvision_schemas.p
 	$(BIN)/python tests/install_programs.py
 	touch $@
 
+# Programs of others that are tried against our servers, each in an environment of its own.
+.venv/.clients: tests/install_clients.py | .venv/.installed
+	$(BIN)/python tests/install_clients.py
+	touch $@
+
 demo: .venv/.installed
 	$(BIN)/hones demo --out runs/demo
 
@@ -45,7 +50,7 @@ test-fast: .venv/.vllm
 
 # All parts, or some: make test-all PART='steer http'; tests/all_parts.py --list names them.
 PART ?=
-test-all: lint .venv/.vllm .venv/.programs
+test-all: lint .venv/.vllm .venv/.programs .venv/.clients
 	WORKERS=$(WORKERS) $(BIN)/python tests/all_parts.py $(PART)
 
 # A test builds it, too, with warnings as errors.

@@ -20,13 +20,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
+from hones_steer._calls import Call, Generation
 from hones_steer.errors import RoutingError
+from hones_steer.scopes import ALL, split
 from hones_steer.slots import IDENTITY
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class Slots(NamedTuple):
+    """The slots of a call: one for each row, or one for all; with `each_token` one for each token, row after row."""
+
+    values: tuple[int, ...]
+    each_token: bool = False
 
 
 @dataclass(eq=False)
@@ -34,8 +43,10 @@ class Routing:
     """One block: a request to the model of `steering` for one slot for every row, or one slot per prompt.
 
     `expressions` are as the user wrote them, `slots` the slots of the scale tables that hold them. With `counts` the
-    model is called with one row, of which `counts[i]` tokens have slot i, one sequence after the other. `forwards`
-    counts the forwards that ran inside the block; `outer` is the block around it.
+    model is called with one row, of which `counts[i]` tokens have slot i, one sequence after the other. `scopes` say
+    which tokens are steered, one for each slot; `ends` where the prompts end, one for each slot or one for all, padding
+    and cached tokens counted, or None: where those of `generate` do. `forwards` counts the forwards that ran inside the
+    block; `outer` is the block around it.
     """
 
     steering: object
@@ -43,6 +54,8 @@ class Routing:
     slots: tuple[int, ...]
     per_row: bool
     counts: tuple[int, ...] | None = None
+    scopes: tuple[str, ...] = (ALL,)
+    ends: tuple[int, ...] | None = None
     forwards: int = 0
     closed: bool = False
     outer: Routing | None = None
@@ -51,12 +64,19 @@ class Routing:
     def __str__(self) -> str:
         if self.counts is not None:
             return f"packed({list(self.expressions)}, {list(self.counts)})"
-        return f"tasks({list(self.expressions)})" if self.per_row else f"task({self.expressions[0]!r})"
+        scopes = [*self.scopes] if len({*self.scopes}) > 1 else self.scopes[0]
+        scope = f", scope={scopes!r}" if self.is_scoped else ""
+        return f"tasks({[*self.expressions]}{scope})" if self.per_row else f"task({self.expressions[0]!r}{scope})"
 
     @property
     def steers(self) -> bool:
         """Whether any row is steered at all."""
         return any(slot != IDENTITY for slot in self.slots)
+
+    @property
+    def is_scoped(self) -> bool:
+        """Whether any row is steered in a part of its tokens only."""
+        return any(scope != ALL for scope in self.scopes)
 
     def open(self) -> None:
         """Make this the innermost block of the calling context and of what is started from it."""
@@ -82,18 +102,68 @@ class Routing:
                 outer = outer.outer
             _current.set(outer)
 
-    def slots_of(self, rows: int | None, tokens: int | None, *, generating: bool) -> tuple[int, ...]:
-        """The slot of each of a forward's `rows`, or a single slot for all; if it is packed, of each of its `tokens`.
+    def slots_of(self, call: Call, generation: Generation | None) -> Slots:
+        """The slots of a call of the model, which is inside `generation` if that is not None.
 
-        Within `generate`, beams and returned sequences repeat each prompt's row (`repeat_interleave`). Raises as
-        `require_prompts` does.
+        Within `generate`, beams and returned sequences repeat each prompt's row (`repeat_interleave`).
+
+        Raises:
+            RoutingError: the call cannot have these rows, or it is not known which tokens are the prompt's.
         """
         if self.counts is not None:
-            return self._token_slots(rows, tokens, self.counts)
+            return Slots(self._token_slots(call.rows, call.tokens, self.counts), each_token=True)
+        repeats = 1
+        if self.per_row:
+            repeats = self.require_prompts(call.rows, exactly=generation is None) // len(self.slots)
+        if self.is_scoped:
+            return self._scoped_slots(call, generation, repeats)
+        return Slots(tuple(slot for slot in self.slots for _ in range(repeats)))
+
+    def _scoped_slots(self, call: Call, generation: Generation | None, repeats: int) -> Slots:
+        if call.tokens is None:
+            raise RoutingError(f"{self} cannot tell the number of tokens; pass input_ids or inputs_embeds by keyword")
+        ends = self._prompt_ends(call, call.tokens, generation)
+        rows = []  # of each slot's rows: the slots of their tokens
+        for slot, scope, end in zip(self.slots, self.scopes, ends, strict=True):
+            pieces = split(scope, end, call.cached or 0, call.tokens)
+            rows.append([slot if steered else IDENTITY for count, steered in pieces for _ in range(count)])
+        kinds = [set(row) for row in rows]
+        if all(kind <= {IDENTITY} for kind in kinds):
+            return Slots((IDENTITY,))
+        if all(len(kind) == 1 for kind in kinds):
+            return Slots(tuple(slot for kind in kinds for slot in kind for _ in range(repeats)))
         if not self.per_row:
-            return self.slots
-        repeats = self.require_prompts(rows, exactly=not generating) // len(self.slots)
-        return tuple(slot for slot in self.slots for _ in range(repeats))
+            repeats = self.require_prompts(call.rows, exactly=False)
+        return Slots(tuple(slot for row in rows for _ in range(repeats) for slot in row), each_token=True)
+
+    def _prompt_ends(self, call: Call, tokens: int, generation: Generation | None) -> tuple[int, ...]:
+        """Where the prompt of each slot ends, in a call with so many tokens of each row."""
+        first = generation is not None and generation.with_cache is None
+        if generation is not None:
+            with_cache = call.cached is not None
+            if first:
+                generation.with_cache = with_cache
+            if generation.with_cache != with_cache or (not with_cache and tokens < (generation.width or 0)):
+                raise RoutingError(
+                    f"{self} cannot tell the positions of tokens: the model keeps its cache in its own way, or runs on "
+                    "other tokens in between (guidance_scale does that); leave out scope"
+                )
+        if self.ends is not None:
+            return self.ends * (len(self.slots) if len(self.ends) == 1 else 1)
+        if generation is None or generation.width is None:
+            raise RoutingError(
+                f"{self} cannot tell where the prompt ends; call generate() with a prompt, or give prompt_end"
+            )
+        if first:
+            cached = call.cached or 0
+            # Further tokens may be drafts, but those come as ids.
+            virtual = cached != generation.cached or (call.embedded and cached + tokens > generation.width)
+            if virtual or cached >= generation.width:
+                raise RoutingError(
+                    f"{self} cannot tell where the prompt ends: the model got other tokens than generate() (virtual "
+                    "ones, or a cache that the attention_mask leaves out); give prompt_end"
+                )
+        return (generation.width,) * len(self.slots)
 
     def _token_slots(self, rows: int | None, tokens: int | None, counts: tuple[int, ...]) -> tuple[int, ...]:
         if (rows, tokens) != (1, sum(counts)):

@@ -13,15 +13,26 @@ import functools
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from hones_steer._blocks import Routing
 from hones_steer.errors import HonesError, RoutingError, StateError
+from hones_steer.scopes import split
+from hones_steer.slots import IDENTITY
 
 Current = Callable[[], Routing | None]
 
-# The managers that the innermost steered `generate_batch` has made: one, once it has begun.
-_managers: ContextVar[list[Any] | None] = ContextVar("hones_steer_managers", default=None)
+
+@dataclass
+class _Batch:
+    """A steered `generate_batch`: where each of its prompts ends, and the managers it has made: one, once begun."""
+
+    ends: tuple[int, ...]
+    managers: list[Any]
+
+
+_innermost: ContextVar[_Batch | None] = ContextVar("hones_steer_batch", default=None)
 
 _SETTINGS = ("use_cuda_graph", "use_async_batching", "varlen_compile_config", "decode_compile_config")
 
@@ -47,13 +58,14 @@ def steered_generate_batch(generate_batch: Callable[..., Any], current: Current)
                 "persistent_manager, and call model.destroy_cached_continuous_batching_manager() if there is one"
             )
         arguments["continuous_batching_config"] = _config(arguments, model)
-        managers: list[Any] = []
-        token = _managers.set(managers)
+        ends = routing.ends or tuple(len(prompt) for prompt in arguments["inputs"])
+        batch = _Batch(ends if len(ends) > 1 else ends * len(arguments["inputs"]), [])
+        token = _innermost.set(batch)
         try:
             results = generate_batch(*call.args, **call.kwargs)
         finally:
-            _managers.reset(token)
-        for manager in managers:  # transformers logs what ends its thread, and returns what it has by then
+            _innermost.reset(token)
+        for manager in batch.managers:  # transformers logs what ends its thread, and returns what it has by then
             error = manager.background_thread_status.fatal_error
             if isinstance(error, HonesError):
                 raise error
@@ -67,35 +79,42 @@ def steered_init(begin: Callable[..., Any], current: Current) -> Callable[..., A
 
     @functools.wraps(begin)
     def steered(*args: Any, **kwargs: Any) -> Any:
-        routing, managers = current(), _managers.get()
+        routing, batch = current(), _innermost.get()
         if routing is None or not routing.steers:
             return begin(*args, **kwargs)
-        if managers is None:
+        if batch is None:
             raise RoutingError(
                 f"init_continuous_batching() packs the rows of requests that come later, which {routing} cannot tell "
                 "apart; use generate_batch(), or steer each step by packed()"
             )
         manager = begin(*args, **kwargs)
-        managers.append(manager)
-        manager._generation_step = functools.partial(_step, manager, routing, manager._generation_step)
+        batch.managers.append(manager)
+        manager._generation_step = functools.partial(_step, manager, routing, batch.ends, manager._generation_step)
         return manager
 
     return steered
 
 
-def _step(manager: Any, routing: Routing, step: Callable[[], None]) -> None:
-    """Run one step of a manager, each token of its row steered as its prompt in the block `routing`."""
+def _step(manager: Any, routing: Routing, ends: tuple[int, ...], step: Callable[[], None]) -> None:
+    """Run one step of a manager, each token of its row steered as its prompt in the block `routing`.
+
+    `ends` has the number of tokens of each prompt. A request that starts over has a longer one then: its answer so far
+    is computed with it, but stays the answer.
+    """
     if routing.closed:
         raise StateError(f"the block of {routing} was left while generate_batch() still runs; wait for it inside")
-    requests = manager.batch_processor.inputs_and_outputs.requests_in_batch
-    prompts = [_prompt(request.state.request_id) if routing.per_row else 0 for request in requests]
-    inner = Routing(
-        routing.steering,
-        tuple(routing.expressions[prompt] for prompt in prompts),
-        tuple(routing.slots[prompt] for prompt in prompts),  # which the outer block keeps
-        per_row=False,
-        counts=tuple(request.query_length for request in requests),
-    )
+    pieces = []
+    for request in manager.batch_processor.inputs_and_outputs.requests_in_batch:
+        prompt = _prompt(request.state.request_id)
+        row = prompt if routing.per_row else 0
+        start = request.state.position_offset - request.query_length  # which the step's preparation has moved on
+        for tokens, steered in split(routing.scopes[row], ends[prompt], start, request.query_length):
+            if tokens and steered:
+                pieces.append((routing.expressions[row], routing.slots[row], tokens))  # which the outer block keeps
+            elif tokens:
+                pieces.append(("none", IDENTITY, tokens))
+    expressions, slots, counts = zip(*pieces, strict=True)
+    inner = Routing(routing.steering, expressions, slots, per_row=False, counts=counts)
     inner.open()
     try:
         step()

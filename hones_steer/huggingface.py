@@ -18,9 +18,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from hones_steer._blocks import Routing, block_of, carry, innermost
+from hones_steer._calls import Generation, cached_tokens, num_prompts, prompt_width
 from hones_steer._folding import Folded
 from hones_steer._packing import steered_generate_batch, steered_init
 from hones_steer._selftest import Verification, self_test
@@ -28,6 +29,7 @@ from hones_steer.errors import ProfileError, RoutingError, StateError
 from hones_steer.injection import Injection, InstanceMethods, is_injected
 from hones_steer.layout import Layout, find_layout, unwrap
 from hones_steer.profile import ModelIdentity, Profile, StrPath, is_task_name, load_profile
+from hones_steer.scopes import ALL, check_end, check_scope, of_each
 from hones_steer.slots import SlotPool
 from hones_steer.store import ProfileStore, combine, known_tasks, parse_expression
 
@@ -86,10 +88,10 @@ class Steering:
         self._allow_mismatch = allow_mismatch
         self._profiles = {name: self._checked(name, source, layout) for name, source in _sources(profiles).items()}
         self._key = object()  # identifies this steering's blocks, without keeping it in memory
-        self._generating: ContextVar[bool] = ContextVar("hones_steer_generating", default=False)
+        self._generation: ContextVar[Generation | None] = ContextVar("hones_steer_generation", default=None)
         self._open: list[Routing] = []
         self._folded: Folded | None = None
-        injection = Injection(inner, layout, max_profiles + 1, self._routing, self._generating.get)
+        injection = Injection(inner, layout, max_profiles + 1, self._routing, self._generation.get)
         pool = SlotPool(injection.tables, max_profiles)
         methods = InstanceMethods(inner)
         methods.wrap("generate", lambda generate: self._generate(generate, injection))
@@ -102,7 +104,9 @@ class Steering:
         """The loaded tasks."""
         return tuple(self._profiles)
 
-    def task(self, expression: str | None) -> AbstractContextManager[None]:
+    def task(
+        self, expression: str | None, *, scope: str = ALL, prompt_end: int | None = None
+    ) -> AbstractContextManager[None]:
         """Steer every row of every forward, within the block, by an expression such as "vqa@0.5+ocr".
 
         "none" and None switch steering off; of nested blocks the innermost counts. The task belongs to the calling
@@ -110,31 +114,45 @@ class Steering:
         generator may continue its block in another context. With gradient checkpointing, call backward() inside the
         block.
 
+        `scope` "prompt" steers only tokens before the prompt's end, "generated" only those from there on. `generate`
+        and `generate_batch` know where that is. For calls of the model itself `prompt_end` says it: the number of a
+        row's tokens, padding and cached ones counted, that are the prompt's. Tokens that a given cache holds already
+        are as they were computed.
+
         Raises:
-            RoutingError: an unknown task, a malformed expression, more different profiles at once than
-                `max_profiles`, or no forward ran inside the block.
+            RoutingError: an unknown task or scope, a malformed expression, more different profiles at once than
+                `max_profiles`, or no forward ran inside the block; or, from a forward inside it, it is not known where
+                the prompt ends.
             StateError: the steering is detached, or a profile is folded; or, from a forward inside the block, a layer
                 ran without its down-projection being called, or a part of the model was replaced after `steer`.
         """
-        return self._routed([expression], per_row=False)
+        return self._routed([expression], per_row=False, scopes=scope, ends=prompt_end)
 
-    def tasks(self, expressions: Sequence[str | None]) -> AbstractContextManager[None]:
+    def tasks(
+        self,
+        expressions: Sequence[str | None],
+        *,
+        scope: str | Sequence[str] = ALL,
+        prompt_end: int | Sequence[int] | None = None,
+    ) -> AbstractContextManager[None]:
         """Steer each batch row, within the block, by its own expression; in `generate`, each prompt.
 
-        Beams and `num_return_sequences` follow their prompt. All else is as in `task`.
+        Beams and `num_return_sequences` follow their prompt. `scope` and `prompt_end` are for all rows, or one for
+        each. All else is as in `task`.
 
         Raises:
             RoutingError, StateError: as `task` does; also if the model is called with another number of rows.
         """
         if isinstance(expressions, str) or not expressions:
             raise RoutingError(f"tasks() got {expressions!r}; give a list with one expression per row")
-        return self._routed(list(expressions), per_row=True)
+        return self._routed(list(expressions), per_row=True, scopes=scope, ends=prompt_end)
 
     def packed(self, expressions: Sequence[str | None], counts: Sequence[int]) -> AbstractContextManager[None]:
         """Steer each token of a packed row, within the block: `counts[i]` tokens by `expressions[i]`, in that order.
 
         A packed row holds the tokens of several sequences one after the other, as paged attention takes them; within
-        the block the model is called with such a row only, uncompiled and without gradients. All else is as in `task`.
+        the block the model is called with such a row only, uncompiled and without gradients. A sequence of which a part
+        is steered is two here: the tokens that are, and those that are not (None). All else is as in `task`.
 
         Raises:
             RoutingError, StateError: as `task` does; also if the model is called with other tokens than one row of
@@ -264,16 +282,24 @@ class Steering:
 
     @contextmanager
     def _routed(
-        self, expressions: list[str | None], *, per_row: bool, counts: tuple[int, ...] | None = None
+        self,
+        expressions: list[str | None],
+        *,
+        per_row: bool,
+        counts: tuple[int, ...] | None = None,
+        scopes: str | Sequence[str] = ALL,
+        ends: int | Sequence[int] | None = None,
     ) -> Generator[None]:
         attached = self._require_attached()
         injection = attached.injection
         texts = tuple("none" if expression is None else expression for expression in expressions)
+        checked_scopes = tuple(check_scope(scope) for scope in of_each(scopes, len(texts), "scope"))
+        checked_ends = None if ends is None else tuple(map(check_end, of_each(ends, len(texts), "prompt_end")))
         with injection.lock:
             self._require_unfolded("task()")
             profiles = [self._resolve(text) for text in texts]
             slots = attached.pool.acquire(profiles)
-            routing = Routing(self._key, texts, slots, per_row, counts)
+            routing = Routing(self._key, texts, slots, per_row, counts, checked_scopes, checked_ends)
             self._open.append(routing)
         outer = self._routing()
         routing.open()
@@ -322,15 +348,20 @@ class Steering:
         def steered_generate(*args: P.args, **kwargs: P.kwargs) -> R:
             routing = self._routing()
             if routing is not None and routing.per_row:
-                routing.require_prompts(_num_prompts(args, kwargs))
-            token = self._generating.set(True)
+                routing.require_prompts(num_prompts(args, kwargs))
+            generation = Generation(None)
+            if routing is not None and routing.is_scoped:
+                if self._generation.get() is not None:
+                    raise RoutingError(f"{routing} cannot tell the prompts of a generate() inside generate() apart")
+                generation = Generation(prompt_width(args, kwargs), cached_tokens((), kwargs) or 0)
+            token = self._generation.set(generation)
             try:
                 return generate(*args, **kwargs)
             except BaseException:
                 injection.release()  # an interrupted forward would keep other threads waiting
                 raise
             finally:
-                self._generating.reset(token)
+                self._generation.reset(token)
 
         return steered_generate
 
@@ -364,11 +395,3 @@ def _sources(profiles: Mapping[str, Profile | StrPath] | StrPath | ProfileStore)
         return dict(profiles)
     store = ProfileStore(profiles) if isinstance(profiles, str | os.PathLike) else profiles
     return {name: store.get(name) for name in store.names()}
-
-
-def _num_prompts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """The number of rows in a call of `generate`, or None if no input tells it."""
-    for value in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
-        if isinstance(value, Tensor):
-            return value.shape[0]
-    return None

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hones_steer._blocks import Routing
+from hones_steer._calls import Generation, cached_tokens, call_of
 from hones_steer._recomputation import ForwardsWithGradients
 from hones_steer.errors import LayoutError, RoutingError, StateError
 from hones_steer.experts import Experts
@@ -96,7 +97,7 @@ class Injection:
     """The hooks of one steered model, and the state that they share; `detach` removes every hook.
 
     `model` is the one that wrappers (PEFT, torch.compile) call in the end. `current` returns the routing of the
-    calling context, `generating` whether it is inside `generate`.
+    calling context, `generation` the call of `generate` that it is inside, or None.
 
     Forwards are serialized by `lock`, because the static tensors hold one forward's rows at a time. To one thread the
     injection is IDLE (`_owner` is None), RUNNING (`_owner` is this thread, which holds the lock) or TAKEN (`_owner` is
@@ -130,17 +131,17 @@ class Injection:
         layout: Layout,
         slots: int,
         current: Callable[[], Routing | None],
-        generating: Callable[[], bool],
+        generation: Callable[[], Generation | None],
     ) -> None:
         self.lock = threading.RLock()
         self.batch = 1
-        self.packed = False  # the forward has one row, whose tokens have slots of their own
+        self.each_token = False  # the tokens of the forward's rows have slots of their own
         self.missed: str | None = None  # says of a layer that it ran in this forward without calling what is scaled
         self._current = current
-        self._generating = generating
+        self._generation = generation
         self._owner: int | None = None  # the thread whose forward is in progress
         self._routing: Routing | None = None  # the block that this forward is in
-        self._slots: tuple[int, ...] = (IDENTITY,)  # one for each of its rows (packed: tokens), or one for all
+        self._slots: tuple[int, ...] = (IDENTITY,)  # one for each of its rows, or tokens, or one for all
         self._eager_layers = 0  # how many layers of this forward ran uncompiled
         self._with_gradients = ForwardsWithGradients()
         places = _places(layout)
@@ -232,7 +233,7 @@ class Injection:
         self.lock.acquire()
         self._owner = threading.get_ident()
         try:
-            self._begin(*_shape(args, kwargs))
+            self._begin(args, kwargs)
         except BaseException:
             self.release()
             raise
@@ -247,7 +248,7 @@ class Injection:
         if self.is_running_here():
             self._with_gradients.end()
             self._owner = self._routing = None
-            self.packed = False
+            self.each_token = False
             self.lock.release()
 
     def rest(self) -> None:
@@ -260,9 +261,10 @@ class Injection:
             if not self.is_running_here() and self._with_gradients.latest_slots != self._written[0]:
                 self._write((IDENTITY,), 1)
 
-    def _begin(self, rows: int | None, tokens: int | None) -> None:
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         refuse_recording()
         routing = self._current()
+        call = call_of(args, kwargs)
         self._routing, self._slots = routing, (IDENTITY,)
         if routing is not None:
             if routing.closed:
@@ -270,22 +272,27 @@ class Injection:
                     f"the block of {routing} was left while a thread or function that belongs to it still runs; "
                     "join it inside the block"
                 )
-            self._slots = routing.slots_of(rows, tokens, generating=self._generating())
+            if routing.is_scoped:
+                call = call._replace(cached=cached_tokens(args, kwargs))
+            self._slots, each_token = routing.slots_of(call, self._generation())
             if routing.steers and (path := self.replaced()) is not None:
                 raise StateError(
                     f"{path} was replaced after steer(), so that {routing} would not steer it as before (adding or "
                     "merging a PEFT adapter does that, too); detach() and steer() again"
                 )
-            if routing.counts is not None and torch.is_grad_enabled():
-                raise RoutingError(f"{routing} steers no forward with gradients; call the model under torch.no_grad()")
+            if each_token and torch.is_grad_enabled():
+                raise RoutingError(
+                    f"{routing} steers a row's tokens differently, and so no forward with gradients; call the model "
+                    "under torch.no_grad()"
+                )
             routing.forwards += 1
-            self.packed = routing.counts is not None
-        self.batch = rows or 1
+            self.each_token = each_token
+        self.batch = call.rows or 1
         self.missed = None
         self._eager_layers = 0
         for hook in self._layer_hooks:
             hook.called = False
-        self._write(self._slots, len(self._slots) if self.packed else self.batch)
+        self._write(self._slots, len(self._slots) if self.each_token else self.batch)
         if torch.is_grad_enabled():
             self._with_gradients.begin(routing, self._slots)
 
@@ -303,10 +310,10 @@ class Injection:
                 "neurons (a fused kernel that reads the weight itself does that); switch the fused kernel off, or "
                 "use fold()"
             )
-        if self.packed and self._slots != (IDENTITY,) and self._eager_layers != len(self._layer_hooks):
+        if self.each_token and self._slots != (IDENTITY,) and self._eager_layers != len(self._layer_hooks):
             raise StateError(
                 f"{self._eager_layers} of {len(self._layer_hooks)} layers ran uncompiled, and only these tell the "
-                f"tokens of {self._routing} apart; do not compile the model for packed rows"
+                f"tokens of {self._routing} apart; do not compile the model"
             )
 
     def is_running_here(self) -> bool:
@@ -316,7 +323,7 @@ class Injection:
     def eager_scales(self, hook: LayerHook, z: Tensor) -> Tensor | None:
         """Scales for the input z `[rows, ..., I]` of an uncompiled layer; None where it is not steered.
 
-        They are `[rows, I]`, or `[I]` or `[1, I]` for all rows, or packed `[tokens, I]`, in float32.
+        They are `[rows, I]`, or `[I]` or `[1, I]` for all rows, or with `each_token` `[tokens, I]`, in float32.
         """
         if self.is_running_here():
             hook.called = True
@@ -366,11 +373,11 @@ class Injection:
         """Raise RoutingError if what a layer got cannot be this batch's; `rows` is None where all tokens are in one."""
         if len(self._slots) == 1:
             return
-        if self.packed:
-            if tokens != len(self._slots):
+        if self.each_token:
+            if tokens != len(self._slots) or rows not in (None, self.batch):
                 raise RoutingError(
                     f"{layer} got {tokens} tokens of {len(self._slots)}, so that {self._routing} does not know which; "
-                    "this model cannot be steered by packed()"
+                    "this model cannot be steered token by token"
                 )
         elif tokens % self.batch if rows is None else rows != self.batch:
             raise RoutingError(
@@ -465,8 +472,8 @@ class LayerHook(_Hook):
             self.called = True
             s = self.table.index_select(0, self.rows.index[:batch])
         elif (eager := self.injection.eager_scales(self, z)) is not None:
-            if eager.dim() == 1 or self.injection.packed:
-                return (scale(z, eager), *args[1:])
+            if eager.dim() == 1 or self.injection.each_token:
+                return (scale(z, eager if eager.dim() == 1 else eager.view(z.shape)), *args[1:])
             s = eager
         else:
             return None
@@ -725,14 +732,6 @@ def execution_device(module: nn.Module, name: str) -> torch.device:
     if device.type == "meta":
         raise LayoutError(f"{name}: its weights are not loaded (meta device); load the model before steering it")
     return device
-
-
-def _shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, int | None]:
-    """Batch size and tokens per row in a call of the model, None where no input tells it."""
-    for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
-        if isinstance(value, Tensor):
-            return value.shape[0], value.shape[1] if value.dim() > 1 else None
-    return None, None
 
 
 def _forget_compiled_code() -> None:

@@ -28,9 +28,17 @@ def down_projections(model):
     return [module for _, module in sorted(named_parts(model, DENSE).items())]
 
 
+def in_scope(scope, end, length):
+    """For each position of a sequence, whether it is steered; the prompt has `end` of them."""
+    return [scope == "all" or (scope == "prompt") == (position < end) for position in range(length)]
+
+
 @contextmanager
-def scaled(model, profile):
-    """Within the block, each down-projection multiplies its input by the profile's scales; None changes nothing."""
+def scaled(model, profile, steered=None):
+    """Within the block, each down-projection multiplies its input by the profile's scales; None changes nothing.
+
+    `steered` says for each position of the only row whether it is steered; without it all are.
+    """
     changed = []
     experts = {}
     for (layer, part), (neurons, scales) in ({} if profile is None else profile.ffns).items():
@@ -43,13 +51,16 @@ def scaled(model, profile):
             factor[neuron] = value
 
         def forward(z, module=module, factor=factor):
-            return type(module).forward(module, (z.float() * factor).to(z.dtype))
+            product = (z.float() * factor).to(z.dtype)
+            if steered is not None:
+                product = torch.where(torch.tensor(steered)[:, None], product, z)
+            return type(module).forward(module, product)
 
         module.forward = forward
         changed.append(module)
     for layer, factors in experts.items():
         module = named_parts(model, (".experts",))[layer]
-        module.forward = experts_forward(module, factors)
+        module.forward = experts_forward(module, factors, steered)
         changed.append(module)
     try:
         yield
@@ -58,8 +69,11 @@ def scaled(model, profile):
             del module.forward
 
 
-def experts_forward(module, factors):
-    """Return the forward of a module of experts, neuron i of expert e multiplied by `factors[e][i]` if there is one."""
+def experts_forward(module, factors, steered=None):
+    """Return the forward of a module of experts, neuron i of expert e multiplied by `factors[e][i]` if there is one.
+
+    `steered` is that of `scaled`, where the router chooses the experts of each token.
+    """
     kind = type(module).__name__
     inputs_first = getattr(module, "is_transposed", kind == "Llama4TextExperts")  # weights [inputs, outputs]
 
@@ -68,7 +82,7 @@ def experts_forward(module, factors):
         bias = getattr(module, f"{name}_bias")[e] if hasattr(module, f"{name}_bias") else 0
         return (x @ weight if inputs_first else weight @ x) + bias
 
-    def expert_output(e, x):
+    def expert_output(e, x, token=None):
         if not hasattr(module, "gate_up_proj"):  # no gate
             z = module.act_fn(product("up_proj", e, x))
         elif kind == "GptOssExperts":
@@ -81,7 +95,7 @@ def experts_forward(module, factors):
         else:
             gate_up = product("gate_up_proj", e, x)
             z = module.act_fn(gate_up[: len(gate_up) // 2]) * gate_up[len(gate_up) // 2 :]
-        for neuron, value in factors.get(e, {}).items():
+        for neuron, value in factors.get(e, {}).items() if steered is None or steered[token] else ():
             z[neuron] *= value
         return product("down_proj", e, z)
 
@@ -89,7 +103,7 @@ def experts_forward(module, factors):
         result = torch.zeros_like(hidden_states, dtype=torch.float32)
         for token, x in enumerate(hidden_states):
             for e, weight in zip(choices[token].tolist(), weights[token], strict=True):
-                result[token] += weight * expert_output(e, x)
+                result[token] += weight * expert_output(e, x, token)
         return result
 
     def forward_of_all(hidden_states):
@@ -115,6 +129,23 @@ def generated_alone(model, inputs, profiles, **options):
         with scaled(model, profile):
             ids = model.generate(**select_row(inputs, row), do_sample=False, **options)
         rows.append(new_tokens(ids, inputs))
+    return rows
+
+
+def generated_in_scope(model, inputs, profiles, scopes, count):
+    """The next `count` tokens of each row under its profile and scope, each from the whole sequence computed anew."""
+    added = {"input_ids": 0, "attention_mask": 1, "mm_token_type_ids": 0}
+    rows = []
+    for row, (profile, scope) in enumerate(zip(profiles, scopes, strict=True)):
+        one = select_row(inputs, row)
+        end = one["input_ids"].shape[1]
+        for length in range(end, end + count):
+            with torch.no_grad(), scaled(model, profile, in_scope(scope, end, length)):
+                token = int(model(**one, use_cache=False).logits[0, -1].argmax())
+            for name in one.keys() & added:
+                one[name] = torch.nn.functional.pad(one[name], (0, 1), value=added[name])
+            one["input_ids"][0, -1] = token
+        rows.append(one["input_ids"][0, end:].tolist())
     return rows
 
 

@@ -1,8 +1,8 @@
 """Imports: who may import whom, and what `import hones_steer` and `hones --help` load.
 
 An arrow runs from who is imported to who imports. Inside hones_steer: errors → {files, strict_json} → profile → store;
-errors → {experts, ffns} → layout; ffns → identity → profile → slots; {layout, slots} → injection → huggingface; all
-these → the rooms export and cli.
+errors → {experts, ffns} → layout; errors → scopes; ffns → identity → profile → slots; {layout, scopes, slots} →
+injection → huggingface; all these → the rooms export and cli.
 Between the packages: hones_offline ← hones_steer → hones_serving. Imports inside functions count like all others.
 """
 
@@ -36,8 +36,10 @@ _BELOW_HUGGINGFACE = {
     "profile",
     "store",
     "layout",
+    "scopes",
     "slots",
     "_blocks",
+    "_calls",
     "_packing",
     "injection",
     "_folding",
@@ -69,10 +71,12 @@ ALLOWED = {
     "experts": {"errors"},
     "layout": {"errors", "experts", "ffns"},
     "slots": {"errors", "ffns", "profile"},
-    "_blocks": {"errors", "slots"},
-    "_packing": {"_blocks", "errors"},
+    "scopes": {"errors"},
+    "_calls": {"errors"},
+    "_blocks": {"_calls", "errors", "scopes", "slots"},
+    "_packing": {"_blocks", "errors", "scopes", "slots"},
     "_recomputation": {"_blocks", "errors", "slots"},
-    "injection": {"_blocks", "_recomputation", "errors", "experts", "ffns", "layout", "slots"},
+    "injection": {"_blocks", "_calls", "_recomputation", "errors", "experts", "ffns", "layout", "slots"},
     "_folding": {"errors", "ffn_scales", "ffns", "injection", "layout", "profile"},
     "_selftest": {"errors", "experts", "ffns", "injection", "layout", "profile", "slots"},
     "huggingface": _BELOW_HUGGINGFACE,
@@ -114,7 +118,7 @@ ALLOWED = {
 EXCEPTIONS = {("identity", "ModelIdentity.from_model", "layout")}
 
 # These run with the base dependencies; the commands import the rest inside their functions.
-BASE_MODULES = {"__init__", "__main__", "_version", "errors", "files", "store", "strict_json"}
+BASE_MODULES = {"__init__", "__main__", "_version", "errors", "files", "scopes", "store", "strict_json"}
 BASE_MODULES |= {"ffn_scales", "ffns", "identity", "json_values", "profile", "profile_file"}
 EXTRAS = {"hones_steer": "hf", "hones_offline": "offline", "hones_serving": "serve"}
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "google_re2": "re2"}

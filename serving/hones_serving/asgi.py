@@ -1,4 +1,4 @@
-"""ASGI and JSON as the middleware needs them: read a body, hand it on once more, answer, change an answer on its way.
+"""ASGI and JSON as the middleware needs them: hand a body on once more, answer, change an answer on its way.
 
 Nothing here knows of steering. ASGI describes an HTTP request by its `scope`, gives its body through `receive`, and
 takes its response through `send`. A function called `with_...` that takes a `send` returns one that does more.
@@ -23,10 +23,6 @@ JSON, EVENTS = "application/json", "text/event-stream"
 REFUSED_FROM = 400  # statuses
 
 
-class ClientLeftError(Exception):
-    """The client closed its connection before it had sent the whole body; nobody is there to be answered."""
-
-
 # Requests -------------------------------------------------------------------------------------------------
 
 
@@ -41,18 +37,6 @@ def media_type(message: Message) -> str:
     """The media type of a request (its scope) or of the start of a response, in lower case; empty if it has none."""
     types = [value for name, value in message.get("headers", ()) if name.lower() == b"content-type"]
     return types[0].decode("latin-1").partition(";")[0].strip().lower() if types else ""
-
-
-async def read_body(receive: Receive) -> bytes:
-    """The whole body of a request. Raises ClientLeftError if the client closes the connection before its end."""
-    chunks = []
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientLeftError
-        chunks.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return b"".join(chunks)
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
@@ -119,9 +103,9 @@ def with_headers(send: Send, headers_of: Callable[[Message], RawHeaders]) -> Sen
     return extended
 
 
-def with_changed_answer(send: Send, change: Change) -> Send:
-    """Let `change` have the JSON of the response, whole or as a stream of events; other types pass through."""
-    by_type = {JSON: with_changed_json(send, change), EVENTS: with_changed_events(send, change)}
+def with_changed_answer(send: Send, whole: Change, event: Change) -> Send:
+    """Let `whole` have the JSON of the response, or `event` that of each event of a stream; others pass through."""
+    by_type = {JSON: with_changed_json(send, whole), EVENTS: with_changed_events(send, event)}
     chosen = send
 
     async def changed(message: Message) -> None:

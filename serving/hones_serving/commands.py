@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hones_serving import listening
-from hones_serving.settings import COUNT, Settings, flag
+from hones_serving.settings import COUNT, MAX_BODY_MB, Settings, flag
 from hones_serving.transformers_server import command as transformers_server
 from hones_steer.errors import DataError, MismatchError
 from hones_steer.profile import Profile
@@ -104,6 +104,7 @@ def launch(
         allow_updates=options.allow_profile_updates,
         allow_untested=flag(environ, "HONES_ALLOW_UNTESTED"),
         playground=options.playground,
+        max_body_mb=options.max_body_mb,
     )
     _check_installed(options.engine)
     check(options.model, settings)
@@ -169,6 +170,13 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-profile-updates",
         action="store_true",
         help="let clients replace profiles and switch steering off over HTTP; use it with --api-key",
+    )
+    add(
+        "--max-body-mb",
+        metavar="N",
+        type=_count,
+        default=MAX_BODY_MB,
+        help=f"largest body of a request in MiB, also once decompressed; larger ones get 413 (default: {MAX_BODY_MB})",
     )
     add("--playground", action="store_true", help="a page at /hones on which to try profiles by hand")
     add("--host", help="address to listen on (default: all)")

@@ -49,6 +49,12 @@ class Metrics:
             ["result"],
             registry=collector,
         )
+        self._unreached = Counter(
+            "hones_unreached_defaults_total",
+            "Requests that generate on a route that cannot be steered, by the default that did not reach them.",
+            ["profile"],
+            registry=collector,
+        )
         self._loaded = _gauge("hones_profiles_loaded", "Profiles that requests can name.", collector)
         self._slots = _gauge("hones_slots_used", "Different profiles in use at this moment.", collector)
         self._in_flight = _gauge(
@@ -77,6 +83,10 @@ class Metrics:
     def loads(self, result: str) -> None:
         """Count an attempt to load a profile: ``ok`` or ``error``."""
         self._loads.labels(result).inc()
+
+    def unreached_defaults(self, profile: str) -> None:
+        """Count a request that the routing file's default, with this label, would steer if its route could be."""
+        self._unreached.labels(profile).inc()
 
 
 def _gauge(name: str, about: str, collector: CollectorRegistry) -> Gauge:

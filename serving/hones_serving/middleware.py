@@ -2,9 +2,14 @@
 
 =====================================  ==============================================================
 ``POST /v1/chat/completions``,         read, decided, admitted, and handed on without the fields that
-``POST /v1/completions``               engines do not know; the response says what steered it
+``POST /v1/completions``,              engines do not know; the response says what steered it, in headers
+``POST /v1/responses``,                and, where steering was asked for or applied, in its JSON
+``POST /v1/messages``
+``POST /tokenize``,                    as below, but the model may be an alias; the engine gets its name
+``POST /v1/messages/count_tokens``
 any other ``POST``                     400 if it names steering, else untouched; where it generates, the
                                        response says that nothing steered it
+a websocket                            refused if it names steering, and closed if a message does
 ``GET /v1/models``                     the engine's list, with ``<model>:<task>`` for each profile
 ``GET /v1/hones/profiles``             the profiles
 ``POST /v1/hones/profiles``            load one: ``{"name": "vqa", "path": "vqa-v2.safetensors"}``
@@ -13,39 +18,35 @@ any other ``POST``                     400 if it names steering, else untouched;
 ``GET /hones``                         the playground, where the server was started with --playground
 =====================================  ==============================================================
 
+The engine finds what a request was admitted with in `exchange`, which follows the request through the engine's tasks:
+nothing is written into a body, so one way serves all routes, `n` answers, tools that call the model again, and
+responses in the background.
+
 Calls that change something are 403 unless the server was started with --allow-profile-updates. Changes act on requests
-that are admitted later: an admitted request finishes as admitted. Everything else, and every byte of a request that
-neither names steering nor gets any, passes through as it is. Requests count once their answer begins: a request that
-the engine refuses was not steered.
+that are admitted later: an admitted request finishes as admitted. Bodies of more than `Service.max_body` bytes are 413.
+Everything else, and every byte of a request that neither names steering nor gets any, passes through as it is.
+Requests count once their answer begins: a request that the engine refuses was not steered.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any
 
-from hones_serving import playground
+from hones_serving import bodies, playground
 from hones_serving.asgi import (
     EVENTS,
-    JSON,
     REFUSED_FROM,
     App,
-    ClientLeftError,
     Message,
     RawHeaders,
     Receive,
     Scope,
     Send,
     dump_json,
-    error_content,
     media_type,
-    parse_json,
     path_of,
-    read_body,
     replay,
     respond,
     respond_json,
@@ -54,97 +55,35 @@ from hones_serving.asgi import (
     with_headers,
     with_length,
 )
-from hones_serving.metrics import Metrics
-from hones_serving.registry import Admission, CapacityError, ProfileRegistry, label_of
-from hones_serving.routing import (
-    Decision,
-    RequestFacts,
-    RoutingPlan,
-    UnknownAliasError,
-    decide,
-    facts_of_chat,
-    facts_of_completion,
-    joined,
-    split_alias,
+from hones_serving.bodies import BodyError, ClientLeftError
+from hones_serving.contract import (
+    TASK_HEADER,
+    RefusedError,
+    Service,
+    admit,
+    check_repeated,
+    clean,
+    drop_alias,
+    named_steering,
 )
-from hones_serving.unsteered import Exchange
+from hones_serving.exchange import Exchange
+from hones_serving.facts import FactsOf, facts_of_chat, facts_of_completion, facts_of_message, facts_of_response, joined
+from hones_serving.websockets import open_session
 from hones_steer.errors import MismatchError, ProfileError, RoutingError
-from hones_steer.profile import Profile
 from hones_steer.store import parse_expression
 
-FactsOf: TypeAlias = Callable[[object, Mapping[str, str]], RequestFacts]  # from body and headers
-
-_STEERABLE: dict[str, FactsOf] = {"/v1/chat/completions": facts_of_chat, "/v1/completions": facts_of_completion}
+_MESSAGES = "/v1/messages"
+_STEERABLE: dict[str, FactsOf] = {
+    "/v1/chat/completions": facts_of_chat,
+    "/v1/completions": facts_of_completion,
+    "/v1/responses": facts_of_response,
+    _MESSAGES: facts_of_message,
+}
+# Steering does not change what these count, but clients name one model on all routes.
+_COUNTING = (f"{_MESSAGES}/count_tokens", "/tokenize")
 _MODELS = "/v1/models"
 _PROFILES = "/v1/hones/profiles"
 _STEERING = "/v1/hones/steering"
-
-_PREFIX = "hones_"
-_TASK = "hones_task"
-_TASK_HEADER = "x-hones-task"
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Service:
-    """Everything the middleware works with, once the engine is up.
-
-    Args:
-        registry: the profiles, and who is admitted.
-        plan: the routing file's content.
-        metrics: count requests, and attempts to load a profile.
-        served: the names that the server gives its model.
-        exact: gives all names that the engine knows: `served` and those of LoRA adapters, which may change. A name that
-            reads like an alias is logged, once.
-        allow_updates: whether clients may replace profiles and switch steering off.
-        playground: whether there is a page at /hones.
-        stamp: writes the admission of a steered request into its JSON body, where the engine will find it.
-    """
-
-    registry: ProfileRegistry
-    plan: RoutingPlan
-    metrics: Metrics
-    served: tuple[str, ...]
-    exact: Callable[[], Collection[str]]
-    allow_updates: bool
-    playground: bool
-    stamp: Callable[[dict[str, Any], Admission], None]
-    _reported: set[str] = field(default_factory=set, init=False)
-
-    def __post_init__(self) -> None:
-        self.report_ambiguous(self.exact())
-
-    def report_ambiguous(self, names: Iterable[str]) -> None:
-        """Log which of these names of models and LoRA adapters also read as aliases; as names they steer nothing."""
-        for name in set(names) - self._reported:
-            alias = split_alias(name, [model for model in self.served if model != name], ())
-            if alias is not None and self._is_known(alias[1]):
-                self._reported.add(name)
-                logger.warning(
-                    "%r is the name of a model or LoRA adapter, so it does not ask for %r steered with %r: "
-                    "rename the adapter, or name the task in hones_task or X-Hones-Task",
-                    *(name, *alias),
-                )
-
-    def _is_known(self, text: str) -> bool:
-        try:
-            self.registry.require_known(parse_expression(text))
-        except RoutingError:
-            return False
-        return True
-
-
-class _Refused(Exception):  # noqa: N818 -- an answer, not a failure
-    """Raised to answer the request with an error, always before anything was sent.
-
-    `route` is what X-Hones-Route says; `message` and `param` are those of `error_content`.
-    """
-
-    def __init__(self, status: int, message: str, param: str | None = None, route: str = "off") -> None:
-        super().__init__(message)
-        self.status, self.route = status, route
-        self.content = error_content(status, message, param)
 
 
 class HonesMiddleware:
@@ -158,39 +97,51 @@ class HonesMiddleware:
         self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request; lifespan and websockets pass through."""
+        """Handle one request or websocket; the lifespan passes through."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         # For every request, also one that never begins its exchange: uvicorn may run a pipelined request in the context
         # of the one before.
-        exchange = Exchange(lambda: self._service().metrics.requests("none", "path"))
+        exchange = Exchange(lambda: self._service().count_unsteered())
         with exchange.handled():
             if scope["type"] == "http":
                 await self._answer(scope, receive, send, exchange)
             else:
                 exchange.begin()
-                await self._app(scope, receive, send)
+                await open_session(self._app, self._service(), scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, exchange: Exchange) -> None:
+        begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
         try:
-            await self._handle(scope, receive, send, exchange)
-        except _Refused as refused:
+            try:
+                await self._handle(scope, receive, noted, exchange)
+            except BodyError as error:
+                if not begun:  # else the whole answer was sent before the body was
+                    raise RefusedError(error.status, str(error)) from error
+        except RefusedError as refused:
             headers = _steering_headers("none", refused.route)
-            await respond_json(with_headers(send, lambda _: headers), refused.status, refused.content)
+            content = refused.content
+            if path_of(scope) in (_MESSAGES, _COUNTING[0]):
+                content = {"type": "error", **content}  # so that Anthropic's clients know it, too
+            await respond_json(with_headers(send, lambda _: headers), refused.status, content)
         except ClientLeftError:
             pass
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send, exchange: Exchange) -> None:
         method, path = scope["method"], path_of(scope)
         if path in (_PROFILES, _STEERING) or path.startswith(_PROFILES + "/"):
-            await respond_json(send, 200, await _administer(self._service(), method, path, receive))
+            await respond_json(send, 200, await _administer(self._service(), scope, receive))
         elif method == "POST" and path in _STEERABLE:
-            await self._complete(self._service(), _STEERABLE[path], scope, receive, send)
+            await self._complete(self._service(), _STEERABLE[path], scope, receive, send, exchange)
         elif method == "POST":
-            receive = await _refuse_steering(self._service(), scope, receive)
-            await self._app(scope, receive, with_headers(send, _unsteered_headers(exchange)))
-            self._service().report_ambiguous(self._service().exact())  # it may have loaded a LoRA adapter
+            await self._pass(self._service(), scope, receive, send, exchange)
         elif method in ("GET", "HEAD") and path == _MODELS:
             await self._app(scope, receive, _with_aliases(self._service(), send))
         elif method in ("GET", "HEAD") and path == playground.PATH and self._service().playground:
@@ -198,32 +149,34 @@ class HonesMiddleware:
         else:
             await self._app(scope, receive, send)
 
-    async def _complete(self, service: Service, facts_of: FactsOf, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _complete(
+        self, service: Service, facts_of: FactsOf, scope: Scope, receive: Receive, send: Send, exchange: Exchange
+    ) -> None:
         """Handle a request to a route that can be steered: decide, admit, hand on, and say what steered the answer."""
         headers = _request_headers(scope)
-        data = await read_body(receive)
-        body = parse_json(data)
+        scope, data = await bodies.read(scope, receive, service.max_body)
+        body = bodies.parse_request(data)
         if not isinstance(body, dict):  # the engine says what is wrong with it
-            if _TASK_HEADER in headers:
-                raise _Refused(400, "X-Hones-Task is given, but the body is no JSON object; send one")
+            if TASK_HEADER in headers:
+                raise RefusedError(400, "X-Hones-Task is given, but the body is no JSON object; send one")
             unsteered = _steering_headers("none", "off")
             await self._app(scope, replay(data, receive), with_headers(send, lambda _: unsteered))
             return
-        decision, admission = _admit(service, facts_of, body, headers)
+        admitted = admit(service, facts_of, body, headers)
+        admission, decision = admitted.admission, admitted.decision
+        exchange.admission = admission
 
         def steering_headers(start: Message) -> RawHeaders:
             if start["status"] >= REFUSED_FROM:
                 return _steering_headers("none", decision.route)
             service.metrics.requests(admission.label, decision.route)
-            return _steering_headers(profile_header(decision, admission.profile), decision.route)
+            return _steering_headers(admitted.header, decision.route)
 
         try:
             send = with_headers(send, steering_headers)
-            if decision.route == "alias":
-                send = _with_model_name(send, body["model"])
-            if _clean(body, decision.model) or admission.profile is not None:
-                if admission.profile is not None:
-                    service.stamp(body, admission)
+            if admitted.confirmation is not None:
+                send = with_changed_answer(send, admitted.complete, admitted.complete_event)
+            if clean(body, decision.model):
                 data = dump_json(body)
                 scope = {**scope, "headers": with_length(scope["headers"], data)}
             receive = replay(data, receive)
@@ -233,119 +186,64 @@ class HonesMiddleware:
         finally:
             service.registry.leave(admission)
 
+    async def _pass(self, service: Service, scope: Scope, receive: Receive, send: Send, exchange: Exchange) -> None:
+        """Hand on a POST to a route that cannot be steered, unless it names steering or is too large.
 
-# Completions ----------------------------------------------------------------------------------------------
+        Raises:
+            RefusedError: 400, naming the header, field or alias.
+            BodyError: 413 or 415.
+        """
+        headers, body = _request_headers(scope), None
+        _refuse_steering(service, None, headers)  # before a large body is read
+        if bodies.is_json(scope) or bodies.is_encoded(scope):
+            scope, data = await bodies.read(scope, receive, service.max_body)
+            body = bodies.parse_request(data) if bodies.is_json(scope) else None
+            if path_of(scope) in _COUNTING and isinstance(body, dict) and drop_alias(service, body):
+                data = dump_json(body)
+                scope = {**scope, "headers": with_length(scope["headers"], data)}
+            receive = replay(data, receive)
+            _refuse_steering(service, body, headers)
+            del body, data
+        else:
+            bodies.check_length(scope, service.max_body)
+            receive, send = _limited(receive, send, service.max_body)
+        await self._app(scope, receive, with_headers(send, _unsteered_headers(exchange)))
+        service.report_ambiguous(service.exact())  # it may have loaded a LoRA adapter
 
 
-def _admit(
-    service: Service, facts_of: FactsOf, body: dict[str, Any], headers: Mapping[str, str]
-) -> tuple[Decision, Admission]:
-    """Decide on a request and let it in. The caller must make the admission leave.
+# Routes that cannot be steered ----------------------------------------------------------------------------
 
-    Raises:
-        _Refused: 400, 404 or 429; the message says what is wrong with the steering that the request names.
+
+def _refuse_steering(service: Service, body: object, headers: dict[str, str]) -> None:
+    if isinstance(body, dict):
+        check_repeated(body)
+    if (named := named_steering(service, body, headers)) is not None:
+        *others, last = _STEERABLE
+        routes = f"{', '.join(others)} and {last}"
+        raise RefusedError(400, f"only {routes} can be steered; leave out {named}", route="path")
+
+
+def _limited(receive: Receive, send: Send, limit: int) -> tuple[Receive, Send]:
+    """Both ends of a request whose body is not read here, which end with a BodyError once it is too large.
+
+    Frameworks may answer such an error themselves, with another status, so that answer is dropped.
     """
-    for name in itertools.chain(*_places(body)):
-        if name.startswith(_PREFIX) and name != _TASK:
-            raise _Refused(400, f"{name!r} is a reserved name; name steering with {_TASK!r}", name)
-    if not isinstance(body.get("vllm_xargs"), dict | None):
-        raise _Refused(400, "vllm_xargs is no object; give names and values", "vllm_xargs")
-    route = "off"
-    try:
-        decision = _decide(service, facts_of(body, headers))
-        route = decision.route
-        profile = service.registry.resolve(decision.expression)
-        # Engines drop the stamp when they run beams. They may take any value but a plain no for a yes.
-        if profile is not None and body.get("use_beam_search") not in (None, False):
-            raise RoutingError("beam search cannot be steered; leave out use_beam_search, or name hones_task 'none'")
-        return decision, service.registry.admit(profile, label_of(decision.expression))
-    except CapacityError as error:
-        raise _Refused(429, str(error), route=route) from error
-    except UnknownAliasError as error:
-        raise _Refused(404, str(error), "model", "alias") from error
-    except RoutingError as error:
-        raise _Refused(400, str(error), _TASK if route == "body" else None, route) from error
+    excess: list[BodyError] = []
+    counted = bodies.within(receive, limit)
 
-
-def _decide(service: Service, facts: RequestFacts) -> Decision:
-    """The steering of a request. Names that a client gave are checked, also while steering is switched off.
-
-    Raises:
-        UnknownAliasError: the model's name is an alias of a task that has no profile.
-        RoutingError: an expression is malformed, or names a task that has no profile.
-    """
-    registry, served, exact = service.registry, service.served, service.exact()
-    if facts.model is not None and facts.model in exact:
-        service.report_ambiguous([facts.model])
-    if facts.model is not None and (alias := split_alias(facts.model, served, exact)) is not None:
-        expression = parse_expression(alias[1])
+    async def receive_limited() -> Message:
         try:
-            registry.require_known(expression)
-        except RoutingError as error:
-            raise UnknownAliasError(f"the model {facts.model!r} does not exist: {error}") from error
-    decision = decide(facts, service.plan, served=served, exact=exact, enabled=True)
-    if registry.enabled:
-        return decision
-    if decision.route in ("body", "header"):
-        registry.require_known(decision.expression)
-    return decide(facts, service.plan, served=served, exact=exact, enabled=False)
+            return await counted()
+        except BodyError as error:
+            excess.append(error)
+            raise
 
+    async def send_limited(message: Message) -> None:
+        if excess:
+            raise excess[0]
+        await send(message)
 
-def _places(body: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    """The JSON objects of a request whose keys may begin with ``hones_``: the body and its `vllm_xargs`."""
-    xargs = body.get("vllm_xargs")
-    return (body, xargs) if isinstance(xargs, dict) else (body,)
-
-
-def _with_model_name(send: Send, model: str) -> Send:
-    """Let the answer call the model what the request called it; engines know no aliases."""
-
-    def rename(answer: dict[str, Any]) -> bool:
-        if not isinstance(answer.get("model"), str):
-            return False
-        answer["model"] = model
-        return True
-
-    return with_changed_answer(send, rename)
-
-
-def _clean(body: dict[str, Any], model: str | None) -> bool:
-    """Take out the fields that engines do not know, and give the model its own name (None: as it is).
-
-    Returns whether that changed anything.
-    """
-    changed = False
-    for place in _places(body):
-        if _TASK in place:
-            del place[_TASK]
-            changed = True
-    if changed and body.get("vllm_xargs") == {}:
-        del body["vllm_xargs"]  # other engines know no such field
-    if model is not None and body["model"] != model:
-        body["model"] = model
-        changed = True
-    return changed
-
-
-# Other routes ---------------------------------------------------------------------------------------------
-
-
-async def _refuse_steering(service: Service, scope: Scope, receive: Receive) -> Receive:
-    """Refuse a POST that names steering on a route that cannot be steered.
-
-    Returns the `receive` to hand on: a JSON body has been read by then.
-
-    Raises:
-        _Refused: 400, naming the header, field or alias.
-    """
-    headers, body = _request_headers(scope), None
-    kind = media_type(scope)
-    if kind == JSON or kind.endswith("+json"):
-        data = await read_body(receive)
-        body, receive = parse_json(data), replay(data, receive)
-    if (named := _named_steering(service, body, headers)) is not None:
-        raise _Refused(400, f"only {' and '.join(_STEERABLE)} can be steered; leave out {named}", route="path")
-    return receive
+    return receive_limited, send_limited
 
 
 def _unsteered_headers(exchange: Exchange) -> Callable[[Message], RawHeaders]:
@@ -360,20 +258,6 @@ def _unsteered_headers(exchange: Exchange) -> Callable[[Message], RawHeaders]:
         return _steering_headers("none", "path") if exchange.generates else []
 
     return headers_of
-
-
-def _named_steering(service: Service, body: object, headers: Mapping[str, str]) -> str | None:
-    """The header, field or alias by which a request names steering, for a message; None if it names none."""
-    if _TASK_HEADER in headers:
-        return "X-Hones-Task"
-    if not isinstance(body, dict):
-        return None
-    for name, value in itertools.chain(*(place.items() for place in _places(body))):
-        if name.startswith(_PREFIX) and (name != _TASK or value is not None):
-            return repr(name)
-    model = body.get("model")
-    alias = split_alias(model, service.served, service.exact()) if isinstance(model, str) else None
-    return None if alias is None else f"{alias[1]!r} in the model's name, which is {alias[0]!r}"
 
 
 # The list of models ---------------------------------------------------------------------------------------
@@ -404,40 +288,49 @@ def _aliases(service: Service, models: list[Any]) -> list[dict[str, Any]]:
 # Administration -------------------------------------------------------------------------------------------
 
 
-async def _administer(service: Service, method: str, path: str, receive: Receive) -> dict[str, Any]:
+async def _administer(service: Service, scope: Scope, receive: Receive) -> dict[str, Any]:
     """Handle a call to /v1/hones/...; returns the JSON to answer with.
 
     Raises:
-        _Refused: 400, 403, 404 or 405.
+        RefusedError: 400, 403, 404 or 405.
+        BodyError: 413 or 415.
     """
-    registry = service.registry
+    registry, method, path = service.registry, scope["method"], path_of(scope)
     if (method, path) == ("GET", _PROFILES):
         return {"object": "list", "enabled": registry.enabled, "data": registry.profiles()}
     if not service.allow_updates:
-        raise _Refused(403, "this server allows no changes; start it with --allow-profile-updates")
+        raise RefusedError(403, "this server allows no changes; start it with --allow-profile-updates")
     if (method, path) == ("POST", _PROFILES):
-        return await _load(service, parse_json(await read_body(receive)))
+        return await _load(service, await _json_of(service, scope, receive))
     if (method, path) == ("POST", _STEERING):
-        body = parse_json(await read_body(receive))
+        body = await _json_of(service, scope, receive)
         if not (isinstance(body, dict) and body.keys() == {"enabled"} and isinstance(body["enabled"], bool)):
-            raise _Refused(400, 'send {"enabled": true} or {"enabled": false}', "enabled")
+            raise RefusedError(400, 'send {"enabled": true} or {"enabled": false}', "enabled")
         registry.enabled = body["enabled"]
         return {"enabled": registry.enabled}
     if method == "DELETE" and path.startswith(_PROFILES + "/"):
         return _unload(service, path.removeprefix(_PROFILES + "/"))
-    raise _Refused(405, f"{method} is not supported at {path}; see the table of calls in the documentation")
+    raise RefusedError(405, f"{method} is not supported at {path}; see the table of calls in the documentation")
+
+
+async def _json_of(service: Service, scope: Scope, receive: Receive) -> object:
+    _, data = await bodies.read(scope, receive, service.max_body)
+    body = bodies.parse_request(data)
+    if isinstance(body, bodies.RepeatedNames):
+        raise RefusedError(400, f"the body gives {min(body.names)!r} more than once; give it once", min(body.names))
+    return body
 
 
 async def _load(service: Service, body: object) -> dict[str, Any]:
     names = ("name", "path")
     if not (isinstance(body, dict) and body.keys() == set(names) and all(isinstance(body[n], str) for n in names)):
-        raise _Refused(400, 'send {"name": "<task>", "path": "<file in the folder of profiles>"}')
+        raise RefusedError(400, 'send {"name": "<task>", "path": "<file in the folder of profiles>"}')
     try:
         # Reading may take a while, and other requests go on meanwhile.
         entry = await asyncio.to_thread(service.registry.load, body["name"], body["path"])
     except (ProfileError, MismatchError) as error:
         service.metrics.loads("error")
-        raise _Refused(400, str(error), "path") from error
+        raise RefusedError(400, str(error), "path") from error
     service.metrics.loads("ok")
     service.report_ambiguous(service.exact())
     return entry
@@ -447,11 +340,13 @@ def _unload(service: Service, name: str) -> dict[str, Any]:
     plan = service.plan
     planned = [plan.default, *(rule.task for rule in plan.rules), *((plan.canary.to,) if plan.canary else ())]
     if any(name in parse_expression(text).names for text in planned if text is not None):
-        raise _Refused(400, f"the routing file steers with {name!r}; change it and restart, or load another version")
+        raise RefusedError(
+            400, f"the routing file steers with {name!r}; change it and restart, or load another version"
+        )
     try:
         service.registry.unload(name)
     except RoutingError as error:
-        raise _Refused(404, str(error), "name") from error
+        raise RefusedError(404, str(error), "name") from error
     return {"name": name, "deleted": True}
 
 
@@ -464,8 +359,3 @@ def _request_headers(scope: Scope) -> dict[str, str]:
 
 def _steering_headers(profile: str, route: str) -> RawHeaders:
     return [(b"x-hones-profile", profile.encode("ascii")), (b"x-hones-route", route.encode("ascii"))]
-
-
-def profile_header(decision: Decision, profile: Profile | None) -> str:
-    """The value of X-Hones-Profile: the expression as written and the digest of what was applied, or ``none``."""
-    return "none" if profile is None else f"{decision.asked} ({profile.short_digest})"

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
-import secrets
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
 from hones_steer.errors import MismatchError, ProfileError, RoutingError, StateError
 from hones_steer.profile import ModelIdentity, Profile, StrPath, is_task_name, load_profile
+from hones_steer.scopes import ALL
 from hones_steer.store import SUFFIX, Expression, ProfileStore, combine, known_tasks
 
 LISTING = "GET /v1/hones/profiles"  # the call that lists all profiles of a server
@@ -25,16 +25,16 @@ class CapacityError(RoutingError):
     """More different profiles would be in use at once than the server has room for: HTTP 429."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Admission:
     """Permission of one request to be steered by `profile` (None: unsteered), whatever is loaded or switched off later.
 
-    The engine finds the admission again by its `ticket`, which nobody can guess; metrics count it under `label`.
+    `scope` says which of its tokens are steered. Metrics count it under `label`.
     """
 
-    ticket: str = field(repr=False)
     profile: Profile | None
     label: str
+    scope: str = ALL
 
 
 class _Entry(NamedTuple):
@@ -84,7 +84,7 @@ class ProfileRegistry:
         self._listing = listing
         self._lock = Lock()
         self._entries = self._read_folder()
-        self._admissions: dict[str, Admission] = {}
+        self._admissions: set[Admission] = set()
         self._uses: Counter[str] = Counter()  # digest -> admissions and holds
         self._blend = functools.lru_cache(maxsize=_CACHED_BLENDS)(_blend)
         self._changed: Callable[[], None] = lambda: None
@@ -180,32 +180,29 @@ class ProfileRegistry:
 
     # Using
 
-    def admit(self, profile: Profile | None, label: str) -> Admission:
+    def admit(self, profile: Profile | None, label: str, scope: str = ALL) -> Admission:
         """Admit a request: its profile has room until `leave`.
 
         Raises:
             CapacityError: `max_profiles` other profiles are in use.
         """
-        admission = Admission(secrets.token_hex(16), profile, label)
+        admission = Admission(profile, label, scope)
         with self._lock:
             if profile is not None:
                 self._hold(profile.digest)
-            self._admissions[admission.ticket] = admission
+            self._admissions.add(admission)
             self._changed()
         return admission
 
     def leave(self, admission: Admission) -> None:
         """Give the room of an admission back; calling it again changes nothing."""
         with self._lock:
-            if self._admissions.pop(admission.ticket, None) is None:
+            if admission not in self._admissions:
                 return
+            self._admissions.remove(admission)
             if admission.profile is not None:
                 self._release(admission.profile.digest)
             self._changed()
-
-    def admission(self, ticket: str) -> Admission | None:
-        """The admission of a ticket, or None if the ticket is not valid, or no longer."""
-        return self._admissions.get(ticket)
 
     def hold(self, digest: str) -> None:
         """Count a request inside the engine as a user of the profile with this digest, until `release`.

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hones_serving.middleware import profile_header
-from hones_serving.routing import Decision, RequestFacts, RoutingPlan, decide, facts_of_chat, joined
+from hones_serving.contract import profile_header
+from hones_serving.facts import RequestFacts, facts_of_chat, joined
+from hones_serving.routing import Decision, RoutingPlan, decide
 from hones_serving.routing_file import load_plan
 from hones_steer.cli.output import command_parser, print_json, printable
 from hones_steer.store import ProfileStore

@@ -25,7 +25,8 @@ from typing import Any, NoReturn
 import re2  # type: ignore[import-untyped]
 import yaml
 
-from hones_serving.routing import Canary, RoutingPlan, Rule, compile_regex, short, steer_alike
+from hones_serving.facts import short
+from hones_serving.routing import Canary, RoutingPlan, Rule, compile_regex, steer_alike
 from hones_steer.errors import RoutingError
 from hones_steer.store import known_tasks, parse_expression
 

@@ -5,6 +5,7 @@
 ``HONES_MAX_PROFILES``            number of different profiles that can be in use at once
 ``HONES_ROUTING``                 routing file (YAML)
 ``HONES_ALLOW_PROFILE_UPDATES``   1: profiles can be replaced, and steering switched off, over HTTP
+``HONES_MAX_BODY_MB``             largest body of a request, in MiB, also once decompressed; unset: 64
 ``HONES_PLAYGROUND``              1: a page at /hones on which people try profiles by hand
 ``HONES_ALLOW_UNTESTED``          1: run also with settings of vLLM's that no test runs
 ================================  ====================================================================
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from hones_steer.errors import DataError
 
+MAX_BODY_MB = 64
 COUNT = re.compile(r"[1-9][0-9]{0,5}")  # a whole number from 1 to 999999
 
 
@@ -38,6 +40,12 @@ class Settings:
     allow_updates: bool = False
     allow_untested: bool = False
     playground: bool = False
+    max_body_mb: int = MAX_BODY_MB
+
+    @property
+    def max_body(self) -> int:
+        """The largest body of a request, in bytes."""
+        return self.max_body_mb * 2**20
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Settings | None:
@@ -57,10 +65,11 @@ class Settings:
             allow_updates=flag(environ, "HONES_ALLOW_PROFILE_UPDATES"),
             allow_untested=flag(environ, "HONES_ALLOW_UNTESTED"),
             playground=flag(environ, "HONES_PLAYGROUND"),
+            max_body_mb=_count(environ, "HONES_MAX_BODY_MB") or MAX_BODY_MB,
         )
 
     def to_env(self) -> dict[str, str]:
-        """All six variables; those at their default are empty, so that they replace a value set before."""
+        """All seven variables; those at their default are empty, so that they replace a value set before."""
         return {
             "HONES_PROFILES": str(self.profiles),
             "HONES_MAX_PROFILES": "" if self.max_profiles is None else str(self.max_profiles),
@@ -68,6 +77,7 @@ class Settings:
             "HONES_ALLOW_PROFILE_UPDATES": "1" if self.allow_updates else "",
             "HONES_ALLOW_UNTESTED": "1" if self.allow_untested else "",
             "HONES_PLAYGROUND": "1" if self.playground else "",
+            "HONES_MAX_BODY_MB": "" if self.max_body_mb == MAX_BODY_MB else str(self.max_body_mb),
         }
 
 

@@ -77,8 +77,8 @@ class Server:
 
 
 @contextmanager
-def server(command: Sequence[str], log: Path, env: Mapping[str, str]) -> Iterator[Server]:
-    """Run `command` plus a free --port until the block ends, from when /health answers 200.
+def server(command: Sequence[str], log: Path, env: Mapping[str, str], health: str = "/health") -> Iterator[Server]:
+    """Run `command` plus a free --port until the block ends, from when the path `health` answers 200.
 
     `env` is added to this process's environment. A server that ends before, or is not there after five minutes, fails
     the test with what it printed.
@@ -94,7 +94,7 @@ def server(command: Sequence[str], log: Path, env: Mapping[str, str]) -> Iterato
             start_new_session=True,
         )
     try:
-        _wait_until_healthy(url, process, log)
+        _wait_until_healthy(url + health, process, log)
         yield Server(url, process, log)
     finally:
         _stop(process)
@@ -112,7 +112,7 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            if httpx.get(f"{url}/health", timeout=5, verify=False).status_code == 200:
+            if httpx.get(url, timeout=5, verify=False).status_code == 200:
                 return
         except httpx.TransportError:
             time.sleep(0.2)

@@ -131,13 +131,16 @@ async def until(number: Callable[[], Awaitable[float]], wanted: float) -> None:
 
 @contextmanager
 def frozen(server: Server) -> Iterator[None]:
-    """Stop vLLM's process until the block ends: requests that run stay unfinished, new ones stay queued."""
-    (engine,) = _engines(server.process.pid)
-    os.kill(engine, signal.SIGSTOP)
+    """Stop vLLM's engines until the block ends: requests that run stay unfinished, new ones stay queued."""
+    engines = _engines(server.process.pid)
+    assert engines
+    for engine in engines:
+        os.kill(engine, signal.SIGSTOP)
     try:
         yield
     finally:
-        os.kill(engine, signal.SIGCONT)
+        for engine in engines:
+            os.kill(engine, signal.SIGCONT)
 
 
 def _engines(pid: int) -> list[int]:

@@ -16,6 +16,7 @@ from serving.http_helpers import NEW_TOKENS, Answer, Client, Question, frozen, s
 from serving.steered import Reference
 
 from hones_steer import Profile
+from hones_steer.scopes import scoped_digest
 from hones_steer.store import combine, parse_expression
 
 SCENES = scenes("test", 4)
@@ -31,40 +32,38 @@ TAKEN = "tiny:cap@9"  # a model's name that would else be an alias
 # Requests by routes that cannot be steered: a path and a body.
 Elsewhere = Sequence[tuple[str, dict[str, Any]]]
 _HELLO = [{"role": "user", "content": "A red cat"}]
-RESPONSES: Elsewhere = [
-    ("/v1/responses", {"input": "A red cat", "max_output_tokens": 2, "stream": stream}) for stream in (False, True)
-]
 
 # A command without --host and --port, and the variables to add to the environment.
 Command = tuple[list[str], dict[str, str]]
 
 
 class Vllm:
-    """The vLLM engine: by `hones serve`, and by vLLM's own command with the plugin."""
+    """The vLLM engine, with so many data-parallel replicas: by `hones serve`, and by vLLM's command with the plugin."""
 
-    at_once = 8  # so many requests generate at the same time
     no_end: Mapping[str, Any] = {"ignore_eos": True}  # in a request's body: end tokens end nothing
     # vLLM calls n > 1 at temperature 0 an error.
     forms: Sequence[Form] = (*FORMS, (PICTURES, {"n": 2, "temperature": 1, "extra_body": {"top_k": 1}}))
     elsewhere: Elsewhere = (
-        *RESPONSES,
-        *(("/v1/messages", {"messages": _HELLO, "max_tokens": 2, "stream": stream}) for stream in (False, True)),
         ("/v1/chat/completions/batch", {"messages": [_HELLO, _HELLO], "max_tokens": 2}),
         ("/invocations", {"messages": _HELLO, "max_tokens": 2}),
     )
 
+    def __init__(self, replicas: int = 1) -> None:
+        self.at_once = 8 * replicas  # so many requests generate at the same time
+        self._replicas = ["--data-parallel-size", str(replicas)]
+
     def serve(self, model: Path, here: Path, *options: str) -> Command:
         """Serve a model as "tiny" with any options of `hones serve`; `here` is a folder for this server."""
         del here
-        flags = ["--max-model-len", "512", "--max-num-seqs", str(self.at_once), "--block-size", "32"]
-        command = [sys.executable, "-m", "hones_steer", "serve", str(model), "--engine", "vllm", *options, *flags]
-        return command, ENVIRONMENT
+        command = [sys.executable, "-m", "hones_steer", "serve", str(model), "--engine", "vllm", *options]
+        flags = ["--max-model-len", "512", "--max-num-seqs", "8", "--block-size", "32"]
+        return [*command, *flags, *self._replicas], ENVIRONMENT
 
     def serve_for_two(self, model: Path, profiles: Path, here: Path) -> Command:
         """Serve a model as "tiny" and `TAKEN`, with room for two profiles at once and no other option."""
         del here
         env = plain_env(profiles, VLLM_PLUGINS="hones", HONES_MAX_PROFILES="2")
-        return [*api_server(model), "--enable-scale-out"], env
+        return [*api_server(model), "--enable-scale-out", *self._replicas], env
 
     def frozen(self, server: Server, here: Path) -> AbstractContextManager[None]:
         """Hold up the engine within the block: it generates nothing."""
@@ -83,7 +82,7 @@ class Transformers:
     at_once = 1  # of images: a batch that has begun stays as it is
     no_end: Mapping[str, Any] = {}  # the model has no end token, see `serve`
     forms: Sequence[Form] = FORMS
-    elsewhere: Elsewhere = RESPONSES
+    elsewhere: Elsewhere = ()
 
     def serve(self, model: Path, here: Path, *options: str) -> Command:
         """Serve a model as `Vllm.serve` does."""
@@ -113,7 +112,7 @@ class Transformers:
         return text
 
 
-ENGINES = {"vllm": Vllm(), "transformers": Transformers()}
+ENGINES: dict[str, Vllm | Transformers] = {"vllm": Vllm(), "transformers": Transformers()}
 
 
 def _without_end(model: Path, folder: Path) -> Path:
@@ -191,11 +190,11 @@ class Site:
         samples = await scrape(self.server.url)
         return sum(value for (name, *_), value in samples.items() if name == metric)
 
-    def text(self, question: Question, expression: str, count: int = NEW_TOKENS) -> str:
+    def text(self, question: Question, expression: str, count: int = NEW_TOKENS, scope: str = "all") -> str:
         """The answer of transformers."""
-        key = question.text, id(question.image), expression, count
+        key = question.text, id(question.image), expression, count, scope
         if key not in self.known:
-            tokens = self.reference.tokens(self._prompt(question), expression, count)
+            tokens = self.reference.tokens(self._prompt(question), expression, count, scope)
             before = self._tokenizer(question.text)["input_ids"]
             self.known[key] = self.engine.answer(self._tokenizer, before, tokens)
         return self.known[key]
@@ -211,12 +210,24 @@ class Site:
         messages = [{"role": "user", "content": content}]
         return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), question.image
 
-    def header(self, expression: str) -> str:
+    def header(self, expression: str, scope: str = "all") -> str:
         """The value that X-Hones-Profile should have."""
         profile = combine(parse_expression(expression), self.profiles.__getitem__)
-        return "none" if profile is None else f"{expression} ({profile.short_digest})"
+        if profile is None:
+            return "none"
+        applied = profile.short_digest if scope == "all" else f"{scoped_digest(profile.digest, scope)[:12]}; {scope}"
+        return f"{expression} ({applied})"
 
-    def check(self, answer: Answer, question: Question, expression: str, route: str, **options: int) -> None:
+    def check(
+        self, answer: Answer, question: Question, expression: str, route: str, scope: str = "all", **options: int
+    ) -> None:
         """Check everything that one answer says."""
-        assert (answer.profile, answer.route) == (self.header(expression), route)
-        assert answer.texts == [self.text(question, expression, **options)] * len(answer.texts)
+        assert (answer.profile, answer.route) == (self.header(expression, scope), route)
+        assert answer.texts == [self.text(question, expression, scope=scope, **options)] * len(answer.texts)
+
+
+def confirmation(profiles: Mapping[str, Profile], expression: str, route: str, scope: str = "all") -> dict[str, Any]:
+    """The object ``hones`` that the JSON of an answer should have."""
+    profile = combine(parse_expression(expression), profiles.__getitem__)
+    digest = None if profile is None else scoped_digest(profile.digest, scope)
+    return {"profile": expression, "digest": digest, "route": route} | ({} if scope == "all" else {"scope": scope})

@@ -57,10 +57,10 @@ class Reference:
         self.steering = steer(model, {file.stem: file for file in sorted(folder.glob("*.safetensors"))})
         self._processor = processor
 
-    def tokens(self, prompt: Prompt, expression: str | None, count: int = NEW_TOKENS) -> list[int]:
+    def tokens(self, prompt: Prompt, expression: str | None, count: int = NEW_TOKENS, scope: str = "all") -> list[int]:
         """The next `count` tokens of greedy decoding."""
         inputs = self._inputs(prompt)
-        with torch.no_grad(), self.steering.task(expression or "none"):
+        with torch.no_grad(), self.steering.task(expression or "none", scope=scope):
             ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=count)
         return ids[0, inputs["input_ids"].shape[1] :].tolist()
 
@@ -104,6 +104,19 @@ def engine(model: Path, profiles: Path | None, env: Mapping[str, str] | None = N
             yield llm
 
 
+def schedule_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have engines schedule each step before the one before it has finished, which vLLM does not do on a CPU."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    update = CpuPlatform.check_and_update_config
+
+    def update_and_switch_on(config: Any) -> None:
+        update(config)
+        config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", staticmethod(update_and_switch_on))
+
+
 def request(prompt: Prompt, **more: Any) -> dict[str, Any]:
     """A prompt as vLLM takes it; `more` has further fields, such as cache_salt."""
     if isinstance(prompt, list):
@@ -112,13 +125,13 @@ def request(prompt: Prompt, **more: Any) -> dict[str, Any]:
     return {"prompt": text, "multi_modal_data": {"image": image}, **more}
 
 
-def sampling(expression: str | None, **options: Any) -> Any:
-    """Greedy SamplingParams for NEW_TOKENS tokens, steered by an expression."""
+def sampling(expression: str | None, scope: str | None = None, **options: Any) -> Any:
+    """Greedy SamplingParams for NEW_TOKENS tokens, steered by an expression, of a scope."""
     from vllm import SamplingParams
 
-    extra = None if expression is None else {"hones_task": expression}
+    extra = {name: value for name, value in (("hones_task", expression), ("hones_scope", scope)) if value is not None}
     greedy = {"temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True}
-    return SamplingParams(**{**greedy, **options}, extra_args=extra)
+    return SamplingParams(**{**greedy, **options}, extra_args=extra or None)
 
 
 def generate(llm: Any, prompts: Sequence[Prompt], expressions: Sequence[str | None], **options: Any) -> list[Any]:

@@ -23,7 +23,7 @@ from hones_serving.transformers_server.generation import Batches, Waiting
 from hones_serving.transformers_server.rows import SEED, Row
 from hones_serving.transformers_server.turns import Turn, Turns
 from prometheus_client import CollectorRegistry
-from reference_steering import scaled
+from reference_steering import generated_in_scope, scaled
 from serving.steered import prompts, words, write_profiles
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -98,12 +98,13 @@ class Engine:
     def ask(
         self, inputs: Any, expression: str = "none", heard: Heard | None = None, **settings: Any
     ) -> tuple[Row, Heard]:
-        """Let a request wait; `inputs` are a prompt's tokens, or a processor's inputs."""
+        """Let a request wait; `inputs` are a prompt's tokens, or a processor's inputs; `settings` may have a scope."""
         heard = heard or Heard()
         SEED.set(settings.pop("seed", None))
+        scope = settings.pop("scope", "all")
         turn = Turn(Turns())
         turn.ask()
-        admission = Admission("ticket", self.profile(expression), label_of(parse_expression(expression)))
+        admission = Admission(self.profile(expression), label_of(parse_expression(expression)), scope)
         row = Row(_inputs(inputs), self.config(settings), self.processor, admission, turn, heard)
         self.waiting.add(row)
         return row, heard
@@ -122,6 +123,11 @@ class Engine:
         with scaled(self.plain, self.profile(expression)):
             ids = self.plain.generate(**inputs, generation_config=self.config(settings), tokenizer=processor)
         return ids[0, inputs["input_ids"].shape[1] :].tolist()
+
+    def alone_in_scope(self, inputs: Any, expression: str, scope: str, count: int = NEW) -> list[int]:
+        """The answer of greedy decoding, each token from the whole sequence computed anew."""
+        (tokens,) = generated_in_scope(self.plain, _inputs(inputs), [self.profile(expression)], [scope], count)
+        return tokens
 
     def profile(self, expression: str) -> Profile | None:
         return combine(parse_expression(expression), self.profiles.__getitem__)
@@ -343,6 +349,55 @@ async def test_only_the_request_fails_that_makes_its_batch_fail(together: Engine
     _, after = together.ask(words(9), "vqa")
     together.work()
     assert after.answer == together.alone(words(9), "vqa")
+
+
+# Scopes -------------------------------------------------------------------------------------------
+
+IN_SCOPE = [(("vqa", "ocr@1.5", "none")[i // 3], ("all", "prompt", "generated")[i % 3]) for i in range(9)]
+
+
+async def test_each_request_of_a_batch_has_its_scope(together: Engine) -> None:
+    asked = [(prompt, *named) for prompt, named in zip(prompts(9, longest=40), IN_SCOPE, strict=True)]
+    answers = [together.ask(prompt, expression, scope=scope)[1] for prompt, expression, scope in asked]
+    beams = [together.ask(words(6), "vqa", scope=scope, num_beams=2)[1] for scope in ("all", "generated")]
+    together.work()
+    expected = [together.alone_in_scope(prompt, expression, scope) for prompt, expression, scope in asked]
+    assert [heard.answer for heard in answers] == expected
+    for prompt, steered in zip((asked[1], asked[2], asked[4], asked[5]), (1, 2, 4, 5), strict=True):
+        others = [together.alone_in_scope(prompt[0], task, "all") for task in (prompt[1], "none")]
+        assert expected[steered] not in others
+    assert beams[0].answer == together.alone(words(6), "vqa", num_beams=2)
+    assert beams[1].answer not in (beams[0].answer, together.alone(words(6), num_beams=2))
+
+
+async def test_what_was_generated_before_a_batch_failed_stays_generated(together: Engine) -> None:
+    """Fails when some tokens are out, which are computed again together with the prompt."""
+
+    def fail(*_: object) -> None:
+        if len(together.forwards) == 5:
+            raise MemoryError("no room for so many")
+
+    asked = [(words(5 + 3 * i), *named) for i, named in enumerate(IN_SCOPE[:6])]
+    answers = [together.ask(prompt, expression, scope=scope)[1] for prompt, expression, scope in asked]
+    handle = together.model.register_forward_pre_hook(fail)
+    try:
+        together.work()
+    finally:
+        handle.remove()
+    assert [heard.answer for heard in answers] == [together.alone_in_scope(*one) for one in asked]
+
+
+async def test_what_was_generated_before_a_request_was_put_back_stays_generated(llama: Path, tmp_path: Path) -> None:
+    here = engine(AutoModelForCausalLM, llama, AutoTokenizer.from_pretrained(llama), tmp_path, most=6, size=6 * PAGE)
+    assert here.pages is not None
+    manager = here.pages._processor.offloading_manager
+    offload, put_back = manager.offload_requests, []
+    manager.offload_requests = lambda: put_back.append(offload()) or put_back[-1]
+    asked = [(words(20 + i, seed=i), *IN_SCOPE[i % 6]) for i in range(8)]
+    answers = [here.ask(*one[:2], scope=one[2], max_new_tokens=50)[1] for one in asked]
+    here.work()
+    assert [heard.answer for heard in answers] == [here.alone_in_scope(*one, count=50) for one in asked]
+    assert any(put_back)
 
 
 # Pages --------------------------------------------------------------------------------------------

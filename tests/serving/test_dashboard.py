@@ -25,6 +25,7 @@ def real_metrics(folder):
     metrics.tokens("vqa", 1)
     metrics.drafts("vqa", 3, 1)
     metrics.loads("ok")
+    metrics.unreached_defaults("vqa")
     samples = [sample for family in collector.collect() for sample in family.samples]
     return {sample.name: set(sample.labels) for sample in samples if not sample.name.endswith("_created")}
 

@@ -26,7 +26,19 @@ import torch
 from serving.checkpoints import llama as make_llama
 from serving.engines import free_port, server
 from serving.http_helpers import NEW_TOKENS, Answer, Client, Question, Samples, ask, increase, scrape, until
-from serving.sites import ENGINES, PICTURES, TAKEN, TEXTS, Form, Site, Transformers, Vllm, api_server, plain_env
+from serving.sites import (
+    ENGINES,
+    PICTURES,
+    TAKEN,
+    TEXTS,
+    Form,
+    Site,
+    Transformers,
+    Vllm,
+    api_server,
+    confirmation,
+    plain_env,
+)
 from serving.steered import Reference, write_profiles
 from tiny_models import random_profile
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
@@ -58,9 +70,13 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(scope="module", params=list(ENGINES))
+# One API server before two engines. What is other with them than with one: test_replicas.py.
+REPLICAS = pytest.param("replicas", marks=pytest.mark.matrix)
+
+
+@pytest.fixture(scope="module", params=[*ENGINES, REPLICAS])
 def engine(request: pytest.FixtureRequest) -> Vllm | Transformers:
-    return ENGINES[request.param]
+    return Vllm(replicas=2) if request.param == "replicas" else ENGINES[request.param]
 
 
 only_vllm = pytest.mark.parametrize("engine", ["vllm"], indirect=True)
@@ -218,6 +234,22 @@ async def test_the_metrics_count_what_was_sent(burst: Burst) -> None:
 # Names and refusals -------------------------------------------------------------------------------
 
 
+async def test_scopes_at_once(site: Site, client: Client) -> None:
+    """Asks each question in each scope, twice, so that the second finds what the first has left in a prefix cache."""
+    scopes = ("prompt", "generated", "all")
+    sent = [(question, scope) for question in (PICTURES[0], TEXTS[1]) for scope in scopes]
+    for _ in range(2):
+        asked = [{"extra_body": {"hones_task": "cap@2", "hones_scope": scope}} for _, scope in sent]
+        answers = await asyncio.gather(
+            *(ask(client, question, **more) for (question, _), more in zip(sent, asked, strict=True))
+        )
+        for answer, (question, scope) in zip(answers, sent, strict=True):
+            site.check(answer, question, "cap@2", "body", scope)
+    assert len({*(answer.texts[0] for answer in answers)}) >= 5
+    with pytest.raises(openai.BadRequestError, match="the scope is 'answer'; give 'all', 'prompt' or 'generated'"):
+        await ask(client, TEXTS[0], extra_body={"hones_task": "vqa", "hones_scope": "answer"})
+
+
 async def test_models_lists_an_alias_for_each_profile(client: Client) -> None:
     models = [(model.id, model.model_extra["parent"]) async for model in await client.models.list()]
     assert models == [("tiny", None), ("tiny:cap", "tiny"), ("tiny:ocr", "tiny"), ("tiny:vqa", "tiny")]
@@ -251,7 +283,7 @@ async def test_the_key_is_not_in_the_process_list(site: Site) -> None:
         ({"extra_headers": {"X-Hones-Task": "vqa +ocr"}}, openai.BadRequestError, "vqa +ocr"),
         ({"model": "tiny:vqa@99"}, openai.BadRequestError, "99"),
         ({"extra_body": {"hones_task": 3}}, openai.BadRequestError, "hones_task must be a string"),
-        ({"extra_body": {"vllm_xargs": {"hones_ticket": "0" * 32}}}, openai.BadRequestError, "reserved"),
+        ({"extra_body": {"vllm_xargs": {"hones_digest": "0" * 64}}}, openai.BadRequestError, "reserved"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else None,
 )
@@ -279,6 +311,7 @@ async def test_what_the_engine_refuses_is_neither_steered_nor_counted(site: Site
     assert counted == {("vqa", "alias"): 1}
 
 
+@only_vllm  # transformers' server has no others
 async def test_other_routes_that_generate_say_that_they_are_unsteered_and_count(site: Site) -> None:
     """Checks that a default in the routing file does not change that."""
     before, tokens = await scrape(site.server.url), await site.tokens()
@@ -290,7 +323,63 @@ async def test_other_routes_that_generate_say_that_they_are_unsteered_and_count(
     assert response.status_code // 100 == 4
     after = await scrape(site.server.url)
     assert increase(before, after, "hones_requests_total") == {("none", "path"): len(site.engine.elsewhere)}
+    assert increase(before, after, "hones_unreached_defaults_total") == {("vqa",): len(site.engine.elsewhere)}
     assert await site.tokens() > tokens
+
+
+def words_of(content: list[dict[str, Any]]) -> str:
+    return "".join(part["text"] for part in content if "text" in part)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+async def test_responses_and_messages_are_steered_as_chats_are(site: Site, path: str, stream: bool) -> None:
+    """Compares the answers with those that the same chats get, which other tests compare with transformers."""
+    if path == "/v1/messages" and isinstance(site.engine, Transformers):
+        pytest.skip("transformers' server has no such route")
+    messages = [{"role": "user", "content": TEXTS[0].text}]
+    limit = {"/v1/responses": "max_output_tokens", "/v1/messages": "max_tokens"}[path]
+    given = {"input": messages} if path == "/v1/responses" else {"messages": messages}
+    before, texts = await scrape(site.server.url), {}
+    for expression, scope, extra, route in (
+        ("vqa", "all", {"model": "tiny:vqa"}, "alias"),
+        ("ocr@1.5", "all", {"hones_task": "ocr@1.5"}, "body"),
+        ("cap@2", "prompt", {"hones_task": "cap@2"}, "body"),
+        ("cap@2", "generated", {"model": "tiny:cap@2"}, "alias"),
+        ("vqa@0.5", "all", {}, "default"),
+        ("none", "all", {"hones_task": "none"}, "body"),
+    ):
+        chat = {"model": "tiny", "messages": messages, "max_tokens": NEW_TOKENS, "temperature": 0}
+        steering = {"hones_task": expression, "hones_scope": scope}
+        expected = await site.call("POST", "/v1/chat/completions", {**chat, **steering})
+        text = expected.json()["choices"][0]["message"]["content"]
+        body = {"model": "tiny", **given, limit: NEW_TOKENS, "temperature": 0, "stream": stream, **extra}
+        body |= {} if scope == "all" else {"hones_scope": scope}
+        response = await site.call("POST", path, body)
+        assert response.status_code == 200, response.text
+        assert (response.headers["x-hones-profile"], response.headers["x-hones-route"]) == (
+            *(site.header(expression, scope), route),
+        )
+        lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: {")]
+        events = [json.loads(line) for line in lines] if stream else [response.json()]
+        carriers = [event.get("response") or event.get("message") or event for event in events]
+        (confirmed,) = [answer for answer in carriers if "hones" in answer]
+        assert confirmed["hones"] == confirmation(site.profiles, expression, route, scope)
+        assert confirmed["model"] == body["model"]
+        if not stream:
+            content = confirmed["content"] if path == "/v1/messages" else confirmed["output"][0]["content"]
+            texts[expression, scope] = words_of(content)
+        else:
+            deltas = [event.get("delta") for event in events if event["type"] in DELTAS]
+            texts[expression, scope] = "".join(d if isinstance(d, str) else d.get("text", "") for d in deltas)
+        assert texts[expression, scope] == text
+    assert len(set(texts.values())) > 1
+    counted = increase(before, await scrape(site.server.url), "hones_requests_total")
+    assert counted[("vqa", "alias")] == 1
+    assert ("none", "path") not in counted
+
+
+DELTAS = ("response.output_text.delta", "content_block_delta")
 
 
 async def test_beams_cannot_be_steered(site: Site) -> None:
@@ -301,7 +390,7 @@ async def test_beams_cannot_be_steered(site: Site) -> None:
         assert "beam search cannot be steered" in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/responses", "/v1/messages", "/tokenize", "/invocations"])
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/chat/completions/batch", "/detokenize", "/invocations"])
 async def test_other_routes_cannot_be_steered(site: Site, path: str) -> None:
     body = {"model": "tiny", "input": "A", "prompt": "A"}
     ways: list[tuple[dict[str, str], dict[str, str]]] = [
@@ -312,7 +401,19 @@ async def test_other_routes_cannot_be_steered(site: Site, path: str) -> None:
     for named_in_body, headers in ways:
         response = await site.call("POST", path, {**body, **named_in_body}, **headers)
         assert response.status_code == 400
-        assert "only /v1/chat/completions and /v1/completions can be steered" in response.json()["error"]["message"]
+        assert "/v1/responses and /v1/messages can be steered" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/messages/count_tokens"])
+async def test_tokens_are_counted_for_a_model_by_its_alias(site: Site, path: str) -> None:
+    if not isinstance(site.engine, Vllm):
+        pytest.skip("transformers' server has no such route")
+    body = {"messages": [{"role": "user", "content": "A red cat"}]}
+    by_name, by_alias = [await site.call("POST", path, {**body, "model": name}) for name in ("tiny", "tiny:vqa")]
+    assert by_name.status_code == by_alias.status_code == 200
+    assert by_name.json() == by_alias.json()
+    unknown = await site.call("POST", path, {**body, "model": "tiny:nope"})
+    assert unknown.status_code == 404
 
 
 async def test_health_and_browsers(site: Site) -> None:
@@ -668,7 +769,7 @@ def refusal(command: list[str], env: dict[str, str]) -> str:
 @only_vllm
 async def test_routes_that_take_whole_sampling_parameters_cannot_be_steered(plain: Site) -> None:
     """Sends steering in sampling parameters, which do not pass the middleware."""
-    for extra, status in (({"mine": 1}, 200), ({"hones_task": "vqa"}, 400), ({"hones_ticket": "0" * 32}, 400)):
+    for extra, status in (({"mine": 1}, 200), ({"hones_task": "vqa"}, 400), ({"hones_scope": "all"}, 400)):
         params = {"max_tokens": 2, "extra_args": extra}
         body = {"model": "tiny", "token_ids": [17, 42], "sampling_params": params}
         response = await plain.call("POST", "/inference/v1/generate", body)

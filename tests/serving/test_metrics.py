@@ -51,6 +51,7 @@ def test_what_is_counted(registry):
     metrics.drafts("blend", 6, 2)
     metrics.loads("ok")
     metrics.loads("error")
+    metrics.unreached_defaults("vqa")
     assert scraped(collector) == {
         ("hones_requests_total", ("profile", "vqa"), ("route", "body")): 2,
         ("hones_requests_total", ("profile", "none"), ("route", "default")): 1,
@@ -59,6 +60,7 @@ def test_what_is_counted(registry):
         ("hones_accepted_draft_tokens_total", ("profile", "blend")): 2,
         ("hones_profile_loads_total", ("result", "ok")): 1,
         ("hones_profile_loads_total", ("result", "error")): 1,
+        ("hones_unreached_defaults_total", ("profile", "vqa")): 1,
         ("hones_profiles_loaded",): 2,
         ("hones_slots_used",): 0,
         ("hones_requests_in_flight",): 0,

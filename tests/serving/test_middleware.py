@@ -1,11 +1,12 @@
 """The HTTP contract of steering, over a real server, with real clients.
 
-The engine is a small application that says what it got: the body, and the profile that the ticket in it stands for.
+The engine is a small application that says what it got: the body, and the profile that the request was admitted with.
 """
 
 import asyncio
 import contextlib
 import gzip
+import hashlib
 import json
 import queue
 import socket
@@ -17,12 +18,13 @@ import numpy as np
 import openai
 import pytest
 import uvicorn
+from hones_serving.contract import Service
+from hones_serving.exchange import current_admission, generating
 from hones_serving.metrics import Metrics
-from hones_serving.middleware import HonesMiddleware, Service
+from hones_serving.middleware import HonesMiddleware
 from hones_serving.registry import ProfileRegistry
 from hones_serving.routing import RoutingPlan
 from hones_serving.routing_file import load_plan
-from hones_serving.unsteered import generating
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -137,11 +139,10 @@ class Engine:
         yield "data: [DONE]\n\n"
 
     def completion(self, kind, field, body):
-        ticket = (body.get("vllm_xargs") or {}).get("hones_ticket")
-        steered_by = None
-        if ticket is not None:
-            steered_by = self.service.registry.admission(ticket).profile.digest
-        said = {"role": "assistant", "content": json.dumps({"got": body, "steered_by": steered_by})}
+        admission = current_admission()
+        steered_by = admission.profile.digest if admission and admission.profile else None
+        scope = admission.scope if admission else None
+        said = {"role": "assistant", "content": json.dumps({"got": body, "steered_by": steered_by, "scope": scope})}
         choice = {"index": 0, field: said, "finish_reason": "stop"}
         return {"id": "1", "object": kind, "created": 0, "model": body.get("model"), "choices": [choice]}
 
@@ -220,16 +221,12 @@ def engine(running, folder):
         exact=lambda: {"m", "m:lora"},
         allow_updates=True,
         playground=True,
-        stamp=stamp,
+        max_body=2**20,
     )
     yield engine
     engine.settle()
     engine.loop.call_soon_threadsafe(engine.gate.clear)
     assert engine.service.registry.slots_used() == 0
-
-
-def stamp(body, admission):
-    body["vllm_xargs"] = {**(body.get("vllm_xargs") or {}), "hones_ticket": admission.ticket}
 
 
 @pytest.fixture
@@ -300,8 +297,8 @@ def test_the_body_names_the_task(client, engine, path):
 
 def test_the_task_can_stand_in_vllm_xargs(client):
     response = ask(client, vllm_xargs={"hones_task": "vqa", "mine": 1})
-    got = said(response)["got"]["vllm_xargs"]
-    assert got.keys() == {"mine", "hones_ticket"}
+    assert said(response)["got"]["vllm_xargs"] == {"mine": 1}
+    assert said(response)["steered_by"] == VQA.digest
     assert steering(response) == (shown(VQA), "body")
 
 
@@ -385,6 +382,66 @@ def test_steering_that_adds_up_to_nothing_is_none(client, engine):
     assert said(response)["steered_by"] is None
     engine.settle()
     assert counted(engine, "hones_requests_total", profile="none", route="body") == 1
+
+
+# Scope
+
+
+@STEERED_ROUTES
+@pytest.mark.parametrize("place", ["body", "vllm_xargs", "both"])
+@pytest.mark.parametrize("scope", ["prompt", "generated"])
+def test_a_scope_goes_with_the_admission_and_enters_the_digest(client, path, place, scope):
+    named = {"hones_scope": scope}
+    more = {"body": named, "vllm_xargs": {"vllm_xargs": named}, "both": {**named, "vllm_xargs": named}}[place]
+    response = ask(client, path, hones_task="vqa", **more)
+    assert (said(response)["steered_by"], said(response)["scope"]) == (VQA.digest, scope)
+    assert not {"hones_scope", "hones_task", "vllm_xargs"} & said(response)["got"].keys()
+    digest = hashlib.sha256(f"{VQA.digest}:{scope}".encode()).hexdigest()
+    assert steering(response) == (f"vqa ({digest[:12]}; {scope})", "body")
+
+
+def test_all_is_the_scope_of_those_who_name_none(client):
+    for named in ({}, {"hones_scope": "all"}, {"hones_scope": None}):
+        response = ask(client, hones_task="vqa", **named)
+        assert said(response)["scope"] == "all"
+        assert steering(response) == (shown(VQA), "body")
+
+
+def test_a_scope_is_of_whatever_steers(client, engine, tmp_path):
+    (tmp_path / "r.yaml").write_text("default: vqa\nrules:\n- {task: none, prompt_regex: plainly}\n")
+    engine.service.plan = load_plan(tmp_path / "r.yaml", engine.service.registry.tasks())
+    assert said(ask(client, hones_scope="prompt"))["scope"] == "prompt"
+    assert said(ask(client, model="m:ocr", hones_scope="prompt"))["scope"] == "prompt"
+    assert said(ask(client, headers={"X-Hones-Task": "ocr"}, hones_scope="generated"))["scope"] == "generated"
+    plainly = [{"role": "user", "content": "plainly"}]
+    for response in (
+        ask(client, hones_task="none", hones_scope="prompt"),
+        ask(client, messages=plainly, hones_scope="prompt"),
+    ):
+        assert said(response)["got"].keys() == {"model", "messages"}
+        assert response.headers["x-hones-profile"] == "none"
+    engine.service.registry.enabled = False
+    assert steering(ask(client, hones_task="vqa", hones_scope="prompt")) == ("none", "off")
+
+
+@pytest.mark.parametrize("value", ["answer", "", 1, ["prompt"], {}, "x" * 100], ids=repr)
+def test_an_unknown_scope_is_refused(client, engine, value):
+    for named in ({"hones_scope": value}, {"vllm_xargs": {"hones_scope": value}}):
+        error = refused(ask(client, hones_task="vqa", **named), 400, "; give 'all', 'prompt' or 'generated'")
+        assert error["param"] == "hones_scope"
+    engine.service.registry.enabled = False
+    refused(ask(client, hones_task="vqa", hones_scope=value), 400, "the scope is")
+
+
+def test_two_scopes_and_a_scope_of_nothing_are_refused(client):
+    both = {"hones_scope": "prompt", "vllm_xargs": {"hones_scope": "all"}}
+    refused(ask(client, hones_task="vqa", **both), 400, "hones_scope is 'prompt' and in vllm_xargs 'all'; give it once")
+    error = refused(ask(client, hones_scope="prompt"), 400, "nothing steers this request; name 'hones_task'")
+    assert error["param"] == "hones_scope"
+    assert steering(ask(client, hones_scope="all")) == ("none", "default")
+    response = client.post("/v1/embeddings", json={"model": "m", "input": "hi", "hones_scope": "prompt"})
+    refused(response, 400, "leave out 'hones_scope'")
+    assert client.post("/v1/embeddings", json={"model": "m", "input": "hi", "hones_scope": None}).status_code == 200
 
 
 # Streaming
@@ -586,7 +643,7 @@ def test_different_values_of_a_header_are_told_apart(client):
     refused(response, 400, "X-Hones-Task is 'vqa' and 'ocr'; give it once, or the same twice")
 
 
-@pytest.mark.parametrize("key", ["hones_ticket", "hones_digest", "hones_tsk"])
+@pytest.mark.parametrize("key", ["hones_digest", "hones_tsk"])
 def test_names_of_ours_are_not_for_clients(client, key):
     refused(ask(client, vllm_xargs={key: "x"}), 400, f"'{key}' is a reserved name")
     refused(ask(client, **{key: "x"}), 400, f"'{key}' is a reserved name")
@@ -673,7 +730,7 @@ def test_whatever_json_can_be_read_can_be_written_again(client):
 @pytest.mark.parametrize("kind", ["application/json", "Application/JSON; charset=utf-8", "application/vnd.x+json"])
 def test_steering_on_another_route_is_400(client, body, kind):
     response = client.post("/v1/embeddings", content=json.dumps(body), headers={"content-type": kind})
-    refused(response, 400, "only /v1/chat/completions and /v1/completions can be steered")
+    refused(response, 400, "/v1/completions, /v1/responses and /v1/messages can be steered")
     assert response.headers["x-hones-route"] == "path"
 
 
@@ -717,7 +774,7 @@ def test_other_methods_and_kinds_of_connection_pass(client):
     async def nothing():
         raise AssertionError
 
-    scope = {"type": "websocket", "path": CHAT}
+    scope = {"type": "lifespan"}
     asyncio.run(HonesMiddleware(app, nothing)(scope, nothing, nothing))
     assert calls == [(scope, nothing, nothing)]
 
@@ -814,7 +871,7 @@ def test_a_name_that_reads_like_an_alias_is_reported_when_it_becomes_one(client,
 
 def reports(caplog):
     """The names that were logged since the last call."""
-    names = {record.args[0] for record in caplog.records if record.name == "hones_serving.middleware"}
+    names = {record.args[0] for record in caplog.records if record.name == "hones_serving.contract"}
     assert all(repr(name) in record.getMessage() for record in caplog.records for name in record.args[:1])
     caplog.clear()
     return names

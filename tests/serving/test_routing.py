@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hones_serving.facts import RequestFacts, facts_of_chat, facts_of_completion, facts_of_message, facts_of_response
 from hones_serving.routing import (
     MATCHED_BYTES,
     ROUTES,
     Canary,
     Decision,
-    RequestFacts,
     RoutingPlan,
     Rule,
     UnknownAliasError,
     compile_regex,
     decide,
-    facts_of_chat,
-    facts_of_completion,
     split_alias,
 )
 from hones_serving.routing_file import MAX_FILE_BYTES, load_plan
@@ -370,6 +368,41 @@ def test_a_body_of_garbage_has_no_facts() -> None:
     for body in (None, [], "text", 3, {"messages": 3, "prompt": 3.5, "model": [], "user": {}}):
         assert facts_of_chat(body, {}) == RequestFacts()
     assert facts_of_completion(None, {}) == RequestFacts()
+
+
+def test_the_facts_of_a_response() -> None:
+    image = {"type": "input_image", "image_url": "data:,"}
+    question = {"role": "user", "content": [{"type": "input_text", "text": "what?"}]}
+    given = [
+        {"role": "developer", "content": "be brief"},
+        question,
+        {"type": "function_call", "call_id": "1", "name": "look", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "1", "output": [image]},
+    ]
+    facts = facts_of_response(
+        {"model": "m", "input": given, "instructions": "see", "hones_task": "vqa", "user": "u"}, {}
+    )
+    assert (facts.prompt, facts.system, facts.has_image) == ("what?", "see\nbe brief", True)
+    assert (facts.body_task, facts.key, facts.first) == ("vqa", "u", question["content"])
+    assert not facts_of_response({"input": given[:2]}, {}).has_image
+    assert facts_of_response({"input": "what?"}, {}).prompt == "what?"
+    for wrong in (None, 3, [3], {"input": 3}, {"input": [{"content": {}}], "instructions": 4}):
+        assert facts_of_response(wrong, {}).prompt == ""
+
+
+def test_the_facts_of_a_message() -> None:
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "image", "source": {}}]}
+    asked = {"role": "user", "content": [{"type": "text", "text": "what?"}]}
+    body: dict[str, Any] = {"system": [{"type": "text", "text": "see"}], "metadata": {"user_id": "u"}}
+    body["messages"] = [asked, {"role": "assistant", "content": "look"}, {"role": "user", "content": [result]}]
+    facts = facts_of_message(body, {"X-Hones-Task": "vqa"})
+    assert (facts.prompt, facts.system, facts.has_image) == ("what?", "see", True)
+    assert (facts.header_task, facts.key, facts.first) == ("vqa", "u", asked["content"])
+    more = {"role": "user", "content": [result, {"type": "text", "text": "and now?"}]}
+    assert facts_of_message({"messages": [asked, more], "system": "see"}, {}).prompt == "and now?"
+    assert not facts_of_message({"messages": [asked]}, {}).has_image
+    for wrong in (None, 3, {"messages": 3, "system": 3, "metadata": 3}, {"messages": [3, {"role": "user"}]}):
+        assert facts_of_message(wrong, {}).prompt == ""
 
 
 def test_a_message_nested_beyond_measure_still_has_a_key() -> None:

@@ -44,6 +44,11 @@ def test_what_is_not_said_is_off() -> None:
     )
 
 
+def test_a_body_may_have_64_mib_unless_it_is_said() -> None:
+    assert Settings(Path("profiles")).max_body == 64 * 2**20
+    assert Settings.from_env({"HONES_PROFILES": "p", "HONES_MAX_BODY_MB": "3"}) == Settings(Path("p"), max_body_mb=3)
+
+
 @given(SETTINGS)
 def test_settings_survive_the_environment(settings: Settings) -> None:
     assert Settings.from_env(settings.to_env()) == settings
@@ -64,6 +69,8 @@ def test_they_replace_whatever_was_set_before() -> None:
         ("HONES_MAX_PROFILES", " 8"),
         ("HONES_MAX_PROFILES", "٣"),
         ("HONES_MAX_PROFILES", "9" * 5000),
+        ("HONES_MAX_BODY_MB", "0"),
+        ("HONES_MAX_BODY_MB", "64 MB"),
         ("HONES_ALLOW_PROFILE_UPDATES", "yes"),
         ("HONES_ALLOW_UNTESTED", "true"),
         ("HONES_PLAYGROUND", "on"),

@@ -101,6 +101,25 @@ async def test_tokens_are_those_of_generate(llama: Path, profiles: Path, text: h
     assert len(set(answers)) >= 4
 
 
+async def test_requests_that_come_together_are_each_steered_as_admitted(text: httpx.AsyncClient) -> None:
+    async def by_response(expression: str) -> str:
+        asked = {"model": "tiny", "input": WORDS, "stream": False, "max_output_tokens": 8, "hones_task": expression}
+        answer = (await text.post("/v1/responses", json=asked)).raise_for_status().json()
+        return str(answer["output"][0]["content"][0]["text"])
+
+    async def by_chat(expression: str) -> str:
+        answer = (await chat(text, hones_task=expression)).raise_for_status().json()
+        return str(answer["choices"][0]["message"]["content"])
+
+    expressions = [*TASKS, "vqa@0.5+ocr", "none"] * 2
+    alone = [await by_chat(expression) for expression in expressions]
+    chats = asyncio.gather(*map(by_chat, expressions))
+    responses = asyncio.gather(*map(by_response, expressions))
+    assert await chats == alone
+    assert await responses == alone
+    assert len(set(alone)) >= 4
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("task", ["vqa", "none"])
 async def test_a_model_that_was_loaded_anew_does_not_answer(
@@ -143,14 +162,28 @@ async def test_every_name_is_the_model(text: httpx.AsyncClient) -> None:
     assert "3 does not exist" in said(await chat(text, model=3), 404)
 
 
-async def test_responses_are_answered_unsteered(text: httpx.AsyncClient) -> None:
-    asked = {"model": "tiny", "input": WORDS, "stream": False, "max_output_tokens": 8}
-    response = (await text.post("/v1/responses", json=asked)).raise_for_status()
-    assert (response.headers["x-hones-profile"], response.headers["x-hones-route"]) == ("none", "path")
-    answer = response.json()
-    plain = (await chat(text)).json()
-    assert answer["model"] == "tiny"
-    assert answer["output"][0]["content"][0]["text"] == plain["choices"][0]["message"]["content"]
+@pytest.mark.parametrize("stream", [False, True])
+async def test_responses_are_steered_as_chats_are(text: httpx.AsyncClient, stream: bool) -> None:
+    answers = set()
+    for task in (*TASKS, "none"):
+        asked = {"model": "tiny", "input": WORDS, "stream": stream, "max_output_tokens": 8, "hones_task": task}
+        response = (await text.post("/v1/responses", json=asked)).raise_for_status()
+        as_chat = await chat(text, hones_task=task)
+        for name in ("x-hones-profile", "x-hones-route"):
+            assert response.headers[name] == as_chat.headers[name]
+        if stream:
+            events = [
+                json.loads(line.removeprefix("data: ")) for line in response.text.split("\n") if "data: {" in line
+            ]
+            answer = events[-1]["response"]
+        else:
+            answer = response.json()
+        assert answer["model"] == "tiny"
+        assert answer["hones"] == as_chat.json()["hones"]
+        said = answer["output"][0]["content"][0]["text"]
+        assert said == as_chat.json()["choices"][0]["message"]["content"]
+        answers.add(said)
+    assert len(answers) == len(TASKS) + 1
 
 
 # Fields that transformers' server ignores ---------------------------------------------------------
@@ -178,6 +211,12 @@ async def test_what_makes_no_difference_is_not(text: httpx.AsyncClient) -> None:
     nothing = {"n": 1, "logprobs": False, "tool_choice": "auto", "response_format": None, "user": "me", "store": False}
     assert (await chat(text, **nothing)).status_code == 200
     assert "top_k" in said(await chat(text, top_k=1), 422)
+
+
+async def test_stop_strings_for_a_model_with_a_processor(vlm: httpx.AsyncClient) -> None:
+    whole, stopped = [await chat(vlm, "A red ring is in the top left.", **body) for body in ({}, {"stop": ["\n\n"]})]
+    assert whole.status_code == stopped.status_code == 200, stopped.text
+    assert whole.json()["choices"] == stopped.json()["choices"]
 
 
 async def test_a_maximum_by_its_newer_name(text: httpx.AsyncClient) -> None:

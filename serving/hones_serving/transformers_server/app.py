@@ -25,9 +25,10 @@ from transformers.cli.serving.utils import BaseGenerateManager, BaseHandler, Gen
 
 from hones_serving import playground, signatures
 from hones_serving.asgi import App, Message, Receive, Scope, Send, error_content
+from hones_serving.contract import Service
 from hones_serving.metrics import Metrics
-from hones_serving.middleware import HonesMiddleware, Service
-from hones_serving.registry import Admission, ProfileRegistry
+from hones_serving.middleware import HonesMiddleware
+from hones_serving.registry import ProfileRegistry
 from hones_serving.routing import RoutingPlan
 from hones_serving.routing_file import load_plan
 from hones_serving.settings import Settings
@@ -36,7 +37,7 @@ from hones_serving.transformers_server.command import KV_CACHE_GIB, MAX_NUM_SEQS
 from hones_serving.transformers_server.continuous import cache_tokens, has_pages
 from hones_serving.transformers_server.exactness import exact_pages, is_exact
 from hones_serving.transformers_server.generation import Batches, OneGeneration, SteeredGeneration
-from hones_serving.transformers_server.handlers import TICKET, Chat, Completion, Responses
+from hones_serving.transformers_server.handlers import Chat, Completion, Responses
 from hones_serving.transformers_server.stopping import StoppingMiddleware, unavailable
 from hones_serving.transformers_server.turns import LOGGER, TURN, StoppingError, Turn, Turns
 from hones_steer.errors import DataError, HonesError
@@ -89,7 +90,7 @@ def build_app(
     steering = steer(model, {}, max_profiles=most, allow_mismatch=True)
     batches = _batches(manager, steering, metrics, most, cache_gib)
     state = OneGeneration(SteeredGeneration(batches, steering))
-    app = build_server(manager, generation_state=state, **_handlers(manager, state, registry, served))
+    app = build_server(manager, generation_state=state, **_handlers(manager, state, served))
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in _KEPT]
     _add_routes(app, served, collector)
     _add_error_handlers(app)
@@ -101,20 +102,18 @@ def build_app(
         exact=lambda: served,
         allow_updates=settings.allow_updates,
         playground=settings.playground,
-        stamp=_stamp,
+        max_body=settings.max_body,
     )
     app.state.turns = Turns()
     _add_middleware(app, service, api_key, allowed_origins)
     return app
 
 
-def _handlers(
-    manager: ModelManager, state: GenerationState, registry: ProfileRegistry, served: Sequence[str]
-) -> dict[str, Any]:
+def _handlers(manager: ModelManager, state: GenerationState, served: Sequence[str]) -> dict[str, Any]:
     handlers: dict[str, Any] = {
-        "chat_handler": Chat(manager, state, registry, served),
-        "completion_handler": Completion(manager, state, registry, served),
-        "response_handler": Responses(manager, state, registry, served),
+        "chat_handler": Chat(manager, state, served),
+        "completion_handler": Completion(manager, state, served),
+        "response_handler": Responses(manager, state, served),
     }
     for name in inspect.signature(build_server).parameters:
         if name.endswith("_handler"):
@@ -172,10 +171,6 @@ def _overridden() -> Iterator[tuple[Callable[..., Any], tuple[str, ...]]]:
     yield BaseHandler._resolve_model, ("self", "body")
     yield BaseHandler._build_generation_config, ("self", "body", "model_generation_config")
     yield BaseHandler.get_processor_inputs_from_messages, ("messages", "modality")
-
-
-def _stamp(body: dict[str, Any], admission: Admission) -> None:
-    body[TICKET] = admission.ticket
 
 
 def _add_routes(app: FastAPI, served: Sequence[str], collector: CollectorRegistry) -> None:

@@ -33,8 +33,8 @@ PAGE = 32  # tokens
 _STEP = 256  # tokens of a step, at most: of a longer prompt, some in each of several steps
 _MOST_TOKENS = 2**16  # in the cache, so that the mask of a step is small
 
-# Steers, within the block, `counts[i]` tokens of a packed row as row i.
-Steer = Callable[[Sequence[Row], Sequence[int]], AbstractContextManager[None]]
+# Steers, within the block, `counts[i]` tokens of a packed row as row i, whose tokens from `starts[i]` on they are.
+Steer = Callable[[Sequence[Row], Sequence[int], Sequence[int]], AbstractContextManager[None]]
 
 
 class Pages:
@@ -115,7 +115,9 @@ class Pages:
             raise RuntimeError("transformers' scheduler has stopped at requests that are not over")
         batch = processor.inputs_and_outputs.requests_in_batch
         rows = [self._rows[request.state.request_id] for request in batch]
-        with steer(rows, [request.query_length for request in batch]):
+        counts = [request.query_length for request in batch]
+        starts = [request.state.position_offset - count for request, count in zip(batch, counts, strict=True)]
+        with steer(rows, starts, counts):
             processor._generation_step(self._model)
         processor.update_batch()
 

@@ -85,6 +85,6 @@ def exact_pages(model: Any, processor: Any, most: int, size: int) -> Pages | Non
     def together(rows: Sequence[Row]) -> None:
         waiting = iter(rows)
         for first in waiting:
-            pages.answer(first, lambda: next(waiting, None), lambda _rows, _counts: nullcontext(), lambda _row: None)
+            pages.answer(first, lambda: next(waiting, None), lambda *_: nullcontext(), lambda _row: None)
 
     return pages if is_exact(model, processor, together, "continuous batching") else None

@@ -1,7 +1,7 @@
 """The generation thread, which answers requests together, each steered as it was admitted.
 
 Requests are answered in the order in which they came, but for those that join a batch. That thread does not have the
-context of the request that submits to it, so the admission is taken from there and carried along.
+context of the request that submits to it, so each row is given its request's admission and keeps it.
 """
 
 from __future__ import annotations
@@ -11,23 +11,19 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import ContextVar
 from typing import Any
 
 from transformers.cli.serving.utils import BaseGenerateManager, DirectStreamer, GenerationState, _StreamError
 
+from hones_serving.exchange import current_admission, generating
 from hones_serving.metrics import Metrics
-from hones_serving.registry import Admission
 from hones_serving.transformers_server.batching import can_join, generate_alone, generate_together
 from hones_serving.transformers_server.continuous import Pages
 from hones_serving.transformers_server.rows import Listener, Row, Streamed, Whole, prepare
 from hones_serving.transformers_server.turns import LOGGER, TURN, StoppingError
-from hones_serving.unsteered import generating
 from hones_steer.errors import StateError
 from hones_steer.huggingface import Steering
-
-# The admission of the request that is being handled; None: it is not steered, or its route cannot be.
-ADMISSION: ContextVar[Admission | None] = ContextVar("hones_admission", default=None)
+from hones_steer.scopes import split
 
 
 class OneGeneration(GenerationState):
@@ -43,7 +39,7 @@ class OneGeneration(GenerationState):
 
 
 class SteeredGeneration(BaseGenerateManager):
-    """Transformers' interface to the generation thread; a request runs under the admission in its context."""
+    """Transformers' interface to the generation thread; a request runs as its context says that it was admitted."""
 
     def __init__(self, batches: Batches, steering: Steering) -> None:
         self._batches = batches
@@ -111,7 +107,7 @@ class SteeredGeneration(BaseGenerateManager):
         generating()
         turn = TURN.get()
         turn.ask()
-        row = Row(inputs, config, processor, ADMISSION.get(), turn, listener)
+        row = Row(inputs, config, processor, current_admission(), turn, listener)
         self._waiting.add(row)
         return row
 
@@ -273,12 +269,24 @@ class Batches:
     # A profile's name is its digest here: the task's name may have other contents by now.
 
     def _steered(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
-        names = _digests(rows)
-        return self._steering.tasks(names) if any(names) else nullcontext()
+        if all(row.profile is None for row in rows):
+            return nullcontext()
+        # Prompts are padded on the left to the longest row; one that has generated already has that behind its prompt.
+        width = max(row.ids.shape[1] for row in rows)
+        ends = [width - (row.ids.shape[1] - row.prompt_length) for row in rows]
+        return self._steering.tasks(_digests(rows), scope=[row.scope for row in rows], prompt_end=ends)
 
-    def _packed(self, rows: Sequence[Row], counts: Sequence[int]) -> AbstractContextManager[None]:
-        names = _digests(rows)
-        return self._steering.packed(names, counts) if any(names) else nullcontext()
+    def _packed(
+        self, rows: Sequence[Row], starts: Sequence[int], counts: Sequence[int]
+    ) -> AbstractContextManager[None]:
+        pieces = [
+            (digest if steered else None, tokens)
+            for row, digest, start, count in zip(rows, _digests(rows), starts, counts, strict=True)
+            for tokens, steered in split(row.scope, row.prompt_length, start, count)
+            if tokens
+        ]
+        names = [name for name, _ in pieces]
+        return self._steering.packed(names, [tokens for _, tokens in pieces]) if any(names) else nullcontext()
 
 
 def _digests(rows: Sequence[Row]) -> list[str | None]:

@@ -16,13 +16,8 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.utils import BaseHandler, GenerationState, Modality
 
-from hones_serving.registry import Admission, ProfileRegistry
-from hones_serving.transformers_server.generation import ADMISSION
 from hones_serving.transformers_server.rows import SEED, checked_seed
 from hones_serving.transformers_server.turns import TURN
-from hones_steer.errors import StateError
-
-TICKET = "hones_ticket"  # in the body of a steered request; clients cannot send names that begin with hones_
 
 # Fields that transformers' server ignores: those that do not matter to an answer, ...
 _HARMLESS = {"metadata", "parallel_tool_calls", "prediction", "service_tier", "store", "stream_options", "user"}
@@ -54,20 +49,18 @@ _MALFORMED = (TypeError, AttributeError, ValueError, LookupError, OSError, Templ
 class _Served(BaseHandler):
     """Base of the three handlers, all of one model, whose names are `served`."""
 
-    def __init__(self, manager: Any, state: GenerationState, registry: ProfileRegistry, served: Sequence[str]) -> None:
+    def __init__(self, manager: Any, state: GenerationState, served: Sequence[str]) -> None:
         super().__init__(manager, state)
-        self._registry = registry
         self._served = served
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        """Answer as transformers does, steered by the admission whose ticket the middleware has put into the body.
+        """Answer as transformers does, steered as the middleware has admitted the request.
 
         Raises:
             HTTPException: 404 for another model, 400 or 422 for a request that transformers cannot fulfill or read.
-            StateError: the ticket is no longer valid, or the model is not steered.
+            StateError: the model is not steered.
             StoppingError: the server stops before it has answered.
         """
-        ADMISSION.set(self._admitted(body.pop(TICKET, None)))
         if body.get("max_completion_tokens") is not None:  # the newer name; transformers reads the older one
             body["max_tokens"] = body.pop("max_completion_tokens")
         try:
@@ -76,14 +69,6 @@ class _Served(BaseHandler):
             raise HTTPException(400, f"this request cannot be answered: {type(error).__name__}: {error}") from error
         await TURN.get().begun()  # a stream's status is not sent before: it may still have to be 503
         return response
-
-    def _admitted(self, ticket: str | None) -> Admission | None:
-        if ticket is None:
-            return None
-        admission = self._registry.admission(ticket)
-        if admission is None:
-            raise StateError("the request's admission has ended before it was answered; send it again")
-        return admission
 
     def _validate_request(self, body: dict[str, Any]) -> None:
         super()._validate_request(body)
@@ -137,4 +122,4 @@ class Completion(_Served, CompletionHandler):
 
 
 class Responses(_Served, ResponseHandler):
-    """``POST /v1/responses``, which is not steered."""
+    """``POST /v1/responses``."""

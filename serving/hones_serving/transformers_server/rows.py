@@ -24,6 +24,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from hones_serving.registry import Admission
 from hones_serving.transformers_server.turns import Turn
 from hones_steer.profile import Profile
+from hones_steer.scopes import ALL
 
 # The seed of the request that is being handled. Transformers' server seeds the whole process when a request arrives.
 SEED: ContextVar[int | None] = ContextVar("hones_seed", default=None)
@@ -137,6 +138,7 @@ class Row:
         self.processor = processor
         self.profile: Profile | None = admission.profile if admission else None
         self.label = admission.label if admission else "none"
+        self.scope = admission.scope if admission else ALL
         self.turn = turn
         self.listener = listener
         self.seed = SEED.get()
@@ -206,7 +208,8 @@ def prepare(model: Any, row: Row) -> None:
     ) -> Tensor:
         if _is_plain(generation_config):
             if stop:  # transformers loses the tokenizer on the way to a decoding loop of one's own
-                stopping_criteria.append(StopStringCriteria(tokenizer=row.processor, stop_strings=stop))
+                tokenizer = getattr(row.processor, "tokenizer", row.processor)
+                stopping_criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop))
             generator = _generator(row.seed, ids.device) if generation_config.do_sample else None
             limit = generation_config.max_length
             prepared.append(Choosing(logits_processor, stopping_criteria, generator, limit))

@@ -6,9 +6,12 @@ front.py       before the engine: an expression or an HTTP admission becomes the
 layout.py      in the worker: the loaded model's down-projections
 worker.py      in the worker: scale tables, each token's slot, the scaled input of each down-projection
 endpoint.py    the HTTP side of the API server
+batch.py       the lines of a batch file (`vllm run-batch`), in place of the HTTP side
 
 `hones serve` runs the API server, which starts the engine core as a process of its own. There is one worker for each
-tensor-parallel rank: a single one lives in the engine core's process, several have a process each. From a profile's
+tensor-parallel rank: a single one lives in the engine core's process, several have a process each. With data
+parallelism there are so many engine cores, each with its workers and their tables; the API server has one registry for
+all of them, and vLLM chooses the engine core of each request after step 6. From a profile's
 file to the multiplied activation, and back to the response's headers, through `hones_serving.middleware` and
 `.registry`, the modules of this package, and `hones_steer.slots`; `register` has wrapped the methods of vLLM:
 
@@ -18,14 +21,16 @@ At start
     API server   2. `front.attach`, to which `Endpoint.init_state` gives the identity of the model, having asked the
                     workers for it: its `ProfileRegistry` reads every profile file of the folder and checks it
 For each request
-    API server   3. `middleware._admit`: `routing.decide` chooses the expression, `ProfileRegistry.resolve` makes it one
-                    profile, `ProfileRegistry.admit` reserves room and issues a ticket
-                 4. `endpoint._stamp`: writes the ticket into the body's `vllm_xargs`, of which vLLM makes
-                    `SamplingParams.extra_args`
-                 5. `Front.steer`, after `InputProcessor.process_inputs`: replaces the ticket with the profile's bytes
-                    and digest, and salts the request's prefix cache with the digest
+    API server   3. `contract.admit`: `routing.decide` chooses the expression, `ProfileRegistry.resolve` makes it one
+                    profile, `ProfileRegistry.admit` reserves room
+                 4. `exchange.Exchange.admission`: the middleware notes the admission in the request's context, which
+                    vLLM's handlers, tasks and generators run in
+                 5. `Front.steer`, after `InputProcessor.process_inputs`: puts the profile's bytes and digest into the
+                    request's `SamplingParams.extra_args`, and salts its prefix cache with the digest; a scope
+                    goes with them
                  6. `Front.enter`, around `OutputProcessor.add_request`: keeps the profile's slot until the request ends
-    engine core     vLLM's own scheduler puts new requests, `extra_args` included, into its `SchedulerOutput`
+    engine core     vLLM's own scheduler puts new requests, `extra_args` included, into its `SchedulerOutput`;
+                    `front.block_keys` has a scope enter the hashes of blocks that reach behind the prompt
 For each step
     worker       7. `WorkerSteering.begin`, before the runner's `execute_model`: unpacks the profiles of new requests
                  8. `WorkerSteering.fill`, before the runner's `_prepare_inputs` (V1) or `prepare_inputs` (V2), if the
@@ -33,10 +38,11 @@ For each step
                     which writes its scales with `ScaleTables.write`) and sets each token's slot (`TokenSlots.write`)
                  9. `SteeredInput.forward`, before each down-projection: z * table[slot of each token]
 For each request
-    API server  10. `middleware._steering_headers`, as the response starts: X-Hones-Profile and X-Hones-Route
+    API server  10. `middleware._steering_headers`, as the response starts: X-Hones-Profile and X-Hones-Route;
+                    `contract.Admitted.complete`: the object `hones` in its JSON
                 11. `Front.leave`, after `OutputProcessor._finish_request`: counts the tokens and gives the slot back.
                     What speculative decoding drafted, `Front.count_drafts` has counted before `process_outputs`
-                12. `ProfileRegistry.leave`, after the response's end: the ticket is void
+                12. `ProfileRegistry.leave`, after the response's end
 
 `LLM(...)` has no steps 3, 4, 10 and 12: `LLMEngine` calls `front.attach` itself, and in step 5 `Front.steer` resolves
 the expression `hones_task` from the request's `extra_args`. A profile's contents travel inside the request, so workers
@@ -44,7 +50,8 @@ need no registry of their own.
 
 vLLM logs and skips a plugin whose *import* fails: here only the standard library is imported, the rest inside
 `register`, whose errors stop the process. It also logs and skips an `endpoint` that fails, so that one does next to
-nothing: what can go wrong is in `Endpoint.init_state`, whose errors stop the server.
+nothing: what can go wrong is in `Endpoint.init_state`, whose errors stop the server. If it is skipped all the same, the
+engine has no front, and `front._process_inputs` refuses to generate.
 """
 
 from typing import Any
@@ -67,10 +74,11 @@ def register() -> None:
     settings = Settings.from_env()
     if settings is None or _registered:
         return
-    from hones_serving.vllm import compat, front, worker
+    from hones_serving.vllm import batch, compat, front, worker
 
     compat.check_version()
     front.install()
+    batch.install()
     worker.install()
     _registered = True
 

@@ -30,10 +30,13 @@ def check_version() -> None:
 def _expected_signatures() -> Iterator[tuple[Callable[..., Any], tuple[str, ...]]]:
     """Yield (function, names of the parameters that it must begin with) for each function that the plugin wraps.
 
-    And for what some of them are given: `BatchReqState`, `RequestSpecDecodeMetrics`.
+    And for what some of them are given: `BatchReqState`, `RequestSpecDecodeMetrics`, a step's requests.
     """
+    from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
+    from vllm.v1.core.sched.output import CachedRequestData, NewRequestData
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core_client import AsyncMPClient
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.engine.output_processor import OutputProcessor
@@ -52,14 +55,29 @@ def _expected_signatures() -> Iterator[tuple[Callable[..., Any], tuple[str, ...]
     yield LLMEngine.__init__, ("self", "vllm_config")
     yield LLMEngine.collective_rpc, ("self", "method")
     yield AsyncLLM.__init__, ("self", "vllm_config")
-    yield AsyncLLM.collective_rpc, ("self", "method")
+    yield AsyncMPClient.call_utility_all_async, ("self", "method")
     yield Scheduler.__init__, ("self", "vllm_config")
+    yield generate_block_hash_extra_keys, ("request", "start_token_idx", "end_token_idx", "start_mm_idx")
     yield RequestSpecDecodeMetrics, ("num_spec_tokens", "histogram", "num_draft_tokens")
     yield Worker.load_model, ("self",)
     yield RunnerV1.execute_model, ("self", "scheduler_output", "intermediate_tensors")
     yield RunnerV1._prepare_inputs, ("self", "scheduler_output", "num_scheduled_tokens")
     yield RunnerV2.execute_model, ("self", "scheduler_output", "intermediate_tensors", "dummy_run")
     yield RunnerV2.prepare_inputs, ("self", "scheduler_output", "batch_req_state")
+    yield (
+        NewRequestData,
+        (
+            *("req_id", "prompt_token_ids", "mm_features", "sampling_params", "pooling_params", "block_ids"),
+            "num_computed_tokens",
+        ),
+    )
+    yield (
+        CachedRequestData,
+        (
+            *("req_ids", "resumed_req_ids", "new_token_ids", "all_token_ids", "new_block_ids"),
+            "num_computed_tokens",
+        ),
+    )
     yield BatchReqState, ("req_ids", "num_scheduled_tokens")
 
 
@@ -95,7 +113,7 @@ def _unsupported(config: Any) -> dict[str, bool]:
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
-        "more than one API server (--api-server-count)": parallel._api_process_count > 1,
+        "more than one API server (give --api-server-count 1)": parallel._api_process_count > 1,
         "the Rust frontend (VLLM_USE_RUST_FRONTEND)": envs.VLLM_USE_RUST_FRONTEND,
         **dict.fromkeys(connectors.unsupported(config.kv_transfer_config), True),
         # The number of tokens of each request is then known to the GPU only.
@@ -114,7 +132,15 @@ def _untested(config: Any) -> dict[str, bool]:
     parallel, speculative = config.parallel_config, config.speculative_config
     backend = parallel.distributed_executor_backend
     return {
-        "data parallelism": parallel.data_parallel_size > 1,
+        # Several servers then share the replicas, or the replicas are not this server's own processes.
+        "data parallelism over several machines, by Ray, or behind a load balancer of your own": (
+            parallel.data_parallel_size > 1
+            and (
+                parallel.data_parallel_size_local != parallel.data_parallel_size
+                or parallel.data_parallel_backend != "mp"
+                or parallel.local_engines_only
+            )
+        ),
         f"the executor backend {backend!r}": backend not in (None, "uni", "mp"),
         "an encoder-cache connector": config.ec_transfer_config is not None,
         **dict.fromkeys(connectors.untested(config.kv_transfer_config), True),

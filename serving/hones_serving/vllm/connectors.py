@@ -16,8 +16,9 @@ _PLACES = {
     "SimpleCPUOffloadConnector": ("kv_offload_backend", "cpu", "backend"),
 }
 
-# These hold the salt as well, but no test runs them.
-_UNTESTED = ("LMCacheMPConnector", "MooncakeStoreConnector")
+# These hold the salt as well, but no test runs them; the first has nothing else of the hashes.
+_BY_SALT = ("LMCacheMPConnector",)
+_UNTESTED = (*_BY_SALT, "MooncakeStoreConnector")
 
 _BY_TOKENS = "it finds blocks by their tokens alone, so one steering's cache would go to another"
 _FROM_ELSEWHERE = "it takes over what another server has computed, and nothing says how that one steered"
@@ -54,6 +55,14 @@ def untested(transfer: Any) -> list[str]:
             if (place := options.get(option, certified)) != certified:
                 names.append(f"the offloading {kind} {place}")
     return names
+
+
+def by_salt(transfer: Any) -> str | None:
+    """The name of a connector in vLLM's KVTransferConfig (or None) whose keys have the cache salt, but not the hashes.
+
+    Such keys do not tell a prompt from an answer of the same tokens.
+    """
+    return next((name for name, _, _ in _connectors(transfer) if name in _BY_SALT), None)
 
 
 def _reason(name: str, module: str | None) -> str | None:

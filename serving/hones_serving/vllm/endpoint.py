@@ -6,13 +6,14 @@ import logging
 from argparse import Namespace
 from typing import Any
 
+from hones_serving.contract import Service
 from hones_serving.metrics import Metrics
-from hones_serving.middleware import HonesMiddleware, Service
-from hones_serving.registry import LISTING, Admission
+from hones_serving.middleware import HonesMiddleware
+from hones_serving.registry import LISTING
 from hones_serving.routing import RoutingPlan
 from hones_serving.routing_file import load_plan
 from hones_serving.settings import Settings
-from hones_serving.vllm.front import TICKET, attach
+from hones_serving.vllm.front import attach
 from hones_steer.errors import StateError
 
 
@@ -32,7 +33,7 @@ class Endpoint:
             app.add_middleware(HonesMiddleware, service=self.service)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:  # noqa: ARG002
-        """Ask the workers about their model, load the profiles for it, and build the middleware's service.
+        """Build the middleware's service for the engine, with the profiles of the folder.
 
         Raises:
             StateError: the engine cannot be steered.
@@ -47,21 +48,7 @@ class Endpoint:
             log.setLevel(logging.WARNING)
         if engine_client is None:
             raise StateError("a render server has no engine to steer; start it without HONES_PROFILES")
-        identities = await engine_client.collective_rpc("hones_identity")
-        front = attach(engine_client, identities, settings, LISTING)
-        front.metrics = metrics = Metrics(front.registry)
-        registry, models = front.registry, state.openai_serving_models
-        served = tuple(model.name for model in models.base_model_paths)
-        self._service = Service(
-            registry=registry,
-            plan=load_plan(settings.routing, registry.tasks()) if settings.routing else RoutingPlan(),
-            metrics=metrics,
-            served=served,
-            exact=lambda: {*served, *models.lora_requests},
-            allow_updates=settings.allow_updates,
-            playground=settings.playground,
-            stamp=_stamp,
-        )
+        self._service = await make_service(settings, engine_client, state.openai_serving_models)
 
     def service(self) -> Service:
         """The service that the middleware works with. Raises StateError if the server has not started yet."""
@@ -70,6 +57,30 @@ class Endpoint:
         return self._service
 
 
-def _stamp(body: dict[str, Any], admission: Admission) -> None:
-    """Write the admission's ticket into a request's JSON body, in the field that vLLM hands on to the front."""
-    body["vllm_xargs"] = {**(body.get("vllm_xargs") or {}), TICKET: admission.ticket}
+async def make_service(settings: Settings, engine_client: Any, models: Any) -> Service:
+    """Give an AsyncLLM its front, and build the service that decides on its requests; `models` is OpenAIServingModels.
+
+    The workers of all replicas are asked about their model.
+
+    Raises:
+        StateError: the workers run different models.
+        ProfileError, MismatchError: a profile is broken, or was made for another model.
+        RoutingError: the routing file is wrong.
+    """
+    # `collective_rpc` of the client itself gives the answer of the first data-parallel replica only.
+    replicas = await engine_client.engine_core.call_utility_all_async("collective_rpc", "hones_identity", None, ())
+    identities = [identity for workers in replicas for identity in workers]
+    front = attach(engine_client, identities, settings, LISTING)
+    front.metrics = metrics = Metrics(front.registry)
+    registry = front.registry
+    served = tuple(model.name for model in models.base_model_paths)
+    return Service(
+        registry=registry,
+        plan=load_plan(settings.routing, registry.tasks()) if settings.routing else RoutingPlan(),
+        metrics=metrics,
+        served=served,
+        exact=lambda: {*served, *models.lora_requests},
+        allow_updates=settings.allow_updates,
+        playground=settings.playground,
+        max_body=settings.max_body,
+    )

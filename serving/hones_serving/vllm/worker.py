@@ -4,27 +4,32 @@ A worker keeps the profile of every request that the engine has scheduled and no
 the profiles of its requests are put into slots of the tables, and each token gets its request's slot. A profile needs
 its slot for one step only: a step has at most `max_num_seqs` requests, so with that many slots they never run out;
 with fewer, the front admits no more different profiles than there are slots.
+
+Where a scope steers a part of a request's tokens, their positions decide, of which the step says the first. Speculative
+decoding may have the engine count tokens that are rejected later, but it drafts only behind the prompt.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hones_serving.contract import SCOPE
 from hones_serving.settings import Settings
 from hones_serving.vllm import compat
-from hones_serving.vllm.front import PROFILE
+from hones_serving.vllm.front import PROFILE, PROMPT_END
 from hones_serving.vllm.layout import find_decoder
 from hones_steer import __version__
 from hones_steer.errors import StateError
 from hones_steer.ffns import DENSE, Ffn
 from hones_steer.injection import scale
 from hones_steer.profile import ModelIdentity, Profile, parse_profile
+from hones_steer.scopes import split
 from hones_steer.slots import IDENTITY, ScaleTables, SlotPool
 
 _CHUNK = 2**22  # float32 scales gathered at a time in eager mode: 16 MB
@@ -45,7 +50,7 @@ class TokenSlots:
         self.by_run = True
 
     def write(self, slots: Sequence[int], counts: Sequence[int]) -> None:
-        """Set the slots of a step's tokens: `counts[i]` consecutive tokens belong to the request with `slots[i]`."""
+        """Set the slots of a step's tokens: `counts[i]` consecutive tokens have `slots[i]`."""
         if all(slot == IDENTITY for slot in slots):
             if self.runs:
                 self.runs, self.by_run = [], True
@@ -139,21 +144,39 @@ class WorkerSteering:
         self._pool = SlotPool(tables, max_profiles)
         self._tokens = tokens
         self._profiles: dict[str, Profile] = {}  # request id -> profile, for steered requests
-        self._last: tuple[list[str], list[int]] | None = None  # last step's ids and counts; None: a request has come
+        self._scopes: dict[str, tuple[str, int]] = {}  # request id -> scope and prompt's end, where it is not "all"
+        self._starts: dict[str, int] = {}  # request id -> position of its first token in the step, of those in _scopes
+        self._last: tuple[list[str], list[int], list[Any]] | None = None  # last step's `fill`; None: a request has come
 
     def begin(self, scheduler_output: Any) -> None:
         """Note the requests that have come and gone, from vLLM's SchedulerOutput of the step."""
         for request_id in scheduler_output.finished_req_ids:
             self._profiles.pop(request_id, None)
+            if self._scopes.pop(request_id, None):
+                del self._starts[request_id]
         for request in scheduler_output.scheduled_new_reqs:
             self._last = None
             extra = (request.sampling_params and request.sampling_params.extra_args) or {}
             if PROFILE in extra:
                 self._profiles[request.req_id] = unpacked(extra[PROFILE])
+            if PROMPT_END in extra:
+                self._scopes[request.req_id] = extra[SCOPE], extra[PROMPT_END]
+                self._starts[request.req_id] = request.num_computed_tokens
+        if self._scopes:
+            running = scheduler_output.scheduled_cached_reqs
+            for request_id, start in zip(running.req_ids, running.num_computed_tokens, strict=True):
+                if request_id in self._scopes:
+                    self._starts[request_id] = start
 
     def fill(self, request_ids: Sequence[str], counts: Sequence[int]) -> None:
         """Set the slots of the step's tokens: `counts[i]` consecutive tokens belong to `request_ids[i]`."""
-        step = list(request_ids), np.asarray(counts).tolist()
+        ids, tokens = list(request_ids), np.asarray(counts).tolist()
+        parts = [
+            (i, split(*self._scopes[request_id], self._starts[request_id], tokens[i]))
+            for i, request_id in enumerate(ids)
+            if request_id in self._scopes
+        ]
+        step = ids, tokens, parts
         if step == self._last:  # the same requests go on decoding, with the profiles they came with
             return
         self._last = step
@@ -161,7 +184,25 @@ class WorkerSteering:
         slots = self._pool.acquire(profiles)
         # A slot is owed for this step only; what was written stays until it is taken again.
         self._pool.release(profiles)
-        self._tokens.write(slots, counts)
+        if parts:
+            slots, tokens = _in_scope(slots, tokens, dict(parts))
+        self._tokens.write(slots, tokens)
+
+
+def _in_scope(
+    slots: Sequence[int], counts: Sequence[int], parts: Mapping[int, Sequence[tuple[int, bool]]]
+) -> tuple[tuple[int, ...], list[int]]:
+    """Slots and counts of a step's tokens, those of request i split into its `parts`: tokens, and if they are steered.
+
+    Requests that are not in `parts` are whole.
+    """
+    runs = [
+        (slot if steered else IDENTITY, tokens)
+        for i, (slot, count) in enumerate(zip(slots, counts, strict=True))
+        for tokens, steered in parts.get(i, ((count, True),))
+        if tokens
+    ]
+    return tuple(slot for slot, _ in runs), [tokens for _, tokens in runs]
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,5 +1,6 @@
 """Settings and requests that cannot be steered are refused by name, at the start or before they enter the engine."""
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ UNSUPPORTED = {
     },
 }
 UNTESTED = {
-    "data parallelism": {"data_parallel_size": 2},
+    "data parallelism over several machines": {"data_parallel_size": 2, "data_parallel_size_local": 1},
+    "data parallelism .* behind a load balancer": {"data_parallel_size": 2, "data_parallel_rank": 1},
     "the executor backend 'external_launcher'": {"distributed_executor_backend": "external_launcher"},
     "an encoder-cache connector": {"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_both"}},
     "speculative decoding by 'ngram_gpu'": {"speculative_config": {**NGRAM, "method": "ngram_gpu"}},
@@ -118,7 +120,13 @@ def test_adaptive_verification(llama: Path, profiles: Path) -> None:
 
 def test_what_is_supported_is_not_refused(llama: Path, profiles: Path) -> None:
     speculative = [{"speculative_config": method} for method in (NGRAM, DRAFT)]
-    for options in ({}, {"tensor_parallel_size": 2}, {"enable_lora": True}, *speculative):
+    for options in (
+        {},
+        {"tensor_parallel_size": 2},
+        {"data_parallel_size": 2},
+        {"enable_lora": True},
+        *speculative,
+    ):
         compat.refuse_unsupported(config_of(llama, **options), Settings(profiles))
 
 
@@ -139,6 +147,64 @@ def test_a_server_without_its_http_side_does_not_start(llama: Path, profiles: Pa
         register()
         with pytest.raises(StateError, match="set VLLM_PLUGINS=hones, or use `hones serve`"):
             AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(llama), dtype="float32", max_model_len=256))
+
+
+def test_a_server_whose_http_side_was_skipped_generates_nothing(
+    llama: Path, profiles: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If vLLM cannot make the plugin for the API server, it logs that, and starts to serve all the same."""
+    from hones_serving.vllm import register
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.exceptions import GracefulHTTPError
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    async def ask() -> None:
+        options: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "max_num_seqs": 8}
+        server = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(llama), **options))
+        try:
+            prompt = {"prompt_token_ids": PROMPTS[0]}
+            async for _ in server.generate(prompt, SamplingParams(max_tokens=2), request_id="1"):
+                pass
+        finally:
+            server.shutdown()
+            server.engine_core.resources.ctx.destroy(linger=0)  # vLLM leaves it open
+
+    monkeypatch.setenv("HONES_PROFILES", str(profiles))
+    monkeypatch.setenv("VLLM_PLUGINS", "hones")
+    register()
+    with pytest.raises(GracefulHTTPError, match="HTTP side of hones-steer has not started") as refused:
+        asyncio.run(ask())
+    assert refused.value.http_status == 503
+
+
+# Batch files --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"body": {"hones_task": "vqa", "hones_task": "none"}}', "the body gives 'hones_task' more than once"),
+        ('{"body": {"vllm_xargs": {"hones_task": "a", "hones_task": "b"}}}', "the body gives 'hones_task' more than"),
+        ('{"body": {"model": "m:vqa", "model": "m"}}', "the body gives 'model' more than once"),
+        ('{"body": {"hones_task": "vqa"}, "body": {}}', "gives 'body' more than once"),
+    ],
+)
+def test_a_batch_file_that_names_steering_twice(
+    line: str, words: str, profiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hones_serving.vllm.batch import steer_runner
+    from vllm.entrypoints.launchers import run_batch
+
+    for name in ("read_file", "build_endpoint_registry"):
+        monkeypatch.setattr(run_batch, name, getattr(run_batch, name))  # put back afterwards
+    steer_runner(run_batch, Settings(profiles))
+    file, plain = tmp_path / "in.jsonl", '{"body": {"messages": [{"x": 1, "x": 2}], "model": "m"}}\n\nno JSON\n'
+    file.write_text(plain)
+    assert asyncio.run(run_batch.read_file(str(file))) == plain
+    file.write_text(plain + line)
+    with pytest.raises(RoutingError, match=f"line 4 of the batch file.*{words}"):
+        asyncio.run(run_batch.read_file(str(file)))
 
 
 # Models -------------------------------------------------------------------------------------------
@@ -214,8 +280,6 @@ class TestRequests:
             ({"hones_task": ""}, "is not a task name"),
             ({"hones_task": 3}, "hones_task is 3; give an expression"),
             ({"hones_task": ["vqa"]}, "hones_task is .'vqa'.; give an expression"),
-            ({"hones_ticket": "0" * 32}, "hones_ticket: a reserved name"),
-            ({"hones_ticket": ["vqa"]}, "hones_ticket: a reserved name"),
             ({"hones_profile": b"bytes", "hones_digest": "0" * 64}, "hones_digest, hones_profile: a reserved name"),
             ({"hones_task": "vqa", "hones_label": "x"}, "hones_label: a reserved name"),
             ({"hones_anything": None}, "hones_anything: a reserved name"),
@@ -230,14 +294,17 @@ class TestRequests:
         assert not llm.llm_engine.has_unfinished_requests()
         assert llm.llm_engine.input_processor.hones_front.registry.slots_used() == 0
 
-    def test_a_server_takes_no_expressions_past_its_middleware(self, llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Gives the engine an expression, as vLLM's routes that take whole sampling parameters could."""
+    @pytest.mark.parametrize("extra", [{"hones_task": "vqa"}, {"hones_scope": "all"}], ids=str)
+    def test_a_server_takes_no_steering_past_its_middleware(
+        self, llm: Any, extra: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Gives the engine an expression or a scope, as vLLM's routes that take whole sampling parameters could."""
         from vllm import SamplingParams
 
         front = llm.llm_engine.input_processor.hones_front
         monkeypatch.setattr(front, "metrics", Metrics(front.registry, CollectorRegistry()))
-        params = SamplingParams(max_tokens=4, extra_args={"hones_task": "vqa"})
-        with pytest.raises(RoutingError, match="this route cannot be steered; leave out 'hones_task'"):
+        params = SamplingParams(max_tokens=4, extra_args=extra)
+        with pytest.raises(RoutingError, match=f"this route cannot be steered; leave out '{min(extra)}'"):
             llm.generate([request(PROMPTS[0])], params, use_tqdm=False)
 
     def test_other_extra_arguments_pass(self, llm: Any) -> None:

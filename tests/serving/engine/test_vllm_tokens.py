@@ -17,6 +17,7 @@ from serving.steered import (
     engine,
     generate,
     prompts,
+    schedule_ahead,
     tokens_of,
     write_profiles,
 )
@@ -92,16 +93,7 @@ def test_preempted_requests_come_back_steered(llama: Path, profiles: Path, expec
 def test_async_scheduling(
     llama: Path, profiles: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Schedules each step before the one before it has finished, which vLLM does not do on a CPU unless told to."""
-    from vllm.platforms.cpu import CpuPlatform
-
-    update = CpuPlatform.check_and_update_config
-
-    def update_and_switch_on(config: Any) -> None:
-        update(config)
-        config.scheduler_config.async_scheduling = True
-
-    monkeypatch.setattr(CpuPlatform, "check_and_update_config", staticmethod(update_and_switch_on))
+    schedule_ahead(monkeypatch)
     with engine(llama, profiles) as llm:
         assert type(llm.llm_engine.engine_core.engine_core.scheduler).__name__ == "AsyncScheduler"
         assert answers(llm, PROMPTS, MIXED) == expected
