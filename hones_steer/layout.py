@@ -195,13 +195,13 @@ class Layout:
             elif (layer.shared_out if ffn.part == SHARED else layer.experts) is None:
                 raise LayoutError(f"{ffn} is not in model type {self.model_type!r}: {layer.name} has no such FFN")
 
-    def require_dense(self, ffns: Iterable[Ffn], what: str) -> None:
-        """Raise LayoutError if one of these FFNs is not dense, or there is none: `what` is for dense FFNs only."""
+    def require_linear(self, ffns: Iterable[Ffn]) -> None:
+        """Raise LayoutError if one of these FFNs is an expert, which has no linear layer to adapt, or there is none."""
         for ffn in ffns:
-            if ffn.part != DENSE:
+            if ffn.group.part == EXPERTS:
                 raise LayoutError(
-                    f"{ffn} of model type {self.model_type!r}: {what} is for dense FFNs, not for those of a mixture of "
-                    "experts; steer the model with the profile itself"
+                    f"{ffn} of model type {self.model_type!r}: its down-projection is a part of a stacked parameter, "
+                    "which no adapter scales by neuron; merge the profile into a checkpoint, or steer with it"
                 )
         self.require_ffns(ffns)
 
