@@ -124,6 +124,12 @@ class DecoderLayer:
         )
 
     @property
+    def shared_gate(self) -> nn.Module | None:
+        """The projection to the one number that what the shared expert writes is weighed by, if there is one."""
+        inside = (m for path, m in self.module.named_modules() if "shared" in path) if self.shared_out else ()
+        return next((m for m in inside if linear_shape(m) is not None and _linear_outputs(m) == 1), None)
+
+    @property
     def down_proj(self) -> nn.Module:
         """The dense FFN's down-projection; raises LayoutError, naming the layer, if it has no such FFN."""
         if self.ffn_out is None:
@@ -222,12 +228,10 @@ class Layout:
         """Raise LayoutError, naming the culprit, unless attribution can run the decoder and knows all its parts.
 
         A layer without attention has no heads to score; one layer with attention is needed, and the head count of each.
+        What experts compute must be readable under the present experts implementation.
         """
-        if self.experts:
-            raise LayoutError(
-                f"attribution does not count the neurons of experts in model type {self.model_type!r}; steering this "
-                "model works, attributing on it does not"
-            )
+        for experts in self.experts.values():
+            experts.require_readable()
         if getattr(getattr(self.decoder, "config", None), "is_encoder_decoder", False):
             raise LayoutError(
                 f"model type {self.model_type!r} is an encoder-decoder, whose prompts go to the encoder; attribution "

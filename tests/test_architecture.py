@@ -278,7 +278,7 @@ def test_offline_takes_only_the_scaling_and_the_hooks_from_injection() -> None:
         for found in IMPORTS
         if found.package == "hones_offline" and found.target.startswith("hones_steer.injection")
     }
-    assert taken <= {"hones_steer.injection.scale", "hones_steer.injection.input_hooks"}
+    assert taken <= {f"hones_steer.injection.{name}" for name in ("scale", "input_hooks", "InstanceMethods")}
 
 
 def test_hooks_are_set_only_where_contributing_says() -> None:
