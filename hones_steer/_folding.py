@@ -31,7 +31,7 @@ class Folded:
     def __init__(self, model: nn.Module, layout: Layout, profile: Profile) -> None:
         pointers = Counter(p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False))
         touched = [_columns(layout, ffn, entries, pointers) for ffn, entries in profile.ffns.groups.items()]
-        self._originals: list[tuple[_Columns, Tensor]] = []
+        self._originals: list[tuple[Columns, Tensor]] = []
         scaled = []
         with torch.no_grad():
             for columns, scales in touched:
@@ -54,7 +54,7 @@ class Folded:
         self._originals.clear()
 
 
-class _Columns:
+class Columns:
     """The columns of some neurons in W_down `[hidden, I]`, or in those of several experts, `[experts, hidden, I]`.
 
     They are read and written as `[hidden, k]`.
@@ -84,19 +84,19 @@ class _Columns:
             self.weight[self._experts, :, self.neurons] = values.t().to(self.weight)
 
 
-def _columns(layout: Layout, ffn: Ffn, entries: Entries, pointers: Counter[int]) -> tuple[_Columns, Tensor]:
+def _columns(layout: Layout, ffn: Ffn, entries: Entries, pointers: Counter[int]) -> tuple[Columns, Tensor]:
     """The columns that a profile scales in an FFN, or in all experts of a layer, and their scales `[k]`."""
     neurons, scales = torch.tensor(entries.neurons, dtype=torch.int64), torch.tensor(entries.scales)
     layer = layout.layers[ffn.layer]
     if entries.experts is None:
         [projection] = (projection for projection in layer.projections if projection.ffn == ffn)
         _require_own_weight(projection, pointers)
-        return _Columns(projection.name, lambda: down_weight(projection), neurons, None), scales
+        return Columns(projection.name, lambda: down_weight(projection), neurons, None), scales
     experts = layer.experts
     assert experts is not None  # the profile was checked against the layout
     _require_own_memory(experts.name, "their down-projection", experts.down_weight(), pointers)
     numbers = torch.tensor(entries.experts, dtype=torch.int64)
-    return _Columns(experts.name, experts.down_weight, neurons, numbers), scales
+    return Columns(experts.name, experts.down_weight, neurons, numbers), scales
 
 
 def not_finite(before: Tensor, after: Tensor, neurons: Tensor, scales: Tensor) -> str | None:

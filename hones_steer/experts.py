@@ -19,6 +19,8 @@ from hones_steer.errors import LayoutError
 
 # The order of rows is known for these. The others of transformers are fused kernels for GPUs.
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+# Of these, what calls the gating as a function, of all rows at once, whatever the model's own code does.
+READABLE = ("batched_mm", "grouped_mm")
 
 _INTERFACE = "transformers.integrations.moe"
 # Without the interface, and read: every expert computes every token, z = up·act(gate).
@@ -67,6 +69,25 @@ class Experts:
                 "own, where their neurons cannot be scaled; call model.set_experts_implementation('grouped_mm')"
             )
 
+    @property
+    def gating(self) -> nn.Module | str:
+        """What gives z itself, of all rows at once, under `READABLE` implementations: as `activation`."""
+        return "_apply_gate" if hasattr(self.module, "gate_up_proj") else self.activation
+
+    def require_readable(self) -> None:
+        """Raise LayoutError unless z itself can be read, and the router weighs what an expert writes."""
+        if not self.by_interface:
+            raise LayoutError(
+                f"{self.name} ({type(self.module).__name__}) weighs what its experts are given instead of what they "
+                "write, and computes all of them for every token, so that attribution does not count their neurons; "
+                "steering this model works, attributing on it does not"
+            )
+        if self.implementation not in READABLE:
+            raise LayoutError(
+                f"{self.name}: the experts implementation {self.implementation!r} does not show attribution what its "
+                "experts compute; call model.set_experts_implementation('grouped_mm')"
+            )
+
     def down_weight(self) -> Tensor:
         """W_down as a view `[count, hidden, width]`."""
         weight: Tensor = self.module.get_parameter("down_proj")
@@ -82,15 +103,19 @@ class Experts:
             each = torch.arange(tokens, device=hidden_states.device)
             experts = torch.arange(self.count, device=hidden_states.device)
             return each.repeat(self.count), experts.repeat_interleave(tokens)
+        order = self.order(choices)
+        return order // choices.shape[1], choices.reshape(-1).index_select(0, order)
+
+    def order(self, choices: Tensor) -> Tensor:
+        """Where each row of the activations is in `choices` `[tokens, k]`, flattened: int64 `[tokens · k]`."""
         tokens, k = choices.shape
         if self.implementation == "batched_mm":
-            return torch.arange(tokens, device=choices.device).repeat_interleave(k), choices.reshape(-1)
+            return torch.arange(tokens * k, device=choices.device)
         if self.implementation == "grouped_mm":
             # The very call that transformers makes, which need not be stable: it gives the same on the same numbers.
-            experts, order = torch.sort(choices.reshape(-1))
-            return order // k, experts
-        experts, order = torch.sort(choices.t().reshape(-1), stable=True)  # one expert after the other
-        return order % tokens, experts
+            return torch.sort(choices.reshape(-1))[1]
+        order = torch.sort(choices.t().reshape(-1), stable=True)[1]  # one expert after the other
+        return order % tokens * k + order // tokens
 
     def num_tokens(self, hidden_states: Tensor, choices: Tensor | None) -> int:
         """Number of tokens in a call of the module."""

@@ -43,6 +43,17 @@ class Ffn(NamedTuple):
             )
         return cls(operator.index(layer), operator.index(part))
 
+    @classmethod
+    def parse(cls, text: str) -> Ffn:
+        """The FFN of a `key`; raises ProfileError or ValueError if it is none."""
+        layer, dot, part = text.partition(".")
+        return cls.of((int(layer), (part if part == SHARED else int(part)) if dot else DENSE))
+
+    @property
+    def key(self) -> str:
+        """The FFN in JSON: "3" is layer 3's dense one, "3.shared" its shared expert, "3.17" its expert 17."""
+        return str(self.layer) if self.part == DENSE else f"{self.layer}.{self.part}"
+
     @property
     def group(self) -> Ffn:
         """The FFN itself, or for an expert all experts of its layer."""

@@ -17,7 +17,7 @@ from hones_steer.errors import ProfileError
 from hones_steer.export.adapters import CONFIG, PREFIX, WEIGHTS
 from hones_steer.export.peft import IA3_SUFFIX
 from hones_steer.export.sidecar import SIDECAR, Sidecar, module_names, parse_sidecar
-from hones_steer.ffns import DENSE, Ffn
+from hones_steer.ffns import Ffn
 from hones_steer.layout import find_layout, unwrap
 from hones_steer.profile import ModelIdentity, Profile, StrPath
 from hones_steer.strict_json import parse_object
@@ -60,7 +60,7 @@ def _import_peft(folder: Path, model: nn.Module | None, task: str | None) -> Pro
     base_model = sidecar.base_model if sidecar is not None else identity
     modules = module_names(model, find_layout(model)) if model is not None else sidecar.modules if sidecar else {}
     assert base_model is not None  # one of the two is there
-    rows = _read_rows(folder / WEIGHTS, {name: layer for layer, name in modules.items()}, base_model)
+    rows = _read_rows(folder / WEIGHTS, {name: ffn for ffn, name in modules.items()}, base_model)
     profile = _profile_of(rows, sidecar, base_model, task)
     if sidecar is not None and profile.digest != sidecar.digest and sidecar.fields["evidence"]:
         warnings.warn(
@@ -78,10 +78,10 @@ def _read(file: Path) -> bytes:
         raise ProfileError(f"{file.name} cannot be read: {error}") from error
 
 
-def _read_rows(file: Path, layers: Mapping[str, int], base_model: ModelIdentity) -> dict[int, Tensor]:
-    """The scales float32 `[I]` of each layer; raises ProfileError if the adapter holds anything else.
+def _read_rows(file: Path, ffns: Mapping[str, Ffn], base_model: ModelIdentity) -> dict[Ffn, Tensor]:
+    """The scales float32 `[I]` of each FFN; raises ProfileError if the adapter holds anything else.
 
-    `layers` maps the name of a down-projection to its layer.
+    `ffns` maps the name of a down-projection to its FFN.
     """
     try:
         tensors = safetensors.torch.load_file(file)
@@ -92,16 +92,16 @@ def _read_rows(file: Path, layers: Mapping[str, int], base_model: ModelIdentity)
     rows, other_modules = {}, set()
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX).removesuffix(IA3_SUFFIX)
-        if name not in layers or not key.endswith(IA3_SUFFIX):
+        if name not in ffns or not key.endswith(IA3_SUFFIX):
             other_modules.add(re.sub(r"\.\d+\.", ".*.", name))
-        elif tensor.shape != (1, width := base_model.width(Ffn(layers[name], DENSE))):
+        elif tensor.shape != (1, width := base_model.width(ffns[name])):
             raise ProfileError(
                 f"{name} has factors of shape {list(tensor.shape)} where a profile scales the "
                 f"{width} inputs of a down-projection; "
                 "train with feedforward_modules naming the same modules as target_modules"
             )
         else:
-            rows[layers[name]] = tensor[0].float()
+            rows[ffns[name]] = tensor[0].float()
     if other_modules:
         raise ProfileError(
             f"also scales {', '.join(sorted(other_modules))}; a profile holds the inputs of the language model's "
@@ -111,19 +111,19 @@ def _read_rows(file: Path, layers: Mapping[str, int], base_model: ModelIdentity)
 
 
 def _profile_of(
-    rows: Mapping[int, Tensor], sidecar: Sidecar | None, base_model: ModelIdentity, task: str | None
+    rows: Mapping[Ffn, Tensor], sidecar: Sidecar | None, base_model: ModelIdentity, task: str | None
 ) -> Profile:
-    """The profile of rows of scales `[I]` by layer: every neuron that the sidecar lists or whose scale is not 1."""
+    """The profile of rows of scales `[I]` by FFN: every neuron that the sidecar lists or whose scale is not 1."""
     members = sidecar.neurons if sidecar is not None else {}
-    if missing := sorted(members.keys() - rows.keys()):
-        raise ProfileError(f"{WEIGHTS} lacks the factors of layer {missing[0]}; export the profile again")
+    if missing := sorted(members.keys() - rows.keys(), key=lambda ffn: ffn.order):
+        raise ProfileError(f"{WEIGHTS} lacks the factors of {missing[0]}; export the profile again")
     layers = {}
-    for layer, row in sorted(rows.items()):
-        chosen = sorted({*members.get(layer, ()), *(row != 1).nonzero().flatten().tolist()})
+    for ffn, row in sorted(rows.items(), key=lambda item: item[0].order):
+        chosen = sorted({*members.get(ffn, ()), *(row != 1).nonzero().flatten().tolist()})
         if chosen and not 0 <= chosen[0] <= chosen[-1] < len(row):
-            raise ProfileError(f"{SIDECAR} lists neurons beyond layer {layer}'s {len(row)}; export the profile again")
+            raise ProfileError(f"{SIDECAR} lists neurons beyond {ffn}'s {len(row)}; export the profile again")
         if chosen:
-            layers[layer] = np.array(chosen, dtype=np.int32), row[chosen].numpy()
+            layers[ffn] = np.array(chosen, dtype=np.int32), row[chosen].numpy()
     if not layers:
         raise ProfileError("every factor is 1, so there is nothing to steer")
     if sidecar is None:

@@ -124,6 +124,12 @@ class DecoderLayer:
         )
 
     @property
+    def shared_gate(self) -> nn.Module | None:
+        """The projection to the one number that what the shared expert writes is weighed by, if there is one."""
+        inside = (m for path, m in self.module.named_modules() if "shared" in path) if self.shared_out else ()
+        return next((m for m in inside if linear_shape(m) is not None and _linear_outputs(m) == 1), None)
+
+    @property
     def down_proj(self) -> nn.Module:
         """The dense FFN's down-projection; raises LayoutError, naming the layer, if it has no such FFN."""
         if self.ffn_out is None:
@@ -195,13 +201,13 @@ class Layout:
             elif (layer.shared_out if ffn.part == SHARED else layer.experts) is None:
                 raise LayoutError(f"{ffn} is not in model type {self.model_type!r}: {layer.name} has no such FFN")
 
-    def require_dense(self, ffns: Iterable[Ffn], what: str) -> None:
-        """Raise LayoutError if one of these FFNs is not dense, or there is none: `what` is for dense FFNs only."""
+    def require_linear(self, ffns: Iterable[Ffn]) -> None:
+        """Raise LayoutError if one of these FFNs is an expert, which has no linear layer to adapt, or there is none."""
         for ffn in ffns:
-            if ffn.part != DENSE:
+            if ffn.group.part == EXPERTS:
                 raise LayoutError(
-                    f"{ffn} of model type {self.model_type!r}: {what} is for dense FFNs, not for those of a mixture of "
-                    "experts; steer the model with the profile itself"
+                    f"{ffn} of model type {self.model_type!r}: its down-projection is a part of a stacked parameter, "
+                    "which no adapter scales by neuron; merge the profile into a checkpoint, or steer with it"
                 )
         self.require_ffns(ffns)
 
@@ -222,12 +228,10 @@ class Layout:
         """Raise LayoutError, naming the culprit, unless attribution can run the decoder and knows all its parts.
 
         A layer without attention has no heads to score; one layer with attention is needed, and the head count of each.
+        What experts compute must be readable under the present experts implementation.
         """
-        if self.experts:
-            raise LayoutError(
-                f"attribution does not count the neurons of experts in model type {self.model_type!r}; steering this "
-                "model works, attributing on it does not"
-            )
+        for experts in self.experts.values():
+            experts.require_readable()
         if getattr(getattr(self.decoder, "config", None), "is_encoder_decoder", False):
             raise LayoutError(
                 f"model type {self.model_type!r} is an encoder-decoder, whose prompts go to the encoder; attribution "

@@ -118,9 +118,9 @@ def scale_row(profile: Profile, ffn: Ffn) -> Tensor:
     return dense_row(neurons, scales, width)
 
 
-def layer_tensors(profile: Profile, layer: int) -> tuple[Tensor, Tensor]:
-    """The neurons int64 `[k]` and scales float32 `[k]` of a dense FFN that the profile lists."""
-    neurons, scales = profile.layers[layer]
+def ffn_tensors(profile: Profile, ffn: Ffn) -> tuple[Tensor, Tensor]:
+    """The neurons int64 `[k]` and scales float32 `[k]` of an FFN that the profile lists."""
+    neurons, scales = profile.ffns[ffn]
     return torch.tensor(neurons, dtype=torch.int64), torch.tensor(scales)
 
 

@@ -16,7 +16,7 @@ import reference
 import tiny_models
 import torch
 from hones_offline.attribution.heads import head_scores, head_statistics, top_heads
-from hones_offline.attribution.write_in import head_guided_importance, target_directions
+from hones_offline.attribution.write_in import head_guided_importance, require_write_in, target_directions
 from hones_offline.data.examples import Example, MemoryImage
 from hones_offline.data.tasks import JsonlTask
 from hones_offline.running.execution import Execution
@@ -245,6 +245,7 @@ def check_attribution(model: Any, processor: Any, *, image: bool) -> str:
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
     task, examples = JsonlTask("text", "bleu4", max_new_tokens=4), examples_of(image=image)
     prepared = prepare(model, processor, task, examples)
+    require_write_in(prepared, Execution())
     found = {}
     for size in (9, 1):
         run = Execution(batch_size=size, memory_gb=4 if size > 1 else 1e-9)

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
+from reference_steering import expert_activations, expert_product
 
 from hones_steer.layout import find_layout, is_transposed
 
@@ -51,23 +52,71 @@ def head_replaced(model, layer, head):
         handle.remove()
 
 
+def ffns(model):
+    """(layer, kind, module) of every FFN: its down-projection, or the module of all routed experts of the layer."""
+    for layer in find_layout(model).layers:
+        if layer.ffn_out is not None:
+            yield layer.index, "dense", layer.ffn_out
+        if layer.shared_out is not None:
+            yield layer.index, "shared", layer.shared_out
+        if layer.experts is not None:
+            yield layer.index, "experts", layer.experts.module
+
+
 @contextmanager
 def neurons_scaled(model, layers):
-    """Z' = s·z for the listed neurons: layers = {layer: (neurons, scales)} (2.5 with scale 0, 2.6)."""
+    """Z' = s·z for the listed neurons (2.5 with scale 0, 2.6): layers = {layer: (neurons, scales)}.
+
+    Instead of a layer's number stands (layer, "shared") or (layer, expert).
+    """
+    with neurons_changed(model, layers, lambda z, scale: z * scale):
+        yield
+
+
+@contextmanager
+def neurons_set(model, layers):
+    """Z' = a constant for the listed neurons, at every position: layers = {layer: (neurons, values)}."""
+    with neurons_changed(model, layers, lambda z, value: torch.full_like(z, value)):
+        yield
+
+
+@contextmanager
+def neurons_changed(model, layers, change):
+    """Z' = change(z, value) for the listed neurons: layers = {layer: (neurons, values)}, of experts where run."""
+    listed = {key if isinstance(key, tuple) else (key, "dense"): pair for key, pair in layers.items()}
     with ExitStack() as stack:
-        for layer, (neurons, scales) in layers.items():
-            stack.enter_context(input_scaled(find_layout(model).layers[layer].down_proj, neurons, scales))
+        for layer, kind, module in ffns(model):
+            if kind == "experts":
+                of_layer = {e: pair for (at, e), pair in listed.items() if at == layer and isinstance(e, int)}
+
+                def changed(z, of_layer=of_layer):
+                    z = z.clone()
+                    for e, (neurons, values) in of_layer.items():
+                        for neuron, value in zip(neurons.tolist(), values.tolist(), strict=True):
+                            z[:, e, neuron] = change(z[:, e, neuron], value)
+                    return z
+
+                stack.enter_context(experts_computed_plainly(module, changed))
+            elif (layer, kind) in listed:
+                stack.enter_context(input_changed(module, *listed[layer, kind], change))
         yield
 
 
 @contextmanager
 def input_scaled(down_projection, neurons, scales):
     """Z' = s·z for the listed neurons of one down-projection."""
+    with input_changed(down_projection, neurons, scales, lambda z, scale: z * scale):
+        yield
+
+
+@contextmanager
+def input_changed(down_projection, neurons, values, change):
+    """Z' = change(z, value) for the listed neurons of one down-projection."""
 
     def hook(_module, args):
         z = args[0].clone()
-        for neuron, scale in zip(neurons.tolist(), scales.tolist(), strict=True):
-            z[..., neuron] = z[..., neuron] * scale
+        for neuron, value in zip(neurons.tolist(), values.tolist(), strict=True):
+            z[..., neuron] = change(z[..., neuron], value)
         return (z,)
 
     handle = down_projection.register_forward_pre_hook(hook)
@@ -78,20 +127,51 @@ def input_scaled(down_projection, neurons, scales):
 
 
 @contextmanager
-def neurons_set(model, layers):
-    """Z' = a constant for the listed neurons, at every position: layers = {layer: (neurons, values)}."""
-    with ExitStack() as stack:
-        for layer, (neurons, values) in layers.items():
+def experts_computed_plainly(module, change):
+    """Compute routed experts one token and one expert after the other, with change(z) instead of z [T, experts, I].
 
-            def hook(_module, args, neurons=neurons, values=values):
-                z = args[0].clone()
-                for neuron, value in zip(neurons.tolist(), values.tolist(), strict=True):
-                    z[..., neuron] = value
-                return (z,)
+    That is 0 of experts that the router has not chosen for a token, which add nothing. What others write is weighed by
+    the router.
+    """
 
-            handle = find_layout(model).layers[layer].down_proj.register_forward_pre_hook(hook)
-            stack.callback(handle.remove)
+    def forward(hidden_states, choices, weights):
+        width = module.down_proj.numel() // module.down_proj.shape[0] // hidden_states.shape[-1]
+        z = [[torch.zeros(width) for _ in range(module.down_proj.shape[0])] for _ in hidden_states]
+        for token, x in enumerate(hidden_states):
+            for e in choices[token].tolist():
+                z[token][e] = expert_activations(module, e, x)
+        z = change(torch.stack([torch.stack(of_token) for of_token in z]))
+        written = [
+            sum(
+                weight * expert_product(module, "down_proj", e, z[token, e])
+                for e, weight in zip(choices[token].tolist(), weights[token], strict=True)
+            )
+            for token in range(len(hidden_states))
+        ]
+        return torch.stack(written)
+
+    module.forward = forward
+    try:
         yield
+    finally:
+        del module.forward
+
+
+@contextmanager
+def choices_recorded(model):
+    """What the router chooses in the forwards of the block: {layer: weights [T, experts], 0 of those not chosen}."""
+    recorded = {}
+    with ExitStack() as stack:
+        for layer, kind, module in ffns(model):
+            if kind == "experts":
+
+                def hook(module, args, layer=layer):
+                    _, choices, weights = args
+                    every = torch.zeros(len(choices), module.down_proj.shape[0])
+                    recorded[layer] = every.scatter(1, choices, weights.detach().float())
+
+                stack.callback(module.register_forward_pre_hook(hook).remove)
+        yield recorded
 
 
 @torch.no_grad()
@@ -250,36 +330,57 @@ def directions(model, processor, task, examples):
 
 
 def by_layer(model, values):
-    """{layer: [I]} as [L, I], 0 for layers without an FFN or whose FFN did not run; values may have more dimensions.
+    """{(layer, kind): [N]} as [L, I], 0 where no FFN is or ran; values may have more dimensions.
 
-    I is the width of the widest layer; others have 0 beyond their own.
+    In a layer the dense FFN's come first, then the shared expert's, then those of the experts. I is the most neurons of
+    a layer; others have 0 beyond their own.
     """
-    widest = max(values.values(), key=lambda value: value.shape[-1])
-    padded = {i: torch.nn.functional.pad(z, (0, widest.shape[-1] - z.shape[-1])) for i, z in values.items()}
+    parts = {}
+    for layer, kind, _ in ffns(model):
+        if (layer, kind) in values:
+            parts.setdefault(layer, []).append(values[layer, kind])
+    joined = {layer: torch.cat(of_layer, dim=-1) for layer, of_layer in parts.items()}
+    widest = max(joined.values(), key=lambda value: value.shape[-1])
+    padded = {i: torch.nn.functional.pad(z, (0, widest.shape[-1] - z.shape[-1])) for i, z in joined.items()}
     return torch.stack([padded.get(i, torch.zeros_like(widest)) for i in range(len(find_layout(model).layers))])
 
 
 @contextmanager
 def ffn_inputs_recorded(model):
-    """The input of every layer's down-projection in the forwards of the block, of one row: {layer: [T, I]}."""
+    """Z of every FFN in the forwards of the block, of one row: {(layer, kind): [T, N]}.
+
+    That of experts has one expert after the other, 0 where one is not chosen.
+    """
     recorded = {}
     with ExitStack() as stack:
-        for layer in find_layout(model).with_ffn:
+        for layer, kind, module in ffns(model):
 
-            def hook(_module, args, layer=layer):
-                recorded[layer.index] = z = args[0].reshape(-1, args[0].shape[-1])  # OPT's has no row dimension
+            def hook(_module, args, ffn=(layer, kind)):
+                recorded[ffn] = z = args[0].reshape(-1, args[0].shape[-1])  # OPT's has no row dimension
                 return (z.reshape(args[0].shape),)
 
-            stack.callback(layer.down_proj.register_forward_pre_hook(hook).remove)
+            def of_experts(z, ffn=(layer, kind)):
+                recorded[ffn] = flat = z.flatten(1)
+                return flat.reshape(z.shape)
+
+            if kind == "experts":
+                stack.enter_context(experts_computed_plainly(module, of_experts))
+            else:
+                stack.callback(module.register_forward_pre_hook(hook).remove)
         yield recorded
 
 
 @torch.no_grad()
-def activation(model, processor, example, prompt):
-    """Z at the last token of a prompt (2.2), [L, I]."""
-    with ffn_inputs_recorded(model) as recorded:
+def activation(model, processor, example, prompt, *, weighed=False):
+    """Z at the last token of a prompt (2.2), [L, I]; if `weighed`, that of experts by the router."""
+    with ffn_inputs_recorded(model) as recorded, choices_recorded(model) as chosen:
         model(**prompt_inputs(processor, example, prompt))
-    return by_layer(model, {layer: z[-1] for layer, z in recorded.items()})
+    last = {ffn: z[-1] for ffn, z in recorded.items()}
+    if weighed:
+        for layer, weights in chosen.items():
+            z = last[layer, "experts"]
+            last[layer, "experts"] = (z.view(len(weights[-1]), -1) * weights[-1][:, None]).flatten()
+    return by_layer(model, last)
 
 
 def activations(model, processor, task, examples):
@@ -293,27 +394,43 @@ def activations(model, processor, task, examples):
 
 @torch.no_grad()
 def position_means(model, processor, task, examples):
-    """Mean of z over all positions of prompt and answer, the answer's end token aside, of all pairs, [L, I]."""
+    """Mean of z over all positions of prompt and answer, the answer's end token aside, of all pairs, [L, I].
+
+    Of an expert's neurons over those that it is chosen for.
+    """
     total, positions = 0, 0
     for example in examples:
         for index, answer in task.answers(example):
-            with ffn_inputs_recorded(model) as recorded:
+            with ffn_inputs_recorded(model) as recorded, choices_recorded(model) as chosen:
                 answer_logits(model, processor, example, task.prompts(example)[index], answer)
-            z = by_layer(model, {layer: z[:-1] for layer, z in recorded.items()})
-            total, positions = total + z.sum(1), positions + z.shape[1]
-    return total / positions
+            there = {ffn: torch.ones_like(z) for ffn, z in recorded.items()}
+            for layer, weights in chosen.items():
+                width = recorded[layer, "experts"].shape[1] // weights.shape[1]
+                there[layer, "experts"] = (weights > 0).float().repeat_interleave(width, dim=1)
+            total = total + by_layer(model, {ffn: z[:-1] for ffn, z in recorded.items()}).sum(1)
+            positions = positions + by_layer(model, {ffn: of_ffn[:-1] for ffn, of_ffn in there.items()}).sum(1)
+    return total / positions.clamp(min=1)
 
 
 @torch.no_grad()
 def write_ins(model, processor, task, examples, units):
-    """c_{l,i} = z_i·⟨W_down[:,i], u_y⟩ at the first prompt's last token (2.2) of every example, one [L, I] each."""
-    weights = {
-        layer.index: layer.down_proj.weight.T if is_transposed(layer.down_proj) else layer.down_proj.weight
-        for layer in find_layout(model).with_ffn
-    }
-    every = [activation(model, processor, example, task.prompts(example)[0]) for example in examples]
-    aligned = [by_layer(model, {layer: unit @ w for layer, w in weights.items()}) for unit in units]
-    return [z * a for z, a in zip(every, aligned, strict=True)]
+    """c_{l,i} = z_i·⟨W_down[:,i], u_y⟩ at the first prompt's last token (2.2) of every example, one [L, I] each.
+
+    An expert's is weighed by the router, and 0 where it is not chosen.
+    """
+
+    def alignments(unit):
+        aligned = {}
+        for layer, kind, module in ffns(model):
+            if kind == "experts":
+                each = [w.T if getattr(module, "is_transposed", False) else w for w in module.down_proj]
+                aligned[layer, kind] = torch.cat([unit @ w for w in each])
+            else:
+                aligned[layer, kind] = unit @ (module.weight.T if is_transposed(module) else module.weight)
+        return by_layer(model, aligned)
+
+    every = [activation(model, processor, example, task.prompts(example)[0], weighed=True) for example in examples]
+    return [z * alignments(unit) for z, unit in zip(every, units, strict=True)]
 
 
 def mean_write_in(model, processor, task, examples, units=None):
@@ -462,7 +579,7 @@ def activation_probability(model, processor, task, examples):
                     (function,) = functions or [ffn.w1]  # LFM2 calls SiLU by name, which keeps its gate's sign
                     stack.callback(function.register_forward_hook(hook).remove)
                 answer_logits(model, processor, example, task.prompts(example)[index], answer)
-            layers = [layer.index for layer in find_layout(model).with_ffn]
+            layers = [(layer.index, "dense") for layer in find_layout(model).with_ffn]
             active.append(by_layer(model, dict(zip(layers, [(row > 0).sum(0) for row in given], strict=True))))
             tokens += len(given[0])
     return sum(active) / tokens
@@ -559,12 +676,7 @@ def means_of_drawn(matrix, related, drawn):
 
 def fit_penalty(model, layers, l2):
     """L2 · the mean over all FFN neurons of λ², λ = scale − 1 of those listed and 0 of the others."""
-    offsets = [
-        torch.zeros(layer.down_proj.weight.numel() // model.config.get_text_config().hidden_size)
-        for layer in find_layout(model).with_ffn
-    ]
-    places = {layer.index: place for place, layer in enumerate(find_layout(model).with_ffn)}
-    for layer, (neurons, scales) in layers.items():
-        for neuron, scale in zip(neurons.tolist(), scales.tolist(), strict=True):
-            offsets[places[layer]][neuron] = scale - 1
-    return l2 * torch.cat(offsets).square().mean()
+    hidden = model.config.get_text_config().hidden_size
+    weights = [module.down_proj if kind == "experts" else module.weight for _, kind, module in ffns(model)]
+    neurons = sum(weight.numel() // hidden for weight in weights)
+    return l2 * sum((scale - 1) ** 2 for _, scales in layers.values() for scale in scales.tolist()) / neurons

@@ -74,30 +74,12 @@ def experts_forward(module, factors, steered=None):
 
     `steered` is that of `scaled`, where the router chooses the experts of each token.
     """
-    kind = type(module).__name__
-    inputs_first = getattr(module, "is_transposed", kind == "Llama4TextExperts")  # weights [inputs, outputs]
-
-    def product(name, e, x):
-        weight = getattr(module, name)[e]
-        bias = getattr(module, f"{name}_bias")[e] if hasattr(module, f"{name}_bias") else 0
-        return (x @ weight if inputs_first else weight @ x) + bias
 
     def expert_output(e, x, token=None):
-        if not hasattr(module, "gate_up_proj"):  # no gate
-            z = module.act_fn(product("up_proj", e, x))
-        elif kind == "GptOssExperts":
-            gate_up = product("gate_up_proj", e, x)
-            gate = torch.tensor([min(value, module.limit) for value in gate_up[::2].tolist()])
-            up = torch.tensor([max(-module.limit, min(value, module.limit)) for value in gate_up[1::2].tolist()])
-            z = (up + 1) * gate * torch.sigmoid(1.702 * gate)
-        elif "_apply_gate" in vars(type(module)) and not hasattr(module, "act_fn"):
-            z = module._apply_gate(product("gate_up_proj", e, x))
-        else:
-            gate_up = product("gate_up_proj", e, x)
-            z = module.act_fn(gate_up[: len(gate_up) // 2]) * gate_up[len(gate_up) // 2 :]
+        z = expert_activations(module, e, x)
         for neuron, value in factors.get(e, {}).items() if steered is None or steered[token] else ():
             z[neuron] *= value
-        return product("down_proj", e, z)
+        return expert_product(module, "down_proj", e, z)
 
     def forward(hidden_states, choices, weights):
         result = torch.zeros_like(hidden_states, dtype=torch.float32)
@@ -110,7 +92,28 @@ def experts_forward(module, factors, steered=None):
         tokens = len(hidden_states) // module.num_experts
         return torch.stack([expert_output(i // tokens, x) for i, x in enumerate(hidden_states)])
 
-    return forward_of_all if kind == "Llama4TextExperts" else forward
+    return forward_of_all if type(module).__name__ == "Llama4TextExperts" else forward
+
+
+def expert_product(module, name, e, x):
+    """The product of expert e's weight of this name with x, and its bias if there is one."""
+    inputs_first = getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts")  # [inputs, outputs]
+    weight = getattr(module, name)[e]
+    bias = getattr(module, f"{name}_bias")[e] if hasattr(module, f"{name}_bias") else 0
+    return (x @ weight if inputs_first else weight @ x) + bias
+
+
+def expert_activations(module, e, x):
+    """Z of expert e for one token."""
+    if not hasattr(module, "gate_up_proj"):  # no gate
+        return module.act_fn(expert_product(module, "up_proj", e, x))
+    gate_up = expert_product(module, "gate_up_proj", e, x)
+    if type(module).__name__ == "GptOssExperts":
+        gate, up = gate_up[::2].clamp(max=module.limit), gate_up[1::2].clamp(-module.limit, module.limit)
+        return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    if "_apply_gate" in vars(type(module)) and not hasattr(module, "act_fn"):
+        return module._apply_gate(gate_up)
+    return module.act_fn(gate_up[: len(gate_up) // 2]) * gate_up[len(gate_up) // 2 :]
 
 
 def logits_alone(model, inputs, profiles):

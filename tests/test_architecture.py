@@ -83,18 +83,19 @@ ALLOWED = {
     "loading": {"errors"},
     "export": set(),
     "export.cards": {"profile"},
-    "export.sidecar": {"errors", "layout", "profile", "strict_json"},
+    "export.sidecar": {"errors", "ffns", "layout", "profile", "strict_json"},
     "export.checkpoint": {"errors", "layout", "loading", "strict_json"},
-    "export.adapters": {"errors", "layout", "files", "profile", "export.cards", "export.sidecar"},
+    "export.adapters": {"errors", "ffns", "layout", "files", "profile", "export.cards", "export.sidecar"},
     "export.peft": _ADAPTER,
     "export.lora": _ADAPTER,
     "export.merged": {
         "errors",
+        "ffn_scales",
+        "ffns",
         "injection",
         "layout",
         "files",
         "profile",
-        "slots",
         "_folding",
         "export.cards",
         "export.checkpoint",
@@ -281,7 +282,7 @@ def test_offline_takes_only_the_scaling_and_the_hooks_from_injection() -> None:
         for found in IMPORTS
         if found.package == "hones_offline" and found.target.startswith("hones_steer.injection")
     }
-    assert taken <= {"hones_steer.injection.scale", "hones_steer.injection.input_hooks"}
+    assert taken <= {f"hones_steer.injection.{name}" for name in ("scale", "input_hooks", "InstanceMethods")}
 
 
 def test_hooks_are_set_only_where_contributing_says() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hones_steer.errors import DataError, LayoutError
 from hones_steer.export.cards import card, describe_model, evidence_table, profiles_table
 from hones_steer.export.sidecar import SIDECAR, without_wrappers
+from hones_steer.ffns import Ffn
 from hones_steer.files import new_folder
 from hones_steer.layout import Layout, base_layer, find_layout, is_transposed, unwrap
 from hones_steer.profile import ModelIdentity, Profile, StrPath
@@ -23,27 +24,27 @@ PREFIX = "base_model.model."  # every tensor's name begins with it
 def checked_layout(profile: Profile, model: nn.Module, allow_mismatch: bool) -> Layout:
     """The model's layout.
 
-    Raises LayoutError if there is none or a layer that the profile scales has no FFN, and MismatchError if the profile
-    is another model's.
+    Raises LayoutError if there is none or the profile scales experts, or a layer that has no FFN, and MismatchError if
+    the profile is another model's.
     """
     layout = find_layout(model)
     profile.base_model.check(ModelIdentity.from_model(unwrap(model)), allow_mismatch=allow_mismatch)
-    layout.require_dense(profile.ffns, "an adapter")
+    layout.require_linear(profile.ffns)
     return layout
 
 
-def module_pattern(model: nn.Module, modules: Mapping[int, str]) -> str:
+def module_pattern(model: nn.Module, modules: Mapping[Ffn, str]) -> str:
     """A regular expression that matches these modules only; a vision tower may have modules of the same last name.
 
-    `modules` maps layers to names in the model.
+    `modules` maps FFNs to names in the model.
 
     Raises LayoutError if PEFT, which matches names as here, would find other modules of the model by it, or none: it
     refuses such an adapter itself, but vLLM serves the model without it.
     """
     layers: dict[tuple[str, str], list[str]] = {}
-    for layer, name in modules.items():
-        before, _, after = name.rpartition(f".{layer}.")
-        layers.setdefault((before, after), []).append(str(layer))
+    for ffn, name in modules.items():
+        before, _, after = name.rpartition(f".{ffn.layer}.")
+        layers.setdefault((before, after), []).append(str(ffn.layer))
     pattern = "|".join(
         rf"{re.escape(before)}\.({'|'.join(numbers)})\.{re.escape(after)}"
         for (before, after), numbers in layers.items()
@@ -59,7 +60,7 @@ def module_pattern(model: nn.Module, modules: Mapping[int, str]) -> str:
 
 def is_conv1d(layout: Layout) -> bool:
     """Whether the down-projections keep their weights as `[I, hidden]`, which PEFT calls `fan_in_fan_out`."""
-    return is_transposed(base_layer(layout.with_ffn[0].down_proj))
+    return is_transposed(base_layer(layout.projections[0].down_proj))
 
 
 def common_settings(profile: Profile) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
@@ -43,7 +43,8 @@ class Stored:
 class Checkpoint:
     """A checkpoint and its model, whose weights are meta tensors except the final norm's, which `ModelIdentity` needs.
 
-    `keys` maps a parameter's name to its key on the disk, `stored` maps such a key to its place.
+    `keys` maps a parameter's name to its key on the disk, `stacks` a parameter of experts that are kept in another way
+    there to the keys of what it is made of, in the order of experts, and `stored` maps a key to its place.
     """
 
     folder: Path
@@ -51,6 +52,7 @@ class Checkpoint:
     model: nn.Module
     layout: Layout
     keys: Mapping[str, str]
+    stacks: Mapping[str, Sequence[str]]
     stored: Mapping[str, Stored]
 
 
@@ -65,13 +67,13 @@ def open_checkpoint(name: str) -> Checkpoint:
     config = load_config(str(folder))
     stored = _stored_tensors(folder)
     model = empty_model(config)
-    layout, keys = find_layout(model), _disk_keys(model, stored)
+    layout, (keys, stacks) = find_layout(model), _disk_keys(model, stored)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     norm: Any = layout.final_norm
     key = keys.get(names.get(id(norm.weight), "")) if norm is not None else None
     if key is not None and stored[key].dtype in DTYPES:  # otherwise `ModelIdentity.check` warns
         norm.weight = nn.Parameter(stored[key].read(), requires_grad=False)
-    return Checkpoint(folder, config, model, layout, keys, stored)
+    return Checkpoint(folder, config, model, layout, keys, stacks, stored)
 
 
 def _stored_tensors(source: Path) -> dict[str, Stored]:
@@ -115,23 +117,41 @@ def _read_header(file: Path) -> dict[str, Stored]:
     }
 
 
-def _disk_keys(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
-    """Key on the disk of each parameter, by transformers' own renaming (LLaVA's names differ, for example)."""
+def _disk_keys(model: nn.Module, stored: Iterable[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Key on the disk of each parameter, by transformers' own renaming (LLaVA's names differ, for example).
+
+    Beside them the keys of the tensors, in order, that transformers stacks, or of the one that it transposes, to make a
+    parameter; parameters that are made in other ways are left out.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
 
     mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     prefix, parameters = str(getattr(model, "base_model_prefix", "")), model.state_dict()
+    simple = {
+        source
+        for entry in converters
+        if [type(operation).__name__ for operation in entry.operations] in (["MergeModulelist"], ["Transpose"])
+        for source in entry.source_patterns
+    }
     keys: dict[str, str] = {}
-    for key in stored:
+    stacks: dict[str, list[str]] = {}
+    for key in sorted(stored, key=dot_natural_key):
         name, converter = rename_source_key(key, renamings, converters, prefix, parameters)
         if name not in parameters:  # as transformers does: only the prefix may be missing
             name, converter = rename_source_key(key, [], [], prefix, parameters)
         if converter is None:
             keys[name] = key
-    return keys
+        elif converter in simple:
+            stacks.setdefault(name, []).append(key)
+    return keys, stacks
 
 
 def read_tensor(file: BufferedReader | BufferedRandom, tensor: Stored) -> Tensor:

@@ -26,9 +26,10 @@ from hones_steer.export.adapters import (
     write_adapter,
 )
 from hones_steer.export.sidecar import module_names, sidecar_text
-from hones_steer.layout import DecoderLayer, down_weight
+from hones_steer.ffns import Ffn
+from hones_steer.layout import Projection, down_weight
 from hones_steer.profile import Profile, StrPath
-from hones_steer.slots import layer_tensors
+from hones_steer.slots import ffn_tensors
 
 MAX_RANK = 512  # vLLM takes no higher rank
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -38,7 +39,6 @@ _NOT_FINITE = "lower the scale, load the model in bfloat16 or float32, or export
 @dataclass(frozen=True)
 class LoraExport:
     """Result of `export_lora`: the rank in each layer, and by how much the change of weights is off.
-
     `error` is the largest ‖ΔW − BA‖ / ‖ΔW‖ (Frobenius) over the layers, of the tensors as they were written: without
     truncation it is the rounding to their dtype.
     """
@@ -68,7 +68,8 @@ def export_lora(
         ProfileError: a layer needs more than `max_rank` (and `truncate` is None), every scale is 1, or a scale takes a
             column's change beyond the weights' dtype; nothing is written.
         DataError: peft is not installed, or the folder exists or cannot be written.
-        LayoutError: the FFNs are not recognized, or the weights are quantized or not in memory.
+        LayoutError: the FFNs are not recognized, the model is a mixture of experts, or weights are quantized or not in
+            memory.
         MismatchError: the profile is another model's.
     """
     if max_rank < 1 or truncate not in (None, "svd"):
@@ -76,18 +77,24 @@ def export_lora(
             f"max_rank is {max_rank} and truncate {truncate!r}; give a rank of at least 1, and None or 'svd'"
         )
     layout = checked_layout(profile, model, allow_mismatch)
+    if layout.experts:
+        raise LayoutError(
+            f"model type {layout.model_type!r} is a mixture of experts, whose `down_proj` PEFT takes for a parameter "
+            "of its experts, so that a LoRA of other FFNs would be read as such; export IA3, or merge the profile"
+        )
     names = module_names(model, layout)
-    counts = {index: int(np.sum(scales != 1)) for index, (_, scales) in profile.layers.items()}
-    needed = {index: min(count, layout.hidden_size) for index, count in counts.items() if count}
+    counts = {ffn: int(np.sum(scales != 1)) for ffn, (_, scales) in profile.ffns.items()}
+    needed = {ffn: min(count, layout.hidden_size) for ffn, count in counts.items() if count}
     _check_ranks(needed, max_rank, truncate)
+    projections = {projection.ffn: projection for projection in layout.projections}
     tensors, errors = {}, {}
-    for index in needed:
-        a, b, errors[index] = _lora_pair(profile, layout.layers[index], max_rank)
-        tensors[f"{PREFIX}{names[index]}.lora_A.weight"] = a
-        tensors[f"{PREFIX}{names[index]}.lora_B.weight"] = b
-    ranks = {index: min(rank, max_rank) for index, rank in needed.items()}
-    patterns = {names[index]: rank for index, rank in ranks.items()}
-    targets = {index: names[index] for index in ranks}
+    for ffn in needed:
+        a, b, errors[ffn] = _lora_pair(profile, projections[ffn], max_rank)
+        tensors[f"{PREFIX}{names[ffn]}.lora_A.weight"] = a
+        tensors[f"{PREFIX}{names[ffn]}.lora_B.weight"] = b
+    ranks = {ffn: min(rank, max_rank) for ffn, rank in needed.items()}
+    patterns = {names[ffn]: rank for ffn, rank in ranks.items()}
+    targets = {ffn: names[ffn] for ffn in ranks}
     config = peft_package().LoraConfig(
         r=max(ranks.values()),
         lora_alpha=max(ranks.values()),  # so that a reader which knows no patterns scales by 1 as well
@@ -98,34 +105,35 @@ def export_lora(
         fan_in_fan_out=is_conv1d(layout),
         **common_settings(profile),
     )
-    result = LoraExport(ranks, max(errors.values()), truncated=ranks != needed)
-    modules = {index: names[index] for index in profile.layers}
+    by_layer = {ffn.layer: rank for ffn, rank in ranks.items()}  # of dense FFNs, one a layer
+    result = LoraExport(by_layer, max(errors.values()), truncated=ranks != needed)
+    modules = {ffn: names[ffn] for ffn in profile.ffns}
     write_adapter(
         folder, config, tensors, sidecar_text(profile, modules), adapter_card(profile, "LoRA", _lora_notes(result))
     )
     return result
 
 
-def _check_ranks(needed: Mapping[int, int], max_rank: int, truncate: str | None) -> None:
+def _check_ranks(needed: Mapping[Ffn, int], max_rank: int, truncate: str | None) -> None:
     if not needed:
         raise ProfileError("every scale is 1, so there is nothing for a LoRA to add; export other scales")
-    layer = max(needed, key=needed.__getitem__)
-    if needed[layer] > max_rank and truncate is None:
+    ffn = max(needed, key=needed.__getitem__)
+    if needed[ffn] > max_rank and truncate is None:
         raise ProfileError(
-            f"layer {layer} needs rank {needed[layer]} (its changed neurons, at most the hidden size), more than "
+            f"{ffn} needs rank {needed[ffn]} (its changed neurons, at most the hidden size), more than "
             f"{max_rank}; raise --max-rank (vLLM takes at most 512), approximate with --truncate svd, or export IA3"
         )
 
 
-def _lora_pair(profile: Profile, layer: DecoderLayer, max_rank: int) -> tuple[Tensor, Tensor, float]:
-    """One layer's A `[r, I]`, B `[hidden, r]` and relative error."""
-    weight = _plain_weight(layer)
-    neurons, scales = layer_tensors(profile, layer.index)
+def _lora_pair(profile: Profile, projection: Projection, max_rank: int) -> tuple[Tensor, Tensor, float]:
+    """One down-projection's A `[r, I]`, B `[hidden, r]` and relative error."""
+    weight = _plain_weight(projection)
+    neurons, scales = ffn_tensors(profile, projection.ffn)
     neurons, scales = neurons[scales != 1], scales[scales != 1]
     columns = weight[:, neurons]
     delta = columns * (scales - 1)  # [hidden, k], in float32 at least
     if why := not_finite(columns, delta.to(weight.dtype), neurons, scales):
-        raise ProfileError(f"{layer.name}: {why}; {_NOT_FINITE}")
+        raise ProfileError(f"{projection.name}: {why}; {_NOT_FINITE}")
     b, rows = delta, torch.eye(len(neurons))
     if len(neurons) > len(delta):  # no matrix has a rank above its height
         b, rows = torch.eye(len(delta)), delta
@@ -135,7 +143,7 @@ def _lora_pair(profile: Profile, layer: DecoderLayer, max_rank: int) -> tuple[Te
     b, rows = b.to(weight.dtype), rows.to(weight.dtype)
     if not (b.isfinite().all() and rows.isfinite().all()):
         largest, dtype = float(scales.abs().max()), str(weight.dtype).removeprefix("torch.")
-        raise ProfileError(f"{layer.name}: truncated, scales up to {largest:g} go beyond {dtype}; {_NOT_FINITE}")
+        raise ProfileError(f"{projection.name}: truncated, scales up to {largest:g} go beyond {dtype}; {_NOT_FINITE}")
     a = torch.zeros(len(rows), weight.shape[1], dtype=weight.dtype)
     a[:, neurons] = rows
     return a, b, _relative_error(b.double() @ rows.double(), columns.double() * (scales.double() - 1))
@@ -147,15 +155,15 @@ def _relative_error(approximation: Tensor, exact: Tensor) -> float:
     return difference / size if difference else 0.0
 
 
-def _plain_weight(layer: DecoderLayer) -> Tensor:
+def _plain_weight(projection: Projection) -> Tensor:
     """W_down `[hidden, I]` on the CPU; raises LayoutError if it is not in memory, or quantized."""
-    weight = down_weight(layer).detach()
+    weight = down_weight(projection).detach()
     if weight.is_meta:
-        raise LayoutError(f"{layer.name}: its down-projection is offloaded (meta); load the whole model")
+        raise LayoutError(f"{projection.name}: its down-projection is offloaded (meta); load the whole model")
     if weight.dtype not in FLOATS:
         raise LayoutError(
-            f"{layer.name}: its down-projection is quantized ({weight.dtype}), which a LoRA's change of the weights "
-            "does not fit; load the model without quantization, or export IA3"
+            f"{projection.name}: its down-projection is quantized ({weight.dtype}), which a LoRA's change of the "
+            "weights does not fit; load the model without quantization, or export IA3"
         )
     return weight.cpu()
 

@@ -31,14 +31,12 @@ def export_peft(profile: Profile, model: nn.Module, folder: StrPath, *, allow_mi
 
     Raises:
         DataError: peft is not installed, or the folder exists or cannot be written.
-        LayoutError, MismatchError: the model's FFNs are not recognized, or the profile is another model's.
+        LayoutError, MismatchError: the model's FFNs are not recognized, the profile scales experts, which PEFT cannot,
+            or it is another model's.
     """
     layout = checked_layout(profile, model, allow_mismatch)
-    modules = {layer: name for layer, name in module_names(model, layout).items() if layer in profile.layers}
-    tensors = {
-        f"{PREFIX}{name}{IA3_SUFFIX}": scale_row(profile, layout.layers[layer].ffn)[None]
-        for layer, name in modules.items()
-    }
+    modules = {ffn: name for ffn, name in module_names(model, layout).items() if ffn in profile.ffns}
+    tensors = {f"{PREFIX}{name}{IA3_SUFFIX}": scale_row(profile, ffn)[None] for ffn, name in modules.items()}
     pattern = module_pattern(model, modules)
     config = peft_package().IA3Config(
         target_modules=pattern,

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from hones_steer.errors import ProfileError
+from hones_steer.ffns import Ffn
 from hones_steer.layout import Layout, unwrap
 from hones_steer.profile import ModelIdentity, Profile, metadata_json, parse_metadata
 from hones_steer.strict_json import parse_object
@@ -20,13 +21,13 @@ from hones_steer.strict_json import parse_object
 SIDECAR = "hones_profile.json"
 
 
-def sidecar_text(profile: Profile, modules: Mapping[int, str]) -> str:
-    """The file's text. `modules` maps each layer of the profile to the module that carries its factors."""
+def sidecar_text(profile: Profile, modules: Mapping[Ffn, str]) -> str:
+    """The file's text. `modules` maps each FFN of the profile to the module that carries its factors."""
     content = {
         "digest": profile.digest,
         "metadata": json.loads(metadata_json(profile)),
-        "modules": {str(layer): name for layer, name in modules.items()},
-        "neurons": {str(layer): neurons.tolist() for layer, (neurons, _) in profile.layers.items()},
+        "modules": {ffn.key: name for ffn, name in modules.items()},
+        "neurons": {ffn.key: neurons.tolist() for ffn, (neurons, _) in profile.ffns.items()},
     }
     return json.dumps(content, sort_keys=True) + "\n"
 
@@ -37,8 +38,8 @@ class Sidecar:
 
     digest: str
     fields: Mapping[str, Any]
-    modules: Mapping[int, str]
-    neurons: Mapping[int, set[int]]
+    modules: Mapping[Ffn, str]
+    neurons: Mapping[Ffn, set[int]]
 
     @property
     def base_model(self) -> ModelIdentity:
@@ -50,20 +51,20 @@ def parse_sidecar(text: bytes) -> Sidecar:
     """Read the file's text; raises ProfileError, naming the file, if it is damaged."""
     content = parse_object(text, SIDECAR, ProfileError)
     try:
-        modules = {int(layer): str(name) for layer, name in content["modules"].items()}
-        neurons = {int(layer): {int(neuron) for neuron in listed} for layer, listed in content["neurons"].items()}
+        modules = {Ffn.parse(key): str(name) for key, name in content["modules"].items()}
+        neurons = {Ffn.parse(key): {int(neuron) for neuron in listed} for key, listed in content["neurons"].items()}
         digest, metadata = str(content["digest"]), json.dumps(content["metadata"])
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
+    except (KeyError, AttributeError, TypeError, ValueError, ProfileError) as error:
         raise ProfileError(f"{SIDECAR} is damaged ({error!r}); export the profile again") from error
     if modules.keys() != neurons.keys():
-        raise ProfileError(f"{SIDECAR} names modules and neurons of different layers; export the profile again")
+        raise ProfileError(f"{SIDECAR} names modules and neurons of different FFNs; export the profile again")
     return Sidecar(digest, parse_metadata(metadata), modules, neurons)
 
 
-def module_names(model: nn.Module, layout: Layout) -> dict[int, str]:
-    """Dotted name of each layer's down-projection in the Hugging Face model (without wrappers), by layer."""
+def module_names(model: nn.Module, layout: Layout) -> dict[Ffn, str]:
+    """Dotted name of each down-projection that is a linear layer in the Hugging Face model (without wrappers)."""
     paths = {id(module): without_wrappers(name) for name, module in unwrap(model).named_modules()}
-    return {layer.index: paths[id(layer.down_proj)] for layer in layout.with_ffn}
+    return {projection.ffn: paths[id(projection.down_proj)] for projection in layout.projections}
 
 
 def without_wrappers(name: str) -> str:

@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import mixture_models
 import numpy as np
 import pytest
-import tiny_models
 from hones_offline.attribution.contrast import contrasted
 from hones_offline.commands.result import read_bank
 from hones_offline.data.examples import load_jsonl
@@ -239,7 +239,7 @@ def test_attribute_against_other_tasks(hones: Run, found: Path, dogs: Path, vqa:
     result = json.loads((tmp_path / "vqa" / "result.json").read_bytes())
     assert (result["against"], result["contrast"], len(result["examples"])) == ({}, None, 4)
     paths = [tmp_path / "vqa", found, dogs]
-    index = NeuronIndex((96,) * 3)
+    index = NeuronIndex.dense((96,) * 3)
     own, *others = (Importance(index, load_file(path / "importance.safetensors")["importance"]) for path in paths)
     assert own.bank(0.05).to_json() == result["bank"]
     before = steps(tmp_path / "vqa")
@@ -861,17 +861,40 @@ def test_a_model_that_does_not_exist(fails: Callable[..., str], root: Path, tmp_
         assert f"cannot load the model '{name}': " in fails(*command)
 
 
-def test_a_model_without_a_recognised_ffn(fails: Callable[..., str], root: Path, tmp_path: Path) -> None:
-    mixtral = tiny_models.mixtral()
-    mixtral.generation_config.eos_token_id = 2
+def test_a_model_that_attribution_does_not_count_the_neurons_of(
+    fails: Callable[..., str], root: Path, tmp_path: Path
+) -> None:
+    llama4 = mixture_models.llama4()
+    llama4.generation_config.eos_token_id = 2
     mamba = MambaForCausalLM(MambaConfig(vocab_size=160, hidden_size=32, num_hidden_layers=2, eos_token_id=2))
-    for model, message in ((mixtral, "experts"), (mamba, "")):
+    for model, message in ((llama4, "weighs what its experts are given instead of"), (mamba, "mamba")):
         folder = save(tmp_path / model.config.model_type, model, text_tokenizer(model.config))
         command = ["attribute", folder, "--task", "words", "--data", root / "text.jsonl", "--out", tmp_path / "run"]
-        error = fails(*command)
-        assert message in error
-        assert model.config.model_type in error
+        assert message in fails(*command)
         assert not (tmp_path / "run").exists()
+
+
+def test_a_mixture_of_experts_from_attribution_to_evaluation(hones: Run, root: Path, tmp_path: Path) -> None:
+    p = problem("deepseek_v3", "text")
+    model, run, profile = (
+        save(tmp_path / "model", p.model, p.processor),
+        tmp_path / "run",
+        tmp_path / "words.safetensors",
+    )
+    data = ["--task", "words", "--data", root / "text.jsonl"]
+    assert hones("attribute", model, *data, "--out", run, *SMALL, "--top-fraction", "0.3")[0] == 0
+    keys = json.loads((run / "result.json").read_text())["bank"].keys()
+    assert keys >= {"0", "1.0", "1.shared", "2.3"}
+    bank = read_bank(run).bank
+    assert bank.size == sum(map(len, bank.values())) == round(0.3 * (96 + 2 * (4 * 48 + 96)))
+    assert hones("fit", model, *data, "--bank", run, "--out", profile, *FIT)[0] == 0
+    learned = load_profile(profile)
+    assert learned.format == 2
+    assert {ffn.key: neurons.tolist() for ffn, (neurons, _) in learned.ffns.items()} == bank.to_json()
+    code, out, error = hones(
+        "evaluate", model, *data, "--profile", profile, "--mask", run, "--ablation", "mean", "--random-banks", "1"
+    )
+    assert code == 0, out + error
 
 
 def test_an_image_task_on_a_text_only_model(fails: Callable[..., str], root: Path, tmp_path: Path) -> None:

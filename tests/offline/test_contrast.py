@@ -21,7 +21,7 @@ TASKS = hnp.arrays(np.float32, st.tuples(st.integers(2, 4), st.integers(1, 40)),
 
 def importance(values: Any) -> Importance:
     """The importance of the neurons of one layer."""
-    return Importance(NeuronIndex((len(values),)), np.asarray(values, dtype=np.float32))
+    return Importance(NeuronIndex.dense((len(values),)), np.asarray(values, dtype=np.float32))
 
 
 def chosen(
@@ -55,7 +55,7 @@ def test_a_contrasted_bank_equals_its_plain_twin(
 @pytest.mark.parametrize("contrast", ["max", "ratio"])
 def test_importances_of_many_neurons_in_several_layers_are_contrasted_as_the_twin_does(contrast: Contrast) -> None:
     rng = np.random.default_rng(0)
-    index = NeuronIndex((700, 500, 800))
+    index = NeuronIndex.dense((700, 500, 800))
     tasks = [Importance(index, rng.standard_t(2, index.size).astype(np.float32)) for _ in range(4)]
     own, *others = tasks
     expected = reference.contrasted_bank(own.values.tolist(), [o.values.tolist() for o in others], contrast, 0.02)

@@ -20,7 +20,7 @@ from hones_offline.running.evaluation import intervention, position_means, score
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared, prepare
 from hones_offline.running.run_folder import RunFolder, read_arrays
-from problems import Problem, every_architecture, problem, some_heads
+from problems import Problem, every_architecture, problem, some_ffns, some_heads
 from tokenizers import decoders
 
 from hones_steer.errors import LayoutError
@@ -34,6 +34,8 @@ CASES = every_architecture(
         ("granite", "text"),  # a factor on the logits
         ("qwen3_5_text", "text"),  # layers without heads that keep a state
         ("nemotron_h", "text"),  # layers without an FFN
+        ("qwen3_moe", "text"),  # routed experts, one layer dense
+        ("deepseek_v3", "text"),  # and a shared one
         *(("llava", task) for task in ("vqa", "ocr", "caption", "retrieval")),
         ("qwen2_5_vl", "caption"),  # positions on three axes
         ("qwen2_5_vl", "retrieval"),
@@ -170,7 +172,7 @@ def test_write_in_reads_the_last_prompt_token(case: tuple[Problem, Prepared]) ->
 
 def test_masking_and_steering_equal_plain_multiplication(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
-    lower, higher = [layer.index for layer in prepared.decoder.layout.with_ffn][-2:]
+    lower, higher = some_ffns(prepared)[1:]
     bank = Bank({lower: np.arange(0, 40, 2), higher: np.arange(5, 30)})
     plain = score(prepared, batch_size=9).outputs
     with intervention(prepared, mask=bank):
@@ -193,11 +195,13 @@ def test_mean_ablation_equals_setting_neurons_to_their_means(case: tuple[Problem
     expected_means = reference.position_means(p.model, p.processor, p.task, p.examples)
     found_means = Importance(NeuronIndex.of(prepared.decoder.layout), means.astype(np.float32))
     np.testing.assert_allclose(found_means, expected_means, rtol=1e-4, atol=1e-5 * float(expected_means.abs().max()))
-    lower, higher = [layer.index for layer in prepared.decoder.layout.with_ffn][-2:]
+    lower, higher = some_ffns(prepared)[1:]
     bank = Bank({lower: np.arange(0, 40, 2), higher: np.arange(5, 30)})
     with intervention(prepared, mask=bank, fill=50 * means):  # far from what the model does, so that outputs change
         found = score(prepared, batch_size=9).outputs
-    filled = {layer: (neurons, 50 * np.asarray(found_means)[layer][neurons]) for layer, neurons in bank.items()}
+    index = NeuronIndex.of(prepared.decoder.layout)
+    values = bank.split(50 * means[bank.numbers(index)])
+    filled = {key: (neurons, values[key]) for key, neurons in bank.items()}
     with reference.neurons_set(p.model, filled):
         expected = reference.outputs(p.model, p.processor, p.task, p.examples)
     with intervention(prepared, mask=bank):
@@ -213,11 +217,12 @@ def test_mean_ablation_equals_setting_neurons_to_their_means(case: tuple[Problem
 def test_learning_follows_the_gradient_of_the_plain_loss(case: tuple[Problem, Prepared]) -> None:
     """One SGD-like step: the first AdamW step moves every factor against the sign of the reference's gradient."""
     p, prepared = case
-    lowest, *_, highest = (layer.index for layer in prepared.decoder.layout.with_ffn)
+    lowest, *_, highest = some_ffns(prepared)
     bank = Bank({lowest: [1, 7, 20], highest: [3, 11]})
     settings = FitSettings(epochs=1, lr=1e-2, batch_size=100, accumulation_steps=1, l2=0.0)
     profile = fit_prepared(prepared, bank, settings, Execution())
-    flat = np.concatenate([scales for _, scales in profile.layers.values()])
+    flat = np.concatenate([scales for _, scales in profile.ffns.values()])
+    assert profile.format == (2 if prepared.decoder.layout.experts else 1)
 
     for scale, slope in zip(flat, slopes(p, bank, settings.seed), strict=True):
         if abs(slope) > 1e-4:

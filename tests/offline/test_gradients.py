@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from hones_steer.errors import DataError, LayoutError
+from hones_steer.ffns import Ffn
 
 CASES = every_architecture(
     [
@@ -37,6 +38,8 @@ CASES = every_architecture(
         ("gpt2", "text"),  # no gate, weights transposed
         ("llava", "retrieval"),  # several pairs an example
         ("qwen2_5_vl", "caption"),  # positions on three axes
+        ("qwen3_moe", "text"),  # routed experts, one layer dense
+        ("deepseek_v3", "text"),  # and a shared one
     ]
 )
 EMBEDDED = ("vqa", "retrieval")
@@ -116,16 +119,16 @@ def test_it_is_the_derivative_of_the_utility_by_the_factor(
     width = decoder.layout.intermediate_size
     assert width is not None
 
-    def utilities(layer: int, neuron: int, change: float) -> Tensor:
+    def utilities(ffn: Ffn, neuron: int, change: float) -> Tensor:
         scales = torch.ones(width)
         scales[neuron] += change
-        with torch.no_grad(), scaled_ffn(decoder.layout, {layer: scales}):
+        with torch.no_grad(), scaled_ffn(decoder.layout, {ffn: scales}):
             return batch.utilities()
 
-    for layer, gradients in found.items():
+    for ffn, gradients in found.items():
         for neuron in gradients.abs().sum(0).argsort(descending=True)[[0, 1, width // 2, -1]].tolist():
             near, far = (
-                utilities(layer, neuron, change) - utilities(layer, neuron, -change) for change in (step, 2 * step)
+                utilities(ffn, neuron, change) - utilities(ffn, neuron, -change) for change in (step, 2 * step)
             )
             difference = (8 * near - far) / (12 * step)
             largest = float(gradients.abs().max())
@@ -137,7 +140,7 @@ def test_all_methods_share_one_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: A
     prepared = prepare(*asked(p))
     passes = []
 
-    def counted(decoder: Any, pairs: Sequence[Any], **how: Any) -> dict[int, Tensor]:
+    def counted(decoder: Any, pairs: Sequence[Any], **how: Any) -> dict[Ffn, Tensor]:
         passes.append(len(pairs))
         return factor_gradients(decoder, pairs, **how)
 
@@ -163,7 +166,7 @@ def test_a_pass_is_resumed_from_the_batches_that_are_kept(tmp_path: Any, monkeyp
     second.unlink()
     passes = []
 
-    def counted(decoder: Any, pairs: Sequence[Any], **how: Any) -> dict[int, Tensor]:
+    def counted(decoder: Any, pairs: Sequence[Any], **how: Any) -> dict[Ffn, Tensor]:
         passes.append(len(pairs))
         return factor_gradients(decoder, pairs, **how)
 
@@ -189,7 +192,7 @@ def test_the_head_mediated_gradient_equals_the_plain_one(case: tuple[Problem, Pr
     expected = np.asarray(reference.head_gradient(*asked(p), some_heads(prepared)))
     lowest = min(layer for layer, _, _ in some_heads(prepared))
     # A head reaches its own layer's FFN too, but not where the two run side by side (Cohere).
-    above = [layer.index for layer in prepared.decoder.layout.with_ffn if layer.index > lowest]
+    above = [layer.index for layer in prepared.decoder.layout.layers if layer.widths and layer.index > lowest]
     assert (expected[above] > 0).any(1).all()
     pairs = prepared.pairs()
     longest = max((prompt for prompt, _ in pairs), key=len), max((answer for _, answer in pairs), key=len)

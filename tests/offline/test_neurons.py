@@ -21,7 +21,7 @@ FRACTIONS = st.floats(0, 1, exclude_min=True)
 
 def select_bank(importance, fraction):
     """The bank of an importance given as [L, I]."""
-    index = NeuronIndex((importance.shape[1],) * importance.shape[0])
+    index = NeuronIndex.dense((importance.shape[1],) * importance.shape[0])
     return Importance(index, importance.reshape(-1)).bank(fraction)
 
 
@@ -96,7 +96,7 @@ def test_a_smaller_bank_lies_inside_a_larger_one(importance, one, other):
 )
 def test_a_random_bank_has_the_same_shape_and_is_the_same_for_a_seed(sizes, width, seed):
     bank = Bank({layer: np.arange(size, dtype=np.int32) for layer, size in sizes.items()})
-    index = NeuronIndex((width,) * 6)
+    index = NeuronIndex.dense((width,) * 6)
     drawn = bank.random(index, seed)
     assert {layer: len(neurons) for layer, neurons in drawn.items()} == sizes
     for neurons in drawn.values():
@@ -109,7 +109,7 @@ def test_a_random_bank_has_the_same_shape_and_is_the_same_for_a_seed(sizes, widt
 
 def test_a_random_bank_is_drawn_from_all_neurons_and_differs_by_seed():
     bank = Bank({0: np.arange(5, dtype=np.int32), 3: np.arange(5, dtype=np.int32)})
-    draws = [bank.random(NeuronIndex((20,) * 4), seed) for seed in range(40)]
+    draws = [bank.random(NeuronIndex.dense((20,) * 4), seed) for seed in range(40)]
     for layer in bank:
         counts = np.bincount(np.concatenate([draw[layer] for draw in draws]), minlength=20)
         assert counts.min() > 0  # those of the bank itself too
@@ -140,14 +140,14 @@ def test_a_bank_that_is_not_the_models_is_refused(bank, message):
 
 def test_an_importance_is_a_matrix_of_layers_for_numpy():
     matrix = np.arange(6, dtype=np.float32).reshape(2, 3)
-    importance = Importance(NeuronIndex((3, 3)), matrix.reshape(-1))
+    importance = Importance(NeuronIndex.dense((3, 3)), matrix.reshape(-1))
     np.testing.assert_array_equal(importance, matrix)
     assert importance.shape == (2, 3)
     assert np.asarray(importance).dtype == np.float32
 
 
 def test_layers_of_different_widths_are_numbered_one_after_another():
-    index = NeuronIndex((2, 0, 3))
+    index = NeuronIndex.dense((2, 0, 3))
     assert index.size == 5
     assert [index.layer(layer) for layer in range(3)] == [slice(0, 2), slice(2, 2), slice(2, 5)]
     assert as_lists(index.bank(np.array([1, 2, 4]))) == {0: [1], 2: [0, 2]}

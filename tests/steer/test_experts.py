@@ -10,7 +10,9 @@ import pytest
 import tiny_models
 import torch
 from mixture_models import MIXTURES
+from peft import PeftModel
 from reference_steering import generated_alone, logits_alone, new_tokens
+from safetensors.torch import load_file, save_file
 from tiny_models import random_profile, text_inputs
 from torch import nn
 from torch._dynamo.utils import counters
@@ -24,12 +26,14 @@ from hones_steer import (
     StateError,
     export_lora,
     export_peft,
+    import_peft,
     load_profile,
     merge_into,
     save_profile,
     steer,
 )
 from hones_steer._transformers import disable_checkpointing, enable_checkpointing
+from hones_steer.errors import DataError
 from hones_steer.experts import IMPLEMENTATIONS
 from hones_steer.ffns import FfnRun
 from hones_steer.layout import find_layout
@@ -466,20 +470,72 @@ def test_several_shared_experts_that_are_kept_apart_are_refused():
     assert no_hooks(model)
 
 
-def test_exports_and_attribution_refuse_experts_in_one_sentence(model, tmp_path):
+def test_adapters_refuse_experts_in_one_sentence(model, tmp_path):
     profile = random_profile(model, 1)
     for export in (export_peft, export_lora):
         with pytest.raises(
-            LayoutError, match="layer 0's expert 0 of model type 'qwen3_moe': an adapter is for dense FFNs"
+            LayoutError, match=r"layer 0's expert 0 of model type 'qwen3_moe': .* which no adapter scales"
         ):
             export(profile, model, tmp_path / "out")
-    model.save_pretrained(tmp_path / "base")
-    with pytest.raises(
-        LayoutError, match="layer 0's expert 0 of model type 'qwen3_moe': a merged checkpoint is for dense"
-    ):
-        merge_into(profile, tmp_path / "base", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(
-        LayoutError, match="attribution does not count the neurons of experts in model type 'qwen3_moe'"
-    ):
+
+
+def test_attribution_refuses_what_it_cannot_read_in_one_sentence(model):
+    find_layout(model).require_attribution()
+    model.set_experts_implementation("eager")
+    with pytest.raises(LayoutError, match=r"'eager' does not show attribution .*set_experts_implementation\('grouped"):
         find_layout(model).require_attribution()
+    with pytest.raises(LayoutError, match="weighs what its experts are given instead of what they write"):
+        find_layout(mixture_models.llama4()).require_attribution()
+
+
+# Exports
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_vl_moe", "gpt_oss", "mixtral", "deepseek_v3"])
+def test_merged_it_is_the_folded_model_bit_for_bit(name, dtype, tmp_path):
+    """On the disk experts are apart, stacked the other way round, stacked as in the model, or under other names."""
+    saved = MIXTURES[name][0]().to(dtype)
+    saved.save_pretrained(tmp_path / "base", max_shard_size="100KB")
+    model, profile = type(saved).from_pretrained(tmp_path / "base").eval(), random_profile(saved, 1)
+    plain = logits(model)
+    steering = steer(model, {"a": profile})
+    with steering.task("a"):
+        expected = logits(model)
+    steering.fold("a")
+    assert merge_into(profile, tmp_path / "base", tmp_path / "merged") == profile.num_neurons
+    merged = type(saved).from_pretrained(tmp_path / "merged").eval()
+    weights = model.state_dict()
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in merged.state_dict().items())
+    assert torch.equal(logits(merged), logits(model))
+    assert not torch.allclose(logits(merged), plain, atol=0.1)
+    if dtype == torch.float32:
+        torch.testing.assert_close(logits(merged), expected, atol=1e-3, rtol=1e-4)
+
+
+def test_experts_that_the_disk_keeps_in_another_form_are_not_merged(model, tmp_path):
+    model.save_pretrained(tmp_path / "base")
+    [file] = (tmp_path / "base").glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors["model.layers.0.mlp.experts.3.down_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(DataError, match=r"has no model\.layers\.0\.mlp\.experts\.down_proj of its own"):
+        merge_into(random_profile(model, 1), tmp_path / "base", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_dense_and_shared_ffns_of_a_mixture_go_into_ia3_alone(tmp_path):
+    model = mixture_models.deepseek_v3()
+    ffns = {ffn: pair for ffn, pair in random_profile(model, 1).ffns.items() if isinstance(ffn.part, str)}
+    assert {ffn.part for ffn in ffns} == {"dense", "shared"}
+    profile = Profile("a", ffns, ModelIdentity.from_model(model))
+    with steer(model, {"a": profile}) as steering, steering.task("a"):
+        expected = logits(model)
+    export_peft(profile, model, tmp_path / "ia3")
+    assert import_peft(tmp_path / "ia3") == profile
+    adapted = PeftModel.from_pretrained(mixture_models.deepseek_v3(), tmp_path / "ia3").eval()
+    torch.testing.assert_close(logits(adapted), expected, atol=1e-3, rtol=1e-4)
+    with pytest.raises(LayoutError, match="'deepseek_v3' is a mixture of experts, whose `down_proj` PEFT takes for"):
+        export_lora(profile, model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()

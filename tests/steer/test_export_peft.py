@@ -214,7 +214,7 @@ DAMAGE = {
     "truncated": (lambda folder: (folder / WEIGHTS).write_bytes(b"\x10"), "cannot be read"),
     "no JSON": (lambda folder: (folder / "hones_profile.json").write_text("{"), "is not valid JSON"),
     "no digest": (edit("hones_profile.json", lambda content: content.pop("digest")), "hones_profile.json is damaged"),
-    "other layers": (edit("hones_profile.json", lambda content: content["modules"].pop("0")), "different layers"),
+    "other layers": (edit("hones_profile.json", lambda content: content["modules"].pop("0")), "different FFNs"),
     "bad neuron": (
         edit("hones_profile.json", lambda content: content["neurons"]["0"].append(96)),
         "lists neurons beyond layer 0's 96",

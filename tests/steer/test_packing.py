@@ -1,5 +1,6 @@
 """Packed rows: tokens of several sequences in one row, each steered as its own; and `generate_batch`, which packs."""
 
+import mixture_models
 import pytest
 import tiny_models
 import torch
@@ -8,6 +9,7 @@ from tiny_models import random_profile
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from hones_steer.errors import RoutingError, StateError
+from hones_steer.experts import IMPLEMENTATIONS
 from hones_steer.huggingface import steer
 
 PROMPTS = [[11, 12, 13], [21, 22, 23, 24, 25, 26, 27], [31, 32], [41, 42, 43, 44]]
@@ -90,6 +92,23 @@ class TestPacked:
             with scaled(model, profile):
                 torch.testing.assert_close(found[part], logits(model, inputs)[part], rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    def test_experts(self, implementation):
+        model = mixture_models.deepseek_v3()
+        model.set_experts_implementation(implementation)
+        inputs = packed_inputs(PROMPTS)
+        untouched = logits(model, inputs)
+        steering, profiles = steered(model)
+        with steering.packed(TASKS, [len(prompt) for prompt in PROMPTS]):
+            found = logits(model, inputs)
+        assert torch.equal(logits(model, inputs), untouched)
+        steering.detach()
+        first = [0, 3, 10, 12, 16]
+        for i, profile in enumerate(profiles):
+            part = slice(first[i], first[i + 1])
+            with scaled(model, profile):
+                torch.testing.assert_close(found[part], logits(model, inputs)[part], rtol=1e-4, atol=1e-4)
+
     def test_one_task_for_all(self, model):
         inputs = packed_inputs(PROMPTS)
         steering, _ = steered(model)
@@ -129,6 +148,17 @@ class TestPacked:
 
 
 class TestGenerateBatch:
+    def test_each_prompt_of_a_mixture_of_experts_is_steered_by_its_task(self):
+        model = mixture_models.qwen3_moe()
+        steering, profiles = steered(model)
+        steering.detach()
+        expected = alone(model, profiles)
+        steering, _ = steered(model)
+        with steering.tasks(TASKS):
+            assert generate_batch(model) == expected
+        assert generate_batch(model)[1] == expected[1]
+        assert generate_batch(model) != expected
+
     def test_each_prompt_is_steered_by_its_task(self, model):
         steering, profiles = steered(model)
         steering.detach()

@@ -20,7 +20,7 @@ from hones_offline.running.batching import batches
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared
 from hones_offline.running.readings import active_tokens, recorded_ffn
-from hones_steer.errors import DataError
+from hones_steer.errors import DataError, LayoutError
 from hones_steer.layout import ffn_gate
 
 
@@ -51,12 +51,17 @@ def activation_probability(prepared: Prepared, execution: Execution) -> Importan
 
 def require_gates(prepared: Prepared, _execution: Execution) -> None:
     """Raise LayoutError, naming the layer, unless it is known in every FFN which neurons are active."""
+    for experts in prepared.decoder.layout.experts.values():
+        raise LayoutError(
+            f"{experts.name}: active neurons of experts cannot be counted at their gate; use a method other than ap "
+            "and ape"
+        )
     for layer in prepared.decoder.layout.with_ffn:
         ffn_gate(layer)
 
 
 def mean_activation(prepared: Prepared, execution: Execution) -> Importance:
-    """MA: the mean of |z| over (prompt, answer) pairs, at the prompt's last token."""
+    """MA: the mean of |z| over (prompt, answer) pairs, at the prompt's last token; 0 of experts not chosen there."""
     decoder, index = prepared.decoder, NeuronIndex.of(prepared.decoder.layout)
     prompts = [prompt for prompt, _ in prepared.pairs()]
 
@@ -65,8 +70,8 @@ def mean_activation(prepared: Prepared, execution: Execution) -> Importance:
         batch = decoder.prefix_batch([prompts[i] for i in numbers], [1] * len(numbers))
         with torch.no_grad(), recorded_ffn(decoder.layout, batch.ends - 1) as recorded:
             batch.run(decoder.run)
-        for layer, z in recorded.items():
-            total[index.layer(layer)] = z.abs().sum(0, dtype=torch.float64).cpu().numpy()
+        for ffn, z in recorded.items():
+            total[index[ffn]] = z.abs().sum(0, dtype=torch.float64).cpu().numpy()
         return total
 
     return _mean(index, execution, of_batch, list(map(len, prompts)), len(prompts))
@@ -107,8 +112,8 @@ def gradient_activation(prepared: Prepared, execution: Execution) -> Importance:
     def of_batch(numbers: Sequence[int]) -> FloatArray:
         total = np.zeros(index.size)
         gradients = factor_gradients(decoder, [pairs[i] for i in numbers], last_prompt_token=True)
-        for layer, of_layer in gradients.items():
-            total[index.layer(layer)] = of_layer.sum(0, dtype=torch.float64).cpu().numpy()
+        for ffn, of_ffn in gradients.items():
+            total[index[ffn]] = of_ffn.sum(0, dtype=torch.float64).cpu().numpy()
         return total
 
     lengths = [len(prompt) + len(answer) for prompt, answer in pairs]

@@ -20,6 +20,7 @@ from hones_offline.attribution.ablation import HeadAblation, Resumption
 from hones_offline.attribution.heads import WeightedHead
 from hones_offline.data.metrics import FloatArray
 from hones_offline.data.neurons import Importance, NeuronIndex
+from hones_offline.running.activations import AnyActivations
 from hones_offline.running.backward import (
     AnsweredBatch,
     factor_gradients,
@@ -34,6 +35,7 @@ from hones_offline.running.progress import progress_bar
 from hones_offline.running.prompts import Pair, Prepared
 from hones_offline.running.readings import ffn_inputs, ffn_products
 from hones_offline.running.run_folder import step_name
+from hones_steer.ffns import Ffn
 
 STEPS = 16  # that a run folder resumes from, each N numbers of a sum or more
 
@@ -122,8 +124,8 @@ def example_gradients(prepared: Prepared, pairs: Sequence[Sequence[Pair]], rows:
     flat = [(example, pair) for example, own in enumerate(pairs) for pair in own]
     for start in range(0, len(flat), rows):
         examples, some = zip(*flat[start : start + rows], strict=True)
-        for layer, of_layer in factor_gradients(prepared.decoder, some).items():
-            np.add.at(gradients[:, index.layer(layer)], list(examples), of_layer.double().cpu().numpy())
+        for ffn, of_ffn in factor_gradients(prepared.decoder, some).items():
+            np.add.at(gradients[:, index[ffn]], list(examples), of_ffn.double().cpu().numpy())
     gradients /= np.array([len(own) for own in pairs])[:, None]
     return gradients
 
@@ -173,14 +175,16 @@ class GradientProducts:
     def __init__(self, batch: AnsweredBatch, shares: Tensor, execution: Execution) -> None:
         """Run the pairs backward once; `shares` [pairs] weigh them."""
         self.batch, self.index = batch, NeuronIndex.of(batch.decoder.layout)
-        self.shares, self.gradients = shares.double(), gradients_by(ffn_inputs, batch)
+        self.shares, calls = shares.double(), dict[Ffn, AnyActivations]()
+        gradients = gradients_by(partial(ffn_inputs, calls=calls), batch)
+        self.gradients = {ffn: calls[ffn].of(of_ffn) for ffn, of_ffn in gradients.items()}
         rows, length = batch.batch.mask.shape
         self.copies, self.token_count = max(1, execution.batch_size // rows), rows * length
 
     @property
     def nbytes(self) -> int:
         """Bytes of the gradients that are kept; what `rows_at_once` has counted is more."""
-        return sum(of_layer.nbytes for of_layer in self.gradients.values())
+        return sum(of_ffn.z.nbytes for of_ffn in self.gradients.values())
 
     def undisturbed(self, run: Run) -> FloatArray:
         """Run the pairs with every head in place: the sums."""
@@ -195,6 +199,6 @@ class GradientProducts:
     def _fill(self, sums: FloatArray, run: Run, first: int) -> FloatArray:
         with ffn_products(self.batch.decoder.layout, self.gradients, first=first) as products:
             run(self.batch.batch, None)
-        for layer, of_layer in products.items():
-            sums[:, self.index.layer(layer)] = (self.shares[:, None] * of_layer.cpu()).sum(1).numpy()
+        for ffn, of_ffn in products.items():
+            sums[:, self.index[ffn]] = (self.shares[:, None] * of_ffn.cpu()).sum(1).numpy()
         return sums

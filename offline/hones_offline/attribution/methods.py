@@ -22,7 +22,12 @@ from hones_offline.attribution.baselines import (
 )
 from hones_offline.attribution.gradients import absolute_gradient, fisher, gradient, head_gradient, head_gradient_rows
 from hones_offline.attribution.heads import HeadMetric, HeadSearch, HeadWeights, WeightedHead
-from hones_offline.attribution.write_in import PositivePart, Target, head_guided_importance
+from hones_offline.attribution.write_in import (
+    PositivePart,
+    Target,
+    head_guided_importance,
+    require_write_in,
+)
 from hones_offline.data.neurons import Importance, check_fraction
 from hones_offline.running.backward import rows_at_once
 from hones_offline.running.execution import Execution
@@ -176,7 +181,9 @@ def _undirected(function: Callable[[Prepared, Execution], Importance]) -> Comput
 
 def _hones(title: str, meaning: str) -> AttributionMethod:
     options = ("target", "positive_part", "head_weights", "leave_out", "by_damage")
-    return AttributionMethod(title, meaning, _head_guided, options, guided=True, single_task="hones")
+    return AttributionMethod(
+        title, meaning, _head_guided, options, guided=True, check=require_write_in, single_task="hones"
+    )
 
 
 METHODS: Mapping[str, AttributionMethod] = MappingProxyType(
@@ -196,6 +203,7 @@ METHODS: Mapping[str, AttributionMethod] = MappingProxyType(
             "direct value projection: what a neuron writes towards the answer, without heads",
             _direct,
             options=("target",),
+            check=require_write_in,
         ),
         "fisher": AttributionMethod(
             "Fisher",

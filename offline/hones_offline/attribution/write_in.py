@@ -26,8 +26,9 @@ from hones_offline.running.hooks import Head
 from hones_offline.running.length_buckets import LengthBuckets
 from hones_offline.running.prompts import Prepared
 from hones_offline.running.readings import recorded_ffn
-from hones_steer.errors import DataError
-from hones_steer.layout import down_weight
+from hones_steer.errors import DataError, LayoutError
+from hones_steer.ffns import EXPERTS, Ffn
+from hones_steer.layout import Layout, down_weight
 
 MAX_TARGET_TOKENS = 128
 WRITE_IN = "of the first prompt towards target_texts"
@@ -126,6 +127,8 @@ def mean_write_in(
 ) -> FloatArray:
     """Mean over examples of c_{l,i} = z_i·⟨W_down[:,i], u_y⟩ at the first prompt's last token.
 
+    Of an expert it is times the weight that the router gives it there, and 0 where it is not chosen.
+
     The result is float64 [1 + heads, N], N being all neurons: first with every head in place, then with each of `heads`
     replaced. Each process of the execution runs some of the batches.
     """
@@ -173,28 +176,50 @@ class WriteInForwards:
         self.decoder, self.layout = decoder, decoder.layout
         self.index = NeuronIndex.of(decoder.layout)
         self.buckets = LengthBuckets(decoder, prompts, [1] * len(prompts), execution)
-        weights = {layer.index: down_weight(layer) for layer in self.layout.with_ffn}
-        self.alignments = {layer: directions.to(weight.device) @ weight.float() for layer, weight in weights.items()}
-        """⟨W_down[:,i], u_y⟩ of each layer that has an FFN, [prompts, I]."""
+        self.alignments = alignments(self.layout, directions)
+        """⟨W_down[:,i], u_y⟩ of each FFN, or of all experts of a layer, [prompts, N]."""
 
-    def run(self, run: Run, copies: int = 1, first: int = 0) -> Iterator[tuple[int, list[int], Tensor]]:
-        """Run the prompts: (layer, prompts' numbers, c [copies, n, I]) for each bucket and layer from `first` on."""
+    def run(self, run: Run, copies: int = 1, first: int = 0) -> Iterator[tuple[Ffn, list[int], Tensor]]:
+        """Run the prompts: (FFN, prompts' numbers, c [copies, n, N]) for each bucket and FFN from layer `first` on."""
         prefix_cache = self.buckets.run_prefix(run)
         for items, batch in self.buckets:
-            with recorded_ffn(self.layout, (batch.ends - 1).repeat(copies), first=first) as recorded:
+            with recorded_ffn(self.layout, (batch.ends - 1).repeat(copies), first=first, weighted=True) as recorded:
                 batch.run_rest(run, prefix_cache)
-            for layer, z in recorded.items():  # [copies·n, I]
-                yield layer, items, z.unflatten(0, (copies, -1)) * self.alignments[layer][items]
+            for ffn, z in recorded.items():  # [copies·n, N of the FFN]
+                yield ffn, items, z.unflatten(0, (copies, -1)) * self.alignments[ffn][items]
 
-    def add_up(self, sums: FloatArray, terms: Iterable[tuple[int, Tensor]]) -> FloatArray:
-        """Fill in `sums` [copies, N], of each layer that has terms [copies, n, I], their sum over all n."""
-        totals: dict[int, Tensor] = {}
-        for layer, values in terms:
+    def add_up(self, sums: FloatArray, terms: Iterable[tuple[Ffn, Tensor]]) -> FloatArray:
+        """Fill in `sums` [copies, N], of each FFN that has terms [copies, n, ...], their sum over all n."""
+        totals: dict[Ffn, Tensor] = {}
+        for ffn, values in terms:
             total = values.sum(1, dtype=torch.float64)
-            totals[layer] = totals[layer] + total if layer in totals else total
-        for layer, total in totals.items():
-            sums[:, self.index.layer(layer)] = total.cpu().numpy()
+            totals[ffn] = totals[ffn] + total if ffn in totals else total
+        for ffn, total in totals.items():
+            sums[:, self.index[ffn]] = total.cpu().numpy()
         return sums
+
+
+def alignments(layout: Layout, directions: Tensor) -> dict[Ffn, Tensor]:
+    """⟨W_down[:,i], u⟩ for directions u [prompts, hidden], of each FFN, or of all experts of a layer: [prompts, N]."""
+    aligned: dict[Ffn, Tensor] = {}
+    for projection in layout.projections:
+        weight = down_weight(projection)
+        aligned[projection.ffn] = directions.to(weight.device) @ weight.float()
+    for layer, experts in layout.experts.items():
+        weights = experts.down_weight()
+        units = directions.to(weights.device)
+        aligned[Ffn(layer, EXPERTS)] = torch.cat([units @ weight.float() for weight in weights.detach()], dim=1)
+    return aligned
+
+
+def require_write_in(prepared: Prepared, _execution: Execution) -> None:
+    """Raise LayoutError, naming the layer, unless what each FFN adds is its down-projection's, router weights aside."""
+    for layer in prepared.decoder.layout.layers:
+        if layer.shared_gate is not None:
+            raise LayoutError(
+                f"{layer.name}: its shared expert has a gate of its own, which the write-in of its neurons does not "
+                "know; use a method without write-in: fisher, grad_all, grad_abs, grad_act, head_grad or ma"
+            )
 
 
 class WriteInSums:
@@ -206,7 +231,7 @@ class WriteInSums:
 
     def undisturbed(self, run: Run) -> FloatArray:
         """Run the prompts with every head in place: the sums."""
-        terms = ((layer, c) for layer, _, c in self.forwards.run(run))
+        terms = ((ffn, c) for ffn, _, c in self.forwards.run(run))
         sums: FloatArray = self.forwards.add_up(np.zeros((1, self.forwards.index.size)), terms)[0]
         return sums
 
@@ -214,29 +239,29 @@ class WriteInSums:
         """Run them with heads replaced: the sums for each head, those of `base` in layers below the head's."""
         copies = len(resumption.heads)
         contributions = self.forwards.run(resumption.run, copies, resumption.layer)
-        terms = ((layer, c) for layer, _, c in contributions)
+        terms = ((ffn, c) for ffn, _, c in contributions)
         return list(self.forwards.add_up(base[None].repeat(copies, axis=0), terms))
 
 
 class WriteInDrops:
-    """Measures Σ [c(θ) − c(θ_Ih)]_+ over the prompts, float64 [N]; undisturbed, each layer's c(θ) [prompts, I]."""
+    """Measures Σ [c(θ) − c(θ_Ih)]_+ over the prompts, float64 [N]; undisturbed, each FFN's c(θ) [prompts, N]."""
 
     def __init__(self, forwards: WriteInForwards) -> None:
         self.forwards = forwards
         self.copies, self.token_count = forwards.buckets.copies, forwards.buckets.token_count
 
-    def undisturbed(self, run: Run) -> dict[int, Tensor]:
-        """Run the prompts with every head in place: c(θ) of every layer."""
-        base = {layer: torch.zeros_like(alignments) for layer, alignments in self.forwards.alignments.items()}
-        for layer, items, c in self.forwards.run(run):
-            base[layer][items] = c[0]
+    def undisturbed(self, run: Run) -> dict[Ffn, Tensor]:
+        """Run the prompts with every head in place: c(θ) of every FFN."""
+        base = {ffn: torch.zeros_like(aligned) for ffn, aligned in self.forwards.alignments.items()}
+        for ffn, items, c in self.forwards.run(run):
+            base[ffn][items] = c[0]
         return base
 
-    def ablated(self, resumption: Resumption, base: Mapping[int, Tensor]) -> list[FloatArray]:
+    def ablated(self, resumption: Resumption, base: Mapping[Ffn, Tensor]) -> list[FloatArray]:
         """Run them with heads replaced: the drops' sums for each head, 0 in layers below the head's."""
         copies = len(resumption.heads)
         drops = (
-            (layer, (base[layer][items] - c).clamp(min=0))
-            for layer, items, c in self.forwards.run(resumption.run, copies, resumption.layer)
+            (ffn, (base[ffn][items] - c).clamp(min=0))
+            for ffn, items, c in self.forwards.run(resumption.run, copies, resumption.layer)
         )
         return list(self.forwards.add_up(np.zeros((copies, self.forwards.index.size)), drops))

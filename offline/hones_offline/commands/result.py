@@ -113,7 +113,7 @@ def read_bank(folder: Path, task: Task | None = None) -> FoundBank:
     """
     result = read_json(folder / RESULT)
     try:
-        bank = Bank({int(layer): np.array(neurons, dtype=np.int32) for layer, neurons in result["bank"].items()})
+        bank = Bank.from_json(result["bank"])
         found = FoundBank(folder, bank, ModelIdentity.from_json(result["model"]))
         name = result["task"]
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ProfileError) as error:

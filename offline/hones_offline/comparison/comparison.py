@@ -202,7 +202,7 @@ class Comparison:
 
     def _per_layer(self, task: str, name: str) -> list[float]:
         banks = self._banks(task, name)
-        return [float(np.mean([len(bank.get(layer, ())) for bank in banks])) for layer in range(self.num_layers)]
+        return [float(np.mean([bank.in_layer(layer) for bank in banks])) for layer in range(self.num_layers)]
 
     def _overlap(self, name: str) -> dict[str, Any]:
         banks = {task: self._banks(task, name) for task in self.measured}

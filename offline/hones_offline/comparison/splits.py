@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hones_offline.data.metrics import FloatArray
-from hones_offline.data.neurons import Bank, NeuronIndex
+from hones_offline.data.neurons import Bank, FfnKey, NeuronIndex
 from hones_offline.learning.adapters import Adapter, adapted, adapter_run_settings, trained_by_epoch
 from hones_offline.learning.choosing import DevScore, FitGrid, choose, choose_fit, dev_log_probabilities
 from hones_offline.learning.factors import FitSettings, fit_prepared, fit_run_settings, losses_of
@@ -62,7 +62,7 @@ class Splits:
         split: Split,
         *,
         steering: Steered | None = None,
-        mask: Mapping[int, npt.NDArray[np.int32]] | None = None,
+        mask: Mapping[FfnKey, npt.NDArray[np.int32]] | None = None,
         fill: FloatArray | None = None,
     ) -> Scores:
         """The metric on a split as it is, steered or with a bank masked; the same is measured once.
@@ -78,7 +78,7 @@ class Splits:
             name = f"{split}-masked-{bank.digest}"
             if fill is not None:
                 index = NeuronIndex.of(examples.decoder.layout)
-                used = np.concatenate([fill[index.layer(layer)][neurons] for layer, neurons in sorted(bank.items())])
+                used = fill[bank.numbers(index)]
                 name += f"-set-{hashlib.sha256(used.tobytes()).hexdigest()[:16]}"
 
         def compute() -> dict[str, FloatArray]:

@@ -170,6 +170,11 @@ def _injected(decoder: TextDecoder, kind: str) -> Iterator[tuple[TextDecoder, di
 def _targets(layout: Layout, kind: str) -> list[nn.Module]:
     """The modules that an adapter wraps; raises LayoutError, naming the layer, for one that PEFT may not know."""
     targets = []
+    for experts in layout.experts.values():
+        raise LayoutError(
+            f"{experts.name}: PEFT wraps no experts that are stacked in parameters, so that no {ADAPTERS[kind].title} "
+            "adapter is trained on them; leave this comparator out"
+        )
     for layer in layout.with_ffn:
         for module in ADAPTERS[kind].modules(layer):
             if base_layer(module) is not module:

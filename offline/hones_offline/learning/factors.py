@@ -29,6 +29,7 @@ from hones_offline.running.prompts import Prepared, prepare
 from hones_offline.running.run_folder import Arrays, RunFolder, check_seed, run_settings
 from hones_steer._transformers import disable_checkpointing, enable_checkpointing
 from hones_steer.errors import DataError
+from hones_steer.ffns import Ffn
 from hones_steer.profile import ModelIdentity, Profile
 from hones_steer.slots import dense_row
 
@@ -73,7 +74,7 @@ def fit(
     processor: Any,
     task: Task,
     examples: Sequence[Example],
-    bank: Mapping[int, npt.NDArray[np.int32]],
+    bank: Mapping[Any, npt.NDArray[np.int32]],
     *,
     run_dir: str | Path | None = None,
     max_failures: float = 0.05,
@@ -102,7 +103,8 @@ def fit(
         processor: its processor; the tokenizer for a text-only model.
         task: what is learned.
         examples: the discovery examples.
-        bank: the neurons whose factors are learned, {layer: int32 indices}.
+        bank: the neurons whose factors are learned, {layer: int32 indices}, by (layer, expert) or (layer, "shared") for
+            experts.
         run_dir: where the state is kept every 64 steps, so that a killed run can be resumed.
         max_failures: share of examples whose image may be unusable before it is an error.
         progress: show progress bars on a terminal.
@@ -235,7 +237,7 @@ def bank_profile(prepared: Prepared, bank: Bank, scales: npt.NDArray[np.float32]
     parts = bank.split(scales)
     return Profile(
         task=prepared.task.name,
-        layers={layer: (neurons, parts[layer].astype(np.float32)) for layer, neurons in bank.items()},
+        layers={key: (neurons, parts[key].astype(np.float32)) for key, neurons in bank.items()},
         base_model=ModelIdentity.from_model(prepared.decoder.model),
         method=dict(method),
     )
@@ -249,6 +251,10 @@ class _Learner:
         self.decoder: TextDecoder = prepared.decoder
         self.index = NeuronIndex.of(self.decoder.layout)
         self.bank, self.settings, self.losses = bank, settings, losses
+        self.places = {
+            ffn: (torch.from_numpy(neurons), torch.from_numpy(numbers))
+            for ffn, (neurons, numbers) in bank.positions(self.index).items()
+        }
         self.examples = len(prepared)
         self.steps_per_epoch = math.ceil(self.examples / (settings.batch_size * settings.accumulation_steps))
         self.total_steps = settings.epochs * self.steps_per_epoch
@@ -337,11 +343,10 @@ class _Learner:
             # Inside the block: checkpointed layers are run again here, and must be scaled again.
             (loss(batch, original) * share).backward()
 
-    def _scales(self, offsets: Tensor) -> dict[int, Tensor]:
-        parts = offsets.split([len(neurons) for neurons in self.bank.values()])
+    def _scales(self, offsets: Tensor) -> dict[Ffn, Tensor]:
         return {
-            layer: dense_row(neurons, 1 + part, self.index.widths[layer])
-            for (layer, neurons), part in zip(self.bank.items(), parts, strict=True)
+            ffn: dense_row(neurons, 1 + offsets[numbers], self.index[ffn].stop - self.index[ffn].start)
+            for ffn, (neurons, numbers) in self.places.items()
         }
 
 

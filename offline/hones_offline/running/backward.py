@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,12 @@ from hones_offline.running.interventions import ffn_factors
 from hones_offline.running.prompts import Pair, Prepared
 from hones_offline.running.readings import calls_read
 from hones_steer.errors import DataError, LayoutError
+from hones_steer.ffns import Ffn
 from hones_steer.layout import Layout
 
-Leaves = Callable[[Layout], AbstractContextManager[Mapping[int, Tensor]]]
-"""A block of hooks that puts what gradients are taken by into the forward, a tensor per layer."""
+Place = TypeVar("Place", int, Ffn)
+Leaves = Callable[[Layout], AbstractContextManager[Mapping[Place, Tensor]]]
+"""A block of hooks that puts what gradients are taken by into the forward, a tensor per FFN, or per layer."""
 
 
 @contextmanager
@@ -65,8 +68,8 @@ class AnsweredBatch:
 
 def factor_gradients(
     decoder: TextDecoder, pairs: Sequence[Pair], *, last_prompt_token: bool = False
-) -> dict[int, Tensor]:
-    """The gradient of each pair's utility by its neurons' factors, at 1: float32 [pairs, I] per layer.
+) -> dict[Ffn, Tensor]:
+    """The gradient of each pair's utility by its neurons' factors, at 1: float32 [pairs, N] per FFN.
 
     It is Σ z·∂P/∂z over all positions, of prompt and answer, or z·∂P/∂z at the prompt's last token. Rows of a batch
     have factors of their own and no influence on one another, so one backward pass gives every pair's own gradient.
@@ -77,16 +80,16 @@ def factor_gradients(
     return gradients_by(partial(ffn_factors, columns=columns), batch)
 
 
-def gradients_by(leaves: Leaves, batch: AnsweredBatch) -> dict[int, Tensor]:
-    """The gradient of the sum of a batch's utilities by its leaves, per layer in ascending order."""
+def gradients_by(leaves: Leaves[Place], batch: AnsweredBatch) -> dict[Place, Tensor]:
+    """The gradient of the sum of a batch's utilities by its leaves, in ascending order of their places."""
     with torch.enable_grad(), leaves(batch.decoder.layout) as taken:
         utility = batch.utilities().sum()
-        layers = sorted(taken)
-        gradients = torch.autograd.grad(utility, [taken[layer] for layer in layers])
-    return dict(zip(layers, gradients, strict=True))
+        places = sorted(taken)
+        gradients = torch.autograd.grad(utility, [taken[place] for place in places])
+    return dict(zip(places, gradients, strict=True))
 
 
-def rows_at_once(prepared: Prepared, execution: Execution, leaves: Leaves = ffn_factors) -> int:
+def rows_at_once(prepared: Prepared, execution: Execution, leaves: Leaves[Any] = ffn_factors) -> int:
     """How many pairs are run backward together: at most the batch size, and as many as fit into `memory_gb`.
 
     What counts is what the forward keeps for a backward pass to the `leaves`, and their gradients. All processes get
@@ -112,7 +115,7 @@ def rows_at_once(prepared: Prepared, execution: Execution, leaves: Leaves = ffn_
     return rows
 
 
-def kept_bytes(decoder: TextDecoder, pair: Pair, leaves: Leaves = ffn_factors) -> int:
+def kept_bytes(decoder: TextDecoder, pair: Pair, leaves: Leaves[Any] = ffn_factors) -> int:
     """Bytes that the forward of one pair keeps for the backward pass, weights aside, and those of the gradients.
 
     They are counted as they come and not kept, so that this needs no more memory than a forward. A storage that is kept
@@ -141,7 +144,7 @@ def _never_run_backward(_kept: object) -> Tensor:
     raise AssertionError("the forward that counts what is kept is not run backward")
 
 
-def require_backward(decoder: TextDecoder, pair: Pair, leaves: Leaves = ffn_factors) -> None:
+def require_backward(decoder: TextDecoder, pair: Pair, leaves: Leaves[Any] = ffn_factors) -> None:
     """Run a few tokens backward; raises LayoutError, naming the module, if it passes no gradient on.
 
     A quantized layer may leave its input out of the graph, raise, or warn and go on without a gradient: with the

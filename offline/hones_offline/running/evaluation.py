@@ -20,9 +20,8 @@ from hones_offline.running.interventions import scaled_ffn, set_ffn
 from hones_offline.running.prompts import Encoded, Prepared, prepare
 from hones_offline.running.readings import summed_ffn
 from hones_steer.errors import DataError
-from hones_steer.layout import Layout
 from hones_steer.profile import ModelIdentity, Profile
-from hones_steer.slots import dense_row
+from hones_steer.slots import scale_row
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def evaluate(
     examples: Sequence[Example],
     *,
     steering: Profile | None = None,
-    mask: Mapping[int, npt.NDArray[np.int32]] | None = None,
+    mask: Mapping[Any, npt.NDArray[np.int32]] | None = None,
     batch_size: int = 16,
     max_failures: float = 0.05,
     progress: bool = False,
@@ -85,7 +84,7 @@ def evaluate(
         task: what is asked and how it is scored.
         examples: the held-out examples.
         steering: a profile whose scales apply to every position.
-        mask: a bank {layer: neurons} whose activations are set to 0.
+        mask: a bank {layer: neurons} whose activations are set to 0; (layer, expert) or (layer, "shared") for experts.
         batch_size: sequences run at a time.
         max_failures: share of examples whose image may be unusable before it is an error.
         progress: show progress bars on a terminal.
@@ -112,14 +111,14 @@ def intervention(
     layout = prepared.decoder.layout
     with ExitStack() as stack:
         if steering is not None:
-            stack.enter_context(scaled_ffn(layout, _dense_rows(layout, steering.layers)))
+            stack.enter_context(scaled_ffn(layout, {ffn: scale_row(steering, ffn) for ffn in steering.ffns.groups}))
         if mask is not None:
             index = NeuronIndex.of(layout)
             mask.check(index)
             values = np.zeros(index.size) if fill is None else fill
             filled = {
-                layer: (torch.from_numpy(neurons).long(), torch.from_numpy(values[index.layer(layer)][neurons]))
-                for layer, neurons in mask.items()
+                ffn: (torch.from_numpy(neurons), torch.from_numpy(values[index[ffn]][neurons]))
+                for ffn, (neurons, _) in mask.positions(index).items()
             }
             stack.enter_context(set_ffn(layout, filled))
         yield
@@ -129,27 +128,21 @@ def intervention(
 def position_means(prepared: Prepared, *, batch_size: int) -> FloatArray:
     """The mean of z over all positions of all (prompt, answer) pairs, prompt and answer, of every neuron: [N].
 
-    Every position counts alike, so that long pairs weigh more. An answer's end token is not run, nor does masking act
-    on it.
+    Every position counts alike, so that long pairs weigh more; of an expert's neurons those count that it is chosen
+    for, and without any the mean is 0. An answer's end token is not run, nor does masking act on it.
     """
     decoder, index = prepared.decoder, NeuronIndex.of(prepared.decoder.layout)
     pairs = [decoder.answered(prompt, answer) for prompt, answer in prepared.pairs()]
-    total, positions = np.zeros(index.size), 0
+    total, positions = np.zeros(index.size), np.zeros(index.size, dtype=np.int64)
     for numbers in batches([len(pair) for pair in pairs], batch_size):
         batch = decoder.collate([pairs[i] for i in numbers], side="right")
         with summed_ffn(decoder.layout, batch.mask.bool()) as sums:
             decoder.run(batch)
-        for layer, of_layer in sums.items():
-            total[index.layer(layer)] += of_layer.cpu().numpy()
-        positions += int(batch.mask.sum())
-    means: FloatArray = total / positions
+        for ffn, (of_ffn, counted) in sums.items():
+            total[index[ffn]] += of_ffn.cpu().numpy()
+            positions[index[ffn]] += counted.cpu().numpy()
+    means: FloatArray = total / positions.clip(min=1)
     return means
-
-
-def _dense_rows(layout: Layout, layers: Mapping[int, tuple[npt.ArrayLike, npt.ArrayLike]]) -> dict[int, Tensor]:
-    """{layer: (neurons [k], scales [k])} as {layer: float32 [I]}, with 1 for the neurons not listed."""
-    widths = NeuronIndex.of(layout).widths
-    return {layer: dense_row(neurons, scales, widths[layer]) for layer, (neurons, scales) in layers.items()}
 
 
 def score(prepared: Prepared, *, batch_size: int) -> Scores:

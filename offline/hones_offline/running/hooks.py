@@ -7,35 +7,67 @@
 None recomputes what the model computes anyway: every hook reads or replaces an input that the model has just produced.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from hones_offline.running.activations import Activations, AnyActivations, ExpertActivations, Shape
 from hones_steer.errors import LayoutError
-from hones_steer.injection import input_hooks
+from hones_steer.experts import Experts
+from hones_steer.ffns import EXPERTS, Ffn
+from hones_steer.injection import InstanceMethods, input_hooks
 from hones_steer.layout import DecoderLayer, Layout
 
 Head = tuple[int, int]
 """(layer, head)."""
-Shape = tuple[int, int]
-"""(rows, positions) of a decoder's forward."""
 Hook = tuple[DecoderLayer, nn.Module, Callable[[Tensor, Shape], Tensor]]
 """A layer, a module of it, and the function that replaces the module's input, or output, in forwards of a shape."""
+ExpertsHook = tuple[DecoderLayer, Experts, Callable[[ExpertActivations], Tensor]]
+"""A layer, its routed experts, and the function that replaces their activations."""
+FfnHook = Callable[[AnyActivations], Tensor]
+"""A function that replaces the activations of an FFN, or of all experts of a layer, in the shape of their `z`."""
 
 
 @contextmanager
-def hooked(layout: Layout, hooks: Iterable[Hook], outputs: Iterable[Hook] = ()) -> Iterator[None]:
+def hooked_ffns(layout: Layout, functions: Mapping[Ffn, FfnHook]) -> Iterator[None]:
+    """Within the block, replace z of each FFN, or of all experts of a layer, by what its function gives.
+
+    Raises LayoutError as `hooked` does, and if the model has no such FFN.
+    """
+    layout.require_ffns(functions)
+    hooks: list[Hook] = []
+    experts: list[ExpertsHook] = []
+    for layer in layout.layers:
+        for projection in layer.projections:
+            if projection.ffn in functions:
+                replace = _on_tokens(functions[projection.ffn], projection.name, last=layer is layout.layers[-1])
+                hooks.append((layer, projection.down_proj, replace))
+        if layer.experts is not None and (ffn := Ffn(layer.index, EXPERTS)) in functions:
+            experts.append((layer, layer.experts, functions[ffn]))
+    with hooked(layout, hooks, experts=experts):
+        yield
+
+
+def _on_tokens(function: FfnHook, name: str, *, last: bool) -> Callable[[Tensor, Shape], Tensor]:
+    return lambda z, shape: function(Activations(name, z, shape, last))
+
+
+@contextmanager
+def hooked(
+    layout: Layout, hooks: Iterable[Hook], outputs: Iterable[Hook] = (), experts: Iterable[ExpertsHook] = ()
+) -> Iterator[None]:
     """Within the block, replace each module's input by its function of the input and of the forward's shape.
 
-    Those of `outputs` replace the module's output. A forward of the decoder that runs a layer without calling one of
-    its modules raises LayoutError, naming the layer. Layers that it leaves out (cross-attention to an image that is not
-    there) have nothing to replace.
+    Those of `outputs` replace the module's output, those of `experts` what routed experts compute. A forward of the
+    decoder that runs a layer without calling one of its modules raises LayoutError, naming the layer. Layers that it
+    leaves out (cross-attention to an image that is not there) have nothing to replace.
     """
-    hooks, outputs = list(hooks), list(outputs)
+    hooks, outputs, experts = list(hooks), list(outputs), list(experts)
     modules = [(layer, module) for layer, module, _ in (*hooks, *outputs)]
+    modules += [(layer, of_layer.module) for layer, of_layer, _ in experts]
     shape: Shape = (0, 0)
     called: set[int] = set()
     ran: set[int] = set()
@@ -63,6 +95,13 @@ def hooked(layout: Layout, hooks: Iterable[Hook], outputs: Iterable[Hook] = ()) 
 
         return hook
 
+    def noted_experts(of_layer: Experts, function: Callable[[ExpertActivations], Tensor]) -> _OnChoices:
+        def hook(z: Tensor, *choices: Tensor) -> Tensor:
+            called.add(id(of_layer.module))
+            return function(ExpertActivations(of_layer.name, z, shape, of_layer.count, *choices))
+
+        return hook
+
     with ExitStack() as stack:
         stack.callback(layout.decoder.register_forward_pre_hook(enter, with_kwargs=True).remove)
         stack.callback(layout.decoder.register_forward_hook(leave).remove)
@@ -72,6 +111,8 @@ def hooked(layout: Layout, hooks: Iterable[Hook], outputs: Iterable[Hook] = ()) 
         stack.enter_context(input_hooks((module, noted(module, replace)) for _, module, replace in hooks))
         for _, module, replace in outputs:
             stack.callback(module.register_forward_hook(_output_hook(noted(module, replace))).remove)
+        for _, of_layer, function in experts:
+            _place_on_experts(stack, of_layer, noted_experts(of_layer, function))
         yield
 
 
@@ -83,19 +124,38 @@ def _output_hook(replace: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tu
     return lambda _module, _args, output: replace(output)
 
 
-def by_row(x: Tensor, rows: int, layer: DecoderLayer) -> Tensor:
-    """A module's input as [rows, T, features]; some architectures (OPT) give [rows·T, features].
+_OnChoices = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(z [choices, I], token, expert and router weight of each choice) -> z."""
 
-    Raises LayoutError, naming the layer, for any other shape.
-    """
-    if x.dim() == 3 and len(x) == rows:
-        return x
-    if x.dim() == 2 and len(x) % rows == 0:
-        return x.reshape(rows, -1, x.shape[-1])
-    raise LayoutError(
-        f"{layer.name}: a module of it got an input of shape {list(x.shape)} in a forward of {rows} rows, which cannot "
-        "be told apart there; steering this model may work, attributing on it does not"
-    )
+
+def _place_on_experts(stack: ExitStack, experts: Experts, replace: _OnChoices) -> None:
+    """Replace what the experts compute until the stack is left; raises LayoutError where that cannot be read."""
+    experts.require_readable()
+    choices: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal choices
+        indices, weights = [*args, *kwargs.values()][1:3]
+        order = experts.order(indices)
+        choices = order // indices.shape[1], indices.reshape(-1)[order], weights.reshape(-1)[order]
+
+    def replaced(z: Tensor) -> Tensor:
+        if choices is None or len(z) != len(choices[0]):
+            raise LayoutError(
+                f"{experts.name}: the experts implementation {experts.implementation!r} does not compute all choices "
+                "of the router at once, so that they cannot be told apart; call "
+                "model.set_experts_implementation('grouped_mm')"
+            )
+        return replace(z, *choices)
+
+    stack.callback(experts.module.register_forward_pre_hook(begin, with_kwargs=True).remove)
+    gating = experts.gating
+    if isinstance(gating, nn.Module):
+        stack.callback(gating.register_forward_hook(_output_hook(replaced)).remove)
+    else:
+        methods = InstanceMethods(experts.module)
+        stack.callback(methods.remove)
+        methods.wrap(gating, lambda function: lambda projected: replaced(function(projected)))
 
 
 def parent_of(layer: DecoderLayer, part: nn.Module | None) -> nn.Module:

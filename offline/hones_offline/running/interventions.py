@@ -6,11 +6,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from hones_offline.running.hooks import Head, Hook, Shape, by_row, hooked
+from hones_offline.data.neurons import NeuronIndex
+from hones_offline.running.activations import AnyActivations, Shape, by_row
+from hones_offline.running.hooks import FfnHook, Head, Hook, hooked, hooked_ffns
+from hones_steer.ffns import Ffn
 from hones_steer.injection import scale
 from hones_steer.layout import DecoderLayer, Layout
 
-Scales = Mapping[int, Tensor]
+Scales = Mapping[Ffn, Tensor]
 
 
 @contextmanager
@@ -29,7 +32,7 @@ def replaced_heads(layout: Layout, heads: Sequence[Head]) -> Iterator[None]:
         chosen = torch.tensor([heads[row][1] for row in rows_of[layer.index]])
 
         def replace(x: Tensor, _shape: Shape) -> Tensor:
-            outputs = by_row(x, len(heads), layer).unflatten(-1, (count, -1)).clone()  # [rows, T, heads, head_dim]
+            outputs = by_row(x, len(heads), layer.name).unflatten(-1, (count, -1)).clone()  # [rows, T, heads, head_dim]
             output = outputs[rows, :, chosen].float()
             total = outputs.sum(-2, dtype=torch.float32)[rows]
             outputs[rows, :, chosen] = ((total - output) / (count - 1)).to(x.dtype)
@@ -53,7 +56,7 @@ def moved_heads(layout: Layout, share: float) -> Iterator[dict[int, Tensor]]:
 
     def mover(layer: DecoderLayer, count: int) -> Callable[[Tensor, Shape], Tensor]:
         def move(x: Tensor, shape: Shape) -> Tensor:
-            outputs = by_row(x, shape[0], layer).unflatten(-1, (count, -1))  # [rows, T, heads, head_dim]
+            outputs = by_row(x, shape[0], layer.name).unflatten(-1, (count, -1))  # [rows, T, heads, head_dim]
             own = shares[layer.index] = torch.full((len(outputs), count), share, device=x.device, requires_grad=True)
             way = count / (count - 1) * (outputs.mean(-2, keepdim=True) - outputs)
             moved: Tensor = outputs + scale(way, own[:, None, :, None])
@@ -77,59 +80,51 @@ def _on_heads(
 
 @contextmanager
 def scaled_ffn(layout: Layout, scales: Scales) -> Iterator[None]:
-    """Multiply the FFN activations of layer l by scales[l], float32 [I]; zeros mask, layers not named are untouched.
+    """Multiply the activations of each FFN by its scales, float32 [N]; zeros mask, FFNs not named are untouched.
 
-    A forward of the decoder that does not call one of these down-projections raises LayoutError.
+    For (layer, "experts") they are those of all experts, one after the other. A forward of the decoder that does not
+    call one of these FFNs raises LayoutError.
     """
 
-    def scaler(factors: Tensor) -> Callable[[Tensor, Shape], Tensor]:
-        return lambda z, _shape: scale(z, factors.to(z.device))
+    def scaler(factors: Tensor) -> FfnHook:
+        return lambda activations: activations.scaled(factors)
 
-    scaled = [(layout.layers[index], scaler(factors)) for index, factors in scales.items()]
-    with hooked(layout, [(layer, layer.down_proj, replace) for layer, replace in scaled]):
+    with hooked_ffns(layout, {ffn: scaler(factors) for ffn, factors in scales.items()}):
         yield
 
 
 @contextmanager
-def ffn_factors(layout: Layout, columns: Tensor | None = None) -> Iterator[dict[int, Tensor]]:
-    """Multiply z of each row by factors of 1 that gradients can be taken by, per layer: float32 [rows, I].
+def ffn_factors(layout: Layout, columns: Tensor | None = None) -> Iterator[dict[Ffn, Tensor]]:
+    """Multiply z of each row by factors of 1 that gradients can be taken by, per FFN: float32 [rows, N].
 
     They act at every position of the row, or at its one of `columns` [rows]. The forward stays bit-equal; the factors
     are those of the latest forward.
     """
-    factors: dict[int, Tensor] = {}
+    factors: dict[Ffn, Tensor] = {}
 
-    def multiplier(layer: DecoderLayer) -> Callable[[Tensor, Shape], Tensor]:
-        def multiply(x: Tensor, shape: Shape) -> Tensor:
-            z = by_row(x, shape[0], layer)
-            factor = factors[layer.index] = torch.ones(len(z), z.shape[-1], device=z.device, requires_grad=True)
-            if columns is None:
-                z = scale(z, factor[:, None])
-            else:
-                at = torch.arange(len(z)), columns
-                z = z.index_put(at, scale(z[at], factor))
-            return z.reshape(x.shape)
+    def multiplier(ffn: Ffn, neurons: int) -> FfnHook:
+        def multiply(activations: AnyActivations) -> Tensor:
+            rows, device = activations.shape[0], activations.z.device
+            factor = factors[ffn] = torch.ones(rows, neurons, device=device, requires_grad=True)
+            return activations.scaled_by_row(factor, columns)
 
         return multiply
 
-    with hooked(layout, [(layer, layer.down_proj, multiplier(layer)) for layer in layout.with_ffn]):
+    groups = NeuronIndex.of(layout).groups
+    with hooked_ffns(layout, {ffn: multiplier(ffn, of.stop - of.start) for ffn, of in groups.items()}):
         yield factors
 
 
 @contextmanager
-def set_ffn(layout: Layout, values: Mapping[int, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Set FFN activations of layer l at every position: those of neurons [k] to values [k], values[l] holding both.
+def set_ffn(layout: Layout, values: Mapping[Ffn, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Set activations of an FFN at every position: those of neurons [k] to values [k], `values[ffn]` holding both.
 
-    A forward of the decoder that does not call one of these down-projections raises LayoutError.
+    Of (layer, "experts") neurons are numbered one expert after the other, and set where their expert is chosen. A
+    forward of the decoder that does not call one of these FFNs raises LayoutError.
     """
 
-    def setter(neurons: Tensor, fill: Tensor) -> Callable[[Tensor, Shape], Tensor]:
-        def replace(z: Tensor, _shape: Shape) -> Tensor:
-            filled = fill.to(z).expand(*z.shape[:-1], -1)
-            return z.index_copy(-1, neurons.to(z.device), filled)
+    def setter(neurons: Tensor, fill: Tensor) -> FfnHook:
+        return lambda activations: activations.filled(neurons, fill)
 
-        return replace
-
-    setters = [(layout.layers[index], setter(*of)) for index, of in values.items()]
-    with hooked(layout, [(layer, layer.down_proj, replace) for layer, replace in setters]):
+    with hooked_ffns(layout, {ffn: setter(*of) for ffn, of in values.items()}):
         yield

@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from hones_offline.running.hooks import Shape, by_row, hooked
-from hones_steer.errors import LayoutError
+from hones_offline.data.neurons import NeuronIndex
+from hones_offline.running.activations import Activations, AnyActivations, Shape, by_row
+from hones_offline.running.hooks import FfnHook, hooked, hooked_ffns
+from hones_steer.ffns import Ffn
 from hones_steer.layout import DecoderLayer, Layout, ffn_gate
 
 
@@ -58,101 +59,102 @@ def calls_read(
         yield
 
 
+def _ffns(layout: Layout, first: int = 0) -> list[Ffn]:
+    """All FFNs of the layers from `first` on, all experts of a layer being one."""
+    return [ffn for ffn in NeuronIndex.of(layout).groups if ffn.layer >= first]
+
+
 @contextmanager
-def recorded_ffn(layout: Layout, columns: Tensor, *, first: int = 0) -> Iterator[dict[int, Tensor]]:
-    """Record z = act(gate(x))·up(x) of each row at its column, `columns` [rows], per layer: float32 [rows, I].
+def recorded_ffn(
+    layout: Layout, columns: Tensor, *, first: int = 0, weighted: bool = False
+) -> Iterator[dict[Ffn, Tensor]]:
+    """Record z = act(gate(x))·up(x) of each row at its column, `columns` [rows], per FFN: float32 [rows, N].
 
     Recorded are the layers from `first` on, in forwards with that many rows: a prefix that rows share has none of their
-    columns. Where the last FFN runs at one column of each row only (`last_ffn_at`), that column is the row's.
+    columns. Where the last FFN runs at one column of each row only (`last_ffn_at`), that column is the row's. With
+    `weighted`, experts' are times the router's weight (`ExpertActivations.at`).
     """
-    recorded: dict[int, Tensor] = {}
+    recorded: dict[Ffn, Tensor] = {}
 
-    def recorder(layer: DecoderLayer) -> Callable[[Tensor, Shape], Tensor]:
-        def record(x: Tensor, shape: Shape) -> Tensor:
-            rows, positions = shape
-            if rows == len(columns):
-                z = by_row(x, rows, layer)
-                if z.shape[1] == positions:
-                    recorded[layer.index] = z[torch.arange(rows), columns.cpu()].detach().float()
-                elif z.shape[1] == 1 and layer is layout.layers[-1]:
-                    recorded[layer.index] = z[:, 0].detach().float()
-                else:
-                    raise LayoutError(
-                        f"{layer.name}: its FFN ran at {z.shape[1]} of {positions} positions, so that it is not known "
-                        "which; attributing on this model does not work"
-                    )
-            return x
+    def recorder(ffn: Ffn) -> FfnHook:
+        def record(activations: AnyActivations) -> Tensor:
+            if activations.shape[0] == len(columns):
+                recorded[ffn] = activations.at(columns, weighted=weighted)
+            return activations.z
 
         return record
 
-    layers = [layer for layer in layout.with_ffn if layer.index >= first]
-    with hooked(layout, [(layer, layer.down_proj, recorder(layer)) for layer in layers]):
+    with hooked_ffns(layout, {ffn: recorder(ffn) for ffn in _ffns(layout, first)}):
         yield recorded
 
 
 @contextmanager
-def summed_ffn(layout: Layout, real: Tensor) -> Iterator[dict[int, Tensor]]:
-    """Sum z over the positions of a forward that `real`, bool [rows, T], marks, per layer: float64 [I]."""
-    sums: dict[int, Tensor] = {}
+def summed_ffn(layout: Layout, real: Tensor) -> Iterator[dict[Ffn, tuple[Tensor, Tensor]]]:
+    """Sum z over the positions of a forward that `real`, bool [rows, T], marks, per FFN: float64 [N].
 
-    def adder(layer: DecoderLayer) -> Callable[[Tensor, Shape], Tensor]:
-        def add(x: Tensor, shape: Shape) -> Tensor:
-            z = by_row(x, shape[0], layer).detach()
-            sums[layer.index] = z[real.to(z.device)].sum(0, dtype=torch.float64)
-            return x
+    Beside it stands at how many of them the neuron has a z, int64 [N]: of an expert, those that it is chosen for.
+    """
+    sums: dict[Ffn, tuple[Tensor, Tensor]] = {}
+
+    def adder(ffn: Ffn) -> FfnHook:
+        def add(activations: AnyActivations) -> Tensor:
+            sums[ffn] = activations.sums(real)
+            return activations.z
 
         return add
 
-    with hooked(layout, [(layer, layer.down_proj, adder(layer)) for layer in layout.with_ffn]):
+    with hooked_ffns(layout, {ffn: adder(ffn) for ffn in _ffns(layout)}):
         yield sums
 
 
 @contextmanager
-def ffn_inputs(layout: Layout) -> Iterator[dict[int, Tensor]]:
-    """Record z at every position of a forward, per layer: [rows, T, I], which gradients can be taken by.
+def ffn_inputs(layout: Layout, calls: dict[Ffn, AnyActivations] | None = None) -> Iterator[dict[Ffn, Tensor]]:
+    """Record z at every position of a forward, per FFN: [rows, T, I], which gradients can be taken by.
 
-    Where the weights are frozen the graph begins at the lowest layer's z.
+    Of experts it is [choices, I]. Where the weights are frozen the graph begins at the lowest layer's z. `calls`, if
+    given, gets the activations, which say whose those are.
     """
-    recorded: dict[int, Tensor] = {}
+    recorded: dict[Ffn, Tensor] = {}
 
-    def recorder(layer: DecoderLayer) -> Callable[[Tensor, Shape], Tensor]:
-        def record(x: Tensor, shape: Shape) -> Tensor:
-            z = by_row(x, shape[0], layer)
-            recorded[layer.index] = z = z if z.requires_grad else z.detach().requires_grad_()
-            return z.reshape(x.shape)
+    def recorder(ffn: Ffn) -> FfnHook:
+        def record(activations: AnyActivations) -> Tensor:
+            z = activations.by_row if isinstance(activations, Activations) else activations.z
+            recorded[ffn] = z = z if z.requires_grad else z.detach().requires_grad_()
+            if calls is not None:
+                calls[ffn] = activations
+            return z.reshape(activations.z.shape)
 
         return record
 
-    with hooked(layout, [(layer, layer.down_proj, recorder(layer)) for layer in layout.with_ffn]):
+    with hooked_ffns(layout, {ffn: recorder(ffn) for ffn in _ffns(layout)}):
         yield recorded
 
 
 @contextmanager
-def ffn_products(layout: Layout, weights: Mapping[int, Tensor], *, first: int = 0) -> Iterator[dict[int, Tensor]]:
-    """Record Σ z·w over positions, per layer from `first` on, for `weights` {layer: [rows, T, I]}.
+def ffn_products(
+    layout: Layout, weights: Mapping[Ffn, AnyActivations], *, first: int = 0
+) -> Iterator[dict[Ffn, Tensor]]:
+    """Record Σ z·w over positions, per FFN from layer `first` on, for `weights` at the tokens of some rows.
 
-    Forwards have copies of these rows, copy after copy; the sums are float64 [copies, rows, I].
+    Forwards have copies of these rows, copy after copy; the sums are float64 [copies, rows, N].
     """
-    recorded: dict[int, Tensor] = {}
+    recorded: dict[Ffn, Tensor] = {}
 
-    def recorder(layer: DecoderLayer) -> Callable[[Tensor, Shape], Tensor]:
-        def record(x: Tensor, shape: Shape) -> Tensor:
-            weight = weights[layer.index].float()
-            copies = by_row(x, shape[0], layer).split(len(weight))
-            sums = [(z.float() * weight).sum(1, dtype=torch.float64) for z in copies]
-            recorded[layer.index] = torch.stack(sums)
-            return x
+    def recorder(ffn: Ffn) -> FfnHook:
+        def record(activations: Any) -> Tensor:
+            recorded[ffn] = activations.products(weights[ffn])
+            z: Tensor = activations.z
+            return z
 
         return record
 
-    layers = [layer for layer in layout.with_ffn if layer.index >= first]
-    with hooked(layout, [(layer, layer.down_proj, recorder(layer)) for layer in layers]):
+    with hooked_ffns(layout, {ffn: recorder(ffn) for ffn in _ffns(layout, first)}):
         yield recorded
 
 
 @contextmanager
 def active_tokens(layout: Layout, real: Tensor) -> Iterator[dict[int, Tensor]]:
-    """Count at how many of a forward's tokens each neuron is active, per layer: int64 [I].
+    """Count at how many of a forward's tokens each neuron is active, per layer of a model without experts: int64 [I].
 
     A neuron is active where act(gate(x)) > 0 in a gated FFN, where act(up(x)) = z > 0 in another. `real`, bool [rows,
     T], says which tokens count.
@@ -163,7 +165,7 @@ def active_tokens(layout: Layout, real: Tensor) -> Iterator[dict[int, Tensor]]:
 
     def counter(layer: DecoderLayer) -> Callable[[Tensor, Shape], Tensor]:
         def count(x: Tensor, shape: Shape) -> Tensor:
-            active = by_row(x, shape[0], layer)[..., : layer.width] > 0
+            active = by_row(x, shape[0], layer.name)[..., : layer.width] > 0
             counted[layer.index] = (active & real.to(x.device)[..., None]).sum((0, 1))
             return x
 
