@@ -54,6 +54,7 @@ from hones_serving.asgi import (
     with_headers,
     with_length,
 )
+from hones_serving.expert_room import RoomError
 from hones_serving.metrics import Metrics
 from hones_serving.registry import Admission, CapacityError, ProfileRegistry, label_of
 from hones_serving.routing import (
@@ -438,6 +439,9 @@ async def _load(service: Service, body: object) -> dict[str, Any]:
     except (ProfileError, MismatchError) as error:
         service.metrics.loads("error")
         raise _Refused(400, str(error), "path") from error
+    except RoomError as error:
+        service.metrics.loads("error")
+        raise _Refused(409, str(error), "path") from error
     service.metrics.loads("ok")
     service.report_ambiguous(service.exact())
     return entry

@@ -3,6 +3,7 @@
 ================================  ====================================================================
 ``HONES_PROFILES``                folder of profiles, ``<task>.safetensors``; unset: nothing is steered
 ``HONES_MAX_PROFILES``            number of different profiles that can be in use at once
+``HONES_MAX_EXPERT_TABLES``       number of experts of which profiles can list neurons, in a vLLM worker
 ``HONES_ROUTING``                 routing file (YAML)
 ``HONES_ALLOW_PROFILE_UPDATES``   1: profiles can be replaced, and steering switched off, over HTTP
 ``HONES_PLAYGROUND``              1: a page at /hones on which people try profiles by hand
@@ -27,9 +28,10 @@ COUNT = re.compile(r"[1-9][0-9]{0,5}")  # a whole number from 1 to 999999
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of one server: `max_profiles` None leaves the number to the engine, `routing` None means no routing.
+    """Settings of one server; each field is a variable of the module's table.
 
-    Each field is a variable of the module's table.
+    `max_profiles` None leaves the number to the engine, `routing` None means no routing. `max_expert_tables` None makes
+    room for as many experts as the profiles list neurons of that are in the folder when the server starts.
     """
 
     profiles: Path
@@ -38,6 +40,7 @@ class Settings:
     allow_updates: bool = False
     allow_untested: bool = False
     playground: bool = False
+    max_expert_tables: int | None = None
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Settings | None:
@@ -57,13 +60,15 @@ class Settings:
             allow_updates=flag(environ, "HONES_ALLOW_PROFILE_UPDATES"),
             allow_untested=flag(environ, "HONES_ALLOW_UNTESTED"),
             playground=flag(environ, "HONES_PLAYGROUND"),
+            max_expert_tables=_count(environ, "HONES_MAX_EXPERT_TABLES"),
         )
 
     def to_env(self) -> dict[str, str]:
-        """All six variables; those at their default are empty, so that they replace a value set before."""
+        """All seven variables; those at their default are empty, so that they replace a value set before."""
         return {
             "HONES_PROFILES": str(self.profiles),
             "HONES_MAX_PROFILES": "" if self.max_profiles is None else str(self.max_profiles),
+            "HONES_MAX_EXPERT_TABLES": "" if self.max_expert_tables is None else str(self.max_expert_tables),
             "HONES_ROUTING": "" if self.routing is None else str(self.routing),
             "HONES_ALLOW_PROFILE_UPDATES": "1" if self.allow_updates else "",
             "HONES_ALLOW_UNTESTED": "1" if self.allow_untested else "",
