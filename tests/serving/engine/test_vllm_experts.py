@@ -254,6 +254,7 @@ MODES: dict[str, dict[str, Any]] = {
     "tensor parallel": {"tensor_parallel_size": 2},
     "expert parallel": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
 }
+EVERY_DAY = [("qwen2_moe", "compiled")]
 
 
 @dataclass(frozen=True)
@@ -320,8 +321,16 @@ def test_each_request_of_a_mixed_batch_is_right(case: Case, tmp_path: Path) -> N
 
 # vLLM's client leaves its ZeroMQ context to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("case", checkpoints.MIXTURES, indirect=True, scope="module")
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("case", "mode"),
+    [
+        pytest.param(name, mode, marks=() if (name, mode) in EVERY_DAY else pytest.mark.matrix)
+        for name in checkpoints.MIXTURES
+        for mode in MODES
+    ],
+    indirect=["case"],
+    scope="module",  # or each mode would have a case of its own
+)
 def test_in_other_modes(case: Case, mode: str, tmp_path: Path) -> None:
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} if "parallel" in mode else {}
     with plain(case, tmp_path, case.profiles, env, **MODES[mode]) as llm:
