@@ -105,6 +105,7 @@ def launch(
         allow_untested=flag(environ, "HONES_ALLOW_UNTESTED"),
         playground=options.playground,
         max_body_mb=options.max_body_mb,
+        max_expert_tables=options.max_expert_tables,
     )
     _check_installed(options.engine)
     check(options.model, settings)
@@ -136,6 +137,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         if name in _REFUSED:
             parser.error(f"{name} cannot be given: {_REFUSED[name]}")
     if options.engine == "transformers":
+        if options.max_expert_tables is not None:
+            parser.error("--max-expert-tables is for vLLM: with transformers all experts have tables")
         transformers_server.parse(["--model", options.model, *rest])
     return options, rest
 
@@ -165,6 +168,13 @@ def _parser() -> argparse.ArgumentParser:
         type=_count,
         help="how many different profiles can be in use at once; requests beyond get 429 (default: as many as vLLM's "
         "--max-num-seqs, at most 64; no limit with transformers)",
+    )
+    add(
+        "--max-expert-tables",
+        metavar="N",
+        type=_count,
+        help="of how many experts the loaded profiles of a mixture of experts can list neurons, in each of vLLM's "
+        "workers; more profiles are refused (default: as many as those in DIR at the start)",
     )
     add(
         "--allow-profile-updates",

@@ -67,6 +67,7 @@ from hones_serving.contract import (
     named_steering,
 )
 from hones_serving.exchange import Exchange
+from hones_serving.expert_room import RoomError
 from hones_serving.facts import FactsOf, facts_of_chat, facts_of_completion, facts_of_message, facts_of_response, joined
 from hones_serving.websockets import open_session
 from hones_steer.errors import MismatchError, ProfileError, RoutingError
@@ -331,6 +332,9 @@ async def _load(service: Service, body: object) -> dict[str, Any]:
     except (ProfileError, MismatchError) as error:
         service.metrics.loads("error")
         raise RefusedError(400, str(error), "path") from error
+    except RoomError as error:
+        service.metrics.loads("error")
+        raise RefusedError(409, str(error), "path") from error
     service.metrics.loads("ok")
     service.report_ambiguous(service.exact())
     return entry

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
+from hones_serving.expert_room import ExpertRoom
 from hones_steer.errors import MismatchError, ProfileError, RoutingError, StateError
 from hones_steer.profile import ModelIdentity, Profile, StrPath, is_task_name, load_profile
 from hones_steer.scopes import ALL
@@ -61,10 +62,12 @@ class ProfileRegistry:
         max_profiles: number of different profiles that can be in use at once.
         always_enough: the engine never needs more than `max_profiles`, so no request is ever turned away.
         listing: the place where a client finds the names of all profiles, for errors that name the nearest ones only.
+        rooms: the room that each worker has for the scales of routed experts, for a model that has some.
 
     Raises:
         ProfileError: the folder does not exist; a file is broken, leaves the folder, or has a name that no task has.
         MismatchError: a profile was made for another model.
+        RoomError: the profiles list neurons of more experts than there is room for.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class ProfileRegistry:
         max_profiles: int,
         always_enough: bool,
         listing: str = LISTING,
+        rooms: Sequence[ExpertRoom] = (),
     ) -> None:
         self.enabled = True
         self._folder = Path(folder)
@@ -82,10 +86,13 @@ class ProfileRegistry:
         self._max_profiles = max_profiles
         self._always_enough = always_enough
         self._listing = listing
+        self._rooms = rooms
         self._lock = Lock()
         self._entries = self._read_folder()
         self._admissions: set[Admission] = set()
+        self._require_room(self._entries.values(), ())
         self._uses: Counter[str] = Counter()  # digest -> admissions and holds
+        self._admitted: dict[str, Profile] = {}  # digest -> profile, of those in use and perhaps of some before
         self._blend = functools.lru_cache(maxsize=_CACHED_BLENDS)(_blend)
         self._changed: Callable[[], None] = lambda: None
 
@@ -140,6 +147,7 @@ class ProfileRegistry:
         Raises:
             ProfileError: `name` cannot name a task, or the file is broken or outside the folder.
             MismatchError: the profile was made for another model.
+            RoomError: together with the others it lists neurons of more experts than there is room for.
         """
         if not is_task_name(name):
             raise ProfileError(f"{name!r} cannot name a task; use letters, digits, '_', '.' and '-' (not 'none')")
@@ -152,7 +160,10 @@ class ProfileRegistry:
             raise ProfileError(f"{path!r} leaves the folder of profiles; put the file itself into the folder")
         entry = self._checked(load_profile(real), os.path.relpath(real, root))
         with self._lock:
-            self._entries = {**self._entries, name: entry}
+            entries = {**self._entries, name: entry}
+            self._admitted = {digest: profile for digest, profile in self._admitted.items() if digest in self._uses}
+            self._require_room(entries.values(), self._admitted.values())
+            self._entries = entries
             self._changed()
         return _described(name, entry)
 
@@ -168,6 +179,12 @@ class ProfileRegistry:
                 raise RoutingError(f"there is no profile {name!r} to unload; {known}")
             self._entries = {key: entry for key, entry in self._entries.items() if key != name}
             self._changed()
+
+    def _require_room(self, entries: Iterable[_Entry], admitted: Iterable[Profile]) -> None:
+        """Check that what is loaded has room, beside what requests were admitted with. Raises RoomError if not."""
+        profiles = [*(entry.profile for entry in entries), *admitted]
+        for room in self._rooms:
+            room.require(profiles)
 
     def _checked(self, profile: Profile, file: str) -> _Entry:
         try:
@@ -190,6 +207,7 @@ class ProfileRegistry:
         with self._lock:
             if profile is not None:
                 self._hold(profile.digest)
+                self._admitted[profile.digest] = profile
             self._admissions.add(admission)
             self._changed()
         return admission

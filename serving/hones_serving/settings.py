@@ -3,6 +3,7 @@
 ================================  ====================================================================
 ``HONES_PROFILES``                folder of profiles, ``<task>.safetensors``; unset: nothing is steered
 ``HONES_MAX_PROFILES``            number of different profiles that can be in use at once
+``HONES_MAX_EXPERT_TABLES``       number of experts of which profiles can list neurons, in a vLLM worker
 ``HONES_ROUTING``                 routing file (YAML)
 ``HONES_ALLOW_PROFILE_UPDATES``   1: profiles can be replaced, and steering switched off, over HTTP
 ``HONES_MAX_BODY_MB``             largest body of a request, in MiB, also once decompressed; unset: 64
@@ -29,9 +30,10 @@ COUNT = re.compile(r"[1-9][0-9]{0,5}")  # a whole number from 1 to 999999
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of one server: `max_profiles` None leaves the number to the engine, `routing` None means no routing.
+    """Settings of one server; each field is a variable of the module's table.
 
-    Each field is a variable of the module's table.
+    `max_profiles` None leaves the number to the engine, `routing` None means no routing. `max_expert_tables` None makes
+    room for as many experts as the profiles list neurons of that are in the folder when the server starts.
     """
 
     profiles: Path
@@ -41,6 +43,7 @@ class Settings:
     allow_untested: bool = False
     playground: bool = False
     max_body_mb: int = MAX_BODY_MB
+    max_expert_tables: int | None = None
 
     @property
     def max_body(self) -> int:
@@ -66,6 +69,7 @@ class Settings:
             allow_untested=flag(environ, "HONES_ALLOW_UNTESTED"),
             playground=flag(environ, "HONES_PLAYGROUND"),
             max_body_mb=_count(environ, "HONES_MAX_BODY_MB") or MAX_BODY_MB,
+            max_expert_tables=_count(environ, "HONES_MAX_EXPERT_TABLES"),
         )
 
     def to_env(self) -> dict[str, str]:
@@ -73,6 +77,7 @@ class Settings:
         return {
             "HONES_PROFILES": str(self.profiles),
             "HONES_MAX_PROFILES": "" if self.max_profiles is None else str(self.max_profiles),
+            "HONES_MAX_EXPERT_TABLES": "" if self.max_expert_tables is None else str(self.max_expert_tables),
             "HONES_ROUTING": "" if self.routing is None else str(self.routing),
             "HONES_ALLOW_PROFILE_UPDATES": "1" if self.allow_updates else "",
             "HONES_ALLOW_UNTESTED": "1" if self.allow_untested else "",

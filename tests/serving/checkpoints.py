@@ -238,10 +238,16 @@ GATED: dict[str, dict[str, Any]] = {
     "smollm3": {"num_key_value_heads": 2},
 }
 
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {**_HEADS, **_EXPERTS, "mlp_only_layers": [1]},  # whose second layer is dense
+    "qwen2_moe": {"num_key_value_heads": 2, **_EXPERTS, "shared_expert_intermediate_size": 96},
+}
+
 
 def text_model(folder: Path, model_type: str, seed: int = 0) -> Path:
-    """Write a text model of any architecture of `UNGATED` or `GATED`, as wide as `llama`'s."""
-    config = AutoConfig.for_model(model_type, **{**_WIDE, **{**UNGATED, **GATED}[model_type]})
+    """Write a text model of any architecture of `UNGATED`, `GATED` or `MIXTURES`, as wide as `llama`'s."""
+    config = AutoConfig.for_model(model_type, **{**_WIDE, **{**UNGATED, **GATED, **MIXTURES}[model_type]})
     model = _build(AutoModelForCausalLM.from_config, config, seed)
     model.save_pretrained(folder)
     text_tokenizer(config).save_pretrained(folder)

@@ -27,5 +27,6 @@ def test_every_yes_has_a_test_and_every_test_a_yes() -> None:
         **dict.fromkeys(checkpoints.UNGATED, text | {"tensor parallel"}),  # test_vllm_families
         **dict.fromkeys(checkpoints.GATED, text),
         **dict.fromkeys(checkpoints.VLMS, text | {"images"}),
+        **dict.fromkeys(checkpoints.MIXTURES, text | {"tensor parallel"}),  # test_vllm_experts
     }
     assert {family: columns for family, columns in said().items() if columns} == tested

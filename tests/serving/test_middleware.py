@@ -20,6 +20,7 @@ import pytest
 import uvicorn
 from hones_serving.contract import Service
 from hones_serving.exchange import current_admission, generating
+from hones_serving.expert_room import ExpertRoom
 from hones_serving.metrics import Metrics
 from hones_serving.middleware import HonesMiddleware
 from hones_serving.registry import ProfileRegistry
@@ -32,6 +33,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
 from hones_steer import ModelIdentity, Profile, save_profile
+from hones_steer.ffns import FfnRun
 
 IDENTITY = ModelIdentity("", None, "llama", 2, 8, 32, (1.0,) * 16)
 TIMEOUT = 300
@@ -981,6 +983,23 @@ def test_what_the_routing_file_needs_is_not_forgotten(client, engine, tmp_path):
     engine.service.plan = load_plan(tmp_path / "r.yaml", engine.service.registry.tasks())
     for name in ("vqa", "ocr"):
         refused(client.delete(f"/v1/hones/profiles/{name}"), 400, f"the routing file steers with '{name}'")
+
+
+def test_a_profile_of_more_experts_than_there_is_room_for_is_409(client, engine, tmp_path):
+    mixture = replace(IDENTITY, intermediate_size=None, ffns=(FfnRun(0, 2, experts=8, expert_width=4),))
+
+    def save(name, expert):
+        layers = {(0, expert): (np.array([1], np.int32), np.array([2.0], np.float32))}
+        save_profile(Profile(name, layers, mixture), tmp_path / f"{name}.safetensors")
+
+    save("one", 1)
+    room = ExpertRoom(1, frozenset(range(8)))
+    engine.service.registry = ProfileRegistry(tmp_path, mixture, max_profiles=2, always_enough=False, rooms=[room])
+    save("more", 2)
+    response = client.post("/v1/hones/profiles", json={"name": "more", "path": "more.safetensors"})
+    refused(response, 409, "start the server with --max-expert-tables 2 or more")
+    assert [entry["name"] for entry in client.get("/v1/hones/profiles").json()["data"]] == ["one"]
+    assert counted(engine, "hones_profile_loads_total", result="error") == 1
 
 
 @pytest.mark.parametrize("name", ["", "..%2F..%2Fvqa", "vqa/", "%00"])

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hones_serving.expert_room import ExpertRoom, RoomError
 from hones_serving.registry import CapacityError, ProfileRegistry, label_of
 
 from hones_steer import MismatchError, ModelIdentity, Profile, ProfileError, RoutingError, StateError, save_profile
@@ -342,3 +343,66 @@ def test_threads_never_get_more_room_than_there_is(folder):
     assert most
     assert max(most) <= 2
     assert known.slots_used() == 0
+
+
+# Room for experts
+
+MIXTURE = replace(IDENTITY, intermediate_size=None, ffns=(FfnRun(0, 2, experts=8, expert_width=4, shared=6),))
+
+
+def of_experts(*experts, scale=2.0):
+    """A profile of the shared expert of layer 0 and of routed experts, each (layer, number)."""
+    row = np.array([1], np.int32), np.array([scale], np.float32)
+    return Profile("vqa", dict.fromkeys([(0, "shared"), *experts], row), MIXTURE)
+
+
+def of_mixture(folder, *rooms, **profiles):
+    """A registry whose workers have `rooms`, and the `profiles` with these names."""
+    folder.mkdir(exist_ok=True)
+    for name, each in profiles.items():
+        save_profile(each, folder / f"{name}.safetensors")
+    return ProfileRegistry(folder, MIXTURE, max_profiles=8, always_enough=False, rooms=rooms)
+
+
+def test_profiles_that_list_the_same_experts_share_their_room(tmp_path):
+    one, both = of_experts((0, 1)), of_experts((0, 1), (1, 1))
+    known = of_mixture(tmp_path, ExpertRoom(2, frozenset(range(8))), one=one, both=both)
+    save_profile(of_experts((0, 1), scale=5.0), tmp_path / "one.safetensors")
+    known.load("again", "one.safetensors")
+    save_profile(of_experts(), tmp_path / "shared.safetensors")
+    known.load("shared", "shared.safetensors")
+    assert known.tasks() == ["again", "both", "one", "shared"]
+
+
+def test_a_profile_that_needs_more_room_is_refused_and_nothing_changes(tmp_path):
+    known = of_mixture(tmp_path, ExpertRoom(2, frozenset(range(8))), one=of_experts((0, 1)), two=of_experts((1, 1)))
+    before = known.profiles()
+    save_profile(of_experts((0, 2)), tmp_path / "more.safetensors")
+    with pytest.raises(RoomError, match=r"list neurons of 3 experts .* tables for 2; .*--max-expert-tables 3"):
+        known.load("new", "more.safetensors")
+    assert known.profiles() == before
+    known.load("one", "more.safetensors")  # in place of another
+
+
+def test_profiles_that_requests_still_use_keep_their_room(tmp_path):
+    known = of_mixture(tmp_path, ExpertRoom(1, frozenset(range(8))), one=of_experts((0, 1)))
+    admission = known.admit(resolved(known, "one@0.5"), "one")
+    save_profile(of_experts((0, 2)), tmp_path / "other.safetensors")
+    with pytest.raises(RoomError, match="of 2 experts"):
+        known.load("one", "other.safetensors")
+    known.leave(admission)
+    known.load("one", "other.safetensors")
+
+
+def test_each_worker_needs_room_for_its_own_experts(tmp_path):
+    rooms = ExpertRoom(1, frozenset(range(4))), ExpertRoom(1, frozenset(range(4, 8)))
+    known = of_mixture(tmp_path, *rooms, low=of_experts((0, 1)), high=of_experts((0, 5)))
+    save_profile(of_experts((1, 5)), tmp_path / "high.safetensors")
+    with pytest.raises(RoomError):
+        known.load("more", "high.safetensors")
+    known.load("high", "high.safetensors")
+
+
+def test_a_server_without_room_for_its_profiles_does_not_start(tmp_path):
+    with pytest.raises(RoomError, match="of 2 experts together, but a worker has tables for 1"):
+        of_mixture(tmp_path, ExpertRoom(1, frozenset(range(8))), one=of_experts((0, 1), (1, 1)))

@@ -66,6 +66,7 @@ def test_options_become_flags_and_variables(model: Path, profiles: Path, tmp_pat
         [
             *(str(model), "--profiles", str(profiles), "--routing", str(routing), "--max-profiles", "7"),
             *("--allow-profile-updates", "--playground", "--host", "127.0.0.1", "--port", "8123"),
+            *("--max-expert-tables", "300"),
             *("--served-model-name", "a", "b", "--shutdown-timeout", "7"),
         ],
         {"HOME": "/home/me"},
@@ -80,6 +81,7 @@ def test_options_become_flags_and_variables(model: Path, profiles: Path, tmp_pat
         "HONES_PROFILES": str(profiles),
         "HONES_ROUTING": str(routing),
         "HONES_MAX_PROFILES": "7",
+        "HONES_MAX_EXPERT_TABLES": "300",
         "HONES_ALLOW_PROFILE_UPDATES": "1",
         "HONES_ALLOW_UNTESTED": "",
         "HONES_PLAYGROUND": "1",
@@ -109,6 +111,7 @@ def test_the_transformers_engine(model: Path, profiles: Path) -> None:
         "HONES_PROFILES": str(profiles),
         "HONES_ROUTING": "",
         "HONES_MAX_PROFILES": "",
+        "HONES_MAX_EXPERT_TABLES": "",
         "HONES_ALLOW_PROFILE_UPDATES": "1",
         "HONES_ALLOW_UNTESTED": "",
         "HONES_PLAYGROUND": "",
@@ -151,9 +154,9 @@ def test_the_model_runner_is_vllms_choice_and_the_users(model: Path, profiles: P
 
 def test_variables_from_another_server_do_not_leak_in(model: Path, profiles: Path) -> None:
     left_over = {"HONES_ROUTING": "old.yaml", "HONES_MAX_PROFILES": "1", "HONES_ALLOW_PROFILE_UPDATES": "1"}
-    left_over["HONES_PLAYGROUND"] = "1"
+    left_over |= {"HONES_PLAYGROUND": "1", "HONES_MAX_EXPERT_TABLES": "1"}
     _, environment = launch([str(model), "--profiles", str(profiles)], left_over, set())
-    assert [environment[name] for name in left_over] == [""] * 4
+    assert [environment[name] for name in left_over] == [""] * 5
 
 
 def test_a_hub_name_is_left_to_vllm(profiles: Path) -> None:
@@ -258,7 +261,13 @@ def test_a_limit_that_is_none(seconds: str, engine: str, profiles: Path, capsys:
 
 @pytest.mark.parametrize("count", ["0", "-1", "many"])
 def test_a_maximum_that_is_none(count: str, profiles: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--max-profiles" in refusal(capsys, "m", "--profiles", profiles, f"--max-profiles={count}")
+    for option in ("--max-profiles", "--max-expert-tables"):
+        assert option in refusal(capsys, "m", "--profiles", profiles, f"{option}={count}")
+
+
+def test_tables_of_experts_are_for_vllm(profiles: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--engine", "transformers", "--max-expert-tables", "3")
+    assert "--max-expert-tables is for vLLM" in refusal(capsys, "m", "--profiles", profiles, *options)
 
 
 @pytest.mark.parametrize(("engine", "module", "extra"), [("vllm", "vllm", "vllm"), ("transformers", "openai", "serve")])

@@ -1,5 +1,6 @@
 """The environment variables that tell a server about steering."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ SETTINGS = st.builds(
     allow_updates=st.booleans(),
     allow_untested=st.booleans(),
     playground=st.booleans(),
+    max_expert_tables=st.none() | st.integers(1, 999_999),
 )
 
 
@@ -34,13 +36,14 @@ def test_all_that_can_be_said() -> None:
         "HONES_ALLOW_PROFILE_UPDATES": "1",
         "HONES_ALLOW_UNTESTED": "1",
         "HONES_PLAYGROUND": "1",
+        "HONES_MAX_EXPERT_TABLES": "300",
     }
-    assert Settings.from_env(environ) == Settings(Path("profiles"), 12, Path("routing.yaml"), True, True, True)
+    assert Settings.from_env(environ) == Settings(Path("profiles"), 12, Path("routing.yaml"), True, True, True, 300)
 
 
 def test_what_is_not_said_is_off() -> None:
     assert Settings.from_env({"HONES_PROFILES": "profiles"}) == Settings(
-        Path("profiles"), None, None, False, False, False
+        Path("profiles"), None, None, False, False, False, None
     )
 
 
@@ -56,6 +59,7 @@ def test_settings_survive_the_environment(settings: Settings) -> None:
 
 def test_they_replace_whatever_was_set_before() -> None:
     before = Settings(Path("old"), 3, Path("old.yaml"), allow_updates=True, allow_untested=True, playground=True)
+    before = replace(before, max_expert_tables=5)
     after = Settings(Path("new"))
     assert Settings.from_env({**before.to_env(), **after.to_env()}) == after
 
@@ -74,6 +78,7 @@ def test_they_replace_whatever_was_set_before() -> None:
         ("HONES_ALLOW_PROFILE_UPDATES", "yes"),
         ("HONES_ALLOW_UNTESTED", "true"),
         ("HONES_PLAYGROUND", "on"),
+        ("HONES_MAX_EXPERT_TABLES", "0"),
     ],
 )
 def test_a_value_that_means_nothing_is_named(name: str, value: str) -> None:

@@ -4,7 +4,8 @@ compat.py      the functions of vLLM that the plugin relies on, checked at start
 connectors.py  which KV connectors keep one steering's cache from another
 front.py       before the engine: an expression or an HTTP admission becomes the request's profile and cache salt
 layout.py      in the worker: the loaded model's down-projections
-worker.py      in the worker: scale tables, each token's slot, the scaled input of each down-projection
+experts.py     in the worker: its routed experts, and their scale tables
+worker.py      in the worker: each token's slot, the scaled input of each down-projection, the scaled rows of experts
 endpoint.py    the HTTP side of the API server
 batch.py       the lines of a batch file (`vllm run-batch`), in place of the HTTP side
 
@@ -17,7 +18,8 @@ file to the multiplied activation, and back to the response's headers, through `
 
 At start
     worker       1. `worker.attach`, after vLLM's `Worker.load_model`: finds every layer's down-projection
-                    (`layout.find_decoder`), and gives it a `SteeredInput` with a table of scales
+                    (`layout.find_decoder`), and gives it a `SteeredInput` with a table of scales; each layer's
+                    routed experts get a `SteeredExperts`, and those that the profiles in the folder list a table
     API server   2. `front.attach`, to which `Endpoint.init_state` gives the identity of the model, having asked the
                     workers for it: its `ProfileRegistry` reads every profile file of the folder and checks it
 For each request
@@ -35,8 +37,10 @@ For each step
     worker       7. `WorkerSteering.begin`, before the runner's `execute_model`: unpacks the profiles of new requests
                  8. `WorkerSteering.fill`, before the runner's `_prepare_inputs` (V1) or `prepare_inputs` (V2), if the
                     step's requests are not those of the last step: takes a slot for each profile (`SlotPool.acquire`,
-                    which writes its scales with `ScaleTables.write`) and sets each token's slot (`TokenSlots.write`)
-                 9. `SteeredInput.forward`, before each down-projection: z * table[slot of each token]
+                    which writes its scales with `ScaleTables.write`) and sets each token's slot (`TokenSlots.write`);
+                    before, `MixtureTables.require` sees that each expert that a profile lists has a table
+                 9. `SteeredInput.forward`, before each down-projection: z * table[slot of each token]; of routed
+                    experts, after their activation: z * rows[slot of each row's token, table of its expert]
 For each request
     API server  10. `middleware._steering_headers`, as the response starts: X-Hones-Profile and X-Hones-Route;
                     `contract.Admitted.complete`: the object `hones` in its JSON

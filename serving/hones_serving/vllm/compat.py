@@ -32,6 +32,8 @@ def _expected_signatures() -> Iterator[tuple[Callable[..., Any], tuple[str, ...]
 
     And for what some of them are given: `BatchReqState`, `RequestSpecDecodeMetrics`, a step's requests.
     """
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExpertsModular
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
     from vllm.v1.core.sched.output import CachedRequestData, NewRequestData
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -60,6 +62,8 @@ def _expected_signatures() -> Iterator[tuple[Callable[..., Any], tuple[str, ...]
     yield generate_block_hash_extra_keys, ("request", "start_token_idx", "end_token_idx", "start_mm_idx")
     yield RequestSpecDecodeMetrics, ("num_spec_tokens", "histogram", "num_draft_tokens")
     yield Worker.load_model, ("self",)
+    yield RoutedExperts.forward_modular, ("self", "x", "topk_weights", "topk_ids")
+    yield FusedMoEExpertsModular.activation, ("self", "activation", "output", "input")
     yield RunnerV1.execute_model, ("self", "scheduler_output", "intermediate_tensors")
     yield RunnerV1._prepare_inputs, ("self", "scheduler_output", "num_scheduled_tokens")
     yield RunnerV2.execute_model, ("self", "scheduler_output", "intermediate_tensors", "dummy_run")
@@ -108,7 +112,9 @@ def _unsupported(config: Any) -> dict[str, bool]:
         "pooling models": model.runner_type != "generate",
         "encoder-decoder models": model.is_encoder_decoder,
         "diffusion models": model.is_diffusion,
-        "mixture-of-experts models": model.is_moe,
+        # A forward computes tokens of other ranks, or experts under other numbers.
+        "data parallelism of a mixture of experts": model.is_moe and parallel.data_parallel_size > 1,
+        "expert load balancing (--enable-eplb)": parallel.enable_eplb,
         "microbatching (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,

@@ -30,6 +30,7 @@ from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from hones_serving.contract import PREFIX, SCOPE, TASK
 from hones_serving.exchange import current_admission, generating
+from hones_serving.expert_room import ExpertRoom
 from hones_serving.metrics import Metrics
 from hones_serving.registry import ProfileRegistry, label_of
 from hones_serving.settings import Settings
@@ -211,15 +212,16 @@ def _reserved_args(request: Any) -> dict[str, Any]:
 # In vLLM's classes --------------------------------------------------------------------------------
 
 
-def attach(engine: Any, identities: Sequence[Mapping[str, Any]], settings: Settings, listing: str) -> Front:
-    """Give an LLMEngine or AsyncLLM its front; `identities` holds each worker's answer to `hones_identity`.
+def attach(engine: Any, answers: Sequence[Mapping[str, Any]], settings: Settings, listing: str) -> Front:
+    """Give an LLMEngine or AsyncLLM its front; `answers` holds each worker's answer to `hones_identity`.
 
     `listing` is ProfileRegistry's.
 
     Raises:
         ProfileError, MismatchError, DataError: a profile of the folder cannot be used with this model.
-        StateError: the workers run different models.
+        StateError: the workers run different models, or the profiles list neurons of too many experts.
     """
+    identities = [answer["identity"] for answer in answers]
     if any(identity != identities[0] for identity in identities):
         raise StateError(f"the workers disagree about their model: {identities}; restart the server")
     slots = compat.max_profiles(engine.vllm_config, settings)
@@ -229,6 +231,9 @@ def attach(engine: Any, identities: Sequence[Mapping[str, Any]], settings: Setti
         max_profiles=slots,
         always_enough=slots >= compat.max_requests(engine.vllm_config),
         listing=listing,
+        rooms=[
+            ExpertRoom(room["tables"], frozenset(room["experts"])) for answer in answers if (room := answer["room"])
+        ],
     )
     shown = engine.vllm_config.observability_config.per_request_spec_decode_metrics
     by_salt = connectors.by_salt(engine.vllm_config.kv_transfer_config)

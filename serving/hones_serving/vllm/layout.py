@@ -7,14 +7,16 @@ did, and runs the others by transformers' code with its own linear layers in it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from vllm.model_executor.layers.linear import LinearBase
 
+from hones_serving.vllm.experts import Experts, find_experts
 from hones_steer.errors import LayoutError
+from hones_steer.ffns import DENSE, EXPERTS, SHARED, Ffn, runs_of
 from hones_steer.layout import DOWN_PROJECTIONS, FINAL_NORMS, LAYER_LISTS, base_layer
 from hones_steer.profile import ModelIdentity, sketch_of
 
@@ -24,41 +26,63 @@ _NAMES = {path.rpartition(".")[2] for path in DOWN_PROJECTIONS}
 
 
 @dataclass(frozen=True, eq=False)
-class Decoder:
-    """A model's text decoder: its identity, and the down-projection of every layer, in order.
+class Projection:
+    """A down-projection that is a linear module: of a dense FFN or a shared expert.
 
-    `shard` is the range of neurons that this worker holds: all of them, or its tensor-parallel rank's share.
+    The FFN has `width` neurons in all. The activations of those in `shard` reach this worker: of all of them, or of its
+    tensor-parallel rank's share.
+    """
+
+    module: nn.Module
+    width: int
+    shard: slice
+
+
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """A model's text decoder: its identity, and the down-projection of each dense FFN and shared expert, by layers.
+
+    `experts` has the routed experts of each layer that has some, by the layer's number.
     """
 
     identity: ModelIdentity
-    down_projections: Sequence[nn.Module]
-    shard: slice
+    projections: Mapping[Ffn, Projection]
+    experts: Mapping[int, Experts]
 
 
 def find_decoder(model: nn.Module, model_config: Any) -> Decoder:
     """Find the parts of a model that vLLM has loaded; `model_config` is vLLM's ModelConfig.
 
     Raises:
-        LayoutError: a part is not where vLLM's models keep it, or layers differ; the message names it.
+        LayoutError: a part is not where vLLM's models keep it; the message names it.
     """
     stack, layers = _decoder_stack(model)
     hidden = model_config.hf_text_config.hidden_size
-    down_projections = [
-        _down_projection(f"layer {index} of {type(stack).__name__}", layer, hidden)
-        for index, layer in enumerate(layers)
-    ]
-    width, shard = _shard(down_projections)
+    projections: dict[Ffn, Projection] = {}
+    experts: dict[int, Experts] = {}
+    widths: list[dict[str, int]] = []
+    for index, layer in enumerate(layers):
+        name = f"layer {index} of {type(stack).__name__}"
+        routed = find_experts(name, layer)
+        found = {part: _projection(module) for part, module in _down_projections(name, layer, hidden, routed).items()}
+        projections |= {Ffn(index, part): projection for part, projection in found.items()}
+        widths.append({part: projection.width for part, projection in found.items()})
+        if routed is not None:
+            experts[index] = routed
+            widths[-1] |= {EXPERTS: routed.count, "expert_width": routed.width}
     norm = next((norm for name in FINAL_NORMS if isinstance(norm := getattr(stack, name, None), nn.Module)), None)
+    alike = all(of == {DENSE: widths[0].get(DENSE)} for of in widths)
     identity = ModelIdentity(
         name="",
         revision=None,
         model_type=model_config.hf_config.model_type,
         num_layers=len(layers),
-        intermediate_size=width,
+        intermediate_size=widths[0][DENSE] if alike else None,
         hidden_size=hidden,
         sketch=sketch_of(norm, hidden),
+        ffns=None if alike else runs_of(widths),
     )
-    return Decoder(identity, down_projections, shard)
+    return Decoder(identity, projections, experts)
 
 
 def _decoder_stack(model: Any) -> tuple[nn.Module, nn.ModuleList]:
@@ -75,8 +99,11 @@ def _decoder_stack(model: Any) -> tuple[nn.Module, nn.ModuleList]:
     )
 
 
-def _down_projection(name: str, layer: nn.Module, hidden: int) -> nn.Module:
-    """The one linear module outside attention that has a down-projection's name; errors call the layer `name`."""
+def _down_projections(name: str, layer: nn.Module, hidden: int, experts: Experts | None) -> dict[str, nn.Module]:
+    """The linear modules outside attention that have a down-projection's name: "dense", and "shared" beside `experts`.
+
+    Errors call the layer `name`.
+    """
     candidates: dict[str, nn.Module] = {
         path: module
         for path, module in layer.named_modules()
@@ -86,28 +113,19 @@ def _down_projection(name: str, layer: nn.Module, hidden: int) -> nn.Module:
         and isinstance(linear := base_layer(module), LinearBase)
         and linear.output_size == hidden
     }
-    if len(candidates) != 1:
+    parts = {SHARED if experts is not None and "shared" in path else DENSE: path for path in candidates}
+    if len(parts) != len(candidates) or not (parts or experts):
         raise LayoutError(
             f"{name} ({type(layer).__name__}) has not one FFN with a down-projection that hones-steer recognizes "
             f"(found: {', '.join(candidates) or 'none'}); hones-steer supports no such layer in vLLM in this version"
         )
-    return next(iter(candidates.values()))
+    return {part: candidates[path] for part, path in parts.items()}
 
 
-def _shard(down_projections: Sequence[nn.Module]) -> tuple[int, slice]:
-    """(neurons of an FFN in all, range of those whose activations reach this worker's down-projections)."""
-    shards = set()
-    for module in down_projections:
-        linear: Any = base_layer(module)
-        width, start = linear.input_size, 0
-        if getattr(linear, "input_is_parallel", False):  # row-parallel; others are given all neurons
-            width = linear.input_size_per_partition
-            start = linear.tp_rank * width
-        shards.add((linear.input_size, start, width))
-    if len(shards) != 1:
-        raise LayoutError(
-            f"the FFNs' widths (neurons in all, first one here, neurons here) differ between layers: {sorted(shards)}; "
-            "hones-steer supports only models whose layers are alike"
-        )
-    total, start, width = shards.pop()
-    return total, slice(start, start + width)
+def _projection(module: nn.Module) -> Projection:
+    linear: Any = base_layer(module)
+    width, start = linear.input_size, 0
+    if getattr(linear, "input_is_parallel", False):  # row-parallel; others are given all neurons
+        width = linear.input_size_per_partition
+        start = linear.tp_rank * width
+    return Projection(module, linear.input_size, slice(start, start + width))

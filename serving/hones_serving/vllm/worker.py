@@ -18,19 +18,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from vllm.logger import init_logger
 
 from hones_serving.contract import SCOPE
+from hones_serving.expert_room import ExpertRoom
 from hones_serving.settings import Settings
 from hones_serving.vllm import compat
+from hones_serving.vllm.experts import Experts, MixtureTables
 from hones_serving.vllm.front import PROFILE, PROMPT_END
-from hones_serving.vllm.layout import find_decoder
+from hones_serving.vllm.layout import Decoder, find_decoder
 from hones_steer import __version__
 from hones_steer.errors import StateError
-from hones_steer.ffns import DENSE, Ffn
 from hones_steer.injection import scale
 from hones_steer.profile import ModelIdentity, Profile, parse_profile
 from hones_steer.scopes import split
 from hones_steer.slots import IDENTITY, ScaleTables, SlotPool
+from hones_steer.store import ProfileStore
+
+logger = init_logger("vllm.hones_steer")  # whose messages vLLM prints
 
 _CHUNK = 2**22  # float32 scales gathered at a time in eager mode: 16 MB
 # Tokens in a row with one slot (a run) are multiplied at once where that is quicker than looking each one's row up:
@@ -136,17 +141,95 @@ def _scaled(down_projection: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (down_projection.hones_scaling.forward(args[0]), *args[1:])
 
 
+class SteeredExperts:
+    """Scales what the routed experts of one layer compute between their two products: vLLM's `activation`.
+
+    This is given no tokens and no experts, so a wrapper around the whole layer of experts notes the router's choices,
+    `[tokens, choices]`. Row i of the activations is of token i // choices, and of the expert chosen there.
+    """
+
+    def __init__(self, experts: Experts, layer: int, tables: MixtureTables, tokens: TokenSlots, *, eager: bool) -> None:
+        self._name = experts.name
+        self._rows, self._each = tables.rows, tables.each
+        self._numbers = tables.numbers_of(layer)
+        self._tokens = tokens
+        self._eager = eager
+        self._choices: Tensor | None = None
+        self._scaled = False
+
+    def place(self, experts: Experts) -> None:
+        """Wrap the methods of vLLM's objects.
+
+        Raises:
+            StateError: they are wrapped already.
+            LayoutError: vLLM runs these experts in a way that cannot be steered.
+        """
+        module, kernel = experts.module, experts.kernel()
+        if "forward_modular" in vars(module):
+            raise StateError("the model is steered already; start vLLM anew")
+        forward, activation = module.forward_modular, kernel.activation
+
+        @functools.wraps(forward)
+        def forward_steered(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._choices, self._scaled = topk_ids, False
+            result = forward(x, topk_weights, topk_ids, *args, **kwargs)
+            self._choices = None
+            if not self._scaled:  # vLLM may make another kernel, when weights are loaded again
+                raise StateError(f"{self._name}: vLLM ran its experts without the part that steers them; restart vLLM")
+            return result
+
+        @functools.wraps(activation)
+        def activation_scaled(kind: Any, output: Tensor, *args: Any, **kwargs: Any) -> None:
+            activation(kind, output, *args, **kwargs)
+            self._scale(output)
+            self._scaled = True
+
+        module.forward_modular = forward_steered
+        kernel.activation = activation_scaled
+
+    def _scale(self, output: Tensor) -> None:
+        choices = self._choices
+        if choices is None or output.shape[0] != choices.numel():
+            raise StateError(f"{self._name}: vLLM computes its experts in an order that is not known; restart vLLM")
+        tokens, each = choices.shape
+        z = output[:, : self._rows.shape[1]]  # some kernels pad the neurons
+        start, end = 0, tokens
+        if self._eager:
+            if not (runs := self._tokens.runs):
+                return
+            start, end = runs[0][0], runs[-1][1]
+        if torch.compiler.is_compiling():
+            self._multiply(z, choices, start, end)
+            return
+        step = max(1, _CHUNK // (each * z.shape[1]))
+        for first in range(start, end, step):
+            self._multiply(z, choices, first, min(first + step, end))
+
+    def _multiply(self, z: Tensor, choices: Tensor, start: int, end: int) -> None:
+        """Scale the rows of the tokens from `start` to before `end`, in place."""
+        each = choices.shape[1]
+        numbers = self._numbers.index_select(0, choices[start:end].reshape(-1)).view(-1, each)
+        rows = self._tokens.index[start:end].unsqueeze(1) * self._each + numbers
+        z[start * each : end * each].mul_(self._rows.index_select(0, rows.reshape(-1)))
+
+
 class WorkerSteering:
     """Steering of one worker: follows what the engine schedules, and sets the slot of each token before a step."""
 
     def __init__(self, identity: ModelIdentity, tables: ScaleTables, tokens: TokenSlots, max_profiles: int) -> None:
         self.identity = identity
+        self._tables = tables
         self._pool = SlotPool(tables, max_profiles)
         self._tokens = tokens
         self._profiles: dict[str, Profile] = {}  # request id -> profile, for steered requests
         self._scopes: dict[str, tuple[str, int]] = {}  # request id -> scope and prompt's end, where it is not "all"
         self._starts: dict[str, int] = {}  # request id -> position of its first token in the step, of those in _scopes
         self._last: tuple[list[str], list[int], list[Any]] | None = None  # last step's `fill`; None: a request has come
+
+    @property
+    def room(self) -> ExpertRoom | None:
+        """The room that this worker has for the scales of routed experts; None if the model has none."""
+        return self._tables.room if isinstance(self._tables, MixtureTables) else None
 
     def begin(self, scheduler_output: Any) -> None:
         """Note the requests that have come and gone, from vLLM's SchedulerOutput of the step."""
@@ -181,6 +264,8 @@ class WorkerSteering:
             return
         self._last = step
         profiles = [self._profiles.get(request_id) for request_id in request_ids]
+        if isinstance(self._tables, MixtureTables):
+            self._tables.require(profile for profile in profiles if profile is not None)
         slots = self._pool.acquire(profiles)
         # A slot is owed for this step only; what was written stays until it is taken again.
         self._pool.release(profiles)
@@ -228,38 +313,68 @@ def install() -> None:
             self.hones_steering = attach(self.model_runner, self.vllm_config, settings)
 
     def hones_identity(self: Any) -> dict[str, Any]:
-        identity: ModelIdentity = self.hones_steering.identity
-        return identity.to_json()
+        steering: WorkerSteering = self.hones_steering
+        room = steering.room
+        return {
+            "identity": steering.identity.to_json(),
+            "room": None if room is None else {"tables": room.tables, "experts": sorted(room.experts)},
+        }
 
     worker.load_model = load_and_attach
     worker.hones_identity = hones_identity
 
 
 def attach(runner: Any, config: Any, settings: Settings) -> WorkerSteering:
-    """Have every down-projection of a runner's loaded model scale its input, and follow the steps that it runs.
+    """Have every FFN of a runner's loaded model scale its activations, and follow the steps that it runs.
 
     Raises:
-        LayoutError: a layer's down-projection is not found; the message names the layer.
-        StateError: vLLM's configuration is not supported.
+        LayoutError: a layer's FFNs are not found, or its experts cannot be steered; the message names the layer.
+        StateError: vLLM's configuration is not supported, or profiles list neurons of too many experts.
+        ProfileError: the model has experts, and the folder of profiles cannot be read.
     """
     compat.refuse_unsupported(config, settings)
     decoder = find_decoder(runner.get_model(), config.model_config)
     max_profiles = compat.max_profiles(config, settings)
-    places = {
-        Ffn(layer, DENSE): (next(module.parameters()).device, decoder.shard)
-        for layer, module in enumerate(decoder.down_projections)
-    }
-    tables = ScaleTables(places, max_profiles + 1)
-    tokens = TokenSlots(_max_tokens(config), places[Ffn(0, DENSE)][0])
+    tables = _tables(decoder, max_profiles + 1, settings)
+    tokens = TokenSlots(_max_tokens(config), next(runner.get_model().parameters()).device)
     eager = _runs_eagerly(config)
-    for module, table in zip(decoder.down_projections, tables.tables.values(), strict=True):
-        SteeredInput(table, tokens, eager=eager).place(module)
-    _change_compile_cache_key(config, max_profiles)
+    for ffn, projection in decoder.projections.items():
+        SteeredInput(tables.tables[ffn], tokens, eager=eager).place(projection.module)
+    num_tables = 0
+    if isinstance(tables, MixtureTables) and (num_tables := tables.room.tables):
+        for layer, experts in decoder.experts.items():
+            SteeredExperts(experts, layer, tables, tokens, eager=eager).place(experts)
+    _change_compile_cache_key(config, max_profiles, num_tables)
     steering = WorkerSteering(decoder.identity, tables, tokens, max_profiles)
     _follow(runner, steering)
     fill = _fill_v2 if config.use_v2_model_runner else _fill_v1
     fill(runner, steering)
     return steering
+
+
+def _tables(decoder: Decoder, slots: int, settings: Settings) -> ScaleTables:
+    """Tables for all FFNs, of the routed experts for those that the profiles in the folder list, or as many as set."""
+    places = {ffn: (next(of.module.parameters()).device, of.shard) for ffn, of in decoder.projections.items()}
+    if not decoder.experts:
+        return ScaleTables(places, slots)
+    store = ProfileStore(settings.profiles)
+    read = [store.get(name) for name in store.names()]
+    # Others are not for this model; the front will say so.
+    profiles = [profile for profile in read if profile.base_model.runs == decoder.identity.runs]
+    local = frozenset(next(iter(decoder.experts.values())).local)
+    listed = ExpertRoom(0, local).listed(profiles)
+    wanted = settings.max_expert_tables
+    room = ExpertRoom(len(listed) if wanted is None else min(wanted, len(local) * len(decoder.experts)), local)
+    room.require(profiles)
+    tables = MixtureTables(places, slots, decoder.experts, room.tables)
+    tables.require(profiles)
+    logger.info(
+        "hones-steer: tables for the scales of %d experts, each in %d slots: %.1f MB",
+        room.tables,
+        slots,
+        tables.num_bytes / 1e6,
+    )
+    return tables
 
 
 def _max_tokens(config: Any) -> int:
@@ -276,7 +391,7 @@ def _runs_eagerly(config: Any) -> bool:
     return bool(compilation.mode == CompilationMode.NONE and compilation.cudagraph_mode == CUDAGraphMode.NONE)
 
 
-def _change_compile_cache_key(config: Any, max_profiles: int) -> None:
+def _change_compile_cache_key(config: Any, max_profiles: int, expert_tables: int) -> None:
     """Keep vLLM from using code that it compiled and stored without this plugin, or with tables of another size.
 
     Raises:
@@ -284,7 +399,11 @@ def _change_compile_cache_key(config: Any, max_profiles: int) -> None:
     """
     if not isinstance(config.additional_config, dict):
         raise StateError("hones-steer needs vLLM's additional_config to be a dict; start vLLM without yours")
-    config.additional_config["hones_steer"] = {"version": __version__, "max_profiles": max_profiles}
+    config.additional_config["hones_steer"] = {
+        "version": __version__,
+        "max_profiles": max_profiles,
+        "expert_tables": expert_tables,
+    }
 
 
 def _follow(runner: Any, steering: WorkerSteering) -> None:

@@ -11,15 +11,9 @@ from hones_serving.settings import Settings
 from hones_serving.vllm import compat
 from prometheus_client import CollectorRegistry
 from serving.steered import Reference, answers, engine, generate, prompts, request, tokens_of, write_profiles
-from tiny_models import GROUPED, TEXT, _build
+from tiny_models import TEXT, _build
 from tiny_processors import text_tokenizer
-from transformers import (
-    AutoModelForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-)
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from hones_steer.errors import DataError, LayoutError, MismatchError, ProfileError, RoutingError, StateError
 from serving import checkpoints
@@ -210,25 +204,11 @@ def test_a_batch_file_that_names_steering_twice(
 # Models -------------------------------------------------------------------------------------------
 
 
-def checkpoint(folder: Path, kind: Any, config: Any) -> Path:
-    model = _build(kind, config, seed=0)
-    model.save_pretrained(folder)
-    text_tokenizer(config).save_pretrained(folder)
-    return folder
-
-
-WIDE = {"hidden_size": 128, "num_attention_heads": 4}  # heads of 32
-
-
-def test_mixtures_of_experts(profiles: Path, tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path / "m", MixtralForCausalLM, MixtralConfig(**{**GROUPED, **WIDE}, num_local_experts=2))
-    with pytest.raises(StateError, match="does not support mixture-of-experts models"), engine(folder, profiles):
-        pass
-
-
 def test_layers_without_an_ffn(profiles: Path, tmp_path: Path) -> None:
     config = MambaConfig(vocab_size=TEXT["vocab_size"], hidden_size=128, state_size=16, num_hidden_layers=2)
-    mamba = checkpoint(tmp_path / "mamba", MambaForCausalLM, config)
+    mamba = tmp_path / "mamba"
+    _build(MambaForCausalLM, config, seed=0).save_pretrained(mamba)
+    text_tokenizer(config).save_pretrained(mamba)
     message = r"layer 0 of MambaModel \(MambaDecoderLayer\) has not one FFN .*\(found: none\)"
     with pytest.raises(LayoutError, match=message), engine(mamba, profiles):
         pass

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hones_serving.registry import CapacityError
 from hones_serving.vllm import worker
-from hones_serving.vllm.layout import _shard
+from hones_serving.vllm.layout import _projection
 from hones_serving.vllm.worker import SteeredInput, TokenSlots
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from vllm.exceptions import VLLMValidationError
 
 from hones_steer import ModelIdentity, Profile, RoutingError, save_profile
-from hones_steer.errors import LayoutError, StateError
+from hones_steer.errors import StateError
 from hones_steer.ffns import DENSE, Ffn
 from hones_steer.slots import ScaleTables
 from serving import steered
@@ -107,25 +107,23 @@ def test_shards_put_together_are_the_whole() -> None:
         pairs = zip(tables, parts, strict=True)
         return torch.cat([SteeredInput(table, tokens, eager=False)(part) for table, part in pairs], dim=1)
 
-    total, halves = zip(*(_shard([linear(rank)] * LAYERS) for rank in (0, 1)), strict=True)
-    assert (total, halves) == ((WIDTH, WIDTH), (slice(0, WIDTH // 2), slice(WIDTH // 2, WIDTH)))
+    ranks = [_projection(linear(rank)) for rank in (0, 1)]
+    halves = [rank.shard for rank in ranks]
+    assert [rank.width for rank in ranks] == [WIDTH, WIDTH]
+    assert halves == [slice(0, WIDTH // 2), slice(WIDTH // 2, WIDTH)]
     assert torch.equal(sharded(halves), scale_tokens(z, slots, PROFILES, 1))
     assert not torch.equal(sharded(halves[::-1]), scale_tokens(z, slots, PROFILES, 1))
 
 
-def linear(rank: int, width: int = WIDTH, *, parallel: bool = True) -> Any:
-    """The attributes of a row-parallel down-projection of `width` neurons, on one of two ranks."""
-    half = width // 2
-    return SimpleNamespace(input_size=width, input_is_parallel=parallel, input_size_per_partition=half, tp_rank=rank)
+def linear(rank: int, *, parallel: bool = True) -> Any:
+    """The attributes of a row-parallel down-projection of WIDTH neurons, on one of two ranks."""
+    half = WIDTH // 2
+    return SimpleNamespace(input_size=WIDTH, input_is_parallel=parallel, input_size_per_partition=half, tp_rank=rank)
 
 
 def test_a_down_projection_that_splits_its_input_itself_is_given_all_neurons() -> None:
-    assert _shard([linear(1, parallel=False)] * LAYERS) == (WIDTH, slice(0, WIDTH))
-
-
-def test_layers_of_different_widths_are_refused() -> None:
-    with pytest.raises(LayoutError, match=r"differ between layers: \[\(12, 6, 6\), \(24, 12, 12\)\]"):
-        _shard([linear(1), linear(1, 2 * WIDTH)])
+    whole = _projection(linear(1, parallel=False))
+    assert (whole.width, whole.shard) == (WIDTH, slice(0, WIDTH))
 
 
 def test_a_part_leaves_the_names_of_weights_alone_and_is_placed_once() -> None:

@@ -1,0 +1,105 @@
+"""Routed experts in plain PyTorch, for vLLM on a CPU and in tests only: vLLM's own are one kernel there.
+
+They keep to what vLLM's TritonExperts does: two products, with `activation` between them, whose rows are in the order
+of (token, choice). `registered` makes `register` a plugin of vLLM's, so that each of its processes has them.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from torch import Tensor
+from vllm.model_executor.layers.fused_moe.oracle import unquantized
+from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
+from vllm.model_executor.layers.fused_moe.utils import _resize_cache
+
+PLUGIN = "plain_experts"
+
+
+class PlainExperts(mk.FusedMoEExpertsModular):
+    """Each expert computes every token; rows of the experts that the router has chosen are picked."""
+
+    @staticmethod
+    def activation_format() -> mk.FusedMoEActivationFormat:
+        return mk.FusedMoEActivationFormat.Standard
+
+    @staticmethod
+    def _supports_current_device() -> bool:
+        return True
+
+    @staticmethod
+    def _supports_no_act_and_mul() -> bool:
+        return False
+
+    @staticmethod
+    def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
+        return (weight_key, activation_key) == (None, None)
+
+    @staticmethod
+    def _supports_activation(_: Any) -> bool:
+        return True
+
+    @staticmethod
+    def _supports_parallel_config(_: Any) -> bool:
+        return True
+
+    def finalize_weight_and_reduce_impl(self) -> Any:
+        return TopKWeightAndReduceNoOP()
+
+    def workspace_shapes(self, M: int, N: int, K: int, topk: int, *_: Any) -> tuple[tuple[int, ...], ...]:  # noqa: N803
+        return (M, topk, max(N // 2, K)), (M, topk, max(N, K)), (M, K)
+
+    def apply(
+        self,
+        output: Tensor,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        activation: Any,
+        expert_map: Tensor | None,
+        workspace13: Tensor,
+        workspace2: Tensor,
+        **_: Any,
+    ) -> None:
+        tokens, each = topk_ids.shape
+        both = w1.shape[1]
+        here = (topk_ids if expert_map is None else expert_map[topk_ids]).long()
+        chosen = here.clamp(min=0)
+        gate_up = _resize_cache(workspace2, (tokens, each, both))
+        gate_up.copy_(torch.matmul(hidden_states, w1.transpose(1, 2))[chosen, torch.arange(tokens).unsqueeze(1)])
+        z = _resize_cache(workspace13, (tokens * each, both // 2))
+        self.activation(activation, z, gate_up.view(-1, both))
+        down = torch.matmul(z, w2.transpose(1, 2))[chosen.view(-1), torch.arange(tokens * each)]
+        weights = topk_weights.masked_fill(here < 0, 0).unsqueeze(2)  # experts of other workers
+        output.copy_((down.view(tokens, each, -1) * weights).sum(1))
+
+
+def register() -> None:
+    """Have vLLM run unquantized experts by these: a plugin of vLLM's."""
+    from hones_serving.vllm import experts
+
+    unquantized.backend_to_kernel_cls = lambda _: [PlainExperts]
+    experts.STEERABLE.append(PlainExperts.__name__)
+
+
+@contextmanager
+def registered(folder: Path) -> Iterator[None]:
+    """Let vLLM find `register` as the plugin `PLUGIN`, in a `folder` for it; afterwards nothing of it is left."""
+    from hones_serving.vllm import experts
+
+    package = folder / f"{PLUGIN}-0.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PLUGIN}\nVersion: 0\n")
+    (package / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{PLUGIN} = {__name__}:{register.__name__}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unquantized, "backend_to_kernel_cls", unquantized.backend_to_kernel_cls)
+        patch.setattr(experts, "STEERABLE", [*experts.STEERABLE])
+        patch.setattr(sys, "path", [*sys.path, str(folder)])
+        yield
