@@ -92,7 +92,7 @@ class ProfileRegistry:
         self._admissions: set[Admission] = set()
         self._require_room(self._entries.values(), ())
         self._uses: Counter[str] = Counter()  # digest -> admissions and holds
-        self._admitted: dict[str, Profile] = {}  # digest -> profile, of those in use and perhaps of some before
+        self._admitted: dict[str, Profile] = {}  # digest -> profile, of those in use and some before; only with rooms
         self._blend = functools.lru_cache(maxsize=_CACHED_BLENDS)(_blend)
         self._changed: Callable[[], None] = lambda: None
 
@@ -161,7 +161,7 @@ class ProfileRegistry:
         entry = self._checked(load_profile(real), os.path.relpath(real, root))
         with self._lock:
             entries = {**self._entries, name: entry}
-            self._admitted = {digest: profile for digest, profile in self._admitted.items() if digest in self._uses}
+            self._forget_unused()
             self._require_room(entries.values(), self._admitted.values())
             self._entries = entries
             self._changed()
@@ -179,6 +179,10 @@ class ProfileRegistry:
                 raise RoutingError(f"there is no profile {name!r} to unload; {known}")
             self._entries = {key: entry for key, entry in self._entries.items() if key != name}
             self._changed()
+
+    def _forget_unused(self) -> None:
+        # Not at once: the engine may be about to hold a profile whose client has left.
+        self._admitted = {digest: profile for digest, profile in self._admitted.items() if digest in self._uses}
 
     def _require_room(self, entries: Iterable[_Entry], admitted: Iterable[Profile]) -> None:
         """Check that what is loaded has room, beside what requests were admitted with. Raises RoomError if not."""
@@ -207,7 +211,10 @@ class ProfileRegistry:
         with self._lock:
             if profile is not None:
                 self._hold(profile.digest)
-                self._admitted[profile.digest] = profile
+                if self._rooms:
+                    self._admitted[profile.digest] = profile
+                    if len(self._admitted) > _CACHED_BLENDS:
+                        self._forget_unused()
             self._admissions.add(admission)
             self._changed()
         return admission

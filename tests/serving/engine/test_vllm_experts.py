@@ -1,6 +1,6 @@
 """Mixtures of experts in vLLM, each request of a mixed batch steered to the tokens of transformers.
 
-vLLM's experts for CPUs are one kernel, which cannot be steered: those of `plain_experts` run in its place.
+vLLM's experts for CPUs are one kernel, which cannot be steered: those of `experts_on_cpu` run in its place.
 """
 
 import dataclasses
@@ -21,7 +21,8 @@ from hones_serving.vllm.experts import Experts, MixtureTables
 from hones_serving.vllm.worker import SteeredExperts, TokenSlots
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving.plain_experts import PLUGIN, registered
+from serving.engines import V2
+from serving.experts_on_cpu import PLUGIN, registered
 from serving.reference_slots import scale_choices
 from serving.steered import (
     MIXED,
@@ -38,6 +39,7 @@ from serving.steered import (
 from torch import nn
 from transformers import AutoModelForCausalLM
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from hones_steer import LayoutError, MismatchError, ModelIdentity, Profile, StateError, save_profile
 from hones_steer.ffns import DENSE, Ffn, FfnRun
@@ -286,10 +288,10 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @contextmanager
-def plain(
+def mixture(
     case: Case, folder: Path, profiles: Path | None, env: dict[str, str] | None = None, **options: Any
 ) -> Iterator[Any]:
-    """An engine whose experts are `plain_experts`, for which `folder` is needed; the rest is `engine`'s."""
+    """An engine whose experts are those of `experts_on_cpu`, for which `folder` is needed; the rest is `engine`'s."""
     env = {**(env or {}), "VLLM_PLUGINS": f"hones,{PLUGIN}" if profiles else PLUGIN}
     with registered(folder), engine(case.folder, profiles, env, **{**TOKENS, **options}) as llm:
         yield llm
@@ -302,13 +304,12 @@ def logprobs_of(outputs: list[Any]) -> list[list[dict[int, float]]]:
     ]
 
 
-@pytest.mark.both_runners
 @pytest.mark.parametrize("case", checkpoints.MIXTURES, indirect=True, scope="module")
 def test_each_request_of_a_mixed_batch_is_right(case: Case, tmp_path: Path) -> None:
     unsteered = [None] * len(MIXED)
-    with plain(case, tmp_path / "without", None) as llm:
+    with mixture(case, tmp_path / "without", None) as llm:
         without = generate(llm, PROMPTS, unsteered, logprobs=5)
-    with plain(case, tmp_path / "with", case.profiles) as llm:
+    with mixture(case, tmp_path / "with", case.profiles) as llm:
         idle = generate(llm, PROMPTS, unsteered, logprobs=5)
         mixed = generate(llm, PROMPTS, MIXED, logprobs=5)
         alone = answers_alone(llm, PROMPTS, MIXED)
@@ -317,6 +318,25 @@ def test_each_request_of_a_mixed_batch_is_right(case: Case, tmp_path: Path) -> N
     for row, expression in enumerate(MIXED):
         same = logprobs_of(mixed)[row] == logprobs_of(without)[row]
         assert same == (expression in (None, "none")), expression
+
+
+@pytest.mark.both_runners
+@pytest.mark.skipif(not V2, reason="the test before this is more, but for the V2 runner it would take too long")
+def test_the_first_tokens_of_a_mixed_batch(case: Case, tmp_path: Path) -> None:
+    """Runs vLLM's TritonExperts by the V2 runner, all interpreted."""
+    with mixture(case, tmp_path, case.profiles) as llm:
+        kernels = llm.apply_model(kernels_of)
+        assert answers(llm, PROMPTS, MIXED, max_tokens=3) == [tokens[:3] for tokens in case.expected]
+    assert kernels == [["TritonExperts"] * 2]
+
+
+def kernels_of(model: nn.Module) -> list[str]:
+    """Names of the classes by which vLLM runs experts, of each layer that has some."""
+    return [
+        type(module.quant_method.moe_kernel.fused_experts).__name__
+        for module in model.modules()
+        if isinstance(module, RoutedExperts)
+    ]
 
 
 # vLLM's client leaves its ZeroMQ context to the garbage collector.
@@ -333,7 +353,7 @@ def test_each_request_of_a_mixed_batch_is_right(case: Case, tmp_path: Path) -> N
 )
 def test_in_other_modes(case: Case, mode: str, tmp_path: Path) -> None:
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} if "parallel" in mode else {}
-    with plain(case, tmp_path, case.profiles, env, **MODES[mode]) as llm:
+    with mixture(case, tmp_path, case.profiles, env, **MODES[mode]) as llm:
         assert answers(llm, PROMPTS, MIXED) == case.expected
 
 
@@ -368,7 +388,7 @@ def test_profiles_change_while_the_engine_runs(case: Case, tmp_path: Path) -> No
         expected.append(reference.answers(asked, expressions))
     assert expected[0] != expected[1]
     served = write(tmp_path / "served", **first)
-    with plain(case, tmp_path / "plugin", served, {"HONES_MAX_EXPERT_TABLES": "5"}) as llm:
+    with mixture(case, tmp_path / "plugin", served, {"HONES_MAX_EXPERT_TABLES": "5"}) as llm:
         registry = llm.llm_engine.input_processor.hones_front.registry
         assert answers(llm, asked, expressions) == expected[0]
         write(served, wide=cap, vqa=second["vqa"])
@@ -384,7 +404,7 @@ def test_profiles_change_while_the_engine_runs(case: Case, tmp_path: Path) -> No
 def test_too_little_room_for_the_profiles_is_said_at_the_start(case: Case, tmp_path: Path) -> None:
     with (
         pytest.raises(RoomError, match=r"of 16 experts together, .* tables for 3; .*--max-expert-tables 16 or more"),
-        plain(case, tmp_path, case.profiles, {"HONES_MAX_EXPERT_TABLES": "3"}),
+        mixture(case, tmp_path, case.profiles, {"HONES_MAX_EXPERT_TABLES": "3"}),
     ):
         pass
 

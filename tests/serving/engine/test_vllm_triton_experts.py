@@ -1,7 +1,7 @@
 """vLLM's own kernel for experts, TritonExperts, steered: its rows are in the order that is expected of them.
 
-Only processes that see Triton have it, those for the V2 runner, and interpret it. Before its products it sorts the
-router's choices, and after them it adds up, by code that vLLM compiles for GPUs only: here in plain PyTorch.
+Only processes that see Triton have it, those for the V2 runner; they interpret it. In engines it is in
+`test_vllm_experts`.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,16 @@ import torch
 from hones_serving.vllm.experts import Experts, MixtureTables
 from hones_serving.vllm.worker import SteeredExperts, TokenSlots
 from serving.engines import V2
+from serving.experts_on_cpu import aligned, summed
 from serving.reference_slots import scale_choices
 from torch import Tensor, nn
+from vllm import _custom_ops
 
 from hones_steer import ModelIdentity, Profile
 from hones_steer.ffns import Ffn, FfnRun
 
 pytestmark = [
-    pytest.mark.both_runners,
+    pytest.mark.both_runners(everyday=True),
     pytest.mark.skipif(not V2, reason="the kernel needs Triton; processes for the V2 runner have it"),
 ]
 
@@ -41,38 +43,6 @@ def profile(seed: int, experts: Sequence[int]) -> Profile:
 
 PROFILES = {1: profile(1, range(EXPERTS)), 2: profile(2, (0, 1, 3))}
 SLOTS = [1, 0, 2, 2, 0, 1, 1, 2, 0]
-
-
-def aligned(
-    topk_ids: Tensor,
-    num_experts: int,
-    block_size: int,
-    sorted_ids: Tensor,
-    expert_ids: Tensor,
-    total: Tensor,
-    expert_map: Tensor | None = None,
-    *_: Any,
-) -> None:
-    """Write the indices of `topk_ids` by expert, each expert's in whole blocks."""
-    sorted_ids.fill_(topk_ids.numel())
-    block = 0
-    for expert in range(num_experts):
-        number = expert if expert_map is None else int(expert_map[expert])
-        if number < 0:  # on another rank
-            continue
-        found = (topk_ids.flatten() == expert).nonzero().flatten()
-        blocks = -(-len(found) // block_size)
-        sorted_ids[block * block_size : block * block_size + len(found)] = found
-        expert_ids[block : block + blocks] = number
-        block += blocks
-    total.fill_(block * block_size)
-
-
-def summed(given: Tensor, output: Tensor, topk_ids: Tensor | None = None, expert_map: Tensor | None = None) -> None:
-    """Add up choices, of the experts that are here."""
-    if topk_ids is not None and expert_map is not None:
-        given = torch.where((expert_map[topk_ids] >= 0).unsqueeze(2), given, 0)
-    output.copy_(given.sum(1))
 
 
 class Layer(nn.Module):
@@ -165,8 +135,6 @@ def reference(layer: Layer, x: Tensor, weights: Tensor, choices: Tensor, slots: 
 @pytest.mark.parametrize("tokens", [1, TOKENS], ids=["one token, whose choices are not sorted", "several tokens"])
 @pytest.mark.parametrize("local", [range(EXPERTS), (1, 3, 4)], ids=["all experts", "expert parallel"])
 def test_each_row_is_scaled(local: Sequence[int], tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm import _custom_ops
-
     monkeypatch.setattr(_custom_ops, "moe_align_block_size", aligned)
     monkeypatch.setattr(_custom_ops, "moe_sum", summed)
     generator = torch.Generator().manual_seed(1)

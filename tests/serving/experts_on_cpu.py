@@ -1,7 +1,9 @@
-"""Routed experts in plain PyTorch, for vLLM on a CPU and in tests only: vLLM's own are one kernel there.
+"""Routed experts for vLLM on a CPU, in tests only: vLLM's own are one kernel there, which cannot be steered.
 
-They keep to what vLLM's TritonExperts does: two products, with `activation` between them, whose rows are in the order
-of (token, choice). `registered` makes `register` a plugin of vLLM's, so that each of its processes has them.
+Processes without Triton have experts in plain PyTorch, which keep to what vLLM's TritonExperts does: two products, with
+`activation` between them, whose rows are in the order of (token, choice). Those with Triton have TritonExperts itself,
+interpreted; what it has compiled for GPUs only, `aligned` and `summed` do. `registered` makes `register` a plugin of
+vLLM's, so that each of its processes has them.
 """
 
 import sys
@@ -13,12 +15,15 @@ from typing import Any
 import pytest
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from serving.engines import V2
 from torch import Tensor
+from vllm import _custom_ops
+from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 from vllm.model_executor.layers.fused_moe.oracle import unquantized
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 from vllm.model_executor.layers.fused_moe.utils import _resize_cache
 
-PLUGIN = "plain_experts"
+PLUGIN = "experts_on_cpu"
 
 
 class PlainExperts(mk.FusedMoEExpertsModular):
@@ -81,12 +86,49 @@ class PlainExperts(mk.FusedMoEExpertsModular):
         output.copy_((down.view(tokens, each, -1) * weights).sum(1))
 
 
+def aligned(
+    topk_ids: Tensor,
+    num_experts: int,
+    block_size: int,
+    sorted_ids: Tensor,
+    expert_ids: Tensor,
+    total: Tensor,
+    expert_map: Tensor | None = None,
+    *_: Any,
+) -> None:
+    """Write the indices of `topk_ids` by expert, each expert's in whole blocks."""
+    sorted_ids.fill_(topk_ids.numel())
+    block = 0
+    for expert in range(num_experts):
+        number = expert if expert_map is None else int(expert_map[expert])
+        if number < 0:  # on another rank
+            continue
+        found = (topk_ids.flatten() == expert).nonzero().flatten()
+        blocks = -(-len(found) // block_size)
+        sorted_ids[block * block_size : block * block_size + len(found)] = found
+        expert_ids[block : block + blocks] = number
+        block += blocks
+    total.fill_(block * block_size)
+
+
+def summed(given: Tensor, output: Tensor, topk_ids: Tensor | None = None, expert_map: Tensor | None = None) -> None:
+    """Add up choices, of the experts that are here."""
+    if topk_ids is not None and expert_map is not None:
+        given = torch.where((expert_map[topk_ids] >= 0).unsqueeze(2), given, 0)
+    output.copy_(given.sum(1))
+
+
 def register() -> None:
     """Have vLLM run unquantized experts by these: a plugin of vLLM's."""
     from hones_serving.vllm import experts
 
-    unquantized.backend_to_kernel_cls = lambda _: [PlainExperts]
-    experts.STEERABLE.append(PlainExperts.__name__)
+    if V2:
+        TritonExperts._supports_current_device = staticmethod(lambda: True)
+        _custom_ops.moe_align_block_size, _custom_ops.moe_sum = aligned, summed
+        unquantized.backend_to_kernel_cls = lambda _: [TritonExperts]
+    else:
+        unquantized.backend_to_kernel_cls = lambda _: [PlainExperts]
+        experts.STEERABLE.append(PlainExperts.__name__)
 
 
 @contextmanager
@@ -99,7 +141,13 @@ def registered(folder: Path) -> Iterator[None]:
     (package / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PLUGIN}\nVersion: 0\n")
     (package / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{PLUGIN} = {__name__}:{register.__name__}\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unquantized, "backend_to_kernel_cls", unquantized.backend_to_kernel_cls)
+        for owner, name in (
+            (unquantized, "backend_to_kernel_cls"),
+            (TritonExperts, "_supports_current_device"),
+            (_custom_ops, "moe_align_block_size"),
+            (_custom_ops, "moe_sum"),
+        ):
+            patch.setattr(owner, name, vars(owner)[name])  # what `register` changes comes back
         patch.setattr(experts, "STEERABLE", [*experts.STEERABLE])
         patch.setattr(sys, "path", [*sys.path, str(folder)])
         yield
