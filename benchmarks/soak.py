@@ -77,7 +77,7 @@ class Asked(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a client saw of one request; times are those of `time.monotonic`, one clock for all processes."""
+    """One request as its client saw it; times are those of `time.monotonic`, one clock for all processes."""
 
     asked: Asked
     way: Way
@@ -101,7 +101,7 @@ class Expected(NamedTuple):
 
 @dataclass
 class Timeline:
-    """What was in force when: changes with the times before they were asked for and after they were confirmed."""
+    """States with their times: changes, each with the times before it was asked for and after it was confirmed."""
 
     first: str
     changes: list[tuple[float, float, str]] = field(default_factory=list)
@@ -114,7 +114,7 @@ class Timeline:
 
     @property
     def now(self) -> str:
-        """What is in force."""
+        """The state after the last change."""
         return self.changes[-1][2] if self.changes else self.first
 
 
@@ -282,7 +282,7 @@ def gauge(url: str, *names: str) -> float:
 
 
 def memory_mib(pid: int) -> float:
-    """What the server's processes hold, shared pages counted once for each."""
+    """Memory of the server's processes, shared pages counted once for each."""
     import psutil
 
     root = psutil.Process(pid)
@@ -452,7 +452,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def settled(url: str) -> dict[str, float]:
-    """What is left in use once every request has ended; waits for it to be nothing."""
+    """Wait until nothing is in use, and return what still is after a minute."""
     end = time.monotonic() + SETTLE_SECONDS
     while True:
         left = {
