@@ -52,8 +52,7 @@ UNSUPPORTED = {
     },
 }
 UNTESTED = {
-    "data parallelism over several machines": {"data_parallel_size": 2, "data_parallel_size_local": 1},
-    "data parallelism .* behind a load balancer": {"data_parallel_size": 2, "data_parallel_rank": 1},
+    "data parallelism over several machines, .*": {"data_parallel_size": 2, "data_parallel_size_local": 1},
     "the executor backend 'external_launcher'": {"distributed_executor_backend": "external_launcher"},
     "an encoder-cache connector": {"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_both"}},
     "speculative decoding by 'ngram_gpu'": {"speculative_config": {**NGRAM, "method": "ngram_gpu"}},
@@ -96,6 +95,13 @@ def test_prefill_context_parallelism(llama: Path, profiles: Path) -> None:
     config = config_of(llama)
     config.parallel_config.prefill_context_parallel_size = 2  # vLLM itself allows it only where there is Triton
     with pytest.raises(StateError, match="does not support prefill context parallelism"):
+        compat.refuse_unsupported(config, Settings(profiles))
+
+
+def test_replicas_behind_another_load_balancer(llama: Path, profiles: Path) -> None:
+    config = config_of(llama, data_parallel_size=2)
+    config.parallel_config.data_parallel_external_lb = True  # vLLM itself allows it only with experts
+    with pytest.raises(StateError, match=r"never run with data parallelism .* behind a load balancer of your own"):
         compat.refuse_unsupported(config, Settings(profiles))
 
 
