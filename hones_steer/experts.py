@@ -76,11 +76,17 @@ class Experts:
 
     def require_readable(self) -> None:
         """Raise LayoutError unless z itself can be read, and the router weighs what an expert writes."""
+        if self.all_tokens:
+            raise LayoutError(
+                f"{self.name}: its router weighs what experts are given instead of what they write, and every expert "
+                f"computes every token ({type(self.module).__name__}), so that attribution does not count their "
+                "neurons; steering this model works, attributing on it does not"
+            )
         if not self.by_interface:
             raise LayoutError(
-                f"{self.name} ({type(self.module).__name__}) weighs what its experts are given instead of what they "
-                "write, and computes all of them for every token, so that attribution does not count their neurons; "
-                "steering this model works, attributing on it does not"
+                f"{self.name}: its experts ({type(self.module).__name__}) are run one after the other by code of their "
+                "own, which does not show attribution what they compute; steering this model works, attributing on it "
+                "does not"
             )
         if self.implementation not in READABLE:
             raise LayoutError(

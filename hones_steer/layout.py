@@ -60,6 +60,7 @@ _ATTENTION_OUTPUTS = (
 )
 # Names in `config.layer_types` of layers that keep nothing but keys and values from one token to the next, or nothing.
 _PLAIN_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "mlp")
+_INDEXED = "indexed_attention"
 FINAL_NORMS = (
     "norm",
     "ln_f",
@@ -232,6 +233,12 @@ class Layout:
         """
         for experts in self.experts.values():
             experts.require_readable()
+        if _INDEXED in (getattr(getattr(self.decoder, "config", None), "layer_types", None) or ()):
+            raise LayoutError(
+                f"layers of model type {self.model_type!r} choose the keys that they attend to by an indexer, whose "
+                "choice was seen to differ between batches of attribution; steering this model works, attributing on "
+                "it does not"
+            )
         if getattr(getattr(self.decoder, "config", None), "is_encoder_decoder", False):
             raise LayoutError(
                 f"model type {self.model_type!r} is an encoder-decoder, whose prompts go to the encoder; attribution "

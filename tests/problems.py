@@ -57,14 +57,14 @@ def some_heads(prepared: Prepared) -> list[WeightedHead]:
 
 
 def some_ffns(prepared: Prepared) -> list[FfnKey]:
-    """The lowest FFN and two high ones; of a mixture experts, and where there is one a shared expert."""
+    """The lowest FFN and two high ones, ascending; of a mixture experts, and where there is one a shared expert."""
     layout = prepared.decoder.layout
     if not layout.experts:
         dense = [layer.index for layer in layout.with_ffn]
         return [dense[0], *dense[-2:]]
     lowest, highest = min(layout.experts), max(layout.experts)
-    second = "shared" if layout.layers[highest].shared_out is not None else 1
-    return [Ffn(lowest, 1), Ffn(highest, second), Ffn(highest, 2 if layout.experts[highest].count > 2 else 0)]
+    second = "shared" if layout.layers[highest].shared_out is not None else 0
+    return [Ffn(lowest, 1), Ffn(highest, second), Ffn(highest, 1)]
 
 
 @dataclass

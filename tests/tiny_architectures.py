@@ -214,6 +214,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "mpt": {"expansion_ratio": 3},
     "muse_glimmer": {"vision_config.out_hidden_size": 4 * HIDDEN},
     "nemotron": {"num_key_value_heads": 2},
+    # Heads below the experts, so that these have an importance.
+    "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "moe"]},
     "nemotron_h_omni": {"vision_config.video_temporal_patch_size": 2, "vision_config.max_img_size": 32},
     "perception_lm": {
         "vision_config": {"model_type": "siglip_vision_model"},

@@ -181,7 +181,7 @@ def eager(p: Problem) -> None:
     ("architecture", "change", "method", "message"),
     [
         ("qwen3_moe", eager, "fisher", r"layers\.0\.mlp\.experts: the experts implementation 'eager' does not show"),
-        ("llama4", lambda _: None, "fisher", "weighs what its experts are given instead of what they write"),
+        ("llama4", lambda _: None, "fisher", "its router weighs what experts are given instead of what they write"),
         ("qwen3_moe", lambda _: None, "ap", "active neurons of experts cannot be counted at their gate"),
         ("qwen3_5_moe", lambda _: None, "hones", r"layers\.0: its shared expert has a gate of its own"),
         ("qwen3_5_moe", lambda _: None, "dvp", "use a method without write-in: fisher"),

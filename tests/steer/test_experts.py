@@ -485,7 +485,7 @@ def test_attribution_refuses_what_it_cannot_read_in_one_sentence(model):
     model.set_experts_implementation("eager")
     with pytest.raises(LayoutError, match=r"'eager' does not show attribution .*set_experts_implementation\('grouped"):
         find_layout(model).require_attribution()
-    with pytest.raises(LayoutError, match="weighs what its experts are given instead of what they write"):
+    with pytest.raises(LayoutError, match="its router weighs what experts are given instead of what they write"):
         find_layout(mixture_models.llama4()).require_attribution()
 
 

@@ -109,7 +109,7 @@ def attribute(
         examples: the discovery examples.
         top_heads: how many heads guide the importance, for methods with heads (30 for LLaVA-1.5-7B, 25 for
             Qwen2.5-VL-7B).
-        top_fraction: the bank's share of all L·I neurons.
+        top_fraction: the bank's share of all FFN neurons, those of all experts included.
         head_metric: the utility that heads are scored by, and that the untouched model has: the task's metric under
             greedy generation ("task", the paper's) or the mean log-probability of the answers ("logprob": one forward
             per batch, so much faster).

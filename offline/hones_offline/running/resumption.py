@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hones_offline.running.hooks import parent_of
+from hones_steer.errors import LayoutError
 from hones_steer.injection import input_hooks
 from hones_steer.layout import DecoderLayer, Layout
 
@@ -65,18 +66,34 @@ def lending_layers(layout: Layout) -> list[int]:
 
 @contextmanager
 def recorded_states(layout: Layout, layers: Collection[int]) -> Iterator[dict[int, list[LayerInput]]]:
-    """Record, for each of `layers`, the state it can be resumed from in each forward, in the forwards' order."""
-    lenders, returned = lending_layers(layout), dict[int, int]()
+    """Record, for each of `layers`, the state it can be resumed from in each forward, in the forwards' order.
+
+    A forward in which a layer hands the next more than hidden states (Zaya, the states of its router) raises
+    LayoutError, naming the layer: it cannot be resumed.
+    """
+    lenders, returned, handed = lending_layers(layout), dict[int, int](), list[Tensor]()
     recorders = {index: _Recorder(layout.layers[index], returned, lends=index in lenders) for index in layers}
 
     def note(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: tuple[Any, ...], result: object) -> None:
             returned[index] = len(result) if isinstance(result, tuple) else 0
+            handed[:] = [x for x in result[1:] if isinstance(x, Tensor)] if isinstance(result, tuple) else []
+
+        return hook
+
+    def refuse(layer: DecoderLayer) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if any(given is more for given in (*args, *kwargs.values()) for more in handed):
+                raise LayoutError(
+                    f"{layer.name} is handed more than hidden states by the layer below it, so that no forward can be "
+                    "resumed there with a head replaced; use a method without heads, such as fisher"
+                )
 
         return hook
 
     with ExitStack() as stack:
         for layer in layout.layers:
+            stack.callback(layer.module.register_forward_pre_hook(refuse(layer), with_kwargs=True).remove)
             stack.callback(layer.module.register_forward_hook(note(layer.index)).remove)
         for recorder in recorders.values():
             recorder.place(stack)
