@@ -360,7 +360,7 @@ def of_mixture(folder, *rooms, **profiles):
     """A registry whose workers have `rooms`, and the `profiles` with these names."""
     folder.mkdir(exist_ok=True)
     for name, each in profiles.items():
-        save_profile(each, folder / f"{name}.safetensors")
+        save_profile(replace(each, task=name), folder / f"{name}.safetensors")
     return ProfileRegistry(folder, MIXTURE, max_profiles=8, always_enough=False, rooms=rooms)
 
 

@@ -19,10 +19,12 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.platforms import current_platform
 
 from hones_serving.expert_room import ExpertRoom
+from hones_serving.settings import Settings
 from hones_steer.errors import LayoutError, StateError
 from hones_steer.ffns import EXPERTS, Ffn
-from hones_steer.profile import Profile
+from hones_steer.profile import ModelIdentity, Profile
 from hones_steer.slots import ScaleTables
+from hones_steer.store import ProfileStore
 
 # Classes of vLLM's whose `activation` was read to have its rows in the order of (token, choice). Not their children.
 STEERABLE = ["TritonExperts", "TritonWNA16Experts", "MarlinExperts"]
@@ -215,3 +217,33 @@ class MixtureTables(ScaleTables):
                 values[tables[kept], entries.neurons[kept] - self._shard.start] = entries.scales[kept]
         # One piece of memory: nothing is allocated on the device.
         self.rows[slot * self.each : (slot + 1) * self.each].copy_(torch.from_numpy(values))
+
+
+def mixture_tables(
+    places: Mapping[Ffn, tuple[torch.device, slice]],
+    slots: int,
+    experts: Mapping[int, Experts],
+    identity: ModelIdentity,
+    settings: Settings,
+) -> MixtureTables:
+    """Tables for the routed experts that the folder's profiles list, and as many more as the settings say.
+
+    `identity` is the model's; the rest is MixtureTables'.
+
+    Raises:
+        ProfileError: the folder cannot be read, or a file in it.
+        RoomError: the settings say too few.
+        LayoutError: the experts of two layers differ.
+    """
+    store = ProfileStore(settings.profiles)
+    read = [store.get(name) for name in store.names()]
+    # Others are not for this model; the front will say so.
+    profiles = [profile for profile in read if profile.base_model.runs == identity.runs]
+    local = frozenset(next(iter(experts.values())).local)
+    listed = len(ExpertRoom(0, local).listed(profiles))
+    wanted = settings.max_expert_tables
+    room = ExpertRoom(listed if wanted is None else min(wanted, len(local) * len(experts)), local)
+    room.require(profiles)
+    tables = MixtureTables(places, slots, experts, room.tables)
+    tables.require(profiles)
+    return tables

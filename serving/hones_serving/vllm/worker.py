@@ -24,7 +24,7 @@ from hones_serving.contract import SCOPE
 from hones_serving.expert_room import ExpertRoom
 from hones_serving.settings import Settings
 from hones_serving.vllm import compat
-from hones_serving.vllm.experts import Experts, MixtureTables
+from hones_serving.vllm.experts import Experts, MixtureTables, mixture_tables
 from hones_serving.vllm.front import PROFILE, PROMPT_END
 from hones_serving.vllm.layout import Decoder, find_decoder
 from hones_steer import __version__
@@ -33,7 +33,6 @@ from hones_steer.injection import scale
 from hones_steer.profile import ModelIdentity, Profile, parse_profile
 from hones_steer.scopes import split
 from hones_steer.slots import IDENTITY, ScaleTables, SlotPool
-from hones_steer.store import ProfileStore
 
 logger = init_logger("vllm.hones_steer")  # whose messages vLLM prints
 
@@ -353,24 +352,13 @@ def attach(runner: Any, config: Any, settings: Settings) -> WorkerSteering:
 
 
 def _tables(decoder: Decoder, slots: int, settings: Settings) -> ScaleTables:
-    """Tables for all FFNs, of the routed experts for those that the profiles in the folder list, or as many as set."""
     places = {ffn: (next(of.module.parameters()).device, of.shard) for ffn, of in decoder.projections.items()}
     if not decoder.experts:
         return ScaleTables(places, slots)
-    store = ProfileStore(settings.profiles)
-    read = [store.get(name) for name in store.names()]
-    # Others are not for this model; the front will say so.
-    profiles = [profile for profile in read if profile.base_model.runs == decoder.identity.runs]
-    local = frozenset(next(iter(decoder.experts.values())).local)
-    listed = ExpertRoom(0, local).listed(profiles)
-    wanted = settings.max_expert_tables
-    room = ExpertRoom(len(listed) if wanted is None else min(wanted, len(local) * len(decoder.experts)), local)
-    room.require(profiles)
-    tables = MixtureTables(places, slots, decoder.experts, room.tables)
-    tables.require(profiles)
+    tables = mixture_tables(places, slots, decoder.experts, decoder.identity, settings)
     logger.info(
         "hones-steer: tables for the scales of %d experts, each in %d slots: %.1f MB",
-        room.tables,
+        tables.room.tables,
         slots,
         tables.num_bytes / 1e6,
     )
