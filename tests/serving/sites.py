@@ -40,6 +40,7 @@ Command = tuple[list[str], dict[str, str]]
 class Vllm:
     """The vLLM engine, with so many data-parallel replicas: by `hones serve`, and by vLLM's command with the plugin."""
 
+    at_once = 8  # so many requests generate at the same time, however they are spread over replicas
     no_end: Mapping[str, Any] = {"ignore_eos": True}  # in a request's body: end tokens end nothing
     # vLLM calls n > 1 at temperature 0 an error.
     forms: Sequence[Form] = (*FORMS, (PICTURES, {"n": 2, "temperature": 1, "extra_body": {"top_k": 1}}))
@@ -49,14 +50,13 @@ class Vllm:
     )
 
     def __init__(self, replicas: int = 1) -> None:
-        self.at_once = 8 * replicas  # so many requests generate at the same time
         self._replicas = ["--data-parallel-size", str(replicas)]
 
     def serve(self, model: Path, here: Path, *options: str) -> Command:
         """Serve a model as "tiny" with any options of `hones serve`; `here` is a folder for this server."""
         del here
         command = [sys.executable, "-m", "hones_steer", "serve", str(model), "--engine", "vllm", *options]
-        flags = ["--max-model-len", "512", "--max-num-seqs", "8", "--block-size", "32"]
+        flags = ["--max-model-len", "512", "--max-num-seqs", str(self.at_once), "--block-size", "32"]
         return [*command, *flags, *self._replicas], ENVIRONMENT
 
     def serve_for_two(self, model: Path, profiles: Path, here: Path) -> Command:
