@@ -71,7 +71,7 @@ class Experts:
 
     @property
     def gating(self) -> nn.Module | str:
-        """What gives z itself, of all rows at once, under `READABLE` implementations: as `activation`."""
+        """The part that gives z itself, of all rows at once, under `READABLE` implementations: as `activation`."""
         return "_apply_gate" if hasattr(self.module, "gate_up_proj") else self.activation
 
     def require_readable(self) -> None:

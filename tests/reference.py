@@ -159,7 +159,7 @@ def experts_computed_plainly(module, change):
 
 @contextmanager
 def choices_recorded(model):
-    """What the router chooses in the forwards of the block: {layer: weights [T, experts], 0 of those not chosen}."""
+    """Record what the router chooses in the block: {layer: weights [T, experts], 0 of those not chosen}."""
     recorded = {}
     with ExitStack() as stack:
         for layer, kind, module in ffns(model):

@@ -1,4 +1,4 @@
-"""What an FFN computes in one call, z of each token: what the hooks of `readings.py` and `interventions.py` work on.
+"""Activations z of an FFN in one call: what the hooks of `readings.py` and `interventions.py` work on.
 
 A dense FFN, or a shared expert, computes z for every token (`Activations`). Routed experts compute it for each token
 and each of the experts that the router has chosen for it (`ExpertActivations`); the neurons of the other experts have
