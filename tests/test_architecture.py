@@ -293,7 +293,7 @@ def test_hooks_are_set_only_where_contributing_says() -> None:
         if re.search(r"\bregister_forward_(?:pre_)?hook\(|\binput_hooks\(", path.read_text(encoding="utf-8"))
     }
     of_offline = {f"hones_offline.running.{name}" for name in ("hooks", "readings", "resumption")}
-    assert setting == {*of_offline, "hones_steer.injection", "hones_steer._selftest", "hones_serving.vllm.worker"}
+    assert setting == {*of_offline, "hones_steer.injection", "hones_steer._selftest", "hones_serving.vllm.scaling"}
 
 
 def test_modules_are_imported_by_name_only_where_that_is_the_point() -> None:

@@ -5,7 +5,8 @@ connectors.py  which KV connectors keep one steering's cache from another
 front.py       before the engine: an expression or an HTTP admission becomes the request's profile and cache salt
 layout.py      in the worker: the loaded model's down-projections
 experts.py     in the worker: its routed experts, and their scale tables
-worker.py      in the worker: each token's slot, the scaled input of each down-projection, the scaled rows of experts
+scaling.py     in the worker: each token's slot, the scaled input of each down-projection, the scaled rows of experts
+worker.py      in the worker: from the engine's steps to the profile and slot of each token
 endpoint.py    the HTTP side of the API server
 batch.py       the lines of a batch file (`vllm run-batch`), in place of the HTTP side
 

@@ -18,7 +18,7 @@ from hones_serving.expert_room import RoomError
 from hones_serving.settings import Settings
 from hones_serving.vllm import compat, experts, worker
 from hones_serving.vllm.experts import Experts, MixtureTables
-from hones_serving.vllm.worker import SteeredExperts, TokenSlots
+from hones_serving.vllm.scaling import SteeredExperts, TokenSlots
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving.engines import V2

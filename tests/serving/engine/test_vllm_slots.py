@@ -12,7 +12,7 @@ import torch
 from hones_serving.registry import CapacityError
 from hones_serving.vllm import worker
 from hones_serving.vllm.layout import _projection
-from hones_serving.vllm.worker import SteeredInput, TokenSlots
+from hones_serving.vllm.scaling import SteeredInput, TokenSlots
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving.reference_slots import scale_tokens

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hones_serving.vllm.experts import Experts, MixtureTables
-from hones_serving.vllm.worker import SteeredExperts, TokenSlots
+from hones_serving.vllm.scaling import SteeredExperts, TokenSlots
 from serving.engines import V2
 from serving.experts_on_cpu import aligned, summed
 from serving.reference_slots import scale_choices
