@@ -471,9 +471,7 @@ class Plugin:
             if _is_ours(method) and name != "__init__"
         ]
         if not self._hooks or {owner for owner, _, _ in self._methods} != {runner, InputProcessor, OutputProcessor}:
-            raise SystemExit(
-                "hones-steer is not where this benchmark takes it off; see hones_serving.vllm.worker and .scaling"
-            )
+            raise SystemExit("hones-steer is not where this benchmark takes it off; see hones_serving.vllm")
         self._placed = True
         self._code: dict[bool, Any] = {}
         if compiled:
