@@ -27,7 +27,7 @@ from hones_steer.export.adapters import (
 )
 from hones_steer.export.sidecar import module_names, sidecar_text
 from hones_steer.ffns import Ffn
-from hones_steer.layout import Projection, down_weight
+from hones_steer.layout import Layout, Projection, down_weight
 from hones_steer.profile import Profile, StrPath
 from hones_steer.slots import ffn_tensors
 
@@ -77,11 +77,7 @@ def export_lora(
             f"max_rank is {max_rank} and truncate {truncate!r}; give a rank of at least 1, and None or 'svd'"
         )
     layout = checked_layout(profile, model, allow_mismatch)
-    if layout.experts:
-        raise LayoutError(
-            f"model type {layout.model_type!r} is a mixture of experts, whose `down_proj` PEFT takes for a parameter "
-            "of its experts, so that a LoRA of other FFNs would be read as such; export IA3, or merge the profile"
-        )
+    _refuse_experts(layout)
     names = module_names(model, layout)
     counts = {ffn: int(np.sum(scales != 1)) for ffn, (_, scales) in profile.ffns.items()}
     needed = {ffn: min(count, layout.hidden_size) for ffn, count in counts.items() if count}
@@ -112,6 +108,14 @@ def export_lora(
         folder, config, tensors, sidecar_text(profile, modules), adapter_card(profile, "LoRA", _lora_notes(result))
     )
     return result
+
+
+def _refuse_experts(layout: Layout) -> None:
+    if layout.experts:
+        raise LayoutError(
+            f"model type {layout.model_type!r} is a mixture of experts, whose `down_proj` PEFT takes for a parameter "
+            "of its experts, so that a LoRA of other FFNs would be read as such; export IA3, or merge the profile"
+        )
 
 
 def _check_ranks(needed: Mapping[Ffn, int], max_rank: int, truncate: str | None) -> None:

@@ -73,7 +73,7 @@ class Settings:
         )
 
     def to_env(self) -> dict[str, str]:
-        """All seven variables; those at their default are empty, so that they replace a value set before."""
+        """All eight variables; those at their default are empty, so that they replace a value set before."""
         return {
             "HONES_PROFILES": str(self.profiles),
             "HONES_MAX_PROFILES": "" if self.max_profiles is None else str(self.max_profiles),

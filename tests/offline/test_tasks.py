@@ -205,7 +205,10 @@ def test_attribution_measures_towards_the_target_texts_at_the_first_prompt(kind:
     for example in p.examples:
         with torch.no_grad(), reference.ffn_inputs_recorded(p.model) as z:
             p.model(**reference.prompt_inputs(p.processor, example, task.prompts(example)[0]))
-        expected += torch.stack([z[part.index][-1] * (towards @ part.down_proj.weight.detach()) for part in layers]) / 3
+        expected += (
+            torch.stack([z[part.index, "dense"][-1] * (towards @ part.down_proj.weight.detach()) for part in layers])
+            / 3
+        )
     found = attribute(p.model, p.processor, task, p.examples, method="dvp", head_metric="logprob", top_fraction=0.1)
     np.testing.assert_allclose(found.importance, expected, atol=1e-5 * float(expected.abs().max()))
 

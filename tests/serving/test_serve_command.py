@@ -67,6 +67,7 @@ def test_options_become_flags_and_variables(model: Path, profiles: Path, tmp_pat
             *(str(model), "--profiles", str(profiles), "--routing", str(routing), "--max-profiles", "7"),
             *("--allow-profile-updates", "--playground", "--host", "127.0.0.1", "--port", "8123"),
             *("--max-expert-tables", "300"),
+            *("--max-body-mb", "3"),
             *("--served-model-name", "a", "b", "--shutdown-timeout", "7"),
         ],
         {"HOME": "/home/me"},
@@ -85,6 +86,7 @@ def test_options_become_flags_and_variables(model: Path, profiles: Path, tmp_pat
         "HONES_ALLOW_PROFILE_UPDATES": "1",
         "HONES_ALLOW_UNTESTED": "",
         "HONES_PLAYGROUND": "1",
+        "HONES_MAX_BODY_MB": "3",
         "VLLM_PLUGINS": "hones",
     }
 
@@ -115,6 +117,7 @@ def test_the_transformers_engine(model: Path, profiles: Path) -> None:
         "HONES_ALLOW_PROFILE_UPDATES": "1",
         "HONES_ALLOW_UNTESTED": "",
         "HONES_PLAYGROUND": "",
+        "HONES_MAX_BODY_MB": "",
         "HONES_API_KEY": "s3cret",
     }
 
@@ -154,9 +157,9 @@ def test_the_model_runner_is_vllms_choice_and_the_users(model: Path, profiles: P
 
 def test_variables_from_another_server_do_not_leak_in(model: Path, profiles: Path) -> None:
     left_over = {"HONES_ROUTING": "old.yaml", "HONES_MAX_PROFILES": "1", "HONES_ALLOW_PROFILE_UPDATES": "1"}
-    left_over |= {"HONES_PLAYGROUND": "1", "HONES_MAX_EXPERT_TABLES": "1"}
+    left_over |= {"HONES_PLAYGROUND": "1", "HONES_MAX_EXPERT_TABLES": "1", "HONES_MAX_BODY_MB": "1"}
     _, environment = launch([str(model), "--profiles", str(profiles)], left_over, set())
-    assert [environment[name] for name in left_over] == [""] * 5
+    assert [environment[name] for name in left_over] == [""] * 6
 
 
 def test_a_hub_name_is_left_to_vllm(profiles: Path) -> None:

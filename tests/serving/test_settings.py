@@ -19,6 +19,7 @@ SETTINGS = st.builds(
     allow_updates=st.booleans(),
     allow_untested=st.booleans(),
     playground=st.booleans(),
+    max_body_mb=st.integers(1, 999_999),
     max_expert_tables=st.none() | st.integers(1, 999_999),
 )
 
@@ -36,14 +37,15 @@ def test_all_that_can_be_said() -> None:
         "HONES_ALLOW_PROFILE_UPDATES": "1",
         "HONES_ALLOW_UNTESTED": "1",
         "HONES_PLAYGROUND": "1",
+        "HONES_MAX_BODY_MB": "3",
         "HONES_MAX_EXPERT_TABLES": "300",
     }
-    assert Settings.from_env(environ) == Settings(Path("profiles"), 12, Path("routing.yaml"), True, True, True, 300)
+    assert Settings.from_env(environ) == Settings(Path("profiles"), 12, Path("routing.yaml"), True, True, True, 3, 300)
 
 
 def test_what_is_not_said_is_off() -> None:
     assert Settings.from_env({"HONES_PROFILES": "profiles"}) == Settings(
-        Path("profiles"), None, None, False, False, False, None
+        Path("profiles"), None, None, False, False, False, 64, None
     )
 
 

@@ -113,7 +113,7 @@ def test_the_embedded_llava(embedded: Path, tmp_path: Path) -> None:
     drawn = scenes("test", len(MIXED))
     texts, images = [scene.prompt("caption") for scene in drawn], [scene.image() for scene in drawn]
     # A trained model keeps its answers under a few scales.
-    check_with_images(embedded, texts, images, tmp_path / "profiles", fraction=0.9)
+    check_with_images(embedded, texts, images, tmp_path / "profiles", fraction=1)
 
 
 @pytest.mark.matrix
