@@ -16,7 +16,7 @@ import pytest
 import torch
 from hones_serving.expert_room import RoomError
 from hones_serving.settings import Settings
-from hones_serving.vllm import compat, experts, worker
+from hones_serving.vllm import compat, experts, scaling
 from hones_serving.vllm.experts import Experts, MixtureTables
 from hones_serving.vllm.scaling import SteeredExperts, TokenSlots
 from hypothesis import given, settings
@@ -142,7 +142,7 @@ def test_step_after_step_each_row_gets_its_tokens_slot_and_its_expert(
     pool = SlotPool(tables, SLOTS)
     generator = torch.Generator().manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "_CHUNK", chunk)
+        patch.setattr(scaling, "_CHUNK", chunk)
         for step in steps:
             chosen, counts = [PROFILES[i] for i, _ in step], [count for _, count in step]
             wanted = {profile.digest: profile for profile in chosen if profile is not None}

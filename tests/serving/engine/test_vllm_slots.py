@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hones_serving.registry import CapacityError
-from hones_serving.vllm import worker
+from hones_serving.vllm import scaling
 from hones_serving.vllm.layout import _projection
 from hones_serving.vllm.scaling import SteeredInput, TokenSlots
 from hypothesis import given, settings
@@ -66,9 +66,9 @@ def test_step_after_step_each_token_gets_its_slot(
     """Tries steered and unsteered, longer and shorter steps, with one run of equally steered tokens, a few, or many."""
     tokens = TokenSlots(MAX_TOKENS, torch.device("cpu"))
     parts = [SteeredInput(table, tokens, eager=eager) for table in tables_of().tables.values()]
-    assert 1 < worker._FEW_RUNS < 12  # so steps have fewer runs than that, and more
+    assert 1 < scaling._FEW_RUNS < 12  # so steps have fewer runs than that, and more
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "_CHUNK", chunk)
+        patch.setattr(scaling, "_CHUNK", chunk)
         for step in steps:
             slots, counts = zip(*step, strict=True)
             tokens.write(slots, counts)
