@@ -232,8 +232,10 @@ class Clients:
 
 
 @contextlib.contextmanager
-def server(model: Path, profiles: Path, replicas: int, options: Sequence[str], log: Path) -> Iterator[tuple[str, int]]:
-    """Run `hones serve` until the block ends: its URL and process id."""
+def server(
+    model: Path, profiles: Path, replicas: int, options: Sequence[str], log: Path
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Run `hones serve` until the block ends: its URL and process."""
     import httpx
 
     with contextlib.closing(socket.socket()) as probe:
@@ -261,9 +263,7 @@ def server(model: Path, profiles: Path, replicas: int, options: Sequence[str], l
                 tail = log.read_text("utf-8", errors="replace")[-3000:]
                 raise SystemExit(f"error: the server did not start (exit code {process.poll()}):\n{tail}")
             time.sleep(0.5)
-        yield url, process.pid
-        if process.poll() is not None:
-            raise SystemExit(f"error: the server has ended (exit code {process.returncode})")
+        yield url, process
     finally:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -399,7 +399,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rng = random.Random(args.seed)
     judge, kills = Judge(expected), 0
     log = folder / "log"
-    with server(folder / "model", folder / "profiles", args.replicas, args.options, log) as (url, pid):
+    with server(folder / "model", folder / "profiles", args.replicas, args.options, log) as (url, process):
         clients = Clients(url, prompts, args.clients)
         started = time.monotonic()
         next_change = started + args.every
@@ -410,8 +410,11 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     judge.take(answer)
                 bar.n = judge.counts["answered"]
                 bar.refresh()
+                if process.poll() is not None:
+                    tail = log.read_text("utf-8", errors="replace")[-3000:]
+                    raise SystemExit(f"error: the server has ended (exit code {process.returncode}):\n{tail}")
                 if not early and judge.counts["answered"] >= args.requests // 10:
-                    early = memory_mib(pid)
+                    early = memory_mib(process.pid)
                 if time.monotonic() < next_change:
                     continue
                 match rng.choice(("replace", "replace", "switch", "kill")):
@@ -430,7 +433,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             judge.take(answer)
         seconds = time.monotonic() - started
         left = settled(url)
-        grown = memory_mib(pid) - early
+        grown = memory_mib(process.pid) - early
     counts = judge.counts
     return {
         "answers": counts["answered"],
