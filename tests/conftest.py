@@ -98,6 +98,11 @@ def group_of(nodeid: str) -> str:
     return file
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """The parameter's name in place of bytes: compressed ones can hold the time, and two workers must agree on names."""
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is slow; the longest first."""
     for item in items:

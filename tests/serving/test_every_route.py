@@ -503,10 +503,10 @@ async def test_a_body_within_the_limit_arrives_decompressed(engine: Engine, path
     ("encoding", "data", "status"),
     [
         ("deflate", zlib.compress(b"{}"), 415),
-        ("gzip, gzip", gzip.compress(gzip.compress(b"{}")), 415),
+        ("gzip, gzip", gzip.compress(gzip.compress(b"{}", mtime=0), mtime=0), 415),
         ("br", b"x", 415),
         ("gzip", b"{}", 400),
-        ("gzip", gzip.compress(b"{}" * 99)[:-9], 400),
+        ("gzip", gzip.compress(b"{}" * 99, mtime=0)[:-9], 400),
     ],
 )
 @pytest.mark.parametrize("path", [CHAT, MESSAGES, "/v1/other"])
