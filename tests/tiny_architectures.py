@@ -140,13 +140,14 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "glm4v_moe_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "emu3": {
+    "emu3": {  # with fewer codes, or in more dimensions, random weights give any image the same ones
         "vocabulary_map": {
             "<image>": IMAGE,
             "<|extra_200|>": OTHER,
-            **{f"<|visual token {i:06}|>": 20 + i for i in range(10)},
+            **{f"<|visual token {i:06}|>": 20 + i for i in range(100)},
         },
-        "vq_config.codebook_size": 10,
+        "vq_config.codebook_size": 100,
+        "vq_config.embed_dim": 1,
         "vq_config.channel_multiplier": [1] * 4,
     },
     "ernie4_5_vl_moe": {"text_config.rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}},
