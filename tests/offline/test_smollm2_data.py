@@ -1,4 +1,4 @@
-"""The cloze tasks of examples/smollm2: well formed, right by rule where a rule exists, disjoint; and its run script."""
+"""The cloze tasks of examples/smollm2: well formed, right by rule where a rule exists, disjoint; and its scripts."""
 
 import importlib
 import json
@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import tiny_models
 from hones_offline.data.examples import Example, load_jsonl
@@ -19,6 +21,9 @@ from hones_offline.running.models import load_model
 from hones_offline.running.prompts import prepare
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from hones_steer import ModelIdentity, Profile
+from hones_steer.scopes import SCOPES
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "examples" / "smollm2" / "data"
@@ -274,14 +279,14 @@ def test_known_facts_are_those_that_the_model_answers_right(
 
 @pytest.fixture
 def few_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run script reads only the first facts of each file."""
-    script = importlib.import_module("examples.smollm2.run")
+    """The scripts read only the first facts of each file."""
     for split in SPLITS:
         (tmp_path / "data" / split).mkdir(parents=True)
         for task in ("capitals", "sums"):
             lines = (DATA / split / f"{task}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
             (tmp_path / "data" / split / f"{task}.jsonl").write_text("".join(lines[:8]), encoding="utf-8")
-    monkeypatch.setattr(script, "DATA", tmp_path / "data")
+    for script in ("run", "scopes"):
+        monkeypatch.setattr(importlib.import_module(f"examples.smollm2.{script}"), "DATA", tmp_path / "data")
 
 
 @pytest.mark.usefixtures("few_facts")
@@ -354,3 +359,48 @@ def test_the_run_script_goes_from_base_to_selections_and_repeats_itself(
     again = json.loads((tmp_path / "run" / "summary.json").read_bytes())
     assert {**again, "created": "", "seconds": {}} == {**summary, "created": "", "seconds": {}}
     assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+# ------------------------------------------------------------------------------------------------------ scopes
+
+
+def test_the_scopes_steer_what_they_say(model: Path) -> None:
+    """The model's own answers count as right, so a steered answer counts as wrong."""
+    script = importlib.import_module("examples.smollm2.scopes")
+    loaded, tokenizer = load_model(str(model))
+    neurons = np.arange(loaded.config.intermediate_size, dtype=np.int32)
+    scales = np.full(len(neurons), -2, dtype=np.float32)
+    profile = Profile("sums", {0: (neurons, scales)}, ModelIdentity.from_model(loaded))
+    short, long = (JsonlTask("sums", "exact_match", tokens) for tokens in (1, 6))
+    prompts = ["one", "twenty", "three = ", "4"]
+
+    def right(task: JsonlTask, scope: str | None) -> npt.NDArray[np.float64]:
+        asked = [Example(prompt, prompt, ("?",), None) for prompt in prompts]
+        own = score(prepare(loaded, tokenizer, task, asked), batch_size=2).outputs
+        examples = [Example(e.id, e.prompt, (str(text),), None) for e, text in zip(asked, own, strict=True)]
+        answered: npt.NDArray[np.float64] = script.answers(loaded, tokenizer, task, examples, profile, scope)
+        return answered
+
+    assert right(long, None).all()
+    for scope in SCOPES:
+        assert not right(long, scope).all()
+    assert right(short, "generated").all()  # the prompt's last token chooses the first one
+    assert not right(short, "prompt").all()
+
+
+@pytest.mark.usefixtures("few_facts")
+def test_the_table_of_scopes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--model", model, "--out", tmp_path / "run", "--tasks", "capitals", "sums", "--limit", 3, "--epochs", 1]
+    monkeypatch.setattr(sys, "argv", ["scopes.py", *map(str, command)])
+    script = importlib.import_module("examples.smollm2.scopes")
+    script.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| task | n | untouched | all | prompt | generated |"
+    assert [line.split("|")[1:4] for line in lines[2:]] == [
+        [" capitals ", " 3 ", " 0.00 "],
+        [" sums ", " 3 ", " 0.00 "],
+        [" mean ", " 6 ", " "],
+    ]
+    assert script.cells([np.array([[1.0, 0.0, 1.0, 0.0]]), np.array([[0.0, 0.0]])]).startswith("+0.25 [0.00, ")
