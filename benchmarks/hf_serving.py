@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/hf_serving.py
 
-(a quarter of an hour on one free core). The model is a Llama of SmolLM2-135M's shape with random weights, float32;
+(some minutes on one free core). The model is a Llama of SmolLM2-135M's shape with random weights, float32;
 every request asks for `--new` tokens after `--prompt`. The application is called in this process, without sockets, by
 one client and by several; each sends its next request when its last one is answered. Rows:
 
