@@ -471,8 +471,12 @@ def settled(url: str) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and print."""
     args = _parser().parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix="hones-soak-") as folder:
-        result = run(args, Path(folder))
+    try:
+        with tempfile.TemporaryDirectory(prefix="hones-soak-") as folder:
+            result = run(args, Path(folder))
+    except KeyboardInterrupt:
+        print("soak: stopped before its end; nothing was judged", file=sys.stderr)
+        return 130
     if args.json:
         print(json.dumps(result, indent=1))
     else:

@@ -45,8 +45,8 @@ def main() -> None:
         task = JsonlTask(name, "exact_match", MAX_NEW_TOKENS)
         discovery, test = (facts(name, split, args.limit) for split in ("discovery", "test"))
         found = attribute(model, tokenizer, task, discovery, run_dir=args.out / name / "attribution", progress=True)
-        options: dict[str, Any] = {"run_dir": args.out / name / "factors", "epochs": args.epochs, "progress": True}
-        profile = fit(model, tokenizer, task, discovery, found.bank, **options)
+        factors: dict[str, Any] = {"run_dir": args.out / name / "factors", "epochs": args.epochs, "batch_size": 4}
+        profile = fit(model, tokenizer, task, discovery, found.bank, accumulation_steps=1, progress=True, **factors)
         right = {scope: answers(model, tokenizer, task, test, profile, scope) for scope in (None, *SCOPES)}
         gains.append(np.stack([right[scope] - right[None] for scope in SCOPES]))
         print(f"| {name} | {len(test)} | {right[None].mean():.2f} | {cells(gains[-1:])} |", flush=True)
