@@ -1,4 +1,4 @@
-"""What a scope leaves of a profile's gain, on the dev tasks of SmolLM2-135M.
+"""Gains of a profile under each scope, on the dev tasks of SmolLM2-135M.
 
     python -m examples.smollm2.scopes --model runs/smollm2/model --out runs/smollm2/scopes
 
