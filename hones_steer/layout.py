@@ -125,10 +125,10 @@ class DecoderLayer:
         )
 
     @property
-    def shared_gate(self) -> nn.Module | None:
-        """The projection to the one number that what the shared expert writes is weighed by, if there is one."""
-        inside = (m for path, m in self.module.named_modules() if "shared" in path) if self.shared_out else ()
-        return next((m for m in inside if linear_shape(m) is not None and _linear_outputs(m) == 1), None)
+    def shared_gate(self) -> tuple[str, nn.Module] | None:
+        """Path and module of the projection to the one number that weighs the shared expert's output, if there is one."""
+        inside = (at for at in self.module.named_modules() if "shared" in at[0]) if self.shared_out else ()
+        return next((at for at in inside if linear_shape(at[1]) is not None and _linear_outputs(at[1]) == 1), None)
 
     @property
     def down_proj(self) -> nn.Module:

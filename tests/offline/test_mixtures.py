@@ -31,7 +31,7 @@ from hones_steer.layout import find_layout
 INDEX = NeuronIndex((FfnRun(0, 1, dense=5), FfnRun(1, 2), FfnRun(2, 3, shared=4, experts=3, expert_width=2)))
 
 
-@pytest.fixture(params=["qwen3_moe", "deepseek_v3", "gpt_oss"], scope="module")
+@pytest.fixture(params=["qwen3_moe", "deepseek_v3", "gpt_oss", "llama4"], scope="module")
 def case(request: pytest.FixtureRequest) -> tuple[Problem, Prepared]:
     p = problem(request.param, "text")
     return p, prepare(*asked(p))
@@ -170,6 +170,17 @@ def test_the_other_implementation_gives_the_same() -> None:
     assert evaluate(*asked(p), mask=found.bank).outputs == evaluate(*asked(p), mask=expected.bank).outputs
 
 
+def test_a_shared_experts_own_gate_weighs_what_it_writes() -> None:
+    p = problem("qwen3_5_moe", "text")
+    prepared = prepare(*asked(p))
+    written, every = reference.mean_write_in(*asked(p)), prepared.decoder.layout.layers
+    for batch_size in (1, 3):
+        close(direct_write_in(prepared, target_directions(prepared), Execution(batch_size)), written)
+    close(attribute(*asked(p), head_metric="logprob", batch_size=3).importance, reference.fisher(*asked(p)))
+    assert all(layer.shared_gate is not None for layer in every)
+    assert all(layer.shared_gate is None for layer in find_layout(mixture_models.deepseek_v3()).layers)
+
+
 # What is refused
 
 
@@ -177,14 +188,26 @@ def eager(p: Problem) -> None:
     p.model.set_experts_implementation("eager")
 
 
+def other_gate(p: Problem) -> None:
+    """Gives the first layer's shared expert a gate of another name."""
+    block = p.model.model.layers[0].mlp
+    gate = block.shared_scale = block.shared_expert_gate
+    del block.shared_expert_gate
+    vars(block)["shared_expert_gate"] = gate
+
+
 @pytest.mark.parametrize(
     ("architecture", "change", "method", "message"),
     [
         ("qwen3_moe", eager, "fisher", r"layers\.0\.mlp\.experts: the experts implementation 'eager' does not show"),
-        ("llama4", lambda _: None, "fisher", "its router weighs what experts are given instead of what they write"),
         ("qwen3_moe", lambda _: None, "ap", "active neurons of experts cannot be counted at their gate"),
-        ("qwen3_5_moe", lambda _: None, "hones", r"layers\.0: its shared expert has a gate of its own"),
-        ("qwen3_5_moe", lambda _: None, "dvp", "use a method without write-in: fisher"),
+        (
+            "qwen3_5_moe",
+            other_gate,
+            "hones",
+            r"layers\.0: its shared expert has a gate of its own, mlp\.shared_scale, of",
+        ),
+        ("qwen3_5_moe", other_gate, "dvp", "use a method without write-in: fisher"),
     ],
 )
 def test_it_is_refused_before_any_work(
@@ -211,14 +234,6 @@ def test_an_implementation_chosen_later_is_refused_and_leaves_no_hook() -> None:
             score(prepared, batch_size=3)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in p.model.modules())
     assert "_apply_gate" not in vars(p.model.model.layers[0].mlp.experts)
-
-
-def test_a_shared_experts_own_gate_does_not_keep_gradients_from_it() -> None:
-    p = problem("qwen3_5_moe", "text")
-    found = attribute(*asked(p), head_metric="logprob", batch_size=3)
-    close(found.importance, reference.fisher(*asked(p)))
-    assert all(layer.shared_gate is not None for layer in find_layout(p.model).layers)
-    assert all(layer.shared_gate is None for layer in find_layout(mixture_models.deepseek_v3()).layers)
 
 
 @pytest.mark.parametrize("kind", ["ia3", "lora"])

@@ -490,11 +490,24 @@ def test_attribution_refuses_what_it_cannot_read_in_one_sentence(model):
     model.set_experts_implementation("eager")
     with pytest.raises(LayoutError, match=r"'eager' does not show attribution .*set_experts_implementation\('grouped"):
         find_layout(model).require_attribution()
-    with pytest.raises(LayoutError, match="its router weighs what experts are given instead of what they write"):
-        find_layout(mixture_models.llama4()).require_attribution()
 
 
 # Exports
+
+
+def test_a_scale_beyond_float16_is_refused_by_expert(tmp_path):
+    """On the disk and in the model, Qwen3-VL-MoE keeps all experts of a layer in one tensor."""
+    model = mixture_models.qwen3_vl_moe().half()
+    with torch.no_grad():
+        find_layout(model).experts[2].down_weight()[1, 5, 3] = 1000
+    model.save_pretrained(tmp_path / "base")
+    steep = {(2, 1): (np.array([3], np.int32), np.array([100], np.float32))}
+    profile = Profile("a", steep, ModelIdentity.from_model(model))
+    message = r"layers\.2\.mlp\.experts: expert 1's neuron 3 with scale 100 goes beyond float16 \(65504 at most\)"
+    with steer(model, {"a": profile}) as steering, pytest.raises(StateError, match=message):
+        steering.fold("a")
+    with pytest.raises(DataError, match=message):
+        merge_into(profile, tmp_path / "base", tmp_path / "merged")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,9 +12,10 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from hones_offline.running.activations import Activations, AnyActivations, ExpertActivations, Shape
+from hones_offline.running.activations import Activations, AnyActivations, Choices, ExpertActivations, Shape
 from hones_steer.errors import LayoutError
 from hones_steer.experts import Experts
 from hones_steer.ffns import EXPERTS, Ffn
@@ -43,7 +44,7 @@ def hooked_ffns(layout: Layout, functions: Mapping[Ffn, FfnHook]) -> Iterator[No
     for layer in layout.layers:
         for projection in layer.projections:
             if projection.ffn in functions:
-                replace = _on_tokens(functions[projection.ffn], projection.name, last=layer is layout.layers[-1])
+                replace = on_tokens(functions[projection.ffn], projection.name, last=layer is layout.layers[-1])
                 hooks.append((layer, projection.down_proj, replace))
         if layer.experts is not None and (ffn := Ffn(layer.index, EXPERTS)) in functions:
             experts.append((layer, layer.experts, functions[ffn]))
@@ -51,7 +52,8 @@ def hooked_ffns(layout: Layout, functions: Mapping[Ffn, FfnHook]) -> Iterator[No
         yield
 
 
-def _on_tokens(function: FfnHook, name: str, *, last: bool) -> Callable[[Tensor, Shape], Tensor]:
+def on_tokens(function: FfnHook, name: str, *, last: bool) -> Callable[[Tensor, Shape], Tensor]:
+    """A hook's function that is given what its module is given, or gives, as the activations of the layer `name`."""
     return lambda z, shape: function(Activations(name, z, shape, last))
 
 
@@ -95,10 +97,14 @@ def hooked(
 
         return hook
 
-    def noted_experts(of_layer: Experts, function: Callable[[ExpertActivations], Tensor]) -> _OnChoices:
-        def hook(z: Tensor, *choices: Tensor) -> Tensor:
+    def noted_experts(
+        layer: DecoderLayer, of_layer: Experts, function: Callable[[ExpertActivations], Tensor]
+    ) -> _OnChoices:
+        last = layer is layout.layers[-1]
+
+        def hook(z: Tensor, choices: Choices) -> Tensor:
             called.add(id(of_layer.module))
-            return function(ExpertActivations(of_layer.name, z, shape, of_layer.count, *choices))
+            return function(ExpertActivations(of_layer.name, z, shape, of_layer.count, choices, last))
 
         return hook
 
@@ -111,8 +117,8 @@ def hooked(
         stack.enter_context(input_hooks((module, noted(module, replace)) for _, module, replace in hooks))
         for _, module, replace in outputs:
             stack.callback(module.register_forward_hook(_output_hook(noted(module, replace))).remove)
-        for _, of_layer, function in experts:
-            _place_on_experts(stack, of_layer, noted_experts(of_layer, function))
+        for layer, of_layer, function in experts:
+            _place_on_experts(stack, of_layer, noted_experts(layer, of_layer, function))
         yield
 
 
@@ -124,38 +130,57 @@ def _output_hook(replace: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tu
     return lambda _module, _args, output: replace(output)
 
 
-_OnChoices = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(z [choices, I], token, expert and router weight of each choice) -> z."""
+_OnChoices = Callable[[Tensor, Choices], Tensor]
+"""(z [choices, I], whose they are) -> z."""
 
 
 def _place_on_experts(stack: ExitStack, experts: Experts, replace: _OnChoices) -> None:
     """Replace what the experts compute until the stack is left; raises LayoutError where that cannot be read."""
     experts.require_readable()
-    choices: tuple[Tensor, Tensor, Tensor] | None = None
+    methods = InstanceMethods(experts.module)
+    stack.callback(methods.remove)
+    if experts.all_tokens:
+        methods.wrap("forward", lambda _: partial(_all_tokens_computed, experts, replace))
+        return
+    choices: Choices | None = None
 
     def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal choices
         indices, weights = [*args, *kwargs.values()][1:3]
         order = experts.order(indices)
-        choices = order // indices.shape[1], indices.reshape(-1)[order], weights.reshape(-1)[order]
+        of_tokens = order // indices.shape[1], indices.reshape(-1)[order], weights.reshape(-1)[order]
+        choices = Choices(*of_tokens, len(indices))
 
     def replaced(z: Tensor) -> Tensor:
-        if choices is None or len(z) != len(choices[0]):
+        if choices is None or len(z) != len(choices.tokens):
             raise LayoutError(
                 f"{experts.name}: the experts implementation {experts.implementation!r} does not compute all choices "
                 "of the router at once, so that they cannot be told apart; call "
                 "model.set_experts_implementation('grouped_mm')"
             )
-        return replace(z, *choices)
+        return replace(z, choices)
 
     stack.callback(experts.module.register_forward_pre_hook(begin, with_kwargs=True).remove)
     gating = experts.gating
     if isinstance(gating, nn.Module):
         stack.callback(gating.register_forward_hook(_output_hook(replaced)).remove)
     else:
-        methods = InstanceMethods(experts.module)
-        stack.callback(methods.remove)
         methods.wrap(gating, lambda function: lambda projected: replaced(function(projected)))
+
+
+def _all_tokens_computed(experts: Experts, replace: _OnChoices, hidden_states: Tensor) -> Tensor:
+    """The forward of experts that compute every token, with z of those that were chosen replaced.
+
+    Others are given zeros, of which z is 0. The router has weighed what they are given; what they write adds up as is.
+    """
+    module: Any = experts.module
+    given = hidden_states.view(experts.count, -1, experts.hidden_size)
+    gate, up = torch.bmm(given, module.gate_up_proj).chunk(2, dim=-1)
+    z = up * module.act_fn(gate)
+    chosen, tokens = given.any(-1).nonzero(as_tuple=True)
+    choices = Choices(tokens, chosen, z.new_ones(len(tokens)), given.shape[1])
+    z = z.index_put((chosen, tokens), replace(z[chosen, tokens], choices))
+    return torch.bmm(z, module.down_proj).view(hidden_states.shape)
 
 
 def parent_of(layer: DecoderLayer, part: nn.Module | None) -> nn.Module:

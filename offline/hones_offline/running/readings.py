@@ -8,9 +8,12 @@ from torch import Tensor, nn
 
 from hones_offline.data.neurons import NeuronIndex
 from hones_offline.running.activations import Activations, AnyActivations, Shape, by_row
-from hones_offline.running.hooks import FfnHook, hooked, hooked_ffns
-from hones_steer.ffns import Ffn
+from hones_offline.running.hooks import FfnHook, hooked, hooked_ffns, on_tokens
+from hones_steer.ffns import SHARED, Ffn
 from hones_steer.layout import DecoderLayer, Layout, ffn_gate
+
+# Last name of a shared expert's gate of which transformers takes the sigmoid.
+SIGMOID_GATE = "shared_expert_gate"
 
 
 class _Captured(Exception):  # noqa: N818 - control flow: leaves the model's forward early
@@ -72,20 +75,30 @@ def recorded_ffn(
 
     Recorded are the layers from `first` on, in forwards with that many rows: a prefix that rows share has none of their
     columns. Where the last FFN runs at one column of each row only (`last_ffn_at`), that column is the row's. With
-    `weighted`, experts' are times the router's weight (`ExpertActivations.at`).
+    `weighted`, experts' are times the router's weight (`ExpertActivations.at`) and a shared expert's, once the block
+    has ended, times the sigmoid of its `SIGMOID_GATE`.
     """
     recorded: dict[Ffn, Tensor] = {}
+    gates: dict[Ffn, Tensor] = {}
 
-    def recorder(ffn: Ffn) -> FfnHook:
+    def recorder(into: dict[Ffn, Tensor], ffn: Ffn) -> FfnHook:
         def record(activations: AnyActivations) -> Tensor:
             if activations.shape[0] == len(columns):
-                recorded[ffn] = activations.at(columns, weighted=weighted)
+                into[ffn] = activations.at(columns, weighted=weighted)
             return activations.z
 
         return record
 
-    with hooked_ffns(layout, {ffn: recorder(ffn) for ffn in _ffns(layout, first)}):
-        yield recorded
+    outputs = [
+        (layer, layer.shared_gate[1], on_tokens(recorder(gates, ffn), layer.name, last=layer is layout.layers[-1]))
+        for layer in layout.layers[first:]
+        if weighted and layer.shared_gate is not None and (ffn := Ffn(layer.index, SHARED))
+    ]
+    with hooked_ffns(layout, {ffn: recorder(recorded, ffn) for ffn in _ffns(layout, first)}):
+        with hooked(layout, (), outputs):
+            yield recorded
+        for ffn, gate in gates.items():
+            recorded[ffn] = recorded[ffn] * gate.sigmoid()
 
 
 @contextmanager
