@@ -74,6 +74,19 @@ class Experts:
         """The part that gives z itself, of all rows at once, under `READABLE` implementations: as `activation`."""
         return "_apply_gate" if hasattr(self.module, "gate_up_proj") else self.activation
 
+    @property
+    def active(self) -> nn.Module | str:
+        """The part that gives act(gate(x)), or act(up(x)) where there is no gate, as `gating`.
+
+        Raises LayoutError if it is hidden in a gating of the experts' own.
+        """
+        if self.activation == "_apply_gate":
+            raise LayoutError(
+                f"{self.name}: {type(self.module).__name__} has a gating of its own, so that active neurons cannot be "
+                "counted; use a method other than ap and ape"
+            )
+        return self.activation
+
     def require_readable(self) -> None:
         """Raise LayoutError unless z itself can be read."""
         if self.all_tokens:

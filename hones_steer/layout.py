@@ -126,7 +126,7 @@ class DecoderLayer:
 
     @property
     def shared_gate(self) -> tuple[str, nn.Module] | None:
-        """Path and module of the projection to the one number that weighs the shared expert's output, if there is one."""
+        """Path and module of the projection to the number that weighs the shared expert's output, if there is one."""
         inside = (at for at in self.module.named_modules() if "shared" in at[0]) if self.shared_out else ()
         return next((at for at in inside if linear_shape(at[1]) is not None and _linear_outputs(at[1]) == 1), None)
 
@@ -388,14 +388,16 @@ def down_weight(layer: DecoderLayer | Projection) -> Tensor:
     )
 
 
-def ffn_gate(layer: DecoderLayer) -> nn.Module | None:
+def ffn_gate(layer: DecoderLayer, down_proj: nn.Module | None = None) -> nn.Module | None:
     """The projection of a gated FFN, act(gate(x))·up(x), whose first I outputs are gate(x); None for an ungated one.
 
-    A neuron is active, act(gate(x)) > 0, where its output is above 0: the activation keeps the sign.
+    The FFN is the layer's dense one, or that of another `down_proj`. A neuron is active, act(gate(x)) > 0, where its
+    output is above 0: the activation keeps the sign.
 
     Raises LayoutError, naming the layer, where the gate cannot be told or its activation does not keep the sign.
     """
-    shape = linear_shape(layer.down_proj)
+    down_proj = layer.down_proj if down_proj is None else down_proj
+    shape = linear_shape(down_proj)
     assert shape is not None  # checked where the layer was described
     width, hidden = shape
     projections: dict[str, nn.Module] = {}
@@ -403,7 +405,7 @@ def ffn_gate(layer: DecoderLayer) -> nn.Module | None:
         inside = any(path.startswith(f"{outer}.") for outer in projections)  # what a PEFT layer wraps
         if linear_shape(module) in ((hidden, width), (hidden, 2 * width)) and not _is_attention(path) and not inside:
             projections[path] = module
-    projections = {path: module for path, module in projections.items() if not _holds(layer.down_proj, module)}
+    projections = {path: module for path, module in projections.items() if not _holds(down_proj, module)}
     [down] = (path for path, module in layer.module.named_modules() if module is layer.down_proj)
     beside = [path for path in projections if path.startswith(down.rpartition(".")[0])]  # not a convolution's
     projections = {path: projections[path] for path in beside or projections}

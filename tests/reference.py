@@ -7,6 +7,7 @@ an intervention is a context manager. Nothing here imports `hones_offline` excep
 import math
 from collections import Counter
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -596,25 +597,43 @@ def head_gradient(model, processor, task, examples, heads):
 
 @torch.no_grad()
 def activation_probability(model, processor, task, examples):
-    """LAPE's share of all tokens, of prompts and answers, at which the FFN's activation function gives > 0, [L, I]."""
+    """LAPE's share of all tokens, of prompts and answers, at which the FFN's activation function gives > 0, [L, I].
+
+    An expert's function gives something only at tokens that the expert is chosen for.
+    """
     active, tokens = [], 0
     for example in examples:
         for index, answer in task.answers(example):
-            given = []
+            given = {}
 
-            def hook(_module, _args, output, given=given):
-                given.append(output.flatten(0, -2)[:-1])  # without the end token, after which nothing is read
+            def hook(_module, _args, output, given=given, ffn=None):
+                given[ffn] = output.flatten(0, -2) > 0
+
+            def of_experts(module, args, given=given, ffn=None):
+                every = list(routed(module, *args))
+                width = module.down_proj.numel() // module.down_proj.shape[0] // args[0].shape[-1]
+                count = 1 + max(token for _, token, *_ in every)
+                given[ffn] = torch.zeros(count, module.down_proj.shape[0], width, dtype=torch.bool)
+                for _, token, e, x, _ in every:
+                    name = "gate_up_proj" if hasattr(module, "gate_up_proj") else "up_proj"
+                    given[ffn][token, e] = module.act_fn(expert_product(module, name, e, x)[:width]) > 0
+                given[ffn] = given[ffn].flatten(1)
 
             with ExitStack() as stack:
-                for layer in find_layout(model).with_ffn:
-                    ffn = next(m for m in layer.module.modules() if layer.down_proj in m.children())
-                    functions = [m for m in ffn.modules() if "activation" in type(m).__module__]
-                    (function,) = functions or [ffn.w1]  # LFM2 calls SiLU by name, which keeps its gate's sign
-                    stack.callback(function.register_forward_hook(hook).remove)
+                for layer, kind, part in ffns(model):
+                    if kind == "experts":
+                        handle = part.register_forward_pre_hook(partial(of_experts, ffn=(layer, kind)))
+                    else:
+                        every = find_layout(model).layers[layer].module.modules()
+                        ffn = next(m for m in every if part in m.children())
+                        functions = [m for m in ffn.modules() if "activation" in type(m).__module__]
+                        (function,) = functions or [ffn.w1]  # LFM2 calls SiLU by name, which keeps its gate's sign
+                        handle = function.register_forward_hook(partial(hook, ffn=(layer, kind)))
+                    stack.callback(handle.remove)
                 answer_logits(model, processor, example, task.prompts(example)[index], answer)
-            layers = [(layer.index, "dense") for layer in find_layout(model).with_ffn]
-            active.append(by_layer(model, dict(zip(layers, [(row > 0).sum(0) for row in given], strict=True))))
-            tokens += len(given[0])
+            # Without the end token, after which nothing is read.
+            active.append(by_layer(model, {ffn: rows[:-1].sum(0) for ffn, rows in given.items()}))
+            tokens += len(next(iter(given.values()))) - 1
     return sum(active) / tokens
 
 

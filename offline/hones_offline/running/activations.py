@@ -187,6 +187,12 @@ class ExpertActivations:
         total = z.new_zeros(self.count, z.shape[-1]).index_add(0, experts, z)
         return total.flatten(), torch.bincount(experts, minlength=self.count).repeat_interleave(z.shape[-1])
 
+    def positive(self, real: Tensor) -> Tensor:
+        """At how many of the tokens that `real`, bool [rows, T], marks z is above 0: int64 [N]."""
+        kept = real.to(self.z.device)[self._rows, self._columns]
+        positive = (self.z[kept] > 0).long()
+        return positive.new_zeros(self.count, self.z.shape[-1]).index_add(0, self.experts[kept], positive).flatten()
+
     def products(self, weights: ExpertActivations) -> Tensor:
         """Σ z·w over positions, for weights of `rows` rows and z of copies of these: float64 [copies, rows, N].
 

@@ -59,17 +59,22 @@ def on_tokens(function: FfnHook, name: str, *, last: bool) -> Callable[[Tensor, 
 
 @contextmanager
 def hooked(
-    layout: Layout, hooks: Iterable[Hook], outputs: Iterable[Hook] = (), experts: Iterable[ExpertsHook] = ()
+    layout: Layout,
+    hooks: Iterable[Hook],
+    outputs: Iterable[Hook] = (),
+    experts: Iterable[ExpertsHook] = (),
+    active: Iterable[ExpertsHook] = (),
 ) -> Iterator[None]:
     """Within the block, replace each module's input by its function of the input and of the forward's shape.
 
-    Those of `outputs` replace the module's output, those of `experts` what routed experts compute. A forward of the
-    decoder that runs a layer without calling one of its modules raises LayoutError, naming the layer. Layers that it
-    leaves out (cross-attention to an image that is not there) have nothing to replace.
+    Those of `outputs` replace the module's output, those of `experts` what routed experts compute, those of `active`
+    their act(gate(x)) alone (`Experts.active`). A forward of the decoder that runs a layer without calling one of its
+    modules raises LayoutError, naming the layer. Layers that it leaves out (cross-attention to an image that is not
+    there) have nothing to replace.
     """
-    hooks, outputs, experts = list(hooks), list(outputs), list(experts)
+    hooks, outputs, experts, active = list(hooks), list(outputs), list(experts), list(active)
     modules = [(layer, module) for layer, module, _ in (*hooks, *outputs)]
-    modules += [(layer, of_layer.module) for layer, of_layer, _ in experts]
+    modules += [(layer, of_layer.module) for layer, of_layer, _ in (*experts, *active)]
     shape: Shape = (0, 0)
     called: set[int] = set()
     ran: set[int] = set()
@@ -119,6 +124,8 @@ def hooked(
             stack.callback(module.register_forward_hook(_output_hook(noted(module, replace))).remove)
         for layer, of_layer, function in experts:
             _place_on_experts(stack, of_layer, noted_experts(layer, of_layer, function))
+        for layer, of_layer, function in active:
+            _place_at(stack, of_layer, of_layer.active, noted_experts(layer, of_layer, function))
         yield
 
 
@@ -137,35 +144,47 @@ _OnChoices = Callable[[Tensor, Choices], Tensor]
 def _place_on_experts(stack: ExitStack, experts: Experts, replace: _OnChoices) -> None:
     """Replace what the experts compute until the stack is left; raises LayoutError where that cannot be read."""
     experts.require_readable()
+    if not experts.all_tokens:
+        _place_at(stack, experts, experts.gating, replace)
+        return
     methods = InstanceMethods(experts.module)
     stack.callback(methods.remove)
-    if experts.all_tokens:
-        methods.wrap("forward", lambda _: partial(_all_tokens_computed, experts, replace))
-        return
+    methods.wrap("forward", lambda _: partial(_all_tokens_computed, experts, replace))
+
+
+def _place_at(stack: ExitStack, experts: Experts, part: nn.Module | str, replace: _OnChoices) -> None:
+    """Replace what a part of the experts, or a method of theirs, gives for all choices, until the stack is left."""
     choices: Choices | None = None
 
     def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal choices
-        indices, weights = [*args, *kwargs.values()][1:3]
+        hidden_states, *routed = [*args, *kwargs.values()]
+        if experts.all_tokens:
+            tokens, numbers = experts.rows(hidden_states, None)
+            choices = Choices(tokens, numbers, torch.ones_like(tokens), experts.num_tokens(hidden_states, None))
+            return
+        indices, weights = routed[:2]
         order = experts.order(indices)
         of_tokens = order // indices.shape[1], indices.reshape(-1)[order], weights.reshape(-1)[order]
         choices = Choices(*of_tokens, len(indices))
 
     def replaced(z: Tensor) -> Tensor:
-        if choices is None or len(z) != len(choices.tokens):
+        rows = z.flatten(0, -2)
+        if choices is None or len(rows) != len(choices.tokens):
             raise LayoutError(
                 f"{experts.name}: the experts implementation {experts.implementation!r} does not compute all choices "
                 "of the router at once, so that they cannot be told apart; call "
                 "model.set_experts_implementation('grouped_mm')"
             )
-        return replace(z, choices)
+        return replace(rows, choices).view(z.shape)
 
     stack.callback(experts.module.register_forward_pre_hook(begin, with_kwargs=True).remove)
-    gating = experts.gating
-    if isinstance(gating, nn.Module):
-        stack.callback(gating.register_forward_hook(_output_hook(replaced)).remove)
+    if isinstance(part, nn.Module):
+        stack.callback(part.register_forward_hook(_output_hook(replaced)).remove)
     else:
-        methods.wrap(gating, lambda function: lambda projected: replaced(function(projected)))
+        methods = InstanceMethods(experts.module)
+        stack.callback(methods.remove)
+        methods.wrap(part, lambda function: lambda projected: replaced(function(projected)))
 
 
 def _all_tokens_computed(experts: Experts, replace: _OnChoices, hidden_states: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from hones_offline.data.neurons import NeuronIndex
-from hones_offline.running.activations import Activations, AnyActivations, Shape, by_row
+from hones_offline.running.activations import Activations, AnyActivations, ExpertActivations, Shape, by_row
 from hones_offline.running.hooks import FfnHook, hooked, hooked_ffns, on_tokens
-from hones_steer.ffns import SHARED, Ffn
-from hones_steer.layout import DecoderLayer, Layout, ffn_gate
+from hones_steer.ffns import EXPERTS, SHARED, Ffn
+from hones_steer.layout import DecoderLayer, Layout, Projection, ffn_gate
 
 # Last name of a shared expert's gate of which transformers takes the sigmoid.
 SIGMOID_GATE = "shared_expert_gate"
@@ -166,26 +166,34 @@ def ffn_products(
 
 
 @contextmanager
-def active_tokens(layout: Layout, real: Tensor) -> Iterator[dict[int, Tensor]]:
-    """Count at how many of a forward's tokens each neuron is active, per layer of a model without experts: int64 [I].
+def active_tokens(layout: Layout, real: Tensor) -> Iterator[dict[Ffn, Tensor]]:
+    """Count at how many of a forward's tokens each neuron is active, per FFN: int64 [N].
 
-    A neuron is active where act(gate(x)) > 0 in a gated FFN, where act(up(x)) = z > 0 in another. `real`, bool [rows,
-    T], says which tokens count.
+    A neuron is active where act(gate(x)) > 0 in a gated FFN, where act(up(x)) = z > 0 in another; an expert's only
+    where the expert is chosen. `real`, bool [rows, T], says which tokens count.
 
     Raises LayoutError, naming the layer, for an FFN whose gate cannot be told.
     """
-    counted: dict[int, Tensor] = {}
+    counted: dict[Ffn, Tensor] = {}
 
-    def counter(layer: DecoderLayer) -> Callable[[Tensor, Shape], Tensor]:
+    def counter(layer: DecoderLayer, projection: Projection) -> Callable[[Tensor, Shape], Tensor]:
         def count(x: Tensor, shape: Shape) -> Tensor:
-            active = by_row(x, shape[0], layer.name)[..., : layer.width] > 0
-            counted[layer.index] = (active & real.to(x.device)[..., None]).sum((0, 1))
+            active = by_row(x, shape[0], layer.name)[..., : projection.width] > 0
+            counted[projection.ffn] = (active & real.to(x.device)[..., None]).sum((0, 1))
             return x
 
         return count
 
-    gates = [(layer, ffn_gate(layer)) for layer in layout.with_ffn]
-    inputs = [(layer, layer.down_proj, counter(layer)) for layer, gate in gates if gate is None]
-    outputs = [(layer, gate, counter(layer)) for layer, gate in gates if gate is not None]
-    with hooked(layout, inputs, outputs):
+    def of_experts(layer: DecoderLayer) -> Callable[[ExpertActivations], Tensor]:
+        def count(activations: ExpertActivations) -> Tensor:
+            counted[Ffn(layer.index, EXPERTS)] = activations.positive(real)
+            return activations.z
+
+        return count
+
+    gates = [(layer, of, ffn_gate(layer, of.down_proj)) for layer in layout.layers for of in layer.projections]
+    inputs = [(layer, of.down_proj, counter(layer, of)) for layer, of, gate in gates if gate is None]
+    outputs = [(layer, gate, counter(layer, of)) for layer, of, gate in gates if gate is not None]
+    experts = [(layout.layers[index], of, of_experts(layout.layers[index])) for index, of in layout.experts.items()]
+    with hooked(layout, inputs, outputs, active=experts):
         yield counted
