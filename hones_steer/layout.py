@@ -406,7 +406,7 @@ def ffn_gate(layer: DecoderLayer, down_proj: nn.Module | None = None) -> nn.Modu
         if linear_shape(module) in ((hidden, width), (hidden, 2 * width)) and not _is_attention(path) and not inside:
             projections[path] = module
     projections = {path: module for path, module in projections.items() if not _holds(down_proj, module)}
-    [down] = (path for path, module in layer.module.named_modules() if module is layer.down_proj)
+    [down] = (path for path, module in layer.module.named_modules() if module is down_proj)
     beside = [path for path in projections if path.startswith(down.rpartition(".")[0])]  # not a convolution's
     projections = {path: projections[path] for path in beside or projections}
     fused = [path for path, module in projections.items() if linear_shape(module) == (hidden, 2 * width)]

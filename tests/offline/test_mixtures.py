@@ -131,17 +131,15 @@ def test_the_positive_part_of_each_example(case: tuple[Problem, Prepared]) -> No
 
 def test_the_router_chooses_anew_under_an_intervention(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
-    layout = prepared.decoder.layout
-    chosen: list[list[list[int]]] = []
-    handle = layout.layers[2].experts.module.register_forward_pre_hook(lambda _, args: chosen.append(args[1].tolist()))  # type: ignore[union-attr]
     inputs = reference.prompt_inputs(p.processor, p.examples[-1], p.task.prompts(p.examples[-1])[0])
-    below = NeuronIndex.of(layout)
-    bank = below.bank(np.arange(below.layer(2).start))
-    for mask in (None, bank):
-        with torch.no_grad(), intervention(prepared, mask=mask):
+    index = NeuronIndex.of(prepared.decoder.layout)
+    below = index.bank(np.arange(index.layer(2).start))
+    chosen = []
+    for mask in (None, below):
+        with torch.no_grad(), intervention(prepared, mask=mask), reference.choices_recorded(p.model) as choices:
             p.model(**inputs)
-    handle.remove()
-    assert chosen[0] != chosen[1]
+        chosen.append(choices[2] > 0)
+    assert not torch.equal(*chosen)
 
 
 def test_what_is_learned_steers_the_model_alike_in_both_runtimes(case: tuple[Problem, Prepared], tmp_path: Any) -> None:
