@@ -225,6 +225,21 @@ class Layout:
             return False
         return all(kind in _PLAIN_ATTENTION for kind in kinds)
 
+    @property
+    def most_keys(self) -> int | None:
+        """To how many tokens each layer attends at most, where an indexer chooses them one by one; else None.
+
+        Its scores are sums over few heads of what a ReLU lets through, so many are equal, above all 0: which of these
+        are chosen depends on the batch. With so many tokens or fewer there is nothing to choose.
+        """
+        config = getattr(self.decoder, "config", None)
+        by_pools = hasattr(config, "index_kpool")
+        return getattr(config, "index_topk", None) if self._chooses_keys and not by_pools else None
+
+    @property
+    def _chooses_keys(self) -> bool:
+        return _INDEXED in (getattr(getattr(self.decoder, "config", None), "layer_types", None) or ())
+
     def require_attribution(self) -> None:
         """Raise LayoutError, naming the culprit, unless attribution can run the decoder and knows all its parts.
 
@@ -233,11 +248,11 @@ class Layout:
         """
         for experts in self.experts.values():
             experts.require_readable()
-        if _INDEXED in (getattr(getattr(self.decoder, "config", None), "layer_types", None) or ()):
+        if self._chooses_keys and self.most_keys is None:
             raise LayoutError(
-                f"layers of model type {self.model_type!r} choose the keys that they attend to by an indexer, whose "
-                "choice was seen to differ between batches of attribution; steering this model works, attributing on "
-                "it does not"
+                f"layers of model type {self.model_type!r} choose the keys that they attend to by an indexer, by pools "
+                "of them or in another way in which no length is known at which they are all chosen; steering this "
+                "model works, attributing on it does not"
             )
         if getattr(getattr(self.decoder, "config", None), "is_encoder_decoder", False):
             raise LayoutError(

@@ -110,7 +110,7 @@ def gemma4_text(seed=0):
 
 
 def glm_moe_dsa(seed=0):
-    """Sparse attention with keys of its own to choose by; FFNs dense in all layers."""
+    """Sparse attention, of more tokens than a test has, with keys of its own to choose by; FFNs dense in all layers."""
     config = GlmMoeDsaConfig(
         **TEXT,
         mlp_layer_types=["dense"] * 3,
@@ -121,7 +121,7 @@ def glm_moe_dsa(seed=0):
         v_head_dim=8,
         index_n_heads=2,
         index_head_dim=16,
-        index_topk=8,
+        index_topk=64,
     )
     return _build(GlmMoeDsaForCausalLM, config, seed)
 
