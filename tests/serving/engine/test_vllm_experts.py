@@ -321,20 +321,32 @@ def test_each_request_of_a_mixed_batch_is_right(case: Case, tmp_path: Path) -> N
         assert same == (expression in (None, "none")), expression
 
 
-# vLLM's client leaves its ZeroMQ context to the garbage collector.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+only_v2 = pytest.mark.skipif(not V2, reason="with the V1 runner more is tested; with V2 that would take too long")
+
+
 @pytest.mark.both_runners
-@pytest.mark.skipif(not V2, reason="the test before this is more, but for the V2 runner it would take too long")
-@pytest.mark.parametrize("workers", [1, 2])
+@only_v2
 @pytest.mark.parametrize("case", checkpoints.MIXTURES, indirect=True, scope="module")
-def test_the_first_tokens_of_a_mixed_batch(case: Case, workers: int, tmp_path: Path) -> None:
+def test_the_first_tokens_of_a_mixed_batch(case: Case, tmp_path: Path) -> None:
     """Runs vLLM's TritonExperts by the V2 runner, all interpreted."""
-    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(workers - 1)}
-    with mixture(case, tmp_path, case.profiles, env, tensor_parallel_size=workers) as llm:
+    with mixture(case, tmp_path, case.profiles) as llm:
         kernels = llm.apply_model(kernels_of)
         assert answers(llm, PROMPTS, MIXED, max_tokens=3) == [tokens[:3] for tokens in case.expected]
     layers = {ffn.layer for ffn in case.of["vqa"].ffns if not isinstance(ffn.part, str)}
-    assert kernels == [["TritonExperts"] * len(layers)] * workers
+    assert kernels == [["TritonExperts"] * len(layers)]
+
+
+# vLLM's client leaves its ZeroMQ context to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.both_runners
+@only_v2
+@pytest.mark.parametrize("mode", ["tensor parallel", "expert parallel"])
+@pytest.mark.parametrize("case", checkpoints.MIXTURES, indirect=True, scope="module")
+def test_the_first_tokens_by_two_workers(case: Case, mode: str, tmp_path: Path) -> None:
+    """Runs them in two processes, which have half of each expert, or half of the experts."""
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with mixture(case, tmp_path, case.profiles, env, **MODES[mode]) as llm:
+        assert answers(llm, PROMPTS, MIXED, max_tokens=3) == [tokens[:3] for tokens in case.expected]
 
 
 def kernels_of(model: nn.Module) -> list[str]:
