@@ -63,18 +63,19 @@ def hooked(
     hooks: Iterable[Hook],
     outputs: Iterable[Hook] = (),
     experts: Iterable[ExpertsHook] = (),
-    active: Iterable[ExpertsHook] = (),
+    *,
+    active: bool = False,
 ) -> Iterator[None]:
     """Within the block, replace each module's input by its function of the input and of the forward's shape.
 
-    Those of `outputs` replace the module's output, those of `experts` what routed experts compute, those of `active`
-    their act(gate(x)) alone (`Experts.active`). A forward of the decoder that runs a layer without calling one of its
-    modules raises LayoutError, naming the layer. Layers that it leaves out (cross-attention to an image that is not
-    there) have nothing to replace.
+    Those of `outputs` replace the module's output, those of `experts` what routed experts compute, or with `active`
+    their act(gate(x)) alone. A forward of the decoder that runs a layer without calling one of its modules raises
+    LayoutError, naming the layer. Layers that it leaves out (cross-attention to an absent image) have nothing to
+    replace.
     """
-    hooks, outputs, experts, active = list(hooks), list(outputs), list(experts), list(active)
+    hooks, outputs, experts = list(hooks), list(outputs), list(experts)
     modules = [(layer, module) for layer, module, _ in (*hooks, *outputs)]
-    modules += [(layer, of_layer.module) for layer, of_layer, _ in (*experts, *active)]
+    modules += [(layer, of_layer.module) for layer, of_layer, _ in experts]
     shape: Shape = (0, 0)
     called: set[int] = set()
     ran: set[int] = set()
@@ -102,14 +103,10 @@ def hooked(
 
         return hook
 
-    def noted_experts(
-        layer: DecoderLayer, of_layer: Experts, function: Callable[[ExpertActivations], Tensor]
-    ) -> _OnChoices:
-        last = layer is layout.layers[-1]
-
+    def noted_experts(layer: DecoderLayer, of: Experts, function: Callable[[ExpertActivations], Tensor]) -> _OnChoices:
         def hook(z: Tensor, choices: Choices) -> Tensor:
-            called.add(id(of_layer.module))
-            return function(ExpertActivations(of_layer.name, z, shape, of_layer.count, choices, last))
+            called.add(id(of.module))
+            return function(ExpertActivations(of.name, z, shape, of.count, choices, layer is layout.layers[-1]))
 
         return hook
 
@@ -122,10 +119,9 @@ def hooked(
         stack.enter_context(input_hooks((module, noted(module, replace)) for _, module, replace in hooks))
         for _, module, replace in outputs:
             stack.callback(module.register_forward_hook(_output_hook(noted(module, replace))).remove)
+        place = _place_on_active if active else _place_on_experts
         for layer, of_layer, function in experts:
-            _place_on_experts(stack, of_layer, noted_experts(layer, of_layer, function))
-        for layer, of_layer, function in active:
-            _place_at(stack, of_layer, of_layer.active, noted_experts(layer, of_layer, function))
+            place(stack, of_layer, noted_experts(layer, of_layer, function))
         yield
 
 
@@ -150,6 +146,11 @@ def _place_on_experts(stack: ExitStack, experts: Experts, replace: _OnChoices) -
     methods = InstanceMethods(experts.module)
     stack.callback(methods.remove)
     methods.wrap("forward", lambda _: partial(_all_tokens_computed, experts, replace))
+
+
+def _place_on_active(stack: ExitStack, experts: Experts, replace: _OnChoices) -> None:
+    """Replace act(gate(x)) of the experts until the stack is left; raises LayoutError where it is hidden."""
+    _place_at(stack, experts, experts.active, replace)
 
 
 def _place_at(stack: ExitStack, experts: Experts, part: nn.Module | str, replace: _OnChoices) -> None:

@@ -195,5 +195,5 @@ def active_tokens(layout: Layout, real: Tensor) -> Iterator[dict[Ffn, Tensor]]:
     inputs = [(layer, of.down_proj, counter(layer, of)) for layer, of, gate in gates if gate is None]
     outputs = [(layer, gate, counter(layer, of)) for layer, of, gate in gates if gate is not None]
     experts = [(layout.layers[index], of, of_experts(layout.layers[index])) for index, of in layout.experts.items()]
-    with hooked(layout, inputs, outputs, active=experts):
+    with hooked(layout, inputs, outputs, experts, active=True):
         yield counted
