@@ -7,7 +7,7 @@
 None recomputes what the model computes anyway: every hook reads or replaces an input that the model has just produced.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -75,47 +75,19 @@ def hooked(
     """
     hooks, outputs, experts = list(hooks), list(outputs), list(experts)
     modules = [(layer, module) for layer, module, _ in (*hooks, *outputs)]
-    modules += [(layer, of_layer.module) for layer, of_layer, _ in experts]
-    shape: Shape = (0, 0)
-    called: set[int] = set()
-    ran: set[int] = set()
-
-    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal shape
-        given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args)
-        rows, positions = next(x for x in given if x is not None).shape[:2]
-        shape = rows, positions
-        called.clear()
-        ran.clear()
-
-    def leave(*_: object) -> None:
-        for layer, module in modules:
-            if id(module) not in called and layer.index in ran:
-                raise LayoutError(
-                    f"{layer.name}: its {type(module).__name__} was not called in a forward of the decoder, so that "
-                    "nothing can be read or changed there; use a model that calls it (no fused or replaced kernels)"
-                )
+    forward = _Forward([*modules, *((layer, of_layer.module) for layer, of_layer, _ in experts)])
 
     def noted(module: nn.Module, replace: Callable[[Tensor, Shape], Tensor]) -> Callable[[Tensor], Tensor]:
-        def hook(x: Tensor) -> Tensor:
-            called.add(id(module))
-            return replace(x, shape)
-
-        return hook
+        return lambda x: replace(x, forward.call(module))
 
     def noted_experts(layer: DecoderLayer, of: Experts, function: Callable[[ExpertActivations], Tensor]) -> _OnChoices:
-        def hook(z: Tensor, choices: Choices) -> Tensor:
-            called.add(id(of.module))
-            return function(ExpertActivations(of.name, z, shape, of.count, choices, layer is layout.layers[-1]))
-
-        return hook
+        last = layer is layout.layers[-1]
+        return lambda z, choices: function(
+            ExpertActivations(of.name, z, forward.call(of.module), of.count, choices, last)
+        )
 
     with ExitStack() as stack:
-        stack.callback(layout.decoder.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        stack.callback(layout.decoder.register_forward_hook(leave).remove)
-        for layer in {layer.index: layer for layer, _ in modules}.values():
-            note = partial(_note, ran, layer.index)
-            stack.callback(layer.module.register_forward_pre_hook(note).remove)
+        forward.place(stack, layout.decoder)
         stack.enter_context(input_hooks((module, noted(module, replace)) for _, module, replace in hooks))
         for _, module, replace in outputs:
             stack.callback(module.register_forward_hook(_output_hook(noted(module, replace))).remove)
@@ -125,8 +97,44 @@ def hooked(
         yield
 
 
-def _note(ran: set[int], index: int, *_: object) -> None:
-    ran.add(index)
+class _Forward:
+    """The decoder's present forward: its shape, which layers have run, and which modules with hooks were called."""
+
+    def __init__(self, modules: Sequence[tuple[DecoderLayer, nn.Module]]) -> None:
+        self._modules = modules
+        self._shape: Shape = (0, 0)
+        self._called: set[int] = set()
+        self._ran: set[int] = set()
+
+    def place(self, stack: ExitStack, decoder: nn.Module) -> None:
+        """Follow the decoder's forwards until the stack is left."""
+        stack.callback(decoder.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+        stack.callback(decoder.register_forward_hook(self._leave).remove)
+        for layer in {layer.index: layer for layer, _ in self._modules}.values():
+            stack.callback(layer.module.register_forward_pre_hook(partial(self._note, layer.index)).remove)
+
+    def call(self, module: nn.Module) -> Shape:
+        """Note the call of a module; returns the forward's shape."""
+        self._called.add(id(module))
+        return self._shape
+
+    def _note(self, index: int, *_: object) -> None:
+        self._ran.add(index)
+
+    def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args)
+        rows, positions = next(x for x in given if x is not None).shape[:2]
+        self._shape = rows, positions
+        self._called.clear()
+        self._ran.clear()
+
+    def _leave(self, *_: object) -> None:
+        for layer, module in self._modules:
+            if id(module) not in self._called and layer.index in self._ran:
+                raise LayoutError(
+                    f"{layer.name}: its {type(module).__name__} was not called in a forward of the decoder, so that "
+                    "nothing can be read or changed there; use a model that calls it (no fused or replaced kernels)"
+                )
 
 
 def _output_hook(replace: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
