@@ -219,7 +219,7 @@ def _narrow(stack: ExitStack, layer: DecoderLayer, ffn: nn.Module, columns: Tens
             return result
         written, *more = result if isinstance(result, tuple) else (result,)  # the router's scores are more
         spread = written.new_zeros(*whole.shape[:2], written.shape[-1])
-        spread = spread.index_put(at, written.view(*columns.shape, written.shape[-1]))
+        spread = spread.index_put(at, written.reshape(*columns.shape, written.shape[-1]))
         return (spread, *more) if isinstance(result, tuple) else spread
 
     stack.callback(ffn.register_forward_pre_hook(narrow, with_kwargs=True).remove)
