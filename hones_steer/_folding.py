@@ -37,7 +37,7 @@ class Folded:
             for columns, scales in touched:
                 original, scales = columns.read(), scales.to(columns.weight.device)
                 scaled.append(scale(original, scales))
-                if why := not_finite(original, scaled[-1], columns.neurons, scales):
+                if why := not_finite(original, scaled[-1], columns.neurons, scales, columns.experts):
                     raise StateError(
                         f"{columns.name}: {why}; lower the scale, use task() instead of fold(), or load the model in "
                         "bfloat16 or float32"
@@ -64,7 +64,7 @@ class Columns:
         self.name = name
         self._weight = weight  # which may be moved to another device
         self.neurons = neurons
-        self._experts = experts
+        self.experts = experts
 
     @property
     def weight(self) -> Tensor:
@@ -72,16 +72,16 @@ class Columns:
 
     def read(self) -> Tensor:
         """A copy of the columns."""
-        if self._experts is None:
+        if self.experts is None:
             return self.weight[:, self.neurons]
-        return self.weight[self._experts, :, self.neurons].t()
+        return self.weight[self.experts, :, self.neurons].t()
 
     def write(self, values: Tensor) -> None:
         """Replace the columns."""
-        if self._experts is None:
+        if self.experts is None:
             self.weight[:, self.neurons] = values.to(self.weight)
         else:
-            self.weight[self._experts, :, self.neurons] = values.t().to(self.weight)
+            self.weight[self.experts, :, self.neurons] = values.t().to(self.weight)
 
 
 def _columns(layout: Layout, ffn: Ffn, entries: Entries, pointers: Counter[int]) -> tuple[Columns, Tensor]:
@@ -99,19 +99,25 @@ def _columns(layout: Layout, ffn: Ffn, entries: Entries, pointers: Counter[int])
     return Columns(experts.name, experts.down_weight, neurons, numbers), scales
 
 
-def not_finite(before: Tensor, after: Tensor, neurons: Tensor, scales: Tensor) -> str | None:
+def not_finite(
+    before: Tensor, after: Tensor, neurons: Tensor, scales: Tensor, experts: Tensor | None = None
+) -> str | None:
     """Say which neuron's column `[hidden]` of `after` is infinite or NaN, and why; None if all are finite.
 
-    `before` and `after` are the columns `[hidden, k]` before and after scaling, `neurons` and `scales` are `[k]`.
+    `before` and `after` are the columns `[hidden, k]` before and after scaling, `neurons` and `scales` are `[k]`, and
+    so is `experts` where the neurons are of several.
     """
     columns = (~after.isfinite()).any(0).nonzero().flatten()
     if not len(columns):
         return None
     first = int(columns[0])
+    neuron = f"neuron {int(neurons[first])}"
+    if experts is not None:
+        neuron = f"expert {int(experts[first])}'s {neuron}"
     if not before[:, first].isfinite().all():
-        return f"the weights of neuron {int(neurons[first])} are infinite or NaN before they are scaled"
+        return f"the weights of {neuron} are infinite or NaN before they are scaled"
     dtype, largest = str(after.dtype).removeprefix("torch."), torch.finfo(after.dtype).max
-    return f"neuron {int(neurons[first])} with scale {float(scales[first]):g} goes beyond {dtype} ({largest:g} at most)"
+    return f"{neuron} with scale {float(scales[first]):g} goes beyond {dtype} ({largest:g} at most)"
 
 
 def _require_own_weight(projection: Projection, pointers: Counter[int]) -> None:

@@ -74,14 +74,23 @@ class Experts:
         """The part that gives z itself, of all rows at once, under `READABLE` implementations: as `activation`."""
         return "_apply_gate" if hasattr(self.module, "gate_up_proj") else self.activation
 
-    def require_readable(self) -> None:
-        """Raise LayoutError unless z itself can be read, and the router weighs what an expert writes."""
-        if self.all_tokens:
+    @property
+    def active(self) -> nn.Module | str:
+        """The part that gives act(gate(x)), or act(up(x)) where there is no gate, as `gating`.
+
+        Raises LayoutError if it is hidden in a gating of the experts' own.
+        """
+        if self.activation == "_apply_gate":
             raise LayoutError(
-                f"{self.name}: its router weighs what experts are given instead of what they write, and every expert "
-                f"computes every token ({type(self.module).__name__}), so that attribution does not count their "
-                "neurons; steering this model works, attributing on it does not"
+                f"{self.name}: {type(self.module).__name__} has a gating of its own, so that active neurons cannot be "
+                "counted; use a method other than ap and ape"
             )
+        return self.activation
+
+    def require_readable(self) -> None:
+        """Raise LayoutError unless z itself can be read."""
+        if self.all_tokens:
+            return
         if not self.by_interface:
             raise LayoutError(
                 f"{self.name}: its experts ({type(self.module).__name__}) are run one after the other by code of their "

@@ -125,10 +125,10 @@ class DecoderLayer:
         )
 
     @property
-    def shared_gate(self) -> nn.Module | None:
-        """The projection to the one number that what the shared expert writes is weighed by, if there is one."""
-        inside = (m for path, m in self.module.named_modules() if "shared" in path) if self.shared_out else ()
-        return next((m for m in inside if linear_shape(m) is not None and _linear_outputs(m) == 1), None)
+    def shared_gate(self) -> tuple[str, nn.Module] | None:
+        """Path and module of the projection to the number that weighs the shared expert's output, if there is one."""
+        inside = (at for at in self.module.named_modules() if "shared" in at[0]) if self.shared_out else ()
+        return next((at for at in inside if linear_shape(at[1]) is not None and _linear_outputs(at[1]) == 1), None)
 
     @property
     def down_proj(self) -> nn.Module:
@@ -225,6 +225,21 @@ class Layout:
             return False
         return all(kind in _PLAIN_ATTENTION for kind in kinds)
 
+    @property
+    def most_keys(self) -> int | None:
+        """To how many tokens each layer attends at most, where an indexer chooses them one by one; else None.
+
+        Its scores are sums over few heads of what a ReLU lets through, so many are equal, above all 0: which of these
+        are chosen depends on the batch. With so many tokens or fewer there is nothing to choose.
+        """
+        config = getattr(self.decoder, "config", None)
+        by_pools = hasattr(config, "index_kpool")
+        return getattr(config, "index_topk", None) if self._chooses_keys and not by_pools else None
+
+    @property
+    def _chooses_keys(self) -> bool:
+        return _INDEXED in (getattr(getattr(self.decoder, "config", None), "layer_types", None) or ())
+
     def require_attribution(self) -> None:
         """Raise LayoutError, naming the culprit, unless attribution can run the decoder and knows all its parts.
 
@@ -233,11 +248,11 @@ class Layout:
         """
         for experts in self.experts.values():
             experts.require_readable()
-        if _INDEXED in (getattr(getattr(self.decoder, "config", None), "layer_types", None) or ()):
+        if self._chooses_keys and self.most_keys is None:
             raise LayoutError(
-                f"layers of model type {self.model_type!r} choose the keys that they attend to by an indexer, whose "
-                "choice was seen to differ between batches of attribution; steering this model works, attributing on "
-                "it does not"
+                f"layers of model type {self.model_type!r} choose the keys that they attend to by an indexer, by pools "
+                "of them or in another way in which no length is known at which they are all chosen; steering this "
+                "model works, attributing on it does not"
             )
         if getattr(getattr(self.decoder, "config", None), "is_encoder_decoder", False):
             raise LayoutError(
@@ -388,14 +403,16 @@ def down_weight(layer: DecoderLayer | Projection) -> Tensor:
     )
 
 
-def ffn_gate(layer: DecoderLayer) -> nn.Module | None:
+def ffn_gate(layer: DecoderLayer, down_proj: nn.Module | None = None) -> nn.Module | None:
     """The projection of a gated FFN, act(gate(x))·up(x), whose first I outputs are gate(x); None for an ungated one.
 
-    A neuron is active, act(gate(x)) > 0, where its output is above 0: the activation keeps the sign.
+    The FFN is the layer's dense one, or that of another `down_proj`. A neuron is active, act(gate(x)) > 0, where its
+    output is above 0: the activation keeps the sign.
 
     Raises LayoutError, naming the layer, where the gate cannot be told or its activation does not keep the sign.
     """
-    shape = linear_shape(layer.down_proj)
+    down_proj = layer.down_proj if down_proj is None else down_proj
+    shape = linear_shape(down_proj)
     assert shape is not None  # checked where the layer was described
     width, hidden = shape
     projections: dict[str, nn.Module] = {}
@@ -403,8 +420,8 @@ def ffn_gate(layer: DecoderLayer) -> nn.Module | None:
         inside = any(path.startswith(f"{outer}.") for outer in projections)  # what a PEFT layer wraps
         if linear_shape(module) in ((hidden, width), (hidden, 2 * width)) and not _is_attention(path) and not inside:
             projections[path] = module
-    projections = {path: module for path, module in projections.items() if not _holds(layer.down_proj, module)}
-    [down] = (path for path, module in layer.module.named_modules() if module is layer.down_proj)
+    projections = {path: module for path, module in projections.items() if not _holds(down_proj, module)}
+    [down] = (path for path, module in layer.module.named_modules() if module is down_proj)
     beside = [path for path in projections if path.startswith(down.rpartition(".")[0])]  # not a convolution's
     projections = {path: projections[path] for path in beside or projections}
     fused = [path for path, module in projections.items() if linear_shape(module) == (hidden, 2 * width)]

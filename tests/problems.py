@@ -44,7 +44,10 @@ def every_architecture(represented: Sequence[tuple[str, str]], *, mixtures: bool
     return [*represented, *rest]
 
 
-MIXTURES = ("qwen3_moe", "deepseek_v3", "mixtral", "gpt_oss", "glm4v_moe", "qwen3_vl_moe", "nemotron_h_moe")
+MIXTURES = (
+    *("qwen3_moe", "deepseek_v3", "mixtral", "gpt_oss", "glm4v_moe", "qwen3_vl_moe", "nemotron_h_moe"),
+    *("qwen3_5_moe", "llama4"),
+)
 """The mixtures of experts that attribution runs on."""
 
 HEADS = ((0, 1, 0.5), (1, 3, 0.25), (2, 0, 0.125))

@@ -7,10 +7,11 @@ an intervention is a context manager. Nothing here imports `hones_offline` excep
 import math
 from collections import Counter
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import numpy as np
 import torch
-from reference_steering import expert_activations, expert_product
+from reference_steering import expert_activations, expert_product, inputs_first
 
 from hones_steer.layout import find_layout, is_transposed
 
@@ -126,6 +127,22 @@ def input_changed(down_projection, neurons, values, change):
         handle.remove()
 
 
+def routed(module, hidden_states, choices=None, weights=None):
+    """(row, token, expert, what it is given, what its output is weighed by) of each choice; its output is of the row.
+
+    Llama 4 has each expert compute every token, weighed before, and zeros of those that it is not chosen for.
+    """
+    if choices is not None:
+        for token, x in enumerate(hidden_states):
+            for e, weight in zip(choices[token].tolist(), weights[token], strict=True):
+                yield token, token, e, x, weight
+        return
+    tokens = len(hidden_states) // len(module.down_proj)
+    for row, x in enumerate(hidden_states):
+        if x.any():
+            yield row, row % tokens, row // tokens, x, torch.ones(())
+
+
 @contextmanager
 def experts_computed_plainly(module, change):
     """Compute routed experts one token and one expert after the other, with change(z) instead of z [T, experts, I].
@@ -134,20 +151,17 @@ def experts_computed_plainly(module, change):
     the router.
     """
 
-    def forward(hidden_states, choices, weights):
-        width = module.down_proj.numel() // module.down_proj.shape[0] // hidden_states.shape[-1]
-        z = [[torch.zeros(width) for _ in range(module.down_proj.shape[0])] for _ in hidden_states]
-        for token, x in enumerate(hidden_states):
-            for e in choices[token].tolist():
-                z[token][e] = expert_activations(module, e, x)
+    def forward(*given):
+        every = list(routed(module, *given))
+        width = module.down_proj.numel() // module.down_proj.shape[0] // given[0].shape[-1]
+        tokens = 1 + max(token for _, token, *_ in every)
+        z = [[torch.zeros(width) for _ in range(module.down_proj.shape[0])] for _ in range(tokens)]
+        for _, token, e, x, _ in every:
+            z[token][e] = expert_activations(module, e, x)
         z = change(torch.stack([torch.stack(of_token) for of_token in z]))
-        written = [
-            sum(
-                weight * expert_product(module, "down_proj", e, z[token, e])
-                for e, weight in zip(choices[token].tolist(), weights[token], strict=True)
-            )
-            for token in range(len(hidden_states))
-        ]
+        written = [torch.zeros(given[0].shape[-1]) for _ in given[0]]
+        for row, token, e, _, weight in every:
+            written[row] = written[row] + weight * expert_product(module, "down_proj", e, z[token, e])
         return torch.stack(written)
 
     module.forward = forward
@@ -166,11 +180,29 @@ def choices_recorded(model):
             if kind == "experts":
 
                 def hook(module, args, layer=layer):
-                    _, choices, weights = args
-                    every = torch.zeros(len(choices), module.down_proj.shape[0])
-                    recorded[layer] = every.scatter(1, choices, weights.detach().float())
+                    every = list(routed(module, *args))
+                    tokens = 1 + max(token for _, token, *_ in every)
+                    recorded[layer] = torch.zeros(tokens, module.down_proj.shape[0])
+                    for _, token, e, _, weight in every:
+                        recorded[layer][token, e] = weight.detach()
 
                 stack.callback(module.register_forward_pre_hook(hook).remove)
+        yield recorded
+
+
+@contextmanager
+def shared_gates_recorded(model):
+    """Record what shared experts with a gate are weighed by in the block, {layer: [T]}."""
+    recorded = {}
+    with ExitStack() as stack:
+        for layer in find_layout(model).layers:
+            for name, module in layer.module.named_modules():
+                if name.endswith("shared_expert_gate"):
+
+                    def hook(_module, _args, result, layer=layer.index):
+                        recorded[layer] = torch.sigmoid(result).flatten()
+
+                    stack.callback(module.register_forward_hook(hook).remove)
         yield recorded
 
 
@@ -372,14 +404,16 @@ def ffn_inputs_recorded(model):
 
 @torch.no_grad()
 def activation(model, processor, example, prompt, *, weighed=False):
-    """Z at the last token of a prompt (2.2), [L, I]; if `weighed`, that of experts by the router."""
-    with ffn_inputs_recorded(model) as recorded, choices_recorded(model) as chosen:
+    """Z at the last token of a prompt (2.2), [L, I]; if `weighed`, that of experts by the router and shared gates."""
+    with ffn_inputs_recorded(model) as recorded, choices_recorded(model) as chosen, shared_gates_recorded(model) as of:
         model(**prompt_inputs(processor, example, prompt))
     last = {ffn: z[-1] for ffn, z in recorded.items()}
     if weighed:
         for layer, weights in chosen.items():
             z = last[layer, "experts"]
             last[layer, "experts"] = (z.view(len(weights[-1]), -1) * weights[-1][:, None]).flatten()
+        for layer, gate in of.items():
+            last[layer, "shared"] = last[layer, "shared"] * gate[-1]
     return by_layer(model, last)
 
 
@@ -423,7 +457,7 @@ def write_ins(model, processor, task, examples, units):
         aligned = {}
         for layer, kind, module in ffns(model):
             if kind == "experts":
-                each = [w.T if getattr(module, "is_transposed", False) else w for w in module.down_proj]
+                each = [w.T if inputs_first(module) else w for w in module.down_proj]
                 aligned[layer, kind] = torch.cat([unit @ w for w in each])
             else:
                 aligned[layer, kind] = unit @ (module.weight.T if is_transposed(module) else module.weight)
@@ -563,25 +597,43 @@ def head_gradient(model, processor, task, examples, heads):
 
 @torch.no_grad()
 def activation_probability(model, processor, task, examples):
-    """LAPE's share of all tokens, of prompts and answers, at which the FFN's activation function gives > 0, [L, I]."""
+    """LAPE's share of all tokens, of prompts and answers, at which the FFN's activation function gives > 0, [L, I].
+
+    An expert's function gives something only at tokens that the expert is chosen for.
+    """
     active, tokens = [], 0
     for example in examples:
         for index, answer in task.answers(example):
-            given = []
+            given = {}
 
-            def hook(_module, _args, output, given=given):
-                given.append(output.flatten(0, -2)[:-1])  # without the end token, after which nothing is read
+            def hook(_module, _args, output, given=given, ffn=None):
+                given[ffn] = output.flatten(0, -2) > 0
+
+            def of_experts(module, args, given=given, ffn=None):
+                every = list(routed(module, *args))
+                width = module.down_proj.numel() // module.down_proj.shape[0] // args[0].shape[-1]
+                count = 1 + max(token for _, token, *_ in every)
+                given[ffn] = torch.zeros(count, module.down_proj.shape[0], width, dtype=torch.bool)
+                for _, token, e, x, _ in every:
+                    name = "gate_up_proj" if hasattr(module, "gate_up_proj") else "up_proj"
+                    given[ffn][token, e] = module.act_fn(expert_product(module, name, e, x)[:width]) > 0
+                given[ffn] = given[ffn].flatten(1)
 
             with ExitStack() as stack:
-                for layer in find_layout(model).with_ffn:
-                    ffn = next(m for m in layer.module.modules() if layer.down_proj in m.children())
-                    functions = [m for m in ffn.modules() if "activation" in type(m).__module__]
-                    (function,) = functions or [ffn.w1]  # LFM2 calls SiLU by name, which keeps its gate's sign
-                    stack.callback(function.register_forward_hook(hook).remove)
+                for layer, kind, part in ffns(model):
+                    if kind == "experts":
+                        handle = part.register_forward_pre_hook(partial(of_experts, ffn=(layer, kind)))
+                    else:
+                        every = find_layout(model).layers[layer].module.modules()
+                        ffn = next(m for m in every if part in m.children())
+                        functions = [m for m in ffn.modules() if "activation" in type(m).__module__]
+                        (function,) = functions or [ffn.w1]  # LFM2 calls SiLU by name, which keeps its gate's sign
+                        handle = function.register_forward_hook(partial(hook, ffn=(layer, kind)))
+                    stack.callback(handle.remove)
                 answer_logits(model, processor, example, task.prompts(example)[index], answer)
-            layers = [(layer.index, "dense") for layer in find_layout(model).with_ffn]
-            active.append(by_layer(model, dict(zip(layers, [(row > 0).sum(0) for row in given], strict=True))))
-            tokens += len(given[0])
+            # Without the end token, after which nothing is read.
+            active.append(by_layer(model, {ffn: rows[:-1].sum(0) for ffn, rows in given.items()}))
+            tokens += len(next(iter(given.values()))) - 1
     return sum(active) / tokens
 
 

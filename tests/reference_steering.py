@@ -97,10 +97,14 @@ def experts_forward(module, factors, steered=None):
 
 def expert_product(module, name, e, x):
     """The product of expert e's weight of this name with x, and its bias if there is one."""
-    inputs_first = getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts")  # [inputs, outputs]
     weight = getattr(module, name)[e]
     bias = getattr(module, f"{name}_bias")[e] if hasattr(module, f"{name}_bias") else 0
-    return (x @ weight if inputs_first else weight @ x) + bias
+    return (x @ weight if inputs_first(module) else weight @ x) + bias
+
+
+def inputs_first(module):
+    """Whether the weights of experts are [experts, inputs, outputs]."""
+    return getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts")
 
 
 def expert_activations(module, e, x):

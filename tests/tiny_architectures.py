@@ -80,6 +80,7 @@ _RULES: tuple[tuple[str, int], ...] = (
     (r"(max_)?num_tiles", 1),
     (r"num_query_tokens|latent_query_num|\w+n_latents|resampler_num_latents|num_image_tokens|mm_tokens_per_image", 4),
     (r"(image|vision|video)_seq_length|vision_soft_tokens_per_image|audio_soft_tokens_per_image", 4),
+    (r"index_topk", 64),  # more tokens than there are, so that attribution has nothing to refuse
     (r"index_topk\w*|index_block_size|mamba_chunk_size|chunk_size|block_size", 8),
 )
 _RULE = [(re.compile(pattern), value) for pattern, value in _RULES]

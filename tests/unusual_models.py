@@ -4,6 +4,8 @@ from tiny_models import GROUPED, IMAGE, TEXT, VISION, VOCABULARY, _build
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
     FalconH1Config,
     FalconH1ForCausalLM,
     FalconMambaConfig,
@@ -109,21 +111,27 @@ def gemma4_text(seed=0):
     return _build(Gemma4ForCausalLM, config, seed)
 
 
+_INDEXED = {
+    **TEXT,
+    "mlp_layer_types": ["dense"] * 3,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+}
+
+
 def glm_moe_dsa(seed=0):
     """Sparse attention with keys of its own to choose by; FFNs dense in all layers."""
-    config = GlmMoeDsaConfig(
-        **TEXT,
-        mlp_layer_types=["dense"] * 3,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
-        v_head_dim=8,
-        index_n_heads=2,
-        index_head_dim=16,
-        index_topk=8,
-    )
-    return _build(GlmMoeDsaForCausalLM, config, seed)
+    return _build(GlmMoeDsaForCausalLM, GlmMoeDsaConfig(**_INDEXED, index_topk=8), seed)
+
+
+def deepseek_v32(seed=0):
+    """The same; it may choose more tokens than a test has, and layers tell no other what they choose."""
+    return _build(DeepseekV32ForCausalLM, DeepseekV32Config(**_INDEXED, index_topk=64), seed)
 
 
 def mllama(seed=0):

@@ -181,7 +181,7 @@ def _stored(base: Checkpoint, key: str, shape: tuple[int, ...]) -> Stored:
 def _refuse_not_finite(targets: Iterable[_Target]) -> None:
     for target in targets:
         before = target.columns_of(target.tensor.read()).read()
-        if why := not_finite(before, scale(before, target.scales), target.neurons, target.scales):
+        if why := not_finite(before, scale(before, target.scales), target.neurons, target.scales, target.experts):
             raise DataError(
                 f"{target.tensor.file}: {target.name}: {why}; lower the scale, or save the checkpoint in bfloat16 or "
                 "float32 and merge into that"

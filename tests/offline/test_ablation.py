@@ -4,6 +4,7 @@ import gc
 from dataclasses import replace
 from itertools import combinations, pairwise
 
+import mixture_models
 import numpy as np
 import pytest
 import reference
@@ -27,7 +28,7 @@ TEXT_MODELS = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3", "gpt
 
 def decoder_and_batch(architecture: str) -> tuple[TextDecoder, Batch]:
     """Four rows of different length, padded on the left."""
-    model = getattr(tiny_models, architecture)()
+    model = getattr(tiny_models if hasattr(tiny_models, architecture) else mixture_models, architecture)()
     model.generation_config.eos_token_id = 2
     decoder = TextDecoder(model)
     ids = tiny_models.text_inputs()["input_ids"]
@@ -84,7 +85,7 @@ def test_an_attention_that_changes_what_its_output_projection_gives_runs_again()
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("architecture", TEXT_MODELS)
+@pytest.mark.parametrize("architecture", [*TEXT_MODELS, "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4", "qwen3_5_moe"])
 def test_the_wanted_hidden_states_are_valid(architecture: str) -> None:
     """Elsewhere the last FFN was skipped, but for OPT, whose FFN is no module of its own."""
     decoder, batch = decoder_and_batch(architecture)

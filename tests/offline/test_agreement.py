@@ -89,6 +89,18 @@ def test_each_way_of_running_the_decoder_is_checked(change: Change, how: str, co
     prepare(*asked(p))
 
 
+def test_a_prompt_of_which_an_indexer_would_choose_tokens_is_refused() -> None:
+    """Tokens often have the same score, mostly 0: then the batch decides which of them is chosen."""
+    p = problem("deepseek_v32", "text")
+    assert prepare(*asked(p)).encoded[-1].longest == 8
+    p.model.config.index_topk = 7
+    with pytest.raises(LayoutError, match=r"attend to 7 tokens that an indexer chooses, .* has 8; leave out examples"):
+        prepare(*asked(p))
+    p.model.config.index_kpool = 2
+    with pytest.raises(LayoutError, match="'deepseek_v32' choose the keys that they attend to by an indexer, by pools"):
+        prepare(*asked(p))
+
+
 def test_a_decoder_that_writes_into_its_embeddings_runs_the_same_again() -> None:
     """GIT adds positions in place to the embeddings that it is given."""
     p = problem("llama", "text", count=1)

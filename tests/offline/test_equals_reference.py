@@ -44,6 +44,7 @@ CASES = every_architecture(
     ]
 )
 CASES.append(pytest.param(("mllama", "text"), marks=pytest.mark.matrix))  # a layer that does not run
+CASES.append(pytest.param(("deepseek_v32", "text"), marks=pytest.mark.matrix))  # an indexer with nothing to choose
 
 
 RUN = Execution(batch_size=9)

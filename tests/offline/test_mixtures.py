@@ -13,7 +13,12 @@ import pytest
 import reference
 import torch
 from hones_offline import attribute, evaluate
-from hones_offline.attribution.baselines import direct_write_in, gradient_activation, mean_activation
+from hones_offline.attribution.baselines import (
+    activation_probability,
+    direct_write_in,
+    gradient_activation,
+    mean_activation,
+)
 from hones_offline.attribution.write_in import head_guided_importance, target_directions
 from hones_offline.data.neurons import Bank, NeuronIndex
 from hones_offline.learning.adapters import check_adapters
@@ -31,7 +36,7 @@ from hones_steer.layout import find_layout
 INDEX = NeuronIndex((FfnRun(0, 1, dense=5), FfnRun(1, 2), FfnRun(2, 3, shared=4, experts=3, expert_width=2)))
 
 
-@pytest.fixture(params=["qwen3_moe", "deepseek_v3", "gpt_oss"], scope="module")
+@pytest.fixture(params=["qwen3_moe", "deepseek_v3", "gpt_oss", "llama4"], scope="module")
 def case(request: pytest.FixtureRequest) -> tuple[Problem, Prepared]:
     p = problem(request.param, "text")
     return p, prepare(*asked(p))
@@ -108,6 +113,14 @@ def test_baselines_equal_their_plain_twins_in_any_batch_size(case: tuple[Problem
         close(direct_write_in(prepared, directions, Execution(batch_size)), written)
 
 
+def test_an_experts_neurons_are_active_where_the_expert_is_chosen() -> None:
+    for architecture in ("qwen3_moe", "deepseek_v3", "llama4", "nemotron_h_moe"):
+        p = problem(architecture, "text")
+        prepared, expected = prepare(*asked(p)), reference.activation_probability(*asked(p))
+        for batch_size in (1, 3):
+            close(activation_probability(prepared, Execution(batch_size)), expected)
+
+
 def test_the_positive_part_of_each_example(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
     units, heads = target_directions(prepared), some_heads(prepared)
@@ -118,17 +131,15 @@ def test_the_positive_part_of_each_example(case: tuple[Problem, Prepared]) -> No
 
 def test_the_router_chooses_anew_under_an_intervention(case: tuple[Problem, Prepared]) -> None:
     p, prepared = case
-    layout = prepared.decoder.layout
-    chosen: list[list[list[int]]] = []
-    handle = layout.layers[2].experts.module.register_forward_pre_hook(lambda _, args: chosen.append(args[1].tolist()))  # type: ignore[union-attr]
     inputs = reference.prompt_inputs(p.processor, p.examples[-1], p.task.prompts(p.examples[-1])[0])
-    below = NeuronIndex.of(layout)
-    bank = below.bank(np.arange(below.layer(2).start))
-    for mask in (None, bank):
-        with torch.no_grad(), intervention(prepared, mask=mask):
+    index = NeuronIndex.of(prepared.decoder.layout)
+    below = index.bank(np.arange(index.layer(2).start))
+    chosen = []
+    for mask in (None, below):
+        with torch.no_grad(), intervention(prepared, mask=mask), reference.choices_recorded(p.model) as choices:
             p.model(**inputs)
-    handle.remove()
-    assert chosen[0] != chosen[1]
+        chosen.append(choices[2] > 0)
+    assert not torch.equal(*chosen)
 
 
 def test_what_is_learned_steers_the_model_alike_in_both_runtimes(case: tuple[Problem, Prepared], tmp_path: Any) -> None:
@@ -170,6 +181,17 @@ def test_the_other_implementation_gives_the_same() -> None:
     assert evaluate(*asked(p), mask=found.bank).outputs == evaluate(*asked(p), mask=expected.bank).outputs
 
 
+def test_a_shared_experts_own_gate_weighs_what_it_writes() -> None:
+    p = problem("qwen3_5_moe", "text")
+    prepared = prepare(*asked(p))
+    written, every = reference.mean_write_in(*asked(p)), prepared.decoder.layout.layers
+    for batch_size in (1, 3):
+        close(direct_write_in(prepared, target_directions(prepared), Execution(batch_size)), written)
+    close(attribute(*asked(p), head_metric="logprob", batch_size=3).importance, reference.fisher(*asked(p)))
+    assert all(layer.shared_gate is not None for layer in every)
+    assert all(layer.shared_gate is None for layer in find_layout(mixture_models.deepseek_v3()).layers)
+
+
 # What is refused
 
 
@@ -177,14 +199,26 @@ def eager(p: Problem) -> None:
     p.model.set_experts_implementation("eager")
 
 
+def other_gate(p: Problem) -> None:
+    """Gives the first layer's shared expert a gate of another name."""
+    block = p.model.model.layers[0].mlp
+    gate = block.shared_scale = block.shared_expert_gate
+    del block.shared_expert_gate
+    vars(block)["shared_expert_gate"] = gate
+
+
 @pytest.mark.parametrize(
     ("architecture", "change", "method", "message"),
     [
         ("qwen3_moe", eager, "fisher", r"layers\.0\.mlp\.experts: the experts implementation 'eager' does not show"),
-        ("llama4", lambda _: None, "fisher", "its router weighs what experts are given instead of what they write"),
-        ("qwen3_moe", lambda _: None, "ap", "active neurons of experts cannot be counted at their gate"),
-        ("qwen3_5_moe", lambda _: None, "hones", r"layers\.0: its shared expert has a gate of its own"),
-        ("qwen3_5_moe", lambda _: None, "dvp", "use a method without write-in: fisher"),
+        ("gpt_oss", lambda _: None, "ap", r"layers\.0\.mlp\.experts: GptOssExperts has a gating of its own, so that"),
+        (
+            "qwen3_5_moe",
+            other_gate,
+            "hones",
+            r"layers\.0: its shared expert has a gate of its own, mlp\.shared_scale, of",
+        ),
+        ("qwen3_5_moe", other_gate, "dvp", "use a method without write-in: fisher"),
     ],
 )
 def test_it_is_refused_before_any_work(
@@ -211,14 +245,6 @@ def test_an_implementation_chosen_later_is_refused_and_leaves_no_hook() -> None:
             score(prepared, batch_size=3)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in p.model.modules())
     assert "_apply_gate" not in vars(p.model.model.layers[0].mlp.experts)
-
-
-def test_a_shared_experts_own_gate_does_not_keep_gradients_from_it() -> None:
-    p = problem("qwen3_5_moe", "text")
-    found = attribute(*asked(p), head_metric="logprob", batch_size=3)
-    close(found.importance, reference.fisher(*asked(p)))
-    assert all(layer.shared_gate is not None for layer in find_layout(p.model).layers)
-    assert all(layer.shared_gate is None for layer in find_layout(mixture_models.deepseek_v3()).layers)
 
 
 @pytest.mark.parametrize("kind", ["ia3", "lora"])

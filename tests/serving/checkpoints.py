@@ -234,6 +234,16 @@ GATED: dict[str, dict[str, Any]] = {
     "phi3": {"num_key_value_heads": 2},
     "gemma": _HEADS,
     "gemma3_text": _HEADS,
+    # Its last two layers, which use the keys and values of lower ones, have FFNs of twice the width.
+    "gemma4_text": {
+        **_HEADS,
+        "num_hidden_layers": 5,
+        "layer_types": [*["full_attention", "sliding_attention"] * 2, "full_attention"],
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "global_head_dim": 32,
+        "hidden_size_per_layer_input": 0,
+    },
     "granite": {"num_key_value_heads": 2},
     "smollm3": {"num_key_value_heads": 2},
 }

@@ -131,15 +131,20 @@ def register() -> None:
         experts.STEERABLE.append(PlainExperts.__name__)
 
 
+def write_plugin(folder: Path) -> None:
+    """Write what makes `register` a plugin of vLLM's, for processes that have `folder` in their path."""
+    package = folder / f"{PLUGIN}-0.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PLUGIN}\nVersion: 0\n")
+    (package / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{PLUGIN} = {__name__}:{register.__name__}\n")
+
+
 @contextmanager
 def registered(folder: Path) -> Iterator[None]:
     """Let vLLM find `register` as the plugin `PLUGIN`, in a `folder` for it; afterwards nothing of it is left."""
     from hones_serving.vllm import experts
 
-    package = folder / f"{PLUGIN}-0.dist-info"
-    package.mkdir(parents=True)
-    (package / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PLUGIN}\nVersion: 0\n")
-    (package / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{PLUGIN} = {__name__}:{register.__name__}\n")
+    write_plugin(folder)
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in (
             (unquantized, "backend_to_kernel_cls"),

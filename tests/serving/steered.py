@@ -5,14 +5,17 @@ Prompts are lists of token ids, or ``(text, image)`` pairs for a model with visi
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from serving.engines import V2, offline
 from tiny_models import random_profile
+from transformers import AutoModelForCausalLM
 
 from hones_steer import Profile, save_profile, steer
 
@@ -82,6 +85,36 @@ class Reference:
         return dict(self._processor(images=image, text=text, return_tensors="pt"))
 
 
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint, profiles of it, the requests of a mixed batch, and the tokens that transformers gives to each."""
+
+    folder: Path
+    model: Any
+    of: dict[str, Profile]
+    asked: Sequence[Prompt]
+    expected: list[list[int]]
+
+    @property
+    def profiles(self) -> Path:
+        """Folder of the profiles."""
+        return self.folder / "profiles"
+
+
+def case_of(folder: Path, model: Any, asked: Sequence[Prompt], processor: Any = None) -> Case:
+    """Write profiles for the model that was loaded from `folder`, and have it answer the requests."""
+    of = write_profiles(model, folder / "profiles", fraction=0.5)
+    return Case(folder, model, of, asked, expected_tokens(Reference(model, folder / "profiles", processor), asked))
+
+
+def expected_tokens(reference: Reference, asked: Sequence[Prompt]) -> list[list[int]]:
+    """The reference's tokens for a mixed batch, few of them those of unsteered requests; then its model is plain."""
+    tokens = reference.answers(asked, MIXED)
+    assert changed(tokens, reference.answers(asked, [None] * len(MIXED)), MIXED) >= 0.8
+    reference.steering.detach()
+    return tokens
+
+
 @contextmanager
 def engine(model: Path, profiles: Path | None, env: Mapping[str, str] | None = None, **options: Any) -> Iterator[Any]:
     """An engine of `engines.offline`, with HONES_PROFILES set to a folder; None: without hones-steer.
@@ -146,6 +179,14 @@ def tokens_of(outputs: Sequence[Any]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def logprobs_of(outputs: Sequence[Any]) -> list[list[dict[int, float]]]:
+    """The log-probabilities of each output's first sequence, by token, at each of its positions."""
+    return [
+        [{token: entry.logprob for token, entry in step.items()} for step in output.outputs[0].logprobs]
+        for output in outputs
+    ]
+
+
 def answers(llm: Any, prompts: Sequence[Prompt], expressions: Sequence[str | None], **options: Any) -> list[list[int]]:
     """The tokens of one mixed batch."""
     return tokens_of(generate(llm, prompts, expressions, **options))
@@ -160,3 +201,29 @@ def changed(tokens: Sequence[list[int]], unsteered: Sequence[list[int]], express
     """The share of steered requests whose tokens differ from the unsteered ones."""
     steered = [a != b for a, b, e in zip(tokens, unsteered, expressions, strict=True) if e not in (None, "none")]
     return sum(steered) / len(steered)
+
+
+def check_lora(
+    model: Path, profiles: Path, adapter: Path, env: Mapping[str, str] | None = None, **options: Any
+) -> None:
+    """Check mixed batches beside a LoRA of the queries, written to `adapter`; `env` and `options` are `engine`'s.
+
+    The adapter is given to all requests of a batch or to none: on a CPU, vLLM mixes up batches with both.
+    """
+    from vllm.lora.request import LoRARequest
+
+    asked = prompts(len(MIXED))
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(adapter)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), adapter)
+    both = Reference(adapted.merge_and_unload(), profiles).answers(asked, MIXED)
+    expected = Reference(AutoModelForCausalLM.from_pretrained(model), profiles).answers(asked, MIXED)
+    assert sum(a != b for a, b in zip(both, expected, strict=True)) >= 6
+    lora = LoRARequest("lora", 1, str(adapter))
+    with engine(model, profiles, env, enable_lora=True, max_lora_rank=8, max_loras=1, **options) as llm:
+        assert answers(llm, asked, MIXED) == expected
+        params = [sampling(expression) for expression in MIXED]
+        outputs = llm.generate([request(p) for p in asked], params, lora_request=lora, use_tqdm=False)
+        assert tokens_of(outputs) == both
+        assert answers(llm, asked, MIXED) == expected

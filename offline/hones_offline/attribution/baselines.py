@@ -20,14 +20,14 @@ from hones_offline.running.batching import batches
 from hones_offline.running.execution import Execution
 from hones_offline.running.prompts import Prepared
 from hones_offline.running.readings import active_tokens, recorded_ffn
-from hones_steer.errors import DataError, LayoutError
+from hones_steer.errors import DataError
 from hones_steer.layout import ffn_gate
 
 
 def activation_probability(prepared: Prepared, execution: Execution) -> Importance:
     """AP: the share of all tokens, of prompts and answers, at which a neuron is active, act(gate(x)) > 0 (LAPE).
 
-    In an FFN without a gate it is z = act(up(x)) > 0.
+    In an FFN without a gate it is z = act(up(x)) > 0. An expert's is active at tokens only that it is chosen for.
 
     Raises:
         LayoutError: the gate of the model's FFNs cannot be told.
@@ -42,8 +42,8 @@ def activation_probability(prepared: Prepared, execution: Execution) -> Importan
         batch = AnsweredBatch(decoder, [pairs[i] for i in numbers]).batch
         with torch.no_grad(), active_tokens(decoder.layout, batch.mask.bool()) as counted:
             decoder.run(batch)
-        for layer, count in counted.items():
-            total[index.layer(layer)] = count.cpu().numpy()
+        for ffn, count in counted.items():
+            total[index[ffn]] = count.cpu().numpy()
         return total
 
     return _mean(index, execution, of_batch, lengths, sum(lengths))
@@ -51,13 +51,11 @@ def activation_probability(prepared: Prepared, execution: Execution) -> Importan
 
 def require_gates(prepared: Prepared, _execution: Execution) -> None:
     """Raise LayoutError, naming the layer, unless it is known in every FFN which neurons are active."""
-    for experts in prepared.decoder.layout.experts.values():
-        raise LayoutError(
-            f"{experts.name}: active neurons of experts cannot be counted at their gate; use a method other than ap "
-            "and ape"
-        )
-    for layer in prepared.decoder.layout.with_ffn:
-        ffn_gate(layer)
+    for layer in prepared.decoder.layout.layers:
+        for projection in layer.projections:
+            ffn_gate(layer, projection.down_proj)
+        if layer.experts is not None:
+            _ = layer.experts.active
 
 
 def mean_activation(prepared: Prepared, execution: Execution) -> Importance:

@@ -25,7 +25,7 @@ from hones_offline.running.execution import Execution
 from hones_offline.running.hooks import Head
 from hones_offline.running.length_buckets import LengthBuckets
 from hones_offline.running.prompts import Prepared
-from hones_offline.running.readings import recorded_ffn
+from hones_offline.running.readings import SIGMOID_GATE, recorded_ffn
 from hones_steer.errors import DataError, LayoutError
 from hones_steer.ffns import EXPERTS, Ffn
 from hones_steer.layout import Layout, down_weight
@@ -127,7 +127,8 @@ def mean_write_in(
 ) -> FloatArray:
     """Mean over examples of c_{l,i} = z_i·⟨W_down[:,i], u_y⟩ at the first prompt's last token.
 
-    Of an expert it is times the weight that the router gives it there, and 0 where it is not chosen.
+    Of an expert it is times the weight that the router gives it there, and 0 where it is not chosen; of a shared expert
+    with a gate of its own it is times what that gives there.
 
     The result is float64 [1 + heads, N], N being all neurons: first with every head in place, then with each of `heads`
     replaced. Each process of the execution runs some of the batches.
@@ -213,12 +214,13 @@ def alignments(layout: Layout, directions: Tensor) -> dict[Ffn, Tensor]:
 
 
 def require_write_in(prepared: Prepared, _execution: Execution) -> None:
-    """Raise LayoutError, naming the layer, unless what each FFN adds is its down-projection's, router weights aside."""
+    """Raise LayoutError, naming the layer, if a number that is not known weighs what an FFN adds."""
     for layer in prepared.decoder.layout.layers:
-        if layer.shared_gate is not None:
+        gate = layer.shared_gate
+        if gate is not None and not gate[0].endswith(SIGMOID_GATE):
             raise LayoutError(
-                f"{layer.name}: its shared expert has a gate of its own, which the write-in of its neurons does not "
-                "know; use a method without write-in: fisher, grad_all, grad_abs, grad_act, head_grad or ma"
+                f"{layer.name}: its shared expert has a gate of its own, {gate[0]}, of which it is not known what it "
+                "weighs by; use a method without write-in: fisher, grad_all, grad_abs, grad_act, head_grad or ma"
             )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,29 +84,60 @@ class Activations:
         return torch.stack([(z.float() * weight).sum(1, dtype=torch.float64) for z in copies])
 
 
+class Choices(NamedTuple):
+    """Which token and expert each row of what experts compute is of, and the router's weight: [choices] each.
+
+    Tokens are counted row after row, `num_tokens` in all.
+    """
+
+    tokens: Tensor
+    experts: Tensor
+    weights: Tensor
+    num_tokens: int
+
+
 @dataclass(frozen=True, eq=False)
 class ExpertActivations:
     """The z [choices, I] of each token and expert that was chosen for it, in a forward of `shape`.
 
-    `tokens`, `experts` and `weights` [choices] are the token (row after row), the expert and its router weight.
+    `name` is that of the layer's `count` experts. `last` says what it says of `Activations`.
     """
 
     name: str
     z: Tensor
     shape: Shape
     count: int
-    """Number of experts."""
-    tokens: Tensor
-    experts: Tensor
-    weights: Tensor
+    choices: Choices
+    last: bool = False
+
+    @property
+    def tokens(self) -> Tensor:
+        """The token of each choice, row after row."""
+        return self.choices.tokens
+
+    @property
+    def experts(self) -> Tensor:
+        """The expert of each choice."""
+        return self.choices.experts
 
     @cached_property
-    def _row_and_column(self) -> tuple[Tensor, Tensor]:
-        """Row and column of each choice."""
+    def _rows(self) -> Tensor:
+        """The row of each choice; as many positions of each have run."""
+        return self.tokens // (self.choices.num_tokens // self.shape[0])
+
+    @property
+    def _columns(self) -> Tensor:
+        """The position of each choice in its row; raises LayoutError, naming the experts, unless all have run."""
         rows, positions = self.shape
-        if int(self.tokens.max()) >= rows * positions:
-            raise _partly_run(self.name, int(self.tokens.max()) + 1, rows * positions)
-        return self.tokens // positions, self.tokens % positions
+        if self.choices.num_tokens != rows * positions:
+            raise _partly_run(self.name, self.choices.num_tokens, rows * positions)
+        return self.tokens % positions
+
+    def _choices_at(self, columns: Tensor) -> Tensor:
+        """Which choices are of each row's column."""
+        if self.last and self.choices.num_tokens == self.shape[0]:  # it has run there alone
+            return torch.arange(len(self.tokens), device=self.tokens.device)
+        return (self._columns == columns.to(self.tokens.device)[self._rows]).nonzero()[:, 0]
 
     @property
     def _size(self) -> int:
@@ -122,11 +154,10 @@ class ExpertActivations:
 
     def scaled_by_row(self, factors: Tensor, columns: Tensor | None) -> Tensor:
         """Multiply z by factors [rows, N] of each row, at every position or at the row's one of `columns` [rows]."""
-        row, column = self._row_and_column
-        each, places = factors.view(-1, self.z.shape[-1]), row * self.count + self.experts
+        each, places = factors.view(-1, self.z.shape[-1]), self._rows * self.count + self.experts
         if columns is None:
             return scale(self.z, each.index_select(0, places))
-        at = (column == columns.to(row.device)[row]).nonzero()[:, 0]
+        at = self._choices_at(columns)
         return self.z.index_copy(0, at, scale(self.z[at], each.index_select(0, places[at])))
 
     def filled(self, neurons: Tensor, values: Tensor) -> Tensor:
@@ -142,35 +173,39 @@ class ExpertActivations:
 
         With `weighted` it is times the expert's router weight: what the down-projections then add up.
         """
-        row, column = self._row_and_column
-        at = (column == columns.to(row.device)[row]).nonzero()[:, 0]
+        at = self._choices_at(columns)
         z = self.z[at].detach().float()
         if weighted:
-            z = z * self.weights[at].detach().float()[:, None]
+            z = z * self.choices.weights[at].detach().float()[:, None]
         found = z.new_zeros(self.shape[0] * self.count, z.shape[-1])
-        return found.index_copy(0, row[at] * self.count + self.experts[at], z).view(self.shape[0], -1)
+        return found.index_copy(0, (self._rows * self.count + self.experts)[at], z).view(self.shape[0], -1)
 
     def sums(self, real: Tensor) -> tuple[Tensor, Tensor]:
         """Σ z over the tokens that `real`, bool [rows, T], marks, and how many have a z: float64 and int64 [N]."""
-        kept = real.to(self.z.device)[self._row_and_column]
+        kept = real.to(self.z.device)[self._rows, self._columns]
         experts, z = self.experts[kept], self.z.detach()[kept].double()
         total = z.new_zeros(self.count, z.shape[-1]).index_add(0, experts, z)
         return total.flatten(), torch.bincount(experts, minlength=self.count).repeat_interleave(z.shape[-1])
+
+    def positive(self, real: Tensor) -> Tensor:
+        """At how many of the tokens that `real`, bool [rows, T], marks z is above 0: int64 [N]."""
+        kept = real.to(self.z.device)[self._rows, self._columns]
+        positive = (self.z[kept] > 0).long()
+        return positive.new_zeros(self.count, self.z.shape[-1]).index_add(0, self.experts[kept], positive).flatten()
 
     def products(self, weights: ExpertActivations) -> Tensor:
         """Σ z·w over positions, for weights of `rows` rows and z of copies of these: float64 [copies, rows, N].
 
         Where an expert is chosen in one of the two only, z or w is 0.
         """
-        row, _ = self._row_and_column
-        rows, positions = weights.shape
-        place = torch.full((rows * positions * self.count,), -1, device=self.z.device)
+        rows, tokens = weights.shape[0], weights.choices.num_tokens
+        place = torch.full((tokens * self.count,), -1, device=self.z.device)
         place[weights.tokens * self.count + weights.experts] = torch.arange(len(weights.tokens), device=self.z.device)
-        found = place[self.tokens % (rows * positions) * self.count + self.experts]
+        found = place[self.tokens % tokens * self.count + self.experts]
         at = (found >= 0).nonzero()[:, 0]
         products = (self.z[at].float() * weights.z[found[at]].float()).double()
         total = products.new_zeros(self.shape[0] * self.count, self.z.shape[-1])
-        total = total.index_add(0, row[at] * self.count + self.experts[at], products)
+        total = total.index_add(0, (self._rows * self.count + self.experts)[at], products)
         return total.view(-1, rows, self._size)
 
 

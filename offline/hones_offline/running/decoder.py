@@ -93,6 +93,15 @@ class TextDecoder:
         """Pad segments to one length on `side`, on the model's device."""
         return collate(segments, self.device, side)
 
+    def require_length(self, tokens: int) -> None:
+        """Raise LayoutError if rows of so many tokens are more than each layer attends to."""
+        if self.layout.most_keys is not None and tokens > self.layout.most_keys:
+            raise LayoutError(
+                f"layers of model type {self.layout.model_type!r} attend to {self.layout.most_keys} tokens that an "
+                f"indexer chooses, in batches of attribution not always to the same, and a prompt, with its answer if "
+                f"it is run with one, has {tokens}; leave out examples that are so long"
+            )
+
     def run(self, batch: Batch, cache: KVCache | None = None) -> tuple[Tensor, KVCache | None]:
         """One decoder forward: hidden states after the final norm [B, T, hidden], and the KV cache, grown.
 
@@ -100,6 +109,7 @@ class TextDecoder:
         columns are valid; elsewhere the last FFN was skipped.
         """
         mask = batch.mask
+        self.require_length(mask.shape[1])
         if mask.shape[1] == batch.embeds.shape[1] and not bool((mask[:, 1:] > mask[:, :-1]).any()):
             mask = torch.ones_like(mask)  # no token looks at padding that comes after it, and plain causal is faster
         positions = batch.positions[0] if batch.positions.shape[0] == 1 else batch.positions

@@ -37,6 +37,11 @@ class Encoded:
         """The whole prompt `index`."""
         return self.shared + self.endings[index] if self.endings else self.shared
 
+    @property
+    def longest(self) -> int:
+        """The length of the longest prompt, in tokens."""
+        return len(self.shared) + max(map(len, self.endings), default=0)
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -122,7 +127,7 @@ def prepare(
 
     Raises:
         DataError: more than the share `max_failures` of the examples failed, or no example is usable.
-        LayoutError: the model's text decoder cannot be run without the rest of the model.
+        LayoutError: the model's text decoder cannot be run without the rest of the model, or on so long a prompt.
     """
     examples = list(examples)
     if not examples:
@@ -139,6 +144,7 @@ def prepare(
             failures[example.id] = str(error)
             continue
         encoded.append(encode(decoder, processor, image, task.prompts(example)))
+        decoder.require_length(encoded[-1].longest)
         usable.append(example)
         if len(samples) < _CHECKED:
             text = render(processor, task.prompts(example)[0], has_image=image is not None)

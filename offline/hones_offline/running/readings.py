@@ -7,10 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from hones_offline.data.neurons import NeuronIndex
-from hones_offline.running.activations import Activations, AnyActivations, Shape, by_row
-from hones_offline.running.hooks import FfnHook, hooked, hooked_ffns
-from hones_steer.ffns import Ffn
-from hones_steer.layout import DecoderLayer, Layout, ffn_gate
+from hones_offline.running.activations import Activations, AnyActivations, ExpertActivations, Shape, by_row
+from hones_offline.running.hooks import FfnHook, hooked, hooked_ffns, on_tokens
+from hones_steer.ffns import EXPERTS, SHARED, Ffn
+from hones_steer.layout import DecoderLayer, Layout, Projection, ffn_gate
+
+# Last name of a shared expert's gate of which transformers takes the sigmoid.
+SIGMOID_GATE = "shared_expert_gate"
 
 
 class _Captured(Exception):  # noqa: N818 - control flow: leaves the model's forward early
@@ -72,20 +75,30 @@ def recorded_ffn(
 
     Recorded are the layers from `first` on, in forwards with that many rows: a prefix that rows share has none of their
     columns. Where the last FFN runs at one column of each row only (`last_ffn_at`), that column is the row's. With
-    `weighted`, experts' are times the router's weight (`ExpertActivations.at`).
+    `weighted`, experts' are times the router's weight (`ExpertActivations.at`) and a shared expert's, once the block
+    has ended, times the sigmoid of its `SIGMOID_GATE`.
     """
     recorded: dict[Ffn, Tensor] = {}
+    gates: dict[Ffn, Tensor] = {}
 
-    def recorder(ffn: Ffn) -> FfnHook:
+    def recorder(into: dict[Ffn, Tensor], ffn: Ffn) -> FfnHook:
         def record(activations: AnyActivations) -> Tensor:
             if activations.shape[0] == len(columns):
-                recorded[ffn] = activations.at(columns, weighted=weighted)
+                into[ffn] = activations.at(columns, weighted=weighted)
             return activations.z
 
         return record
 
-    with hooked_ffns(layout, {ffn: recorder(ffn) for ffn in _ffns(layout, first)}):
-        yield recorded
+    outputs = [
+        (layer, layer.shared_gate[1], on_tokens(recorder(gates, ffn), layer.name, last=layer is layout.layers[-1]))
+        for layer in layout.layers[first:]
+        if weighted and layer.shared_gate is not None and (ffn := Ffn(layer.index, SHARED))
+    ]
+    with hooked_ffns(layout, {ffn: recorder(recorded, ffn) for ffn in _ffns(layout, first)}):
+        with hooked(layout, (), outputs):
+            yield recorded
+        for ffn, gate in gates.items():
+            recorded[ffn] = recorded[ffn] * gate.sigmoid()
 
 
 @contextmanager
@@ -153,26 +166,34 @@ def ffn_products(
 
 
 @contextmanager
-def active_tokens(layout: Layout, real: Tensor) -> Iterator[dict[int, Tensor]]:
-    """Count at how many of a forward's tokens each neuron is active, per layer of a model without experts: int64 [I].
+def active_tokens(layout: Layout, real: Tensor) -> Iterator[dict[Ffn, Tensor]]:
+    """Count at how many of a forward's tokens each neuron is active, per FFN: int64 [N].
 
-    A neuron is active where act(gate(x)) > 0 in a gated FFN, where act(up(x)) = z > 0 in another. `real`, bool [rows,
-    T], says which tokens count.
+    A neuron is active where act(gate(x)) > 0 in a gated FFN, where act(up(x)) = z > 0 in another; an expert's only
+    where the expert is chosen. `real`, bool [rows, T], says which tokens count.
 
     Raises LayoutError, naming the layer, for an FFN whose gate cannot be told.
     """
-    counted: dict[int, Tensor] = {}
+    counted: dict[Ffn, Tensor] = {}
 
-    def counter(layer: DecoderLayer) -> Callable[[Tensor, Shape], Tensor]:
+    def counter(layer: DecoderLayer, projection: Projection) -> Callable[[Tensor, Shape], Tensor]:
         def count(x: Tensor, shape: Shape) -> Tensor:
-            active = by_row(x, shape[0], layer.name)[..., : layer.width] > 0
-            counted[layer.index] = (active & real.to(x.device)[..., None]).sum((0, 1))
+            active = by_row(x, shape[0], layer.name)[..., : projection.width] > 0
+            counted[projection.ffn] = (active & real.to(x.device)[..., None]).sum((0, 1))
             return x
 
         return count
 
-    gates = [(layer, ffn_gate(layer)) for layer in layout.with_ffn]
-    inputs = [(layer, layer.down_proj, counter(layer)) for layer, gate in gates if gate is None]
-    outputs = [(layer, gate, counter(layer)) for layer, gate in gates if gate is not None]
-    with hooked(layout, inputs, outputs):
+    def of_experts(layer: DecoderLayer) -> Callable[[ExpertActivations], Tensor]:
+        def count(activations: ExpertActivations) -> Tensor:
+            counted[Ffn(layer.index, EXPERTS)] = activations.positive(real)
+            return activations.z
+
+        return count
+
+    gates = [(layer, of, ffn_gate(layer, of.down_proj)) for layer in layout.layers for of in layer.projections]
+    inputs = [(layer, of.down_proj, counter(layer, of)) for layer, of, gate in gates if gate is None]
+    outputs = [(layer, gate, counter(layer, of)) for layer, of, gate in gates if gate is not None]
+    experts = [(layout.layers[index], of, of_experts(layout.layers[index])) for index, of in layout.experts.items()]
+    with hooked(layout, inputs, outputs, experts, active=True):
         yield counted

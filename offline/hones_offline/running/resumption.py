@@ -186,15 +186,24 @@ def _restore_forward(module: nn.Module, assigned: Callable[..., Any] | None) -> 
 
 @contextmanager
 def last_ffn_at(layout: Layout, columns: Tensor | None) -> Iterator[None]:
-    """Within the block, the last layer's FFN runs at these columns of each row only, [rows, n]; elsewhere it adds 0.
+    """Within the block, the last layer's FFNs run at these columns of each row only, [rows, n]; elsewhere they add 0.
 
     Only a later layer's attention reads other positions, and there is no later layer. An FFN that is not a module
     called with states [rows, T, ...] alone runs everywhere, as with `columns` None.
     """
     layer = layout.layers[-1]
-    ffn = parent_of(layer, layer.down_proj) if layer.has_ffn else layer.module
-    if columns is None or ffn is layer.module:
+    with ExitStack() as stack:
+        if columns is not None and layer.ffn_out is not None:
+            _narrow(stack, layer, parent_of(layer, layer.ffn_out), columns)
+        if columns is not None and layer.experts is not None:  # which are run at some token at least
+            columns = columns if columns.shape[1] else columns.new_zeros(len(columns), 1)
+            _narrow(stack, layer, parent_of(layer, layer.experts.module), columns)
         yield
+
+
+def _narrow(stack: ExitStack, layer: DecoderLayer, ffn: nn.Module, columns: Tensor) -> None:
+    """Have an FFN run at these columns only until the stack is left, unless it is no module of its own."""
+    if ffn is layer.module:
         return
     at = torch.arange(len(columns))[:, None], columns
     whole: Tensor | None = None
@@ -205,12 +214,13 @@ def last_ffn_at(layout: Layout, columns: Tensor | None) -> Iterator[None]:
         whole = args[0] if alone else None
         return args if whole is None else (whole[at],), kwargs
 
-    def widen(_module: nn.Module, _args: tuple[Any, ...], written: Tensor) -> Tensor:
+    def widen(_module: nn.Module, _args: tuple[Any, ...], result: Any) -> Any:
         if whole is None:
-            return written
-        return written.new_zeros(*whole.shape[:2], written.shape[-1]).index_put(at, written)
+            return result
+        written, *more = result if isinstance(result, tuple) else (result,)  # the router's scores are more
+        spread = written.new_zeros(*whole.shape[:2], written.shape[-1])
+        spread = spread.index_put(at, written.reshape(*columns.shape, written.shape[-1]))
+        return (spread, *more) if isinstance(result, tuple) else spread
 
-    with ExitStack() as stack:
-        stack.callback(ffn.register_forward_pre_hook(narrow, with_kwargs=True).remove)
-        stack.callback(ffn.register_forward_hook(widen).remove)
-        yield
+    stack.callback(ffn.register_forward_pre_hook(narrow, with_kwargs=True).remove)
+    stack.callback(ffn.register_forward_hook(widen).remove)

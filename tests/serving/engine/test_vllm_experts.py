@@ -4,13 +4,15 @@ vLLM's experts for CPUs are one kernel, which cannot be steered: those of `exper
 """
 
 import dataclasses
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -21,20 +23,23 @@ from hones_serving.vllm.experts import Experts, MixtureTables
 from hones_serving.vllm.scaling import SteeredExperts, TokenSlots
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving.engines import V2
-from serving.experts_on_cpu import PLUGIN, registered
+from serving.engines import ENVIRONMENT, V2, server
+from serving.experts_on_cpu import PLUGIN, registered, write_plugin
 from serving.reference_slots import scale_choices
 from serving.steered import (
     MIXED,
+    NEW_TOKENS,
+    Case,
     Reference,
     answers,
     answers_alone,
-    changed,
+    case_of,
+    check_lora,
     engine,
     generate,
+    logprobs_of,
     prompts,
     tokens_of,
-    write_profiles,
 )
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -190,6 +195,29 @@ def test_shards_of_neurons_and_of_experts() -> None:
     assert not torch.equal(expected, z)
 
 
+def test_compiled_each_row_gets_what_is_written_later() -> None:
+    """Compiles one graph, which no change of profiles makes anew."""
+    layers = layers_of()
+    tables = tables_for(layers)
+    tokens = place(layers, tables, eager=False)
+    generator = torch.Generator().manual_seed(0)
+    torch.compiler.reset()
+    compiled = torch.compile(layers[1].module.forward_modular, fullgraph=True, backend="eager")
+    for step, (profile, slots) in enumerate(zip(PROFILES[1:], ([1, 0, 1], [0, 2, 2], [3, 1, 0]), strict=False)):
+        assert profile is not None
+        tables.require([profile])
+        for slot in set(slots) - {0}:
+            tables.write(slot, profile)
+        tokens.write(slots, [1, 2, 1])
+        each = np.repeat(slots, [1, 2, 1]).tolist()
+        choices = torch.randint(0, COUNT, (len(each), CHOICES), generator=generator)
+        z = torch.randn(len(each) * CHOICES, WIDTH, generator=generator)
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            scaled = compiled(z, topk_weights=None, topk_ids=choices)
+        assert torch.equal(scaled, scale_choices(z, choices, each, dict.fromkeys(set(slots) - {0}, profile), 1))
+    torch.compiler.reset()
+
+
 def test_padded_neurons_are_left_alone() -> None:
     layers = layers_of()
     tables = tables_for(layers)
@@ -256,21 +284,6 @@ MODES: dict[str, dict[str, Any]] = {
     "tensor parallel": {"tensor_parallel_size": 2},
     "expert parallel": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
 }
-EVERY_DAY = [("qwen2_moe", "compiled")]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A checkpoint, the profiles in the folder beside it, and the tokens of the mixed batch."""
-
-    folder: Path
-    of: dict[str, Profile]
-    expected: list[list[int]]
-
-    @property
-    def profiles(self) -> Path:
-        """Folder of the profiles."""
-        return self.folder / "profiles"
 
 
 @pytest.fixture(scope="module")
@@ -279,12 +292,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     model_type = getattr(request, "param", "qwen3_moe")
     folder = checkpoints.text_model(tmp_path_factory.mktemp(model_type), model_type)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    profiles = write_profiles(model, folder / "profiles", fraction=0.5)
-    reference = Reference(model, folder / "profiles")
-    expected = reference.answers(PROMPTS, MIXED)
-    assert changed(expected, reference.answers(PROMPTS, [None] * len(MIXED)), MIXED) >= 0.8
-    reference.steering.detach()
-    return Case(folder, profiles, expected)
+    return case_of(folder, model, PROMPTS)
 
 
 @contextmanager
@@ -295,13 +303,6 @@ def mixture(
     env = {**(env or {}), "VLLM_PLUGINS": f"hones,{PLUGIN}" if profiles else PLUGIN}
     with registered(folder), engine(case.folder, profiles, env, **{**TOKENS, **options}) as llm:
         yield llm
-
-
-def logprobs_of(outputs: list[Any]) -> list[list[dict[int, float]]]:
-    return [
-        [{token: entry.logprob for token, entry in step.items()} for step in output.outputs[0].logprobs]
-        for output in outputs
-    ]
 
 
 @pytest.mark.parametrize("case", checkpoints.MIXTURES, indirect=True, scope="module")
@@ -320,14 +321,32 @@ def test_each_request_of_a_mixed_batch_is_right(case: Case, tmp_path: Path) -> N
         assert same == (expression in (None, "none")), expression
 
 
+only_v2 = pytest.mark.skipif(not V2, reason="with the V1 runner more is tested; with V2 that would take too long")
+
+
 @pytest.mark.both_runners
-@pytest.mark.skipif(not V2, reason="the test before this is more, but for the V2 runner it would take too long")
+@only_v2
+@pytest.mark.parametrize("case", checkpoints.MIXTURES, indirect=True, scope="module")
 def test_the_first_tokens_of_a_mixed_batch(case: Case, tmp_path: Path) -> None:
     """Runs vLLM's TritonExperts by the V2 runner, all interpreted."""
     with mixture(case, tmp_path, case.profiles) as llm:
         kernels = llm.apply_model(kernels_of)
         assert answers(llm, PROMPTS, MIXED, max_tokens=3) == [tokens[:3] for tokens in case.expected]
-    assert kernels == [["TritonExperts"] * 2]
+    layers = {ffn.layer for ffn in case.of["vqa"].ffns if not isinstance(ffn.part, str)}
+    assert kernels == [["TritonExperts"] * len(layers)]
+
+
+# vLLM's client leaves its ZeroMQ context to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.both_runners
+@only_v2
+@pytest.mark.parametrize("mode", ["tensor parallel", "expert parallel"])
+@pytest.mark.parametrize("case", checkpoints.MIXTURES, indirect=True, scope="module")
+def test_the_first_tokens_by_two_workers(case: Case, mode: str, tmp_path: Path) -> None:
+    """Runs them in two processes, which have half of each expert, or half of the experts."""
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with mixture(case, tmp_path, case.profiles, env, **MODES[mode]) as llm:
+        assert answers(llm, PROMPTS, MIXED, max_tokens=3) == [tokens[:3] for tokens in case.expected]
 
 
 def kernels_of(model: nn.Module) -> list[str]:
@@ -341,20 +360,23 @@ def kernels_of(model: nn.Module) -> list[str]:
 
 # vLLM's client leaves its ZeroMQ context to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize(
-    ("case", "mode"),
-    [
-        pytest.param(name, mode, marks=() if (name, mode) in EVERY_DAY else pytest.mark.matrix)
-        for name in checkpoints.MIXTURES
-        for mode in MODES
-    ],
-    indirect=["case"],
-    scope="module",  # or each mode would have a case of its own
-)
+@pytest.mark.matrix
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", checkpoints.MIXTURES, indirect=True, scope="module")
 def test_in_other_modes(case: Case, mode: str, tmp_path: Path) -> None:
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} if "parallel" in mode else {}
     with mixture(case, tmp_path, case.profiles, env, **MODES[mode]) as llm:
         assert answers(llm, PROMPTS, MIXED) == case.expected
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("case", checkpoints.MIXTURES, indirect=True, scope="module")
+def test_lora_beside_it(case: Case, tmp_path: Path) -> None:
+    """Adapts attention alone: vLLM has nothing for CPUs that computes adapters of experts."""
+    options = {**TOKENS, "lora_target_modules": ["q_proj"]}
+    with registered(tmp_path / "plugin"):
+        env = {"VLLM_PLUGINS": f"hones,{PLUGIN}"}
+        check_lora(case.folder, case.profiles, tmp_path / "lora", env, **options)
 
 
 # Room ---------------------------------------------------------------------------------------------
@@ -381,11 +403,9 @@ def test_profiles_change_while_the_engine_runs(case: Case, tmp_path: Path) -> No
     asked = PROMPTS[: len(expressions)]
     expected = []
     for at, profiles in enumerate((first, second)):
-        reference = Reference(
-            AutoModelForCausalLM.from_pretrained(case.folder, dtype=torch.float32),
-            write(tmp_path / f"reference{at}", **profiles),
-        )
+        reference = Reference(case.model, write(tmp_path / f"reference{at}", **profiles))
         expected.append(reference.answers(asked, expressions))
+        reference.steering.detach()
     assert expected[0] != expected[1]
     served = write(tmp_path / "served", **first)
     with mixture(case, tmp_path / "plugin", served, {"HONES_MAX_EXPERT_TABLES": "5"}) as llm:
@@ -407,6 +427,48 @@ def test_too_little_room_for_the_profiles_is_said_at_the_start(case: Case, tmp_p
         mixture(case, tmp_path, case.profiles, {"HONES_MAX_EXPERT_TABLES": "3"}),
     ):
         pass
+
+
+@pytest.mark.matrix
+def test_a_server_takes_profiles_as_far_as_there_is_room(case: Case, tmp_path: Path) -> None:
+    """Runs `hones serve` for the mixture, and loads profiles into it over HTTP."""
+    vqa, ocr = case.of["vqa"], case.of["ocr"]
+    asked = PROMPTS[-1]
+    first, second = restricted(vqa, (0, 1), (1, "dense")), restricted(ocr, (2, 5), (1, "dense"))
+    served = write(tmp_path / "served", vqa=first)
+    write(tmp_path / "reference", first=first, second=second)
+    reference = Reference(case.model, tmp_path / "reference")
+    expected = [reference.tokens(asked, task) for task in (None, "first", "second")]
+    reference.steering.detach()
+    assert expected[0] != expected[1] != expected[2]
+
+    command = [sys.executable, "-m", "hones_steer", "serve", str(case.folder), "--engine", "vllm"]
+    command += ["--profiles", str(served), "--allow-profile-updates", "--served-model-name", "tiny"]
+    command += ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "8", "--enforce-eager"]
+    path = [str(tmp_path / "plugin"), str(Path(__file__).parents[2]), ENVIRONMENT["PYTHONPATH"]]
+    env = {"PYTHONPATH": os.pathsep.join(path), "VLLM_PLUGINS": PLUGIN}
+    write_plugin(tmp_path / "plugin")
+    with server(command, tmp_path / "log", env) as running, httpx.Client(base_url=running.url, timeout=300) as client:
+
+        def tokens(task: str | None) -> list[int]:
+            body = {"model": "tiny", "prompt": asked, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+            body |= {"return_token_ids": True, "hones_task": task or "none"}
+            answer = client.post("/v1/completions", json=body).raise_for_status()
+            found: list[int] = answer.json()["choices"][0]["token_ids"]
+            return found
+
+        def load(**profile: Profile) -> httpx.Response:
+            write(served, **profile)
+            (name,) = profile
+            return client.post("/v1/hones/profiles", json={"name": name, "path": f"{name}.safetensors"})
+
+        assert [tokens(None), tokens("vqa")] == expected[:2]
+        refused = load(wide=case.of["cap"])
+        assert refused.status_code == 409
+        assert "start the server with --max-expert-tables 16 or more" in refused.json()["error"]["message"]
+        assert [tokens(None), tokens("vqa")] == expected[:2]
+        load(vqa=second).raise_for_status()
+        assert [tokens(None), tokens("vqa")] == [expected[0], expected[2]]
 
 
 # Refusals -----------------------------------------------------------------------------------------
@@ -450,8 +512,9 @@ def test_profiles_of_dense_ffns_alone_need_no_kernel_that_can_be_steered(case: C
     """Runs vLLM's own experts for CPUs, unsteered, beside a dense FFN that is steered."""
     dense = {task: restricted(profile, (1, "dense")) for task, profile in case.of.items()}
     folder = write(tmp_path / "dense", **dense)
-    reference = Reference(AutoModelForCausalLM.from_pretrained(case.folder, dtype=torch.float32), folder)
+    reference = Reference(case.model, folder)
     expected = reference.answers(PROMPTS, MIXED)
+    reference.steering.detach()
     with engine(case.folder, folder, **TOKENS) as llm:
         assert answers(llm, PROMPTS, MIXED) == expected
         write(folder, more=case.of["vqa"])

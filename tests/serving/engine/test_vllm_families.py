@@ -4,7 +4,6 @@ One stands for each mechanism every day: GPT-2 has no gate, and Phi is run by tr
 Such an engine changes transformers' classes of that family in this process: it builds none afterwards.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from serving.steered import MIXED, Prompt, Reference, answers, changed, engine, prompts, write_profiles
+from serving.steered import MIXED, Case, Prompt, answers, case_of, engine, prompts
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
-from hones_steer import Profile, export_lora
+from hones_steer import export_lora
 from serving import checkpoints
 
 MODES: dict[str, dict[str, Any]] = {
@@ -31,32 +30,12 @@ PAIRS = [(name, mode) for name in checkpoints.UNGATED for mode in MODES]
 PAIRS += [(name, mode) for name in checkpoints.GATED for mode in ("eager", "compiled")]  # in two: Llama's tests
 
 
-@dataclass(frozen=True)
-class Case:
-    """A checkpoint, profiles for it and their folder, requests, and their steered tokens."""
-
-    folder: Path
-    model: Any
-    profiles: dict[str, Profile]
-    asked: list[Prompt]
-    expected: list[list[int]]
-
-
-def case_of(folder: Path, model: Any, asked: list[Prompt], processor: Any = None) -> Case:
-    profiles = write_profiles(model, folder / "profiles", fraction=0.5)
-    reference = Reference(model, folder / "profiles", processor)
-    expected = reference.answers(asked, MIXED)
-    assert changed(expected, reference.answers(asked, [None] * len(MIXED)), MIXED) >= 0.8
-    reference.steering.detach()
-    return Case(folder, model, profiles, asked, expected)
-
-
 @pytest.fixture(scope="module")
 def text(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """Case of a text model by its `model_type`."""
     folder = checkpoints.text_model(tmp_path_factory.mktemp(request.param), request.param)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return case_of(folder, model, [*prompts(len(MIXED), longest=30)])
+    return case_of(folder, model, prompts(len(MIXED), longest=30))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +65,7 @@ def vlm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 )
 def test_each_request_of_a_mixed_batch_is_right(text: Case, mode: str) -> None:
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} if mode == "tensor parallel" else {}
-    with engine(text.folder, text.folder / "profiles", env, **MODES[mode]) as llm:
+    with engine(text.folder, text.profiles, env, **MODES[mode]) as llm:
         assert answers(llm, text.asked, MIXED) == text.expected
 
 
@@ -95,8 +74,8 @@ def test_each_request_of_a_mixed_batch_is_right(text: Case, mode: str) -> None:
 @pytest.mark.parametrize("vlm", checkpoints.VLMS, indirect=True)
 def test_with_images(vlm: Case, mode: str, tmp_path: Path) -> None:
     """Checks as well that vLLM finds every module of an exported LoRA: it leaves out unknown ones without a word."""
-    export_lora(vlm.profiles["vqa"], vlm.model, tmp_path / "lora")
-    with engine(vlm.folder, vlm.folder / "profiles", **MODES[mode]) as llm:
+    export_lora(vlm.of["vqa"], vlm.model, tmp_path / "lora")
+    with engine(vlm.folder, vlm.profiles, **MODES[mode]) as llm:
         assert answers(llm, vlm.asked, MIXED) == vlm.expected
         assert llm.apply_model(lambda model: unknown(model, tmp_path / "lora")) == [set()]
 

@@ -16,6 +16,7 @@ from serving.steered import (
     NEW_TOKENS,
     Prompt,
     engine,
+    logprobs_of,
     prompts,
     request,
     sampling,
@@ -97,11 +98,7 @@ def test_unsteered_requests_beside_them_are_bit_equal(llama: Path, profiles: Pat
     def logprobs(llm: Any, mixed: Sequence[tuple[str | None, str | None]], **options: Any) -> list[Any]:
         assert llm.reset_prefix_cache()
         params = [sampling(*named, logprobs=5, **options) for named in mixed]
-        outputs = llm.generate([request(prompt) for prompt in PROMPTS], params, use_tqdm=False)
-        return [
-            [{token: entry.logprob for token, entry in step.items()} for step in output.outputs[0].logprobs]
-            for output in outputs
-        ]
+        return logprobs_of(llm.generate([request(prompt) for prompt in PROMPTS], params, use_tqdm=False))
 
     with engine(llama, profiles) as llm:
         plain = logprobs(llm, [(None, None)] * len(MIXED))

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from serving.steered import (
     MIXED,
@@ -16,11 +15,10 @@ from serving.steered import (
     Reference,
     answers,
     changed,
+    check_lora,
     engine,
     generate,
     prompts,
-    request,
-    sampling,
     tokens_of,
     words,
 )
@@ -135,24 +133,8 @@ def write_int8(llama: Path, folder: Path) -> None:
 
 
 @pytest.mark.both_runners
-def test_lora_beside_it(llama: Path, profiles: Path, reference: Reference, tmp_path: Path) -> None:
-    """Gives the adapter to all requests of a batch or to none: on a CPU, vLLM mixes up batches with both."""
-    from vllm.lora.request import LoRARequest
-
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(llama), config).save_pretrained(tmp_path / "lora")
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), tmp_path / "lora")
-    both = Reference(adapted.merge_and_unload(), profiles).answers(PROMPTS, MIXED)
-    expected = reference.answers(PROMPTS, MIXED)
-    assert sum(a != b for a, b in zip(both, expected, strict=True)) >= 6
-    lora = LoRARequest("lora", 1, str(tmp_path / "lora"))
-    with engine(llama, profiles, enable_lora=True, max_lora_rank=8, max_loras=1) as llm:
-        assert answers(llm, PROMPTS, MIXED) == expected
-        params = [sampling(expression) for expression in MIXED]
-        outputs = llm.generate([request(p) for p in PROMPTS], params, lora_request=lora, use_tqdm=False)
-        assert tokens_of(outputs) == both
-        assert answers(llm, PROMPTS, MIXED) == expected
+def test_lora_beside_it(llama: Path, profiles: Path, tmp_path: Path) -> None:
+    check_lora(llama, profiles, tmp_path / "lora")
 
 
 # Sampling, in one engine --------------------------------------------------------------------------

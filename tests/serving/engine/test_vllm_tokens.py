@@ -13,9 +13,10 @@ from serving.steered import (
     Reference,
     answers,
     answers_alone,
-    changed,
     engine,
+    expected_tokens,
     generate,
+    logprobs_of,
     prompts,
     schedule_ahead,
     tokens_of,
@@ -35,20 +36,6 @@ MODES = [  # eager, whole prompts: the test before
 def expected(llama: Path, profiles: Path) -> list[list[int]]:
     """Transformers' tokens for the requests of the mixed batch."""
     return expected_tokens(Reference(AutoModelForCausalLM.from_pretrained(llama), profiles), PROMPTS)
-
-
-def expected_tokens(reference: Reference, prompts: Any) -> list[list[int]]:
-    tokens = reference.answers(prompts, MIXED)
-    assert changed(tokens, reference.answers(prompts, [None] * len(MIXED)), MIXED) >= 0.8
-    reference.steering.detach()
-    return tokens
-
-
-def logprobs_of(outputs: list[Any]) -> list[list[dict[int, float]]]:
-    return [
-        [{token: entry.logprob for token, entry in step.items()} for step in output.outputs[0].logprobs]
-        for output in outputs
-    ]
 
 
 @pytest.mark.both_runners
