@@ -331,7 +331,7 @@ def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwarg
     elif getattr(self, "hones_needs_front", False) and request.sampling_params is not None:  # pooling is never steered
         raise GracefulHTTPError(  # else vLLM would take the engine for broken, and drop the sentence
             "HONES_PROFILES is set, but the HTTP side of hones-steer has not started in front of this engine, so "
-            "nothing is generated rather than everything unsteered; the log of the server's start says why",
+            "nothing is generated rather than everything unsteered; use `hones serve` or `vllm serve`",
             HTTPStatus.SERVICE_UNAVAILABLE,
         )
     elif Settings.from_env() and (reserved := _reserved_args(request)):
