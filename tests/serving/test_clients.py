@@ -121,8 +121,8 @@ def text_of(part: Any) -> str:
 
 # LiteLLM's proxy ------------------------------------------------------------------------------------------
 
-# The routes on which it keeps the object ``hones`` of whole answers (of streams: never), and the headers of both.
-KEEPS_BODY = {CHAT, COMPLETIONS, RESPONSES}
+# Where it keeps the object ``hones`` (route, streamed), and the routes whose headers it keeps.
+KEEPS_BODY = {(CHAT, False), (COMPLETIONS, False), (RESPONSES, False), (RESPONSES, True)}
 KEEPS_HEADERS = {CHAT, RESPONSES}
 
 
@@ -151,7 +151,7 @@ def test_through_litellms_proxy(served: Served, proxy: Served, path: str, stream
         kept = {f"llm_provider-{name}": value for name, value in expected.headers.items()}
         assert answer.headers == ({**kept, "llm_provider-x-hones-route": route} if path in KEEPS_HEADERS else {})
         confirmed = [{**expected.confirmed[0], "route": route}]
-        assert answer.confirmed == (confirmed if path in KEEPS_BODY and not stream else [])
+        assert answer.confirmed == (confirmed if (path, stream) in KEEPS_BODY else [])
         texts.add(answer.text)
     assert len(texts) == 3
 
