@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText
 
 ROOT = Path(__file__).parents[2]
 NEW_TOKENS = 16  # LiteLLM's proxy asks for no fewer of a response
-QUESTIONS = [question.text for question in TEXTS]
+QUESTION = "What is in the picture?"  # that no profile answers with an end token at once
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
 # What the proxy and lm-eval would fetch when they start.
 OFFLINE = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
@@ -80,8 +80,8 @@ class Answer:
 
 
 def ask(at: Served, path: str, model: str, stream: bool = False, **body: Any) -> Answer:
-    """Ask the first of QUESTIONS by the official client of a route; `body` has fields that it does not know."""
-    chat = [{"role": "user", "content": QUESTIONS[0]}]
+    """Ask QUESTION by the official client of a route; `body` has fields that it does not know."""
+    chat = [{"role": "user", "content": QUESTION}]
     options: Any = {"model": model, "stream": stream, "extra_body": {"temperature": 0, **body}}
     with (
         openai.OpenAI(base_url=f"{at.url}/v1", api_key=at.key, max_retries=0, timeout=300) as ai,
@@ -90,7 +90,7 @@ def ask(at: Served, path: str, model: str, stream: bool = False, **body: Any) ->
         if path == CHAT:
             raw: Any = ai.chat.completions.with_raw_response.create(messages=chat, max_tokens=NEW_TOKENS, **options)
         elif path == COMPLETIONS:
-            raw = ai.completions.with_raw_response.create(prompt=QUESTIONS[0], max_tokens=NEW_TOKENS, **options)
+            raw = ai.completions.with_raw_response.create(prompt=QUESTION, max_tokens=NEW_TOKENS, **options)
         elif path == RESPONSES:
             raw = ai.responses.with_raw_response.create(input=chat, max_output_tokens=NEW_TOKENS, **options)
         else:
@@ -174,7 +174,7 @@ print(json.dumps([[answer.content, answer.response_metadata] for answer in answe
 
 def test_by_langchain(served: Served) -> None:
     script = recipe("from langchain_openai", served).replace('"..."', repr(served.key)) + LANGCHAIN
-    command = [program("langchain", "python"), "-c", script, QUESTIONS[0], str(NEW_TOKENS)]
+    command = [program("langchain", "python"), "-c", script, QUESTION, str(NEW_TOKENS)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout)
@@ -217,7 +217,7 @@ def test_lm_eval_measures_a_profile_by_its_name(served: Served, tmp_path: Path) 
             said = ai.chat.completions.create(model="tiny:vqa", messages=chat, max_tokens=8, temperature=0)
             return (said.choices[0].message.content or "").strip()
 
-        rows = [{"question": text, "answer": right(text)} for text in QUESTIONS]
+        rows = [{"question": question.text, "answer": right(question.text)} for question in TEXTS]
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "my_task.yaml").write_text(recipe("task: my_task", served))
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
