@@ -147,7 +147,8 @@ def test_through_litellms_proxy(served: Served, proxy: Served, path: str, stream
         expected = ask(served, straight, "tiny", hones_task=task)
         answer = ask(proxy, path, f"tiny-{task}", stream)
         assert answer.text == expected.text
-        assert f"tiny-{task}" in answer.models
+        asked = {"alias": f"tiny:{task}", "body": "tiny"}[route]
+        assert answer.models == {f"tiny-{task}", *([asked] if (path, stream) == (RESPONSES, True) else [])}
         kept = {f"llm_provider-{name}": value for name, value in expected.headers.items()}
         assert answer.headers == ({**kept, "llm_provider-x-hones-route": route} if path in KEEPS_HEADERS else {})
         confirmed = [{**expected.confirmed[0], "route": route}]
