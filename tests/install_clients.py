@@ -7,17 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-CLIENTS = {"litellm": "litellm[proxy]==1.108.7", "lm_eval": "lm_eval[api]==0.4.13"}
+CLIENTS = {
+    "litellm": "litellm[proxy]==1.108.7",
+    "lm_eval": "lm_eval[api]==0.4.13",
+    "langchain": "langchain-openai==1.7.4",
+}
 
 
-def find_client(name: str) -> Path:
-    """The program of one of CLIENTS, installed or not."""
-    return Path(sys.prefix, "clients", name, "bin", name)
+def find_client(name: str, program: str) -> Path:
+    """A program of the environment of one of CLIENTS, installed or not."""
+    return Path(sys.prefix, "clients", name, "bin", program)
 
 
 if __name__ == "__main__":
     for client, requirement in CLIENTS.items():
-        folder = find_client(client).parents[1]
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        python = find_client(client, "python")
+        subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True)
+        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, requirement], check=True)

@@ -26,9 +26,11 @@ def nginx(included: str, port: int, folder: Path) -> Iterator[str]:
     program = find_nginx()
     assert program, "nginx is not installed; `make test` installs it"
     paths = [f"{name}_temp_path {folder / name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")]
+    # Started by root, its workers would be another user's, who cannot keep a large body in this folder.
+    user = "user root; " if os.geteuid() == 0 else ""
     settings = folder / "nginx.conf"
     settings.write_text(
-        f"daemon off; pid {folder / 'pid'}; error_log {folder / 'error.log'}; events {{}}\n"
+        f"{user}daemon off; pid {folder / 'pid'}; error_log {folder / 'error.log'}; events {{}}\n"
         f"http {{ access_log {folder / 'access.log'}; {' '.join(paths)}\n{included}\n}}\n"
     )
     command = [program, "-p", str(folder), "-c", str(settings), "-e", str(folder / "error.log")]

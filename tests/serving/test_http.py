@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -327,56 +328,66 @@ async def test_other_routes_that_generate_say_that_they_are_unsteered_and_count(
     assert await site.tokens() > tokens
 
 
-def words_of(content: list[dict[str, Any]]) -> str:
-    return "".join(part["text"] for part in content if "text" in part)
-
-
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
-async def test_responses_and_messages_are_steered_as_chats_are(site: Site, path: str, stream: bool) -> None:
-    """Compares the answers with those that the same chats get, which other tests compare with transformers."""
+async def test_responses_and_messages_are_steered_as_chats_are(
+    site: Site, client: Client, path: str, stream: bool
+) -> None:
+    """Asks by the official clients, and compares with what the same chats get, as others do with transformers."""
+    messages: Any = [{"role": "user", "content": TEXTS[0].text}]
     if path == "/v1/messages" and isinstance(site.engine, Transformers):
-        pytest.skip("transformers' server has no such route")
-    messages = [{"role": "user", "content": TEXTS[0].text}]
-    limit = {"/v1/responses": "max_output_tokens", "/v1/messages": "max_tokens"}[path]
-    given = {"input": messages} if path == "/v1/responses" else {"messages": messages}
+        with pytest.raises(anthropic.NotFoundError):  # its server has no such route
+            await parsed(site, path, messages, model="tiny:vqa", stream=stream)
+        return
     before, texts = await scrape(site.server.url), {}
-    for expression, scope, extra, route in (
-        ("vqa", "all", {"model": "tiny:vqa"}, "alias"),
-        ("ocr@1.5", "all", {"hones_task": "ocr@1.5"}, "body"),
-        ("cap@2", "prompt", {"hones_task": "cap@2"}, "body"),
-        ("cap@2", "generated", {"model": "tiny:cap@2"}, "alias"),
-        ("vqa@0.5", "all", {}, "default"),
-        ("none", "all", {"hones_task": "none"}, "body"),
+    for expression, scope, model, extra, route in (
+        ("vqa", "all", "tiny:vqa", {}, "alias"),
+        ("ocr@1.5", "all", "tiny", {"hones_task": "ocr@1.5"}, "body"),
+        ("cap@2", "prompt", "tiny", {"hones_task": "cap@2", "hones_scope": "prompt"}, "body"),
+        ("cap@2", "generated", "tiny:cap@2", {"hones_scope": "generated"}, "alias"),
+        ("vqa@0.5", "all", "tiny", {}, "default"),
+        ("none", "all", "tiny", {"hones_task": "none"}, "body"),
     ):
-        chat = {"model": "tiny", "messages": messages, "max_tokens": NEW_TOKENS, "temperature": 0}
         steering = {"hones_task": expression, "hones_scope": scope}
-        expected = await site.call("POST", "/v1/chat/completions", {**chat, **steering})
-        text = expected.json()["choices"][0]["message"]["content"]
-        body = {"model": "tiny", **given, limit: NEW_TOKENS, "temperature": 0, "stream": stream, **extra}
-        body |= {} if scope == "all" else {"hones_scope": scope}
-        response = await site.call("POST", path, body)
-        assert response.status_code == 200, response.text
-        assert (response.headers["x-hones-profile"], response.headers["x-hones-route"]) == (
-            *(site.header(expression, scope), route),
+        expected = await client.chat.completions.create(
+            model="tiny", messages=messages, max_tokens=NEW_TOKENS, temperature=0, extra_body=steering
         )
-        lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: {")]
-        events = [json.loads(line) for line in lines] if stream else [response.json()]
-        carriers = [event.get("response") or event.get("message") or event for event in events]
-        (confirmed,) = [answer for answer in carriers if "hones" in answer]
-        assert confirmed["hones"] == confirmation(site.profiles, expression, route, scope)
-        assert confirmed["model"] == body["model"]
-        if not stream:
-            content = confirmed["content"] if path == "/v1/messages" else confirmed["output"][0]["content"]
-            texts[expression, scope] = words_of(content)
+        headers, events = await parsed(site, path, messages, model=model, stream=stream, **extra)
+        assert (headers["x-hones-profile"], headers["x-hones-route"]) == (site.header(expression, scope), route)
+        answers = [getattr(event, "response", None) or getattr(event, "message", None) or event for event in events]
+        (confirmed,) = [answer for answer in answers if "hones" in answer.model_extra]
+        assert confirmed.model_extra["hones"] == confirmation(site.profiles, expression, route, scope)
+        assert confirmed.model == model
+        if stream:
+            deltas = [event.delta for event in events if event.type in DELTAS]
+            texts[expression, scope] = "".join(getattr(delta, "text", delta) for delta in deltas)
         else:
-            deltas = [event.get("delta") for event in events if event["type"] in DELTAS]
-            texts[expression, scope] = "".join(d if isinstance(d, str) else d.get("text", "") for d in deltas)
-        assert texts[expression, scope] == text
+            parts = confirmed.content if path == "/v1/messages" else confirmed.output[0].content
+            texts[expression, scope] = "".join(part.text for part in parts)
+        assert texts[expression, scope] == expected.choices[0].message.content
     assert len(set(texts.values())) > 1
     counted = increase(before, await scrape(site.server.url), "hones_requests_total")
     assert counted[("vqa", "alias")] == 1
     assert ("none", "path") not in counted
+
+
+async def parsed(
+    site: Site, path: str, messages: Any, *, model: str, stream: bool, **extra: Any
+) -> tuple[Any, list[Any]]:
+    """The headers of an answer, and what the route's official client makes of it: a stream's events, or one object."""
+    options: Any = {"model": model, "stream": stream, "extra_body": {"temperature": 0, **extra}}
+    if path == "/v1/responses":
+        async with site.client() as ai:
+            raw: Any = await ai.responses.with_raw_response.create(
+                input=messages, max_output_tokens=NEW_TOKENS, **options
+            )
+            answer = raw.parse()
+            return raw.headers, [event async for event in answer] if stream else [answer]
+    url, key = site.server.url, site.key
+    async with anthropic.AsyncAnthropic(base_url=url, auth_token=key, max_retries=0, timeout=300) as claude:
+        raw = await claude.messages.with_raw_response.create(messages=messages, max_tokens=NEW_TOKENS, **options)
+        answer = await raw.parse()
+        return raw.headers, [event async for event in answer] if stream else [answer]
 
 
 DELTAS = ("response.output_text.delta", "content_block_delta")
@@ -785,6 +796,18 @@ async def test_routes_that_take_whole_sampling_parameters_cannot_be_steered(plai
 @only_vllm
 def test_without_its_http_side_the_server_does_not_start(llama: Path, plain: Site) -> None:
     assert "set VLLM_PLUGINS=hones, or use `hones serve`" in refusal(api_server(llama), plain_env(plain.folder))
+
+
+@pytest.mark.matrix  # as in this process: engine/test_vllm_refusals.py
+@only_vllm
+def test_where_its_http_side_cannot_be_made_the_server_does_not_start(llama: Path, plain: Site, tmp_path: Path) -> None:
+    """Hides a module that only the HTTP side needs; vLLM logs that, and would go on."""
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['hones_serving.playground'] = None")
+    env = plain_env(plain.folder, VLLM_PLUGINS="hones")
+    env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), env["PYTHONPATH"]])
+    said = refusal(api_server(llama), env)
+    assert "import of hones_serving.playground halted" in said
+    assert "StateError: HONES_PROFILES is set, but vLLM could not make the HTTP side of hones-steer" in said
 
 
 def test_with_a_profile_of_another_model_the_server_does_not_start(

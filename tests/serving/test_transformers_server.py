@@ -176,8 +176,11 @@ async def test_responses_are_steered_as_chats_are(text: httpx.AsyncClient, strea
                 json.loads(line.removeprefix("data: ")) for line in response.text.split("\n") if "data: {" in line
             ]
             answer = events[-1]["response"]
+            times = [event["response"]["created_at"] for event in events if "response" in event]
         else:
             answer = response.json()
+            times = [answer["created_at"]]
+        assert all(type(time) is int for time in times)  # LiteLLM's proxy takes no others
         assert answer["model"] == "tiny"
         assert answer["hones"] == as_chat.json()["hones"]
         said = answer["output"][0]["content"][0]["text"]

@@ -24,7 +24,7 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import BaseGenerateManager, BaseHandler, GenerationState, Modality
 
 from hones_serving import playground, signatures
-from hones_serving.asgi import App, Message, Receive, Scope, Send, error_content
+from hones_serving.asgi import App, Message, Receive, Scope, Send, error_content, path_of, with_changed_answer
 from hones_serving.contract import Service
 from hones_serving.metrics import Metrics
 from hones_serving.middleware import HonesMiddleware
@@ -189,6 +189,7 @@ def _add_routes(app: FastAPI, served: Sequence[str], collector: CollectorRegistr
 def _add_middleware(app: FastAPI, service: Service, api_key: str | None, allowed_origins: Sequence[str]) -> None:
     """Wrap the routes, innermost first: the middleware that is added last sees a request first."""
     turns: Turns = app.state.turns
+    app.add_middleware(SecondsMiddleware)
     app.add_middleware(LeavingMiddleware, turns=turns)
     app.add_middleware(HonesMiddleware, service=lambda: service)
     app.add_middleware(StoppingMiddleware, turns=turns)
@@ -247,6 +248,28 @@ class KeyMiddleware:
         values = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
         kind, _, key = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
         return kind.lower() == b"bearer" and secrets.compare_digest(_digest(key), self._digest)
+
+
+class SecondsMiddleware:
+    """Gives the time of a response in whole seconds, as OpenAI and vLLM do: LiteLLM's proxy streams no others."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request; anything but responses passes through."""
+        if scope["type"] == "http" and path_of(scope) == "/v1/responses":
+            send = with_changed_answer(send, _without_fraction, _without_fraction)
+        await self._app(scope, receive, send)
+
+
+def _without_fraction(answer: dict[str, Any]) -> bool:
+    """Drop the fraction of a response's time, in itself or in an event of its stream; false if there is none."""
+    response = answer.get("response", answer)
+    if not isinstance(response.get("created_at"), float):
+        return False
+    response["created_at"] = int(response["created_at"])
+    return True
 
 
 class LeavingMiddleware:

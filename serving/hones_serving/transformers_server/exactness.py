@@ -17,9 +17,13 @@ from hones_serving.transformers_server.batching import generate_together
 from hones_serving.transformers_server.continuous import Pages
 from hones_serving.transformers_server.rows import Choosing, Row
 from hones_serving.transformers_server.turns import LOGGER
+from hones_steer.errors import StateError
 
 _TEXT = "The quick brown fox jumps over the lazy dog and runs away from it."
 _STEPS = 3
+
+# What models, and transformers' caches, raise at what they do not take: other lengths, a mask, a size, a kind of layer.
+_NOT_TAKEN = (AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 
 
 class Trial(Row):
@@ -62,7 +66,7 @@ def is_exact(model: Any, processor: Any, together: Callable[[Sequence[Row]], Non
         for trial in alone:
             generate_together(model, [trial])
         together(batch)
-    except Exception as error:  # noqa: BLE001 - whatever a model says of a batch that it does not take
+    except _NOT_TAKEN as error:
         LOGGER.warning("This model is not run with %s, which it does not take: %s", what, error)
         return False
     tolerance = torch.finfo(model.dtype).eps ** 0.5
@@ -78,7 +82,7 @@ def exact_pages(model: Any, processor: Any, most: int, size: int) -> Pages | Non
     """A paged cache of `size` tokens for at most `most` rows; None, which the log explains, if it is not exact."""
     try:
         pages = Pages(model, most, size)
-    except Exception as error:  # noqa: BLE001 - whatever transformers says of a model that it has no pages for
+    except (*_NOT_TAKEN, StateError) as error:  # or has changed since it was tested
         LOGGER.warning("This model is not run with continuous batching: %s", error)
         return None
 

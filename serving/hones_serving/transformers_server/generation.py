@@ -189,10 +189,7 @@ class Batches:
     def _prepared(self, row: Row) -> bool:
         """Prepare a row, unless that was done; false if it cannot be answered."""
         if not row.prepared:
-            try:
-                prepare(self._model, row)
-            except Exception as error:  # noqa: BLE001 - whatever is wrong with a request is the answer to it
-                row.error = error
+            row.error = _error_of(lambda: prepare(self._model, row))
         return row.error is None
 
     def _begun(self, row: Row) -> bool:
@@ -227,24 +224,23 @@ class Batches:
             running.remove(row)
             self._end(row, None)
 
-        try:
-            pages.answer(first, more, self._packed, ended)
-        except Exception:  # noqa: BLE001 - the thread must live on, and those that are not to blame are answered
-            LOGGER.exception("A step of continuous batching failed; its %d requests are answered singly", len(running))
-            for row in running:
+        if (error := _error_of(lambda: pages.answer(first, more, self._packed, ended))) is not None:
+            said = "A step of continuous batching failed; its %d requests are answered singly"
+            LOGGER.error(said, len(running), exc_info=error)
+            for row in running:  # those that are not to blame are answered
                 self._answer_together([row])
 
     def _answer_together(self, rows: Sequence[Row]) -> None:
         """Answer rows that have begun; if that fails, each by itself, so that only those fail that are to blame."""
-        error: Exception | None = None
-        try:
+
+        def generate() -> None:
             with self._steered(rows):
                 if rows[0].choosing is not None:
                     generate_together(self._model, rows)
                 else:
                     generate_alone(self._model, rows[0])
-        except Exception as failure:  # noqa: BLE001 - the thread must live on, and whoever waits is told
-            error = failure
+
+        error = _error_of(generate)
         for row in rows:
             if error is None or row.over:
                 self._end(row, None)
@@ -287,6 +283,19 @@ class Batches:
         ]
         names = [name for name, _ in pieces]
         return self._steering.packed(names, [tokens for _, tokens in pieces]) if any(names) else nullcontext()
+
+
+def _error_of(action: Callable[[], None]) -> Exception | None:
+    """The error of an action of the generation thread, None if there is none; `Row.listener` hands it on.
+
+    Which errors a model, a processor or a setting of `generate` has for a request is not known, and any that is not
+    caught here would end the thread, and leave all who wait without an answer.
+    """
+    try:
+        action()
+    except Exception as error:  # noqa: BLE001 - see above
+        return error
+    return None
 
 
 def _digests(rows: Sequence[Row]) -> list[str | None]:

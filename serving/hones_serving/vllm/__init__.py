@@ -55,8 +55,9 @@ need no registry of their own.
 
 vLLM logs and skips a plugin whose *import* fails: here only the standard library is imported, the rest inside
 `register`, whose errors stop the process. It also logs and skips an `endpoint` that fails, so that one does next to
-nothing: what can go wrong is in `Endpoint.init_state`, whose errors stop the server. If it is skipped all the same, the
-engine has no front, and `front._process_inputs` refuses to generate.
+nothing: what can go wrong is in `Endpoint.init_state`, whose errors stop the server. If it is skipped all the same,
+`front._load_endpoint_plugins` stops the server. An AsyncLLM in another program's server has no front, and
+`front._process_inputs` refuses to generate.
 """
 
 from typing import Any

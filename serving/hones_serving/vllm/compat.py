@@ -34,6 +34,7 @@ def _expected_signatures() -> Iterator[tuple[Callable[..., Any], tuple[str, ...]
     """
     from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExpertsModular
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.plugins import load_endpoint_plugins
     from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
     from vllm.v1.core.sched.output import CachedRequestData, NewRequestData
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -58,6 +59,7 @@ def _expected_signatures() -> Iterator[tuple[Callable[..., Any], tuple[str, ...]
     yield LLMEngine.collective_rpc, ("self", "method")
     yield AsyncLLM.__init__, ("self", "vllm_config")
     yield AsyncMPClient.call_utility_all_async, ("self", "method")
+    yield load_endpoint_plugins, ("supported_tasks",)
     yield Scheduler.__init__, ("self", "vllm_config")
     yield generate_block_hash_extra_keys, ("request", "start_token_idx", "end_token_idx", "start_mm_idx")
     yield RequestSpecDecodeMetrics, ("num_spec_tokens", "histogram", "num_draft_tokens")

@@ -244,6 +244,7 @@ def attach(engine: Any, answers: Sequence[Mapping[str, Any]], settings: Settings
 
 def install() -> None:
     """Wrap the methods of vLLM through which every request and every engine passes."""
+    from vllm import plugins
     from vllm.v1.core import block_pool, kv_cache_utils
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -259,6 +260,7 @@ def install() -> None:
     wrap(OutputProcessor, "abort_requests", _abort_requests)
     wrap(LLMEngine, "__init__", _start_offline)
     wrap(AsyncLLM, "__init__", _start_server)
+    wrap(plugins, "load_endpoint_plugins", _load_endpoint_plugins)
     wrap(Scheduler, "__init__", _follow_drafts)
     wrap(kv_cache_utils, "generate_block_hash_extra_keys", _block_hash_extra_keys)
     block_pool.generate_block_hash_extra_keys = kv_cache_utils.generate_block_hash_extra_keys  # for events
@@ -310,6 +312,17 @@ def _start_server(original: Callable[..., None], self: Any, *args: Any, **kwargs
     self.input_processor.hones_needs_front = Settings.from_env() is not None
 
 
+def _load_endpoint_plugins(original: Callable[..., list[Any]], supported_tasks: Any) -> list[Any]:
+    """In vLLM's API server, its plugins with an HTTP side; where making ours failed, vLLM only logs that."""
+    loaded = original(supported_tasks)
+    if Settings.from_env() and not any(plugin.name == "hones" for plugin in loaded):
+        raise StateError(
+            "HONES_PROFILES is set, but vLLM could not make the HTTP side of hones-steer, as the log says just before "
+            "this; install what is missing: pip install 'hones-steer[vllm]'"
+        )
+    return loaded
+
+
 def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     request = original(self, *args, **kwargs)
     front: Front | None = getattr(self, "hones_front", None)
@@ -318,7 +331,7 @@ def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwarg
     elif getattr(self, "hones_needs_front", False) and request.sampling_params is not None:  # pooling is never steered
         raise GracefulHTTPError(  # else vLLM would take the engine for broken, and drop the sentence
             "HONES_PROFILES is set, but the HTTP side of hones-steer has not started in front of this engine, so "
-            "nothing is generated rather than everything unsteered; the log of the server's start says why",
+            "nothing is generated rather than everything unsteered; use `hones serve` or `vllm serve`",
             HTTPStatus.SERVICE_UNAVAILABLE,
         )
     elif Settings.from_env() and (reserved := _reserved_args(request)):

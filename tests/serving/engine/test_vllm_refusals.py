@@ -149,10 +149,29 @@ def test_a_server_without_its_http_side_does_not_start(llama: Path, profiles: Pa
             AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(llama), dtype="float32", max_model_len=256))
 
 
-def test_a_server_whose_http_side_was_skipped_generates_nothing(
+def test_a_server_whose_http_side_cannot_be_made_does_not_start(
+    profiles: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails as a missing package would; vLLM logs that, and would start to serve all the same."""
+    import hones_serving.vllm
+    from fastapi import FastAPI
+    from vllm.plugins.endpoint_plugins.interface import attach_endpoint_plugins
+
+    def endpoint() -> None:
+        raise ImportError("a package is missing")
+
+    monkeypatch.setenv("HONES_PROFILES", str(profiles))
+    monkeypatch.setenv("VLLM_PLUGINS", "hones")
+    hones_serving.vllm.register()
+    monkeypatch.setattr(hones_serving.vllm, "endpoint", endpoint)
+    with pytest.raises(StateError, match="vLLM could not make the HTTP side of hones-steer"):
+        attach_endpoint_plugins(FastAPI(), ("generate",))
+
+
+def test_a_server_without_our_http_side_generates_nothing(
     llama: Path, profiles: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If vLLM cannot make the plugin for the API server, it logs that, and starts to serve all the same."""
+    """Serves as programs do that put a server of their own around vLLM's AsyncLLM, without its plugins."""
     from hones_serving.vllm import register
     from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
