@@ -118,7 +118,6 @@ def _unsupported(config: Any) -> dict[str, bool]:
         "microbatching (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "more than one API server (give --api-server-count 1)": parallel._api_process_count > 1,
         "the Rust frontend (VLLM_USE_RUST_FRONTEND)": envs.VLLM_USE_RUST_FRONTEND,
         **dict.fromkeys(connectors.unsupported(config.kv_transfer_config), True),

@@ -42,7 +42,6 @@ UNSUPPORTED = {
     "pooling models": {"runner": "pooling"},
     "microbatching": UBATCH,
     "decode context parallelism": {"tensor_parallel_size": 4, "decode_context_parallel_size": 2},
-    "pipeline parallelism": {"pipeline_parallel_size": 2},
     "more than one API server": {"_api_process_count": 2},
     "the KV connector ExampleConnector": {
         "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
@@ -86,8 +85,8 @@ def test_untested_settings_want_to_be_asked_for(
 
 
 def test_several_at_once_are_all_named(llama: Path, profiles: Path) -> None:
-    config = config_of(llama, pipeline_parallel_size=2, **UBATCH)
-    with pytest.raises(StateError, match=r"microbatching .* and pipeline parallelism in this version"):
+    config = config_of(llama, _api_process_count=2, **UBATCH)
+    with pytest.raises(StateError, match=r"microbatching .* and more than one API server .* in this version"):
         compat.refuse_unsupported(config, Settings(profiles))
 
 
@@ -123,6 +122,7 @@ def test_what_is_supported_is_not_refused(llama: Path, profiles: Path) -> None:
     for options in (
         {},
         {"tensor_parallel_size": 2},
+        {"pipeline_parallel_size": 2},
         {"data_parallel_size": 2},
         {"enable_lora": True},
         *speculative,
