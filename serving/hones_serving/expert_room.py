@@ -20,7 +20,7 @@ class RoomError(StateError):
 
 
 class ExpertRoom(NamedTuple):
-    """One worker's room: it has `tables` of them, and runs the experts with the numbers in `experts` of its `layers`."""
+    """One worker's room: it has `tables` of them, and runs the experts with the numbers in `experts` of `layers`."""
 
     tables: int
     experts: frozenset[int]

@@ -376,7 +376,9 @@ def test_profiles_that_list_the_same_experts_share_their_room(tmp_path):
 
 
 def test_a_profile_that_needs_more_room_is_refused_and_nothing_changes(tmp_path):
-    known = of_mixture(tmp_path, ExpertRoom(2, frozenset(range(8)), LAYERS), one=of_experts((0, 1)), two=of_experts((1, 1)))
+    known = of_mixture(
+        tmp_path, ExpertRoom(2, frozenset(range(8)), LAYERS), one=of_experts((0, 1)), two=of_experts((1, 1))
+    )
     before = known.profiles()
     save_profile(of_experts((0, 2)), tmp_path / "more.safetensors")
     with pytest.raises(RoomError, match=r"list neurons of 3 experts .* tables for 2; .*--max-expert-tables 3"):

@@ -25,10 +25,11 @@ MODES: dict[str, dict[str, Any]] = {
     "compiled": {"enforce_eager": False, "max_num_batched_tokens": 64},
     # Each worker scales its share of the neurons, which its share of the down-projection takes.
     "tensor parallel": {"tensor_parallel_size": 2},
+    "pipeline": {"pipeline_parallel_size": 2, "max_num_batched_tokens": 8},
 }
 EVERY_DAY = [("gpt2", "compiled"), ("phi", "eager"), ("phi", "compiled")]
 PAIRS = [(name, mode) for name in checkpoints.UNGATED for mode in MODES]
-PAIRS += [(name, mode) for name in checkpoints.GATED for mode in ("eager", "compiled")]  # in two: Llama's tests
+PAIRS += [(name, mode) for name in checkpoints.GATED for mode in ("eager", "compiled")]  # in parallel: Llama's tests
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,7 @@ def vlm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     scope="module",  # or each mode would have a case of its own
 )
 def test_each_request_of_a_mixed_batch_is_right(text: Case, mode: str) -> None:
-    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} if mode == "tensor parallel" else {}
-    with engine(text.folder, text.folder / "profiles", env, **MODES[mode]) as llm:
+    with engine(text.folder, text.folder / "profiles", **MODES[mode]) as llm:
         assert answers(llm, text.asked, MIXED) == text.expected
 
 
