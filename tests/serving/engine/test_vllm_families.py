@@ -32,6 +32,12 @@ PAIRS = [(name, mode) for name in checkpoints.UNGATED for mode in MODES]
 PAIRS += [(name, mode) for name in checkpoints.GATED for mode in ("eager", "compiled")]  # in parallel: Llama's tests
 
 
+def marks(name: str, mode: str) -> list[Any]:
+    """The V2 runner has each family eager, and one in a pipeline."""
+    both = mode == "eager" or (name, mode) == ("phi", "pipeline")
+    return ([] if (name, mode) in EVERY_DAY else [pytest.mark.matrix]) + ([pytest.mark.both_runners] if both else [])
+
+
 @dataclass(frozen=True)
 class Case:
     """A checkpoint, profiles for it and their folder, requests, and their steered tokens."""
@@ -81,7 +87,7 @@ def vlm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # GPT-BigCode's attention
 @pytest.mark.parametrize(
     ("text", "mode"),
-    [pytest.param(*pair, marks=() if pair in EVERY_DAY else pytest.mark.matrix) for pair in PAIRS],
+    [pytest.param(*pair, marks=marks(*pair)) for pair in PAIRS],
     indirect=["text"],
     scope="module",  # or each mode would have a case of its own
 )
