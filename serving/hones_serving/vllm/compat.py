@@ -16,6 +16,7 @@ from hones_steer.errors import StateError
 TESTED = "0.32"
 DEFAULT_MAX_PROFILES = 64
 SPECULATION = ("ngram", "draft_model", "eagle", "eagle3", "mtp")  # methods that tests run
+_LOSSLESS = ("standard", "block")  # ways of verifying drafts that leave answers the model's own
 
 
 def check_version() -> None:
@@ -108,6 +109,7 @@ def _set(settings: Mapping[str, bool]) -> str:
 def _unsupported(config: Any) -> dict[str, bool]:
     """Settings that do not work, or would steer wrongly, by name; true: it is on."""
     model, parallel, speculative = config.model_config, config.parallel_config, config.speculative_config
+    verification = "standard" if speculative is None else speculative.rejection_sample_method
     return {
         "pooling models": model.runner_type != "generate",
         "encoder-decoder models": model.is_encoder_decoder,
@@ -126,8 +128,8 @@ def _unsupported(config: Any) -> dict[str, bool]:
             speculative is not None and speculative.enable_adaptive_verification
         ),
         # Drafts, which nothing steers, would be answers.
-        "unverified drafts (speculative_config.rejection_sample_method 'synthetic')": (
-            speculative is not None and speculative.rejection_sample_method == "synthetic"
+        f"unverified drafts (speculative_config.rejection_sample_method {verification!r})": (
+            verification not in _LOSSLESS
         ),
     }
 
