@@ -106,7 +106,7 @@ def find_experts(name: str, layer: nn.Module) -> Experts | None:
         count=config.num_logical_experts,
         width=total,
         shard=slice(start, min(start + part, total)),
-        local=tuple(experts.get_local_expert_ids()),
+        local=tuple(number for number in range(config.num_logical_experts) if experts.is_local_expert(number)),
     )
 
 
