@@ -120,7 +120,7 @@ def test_adaptive_verification(llama: Path, profiles: Path) -> None:
 
 
 def test_lossy_verification_of_drafts(llama: Path, profiles: Path) -> None:
-    """Of vLLM 0.33: a draft that the model would not have said can be taken for its surroundings."""
+    """Takes the method of vLLM 0.33 that accepts drafts which the model itself would not have said."""
     config = config_of(llama, speculative_config=NGRAM)
     for method in ("standard", "block"):
         config.speculative_config.rejection_sample_method = method
