@@ -20,14 +20,20 @@ class RoomError(StateError):
 
 
 class ExpertRoom(NamedTuple):
-    """One worker's room: it has `tables` of them, and runs the experts with the numbers in `experts` of each layer."""
+    """One worker's room: it has `tables` of them, and runs the experts with the numbers in `experts` of `layers`."""
 
     tables: int
     experts: frozenset[int]
+    layers: frozenset[int]
 
     def listed(self, profiles: Iterable[Profile]) -> set[Ffn]:
         """The experts of this worker that profiles list neurons of."""
-        return {ffn for profile in profiles for ffn in listed_experts(profile) if ffn.part in self.experts}
+        return {
+            ffn
+            for profile in profiles
+            for ffn in listed_experts(profile)
+            if ffn.layer in self.layers and ffn.part in self.experts
+        }
 
     def require(self, profiles: Iterable[Profile]) -> None:
         """Check that these profiles have room together. Raises RoomError, naming the remedy, if not."""

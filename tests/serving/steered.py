@@ -119,7 +119,7 @@ def expected_tokens(reference: Reference, asked: Sequence[Prompt]) -> list[list[
 def engine(model: Path, profiles: Path | None, env: Mapping[str, str] | None = None, **options: Any) -> Iterator[Any]:
     """An engine of `engines.offline`, with HONES_PROFILES set to a folder; None: without hones-steer.
 
-    Which model runner it has is vLLM's choice, and must be the process's.
+    Which model runner it has is vLLM's choice, and must be the process's. Several workers have a process each.
     """
     import vllm.plugins
 
@@ -129,11 +129,17 @@ def engine(model: Path, profiles: Path | None, env: Mapping[str, str] | None = N
         if profiles:
             patch.setenv("HONES_PROFILES", str(profiles))
         patch.delenv("VLLM_CPU_KVCACHE_SPACE")  # in GiB, which take half a second to fill with zeros
+        stages, ranks = (options.get(f"{kind}_parallel_size", 1) for kind in ("pipeline", "tensor"))
+        if stages * ranks > 1:
+            patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
         for name, value in (env or {}).items():
             patch.setenv(name, value)
         patch.setattr(vllm.plugins, "plugins_loaded", False)  # vLLM looks once per process
         with offline(model, **{"kv_cache_memory_bytes": KV_CACHE_BYTES, **options}) as llm:
             assert llm.llm_engine.vllm_config.use_v2_model_runner == V2
+            if stages > 1 and options.get("enforce_eager", True):
+                # The V1 runner makes room for what a stage hands on as it warms up, and on a CPU no eager model does.
+                llm.collective_rpc("execute_dummy_batch")
             yield llm
 
 

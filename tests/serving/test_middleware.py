@@ -993,7 +993,7 @@ def test_a_profile_of_more_experts_than_there_is_room_for_is_409(client, engine,
         save_profile(Profile(name, layers, mixture), tmp_path / f"{name}.safetensors")
 
     save("one", 1)
-    room = ExpertRoom(1, frozenset(range(8)))
+    room = ExpertRoom(1, frozenset(range(8)), frozenset({0, 1}))
     engine.service.registry = ProfileRegistry(tmp_path, mixture, max_profiles=2, always_enough=False, rooms=[room])
     save("more", 2)
     response = client.post("/v1/hones/profiles", json={"name": "more", "path": "more.safetensors"})

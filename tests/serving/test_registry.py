@@ -348,6 +348,7 @@ def test_threads_never_get_more_room_than_there_is(folder):
 # Room for experts
 
 MIXTURE = replace(IDENTITY, intermediate_size=None, ffns=(FfnRun(0, 2, experts=8, expert_width=4, shared=6),))
+LAYERS = frozenset(range(2))
 
 
 def of_experts(*experts, scale=2.0):
@@ -366,7 +367,7 @@ def of_mixture(folder, *rooms, **profiles):
 
 def test_profiles_that_list_the_same_experts_share_their_room(tmp_path):
     one, both = of_experts((0, 1)), of_experts((0, 1), (1, 1))
-    known = of_mixture(tmp_path, ExpertRoom(2, frozenset(range(8))), one=one, both=both)
+    known = of_mixture(tmp_path, ExpertRoom(2, frozenset(range(8)), LAYERS), one=one, both=both)
     save_profile(of_experts((0, 1), scale=5.0), tmp_path / "one.safetensors")
     known.load("again", "one.safetensors")
     save_profile(of_experts(), tmp_path / "shared.safetensors")
@@ -375,7 +376,9 @@ def test_profiles_that_list_the_same_experts_share_their_room(tmp_path):
 
 
 def test_a_profile_that_needs_more_room_is_refused_and_nothing_changes(tmp_path):
-    known = of_mixture(tmp_path, ExpertRoom(2, frozenset(range(8))), one=of_experts((0, 1)), two=of_experts((1, 1)))
+    known = of_mixture(
+        tmp_path, ExpertRoom(2, frozenset(range(8)), LAYERS), one=of_experts((0, 1)), two=of_experts((1, 1))
+    )
     before = known.profiles()
     save_profile(of_experts((0, 2)), tmp_path / "more.safetensors")
     with pytest.raises(RoomError, match=r"list neurons of 3 experts .* tables for 2; .*--max-expert-tables 3"):
@@ -385,7 +388,7 @@ def test_a_profile_that_needs_more_room_is_refused_and_nothing_changes(tmp_path)
 
 
 def test_profiles_that_requests_still_use_keep_their_room(tmp_path):
-    known = of_mixture(tmp_path, ExpertRoom(1, frozenset(range(8))), one=of_experts((0, 1)))
+    known = of_mixture(tmp_path, ExpertRoom(1, frozenset(range(8)), LAYERS), one=of_experts((0, 1)))
     admission = known.admit(resolved(known, "one@0.5"), "one")
     save_profile(of_experts((0, 2)), tmp_path / "other.safetensors")
     with pytest.raises(RoomError, match="of 2 experts"):
@@ -395,7 +398,7 @@ def test_profiles_that_requests_still_use_keep_their_room(tmp_path):
 
 
 def test_each_worker_needs_room_for_its_own_experts(tmp_path):
-    rooms = ExpertRoom(1, frozenset(range(4))), ExpertRoom(1, frozenset(range(4, 8)))
+    rooms = ExpertRoom(1, frozenset(range(4)), LAYERS), ExpertRoom(1, frozenset(range(4, 8)), LAYERS)
     known = of_mixture(tmp_path, *rooms, low=of_experts((0, 1)), high=of_experts((0, 5)))
     save_profile(of_experts((1, 5)), tmp_path / "high.safetensors")
     with pytest.raises(RoomError):
@@ -403,6 +406,15 @@ def test_each_worker_needs_room_for_its_own_experts(tmp_path):
     known.load("high", "high.safetensors")
 
 
+def test_each_pipeline_stage_needs_room_for_its_own_layers(tmp_path):
+    rooms = (ExpertRoom(1, frozenset(range(8)), frozenset({layer})) for layer in LAYERS)
+    known = of_mixture(tmp_path, *rooms, first=of_experts((0, 1)), second=of_experts((1, 1)))
+    save_profile(of_experts((1, 5)), tmp_path / "second.safetensors")
+    with pytest.raises(RoomError):
+        known.load("more", "second.safetensors")
+    known.load("second", "second.safetensors")
+
+
 def test_a_server_without_room_for_its_profiles_does_not_start(tmp_path):
     with pytest.raises(RoomError, match="of 2 experts together, but a worker has tables for 1"):
-        of_mixture(tmp_path, ExpertRoom(1, frozenset(range(8))), one=of_experts((0, 1), (1, 1)))
+        of_mixture(tmp_path, ExpertRoom(1, frozenset(range(8)), LAYERS), one=of_experts((0, 1), (1, 1)))

@@ -11,11 +11,11 @@ endpoint.py    the HTTP side of the API server
 batch.py       the lines of a batch file (`vllm run-batch`), in place of the HTTP side
 
 `hones serve` runs the API server, which starts the engine core as a process of its own. There is one worker for each
-tensor-parallel rank: a single one lives in the engine core's process, several have a process each. With data
-parallelism there are so many engine cores, each with its workers and their tables; the API server has one registry for
-all of them, and vLLM chooses the engine core of each request after step 6. From a profile's
-file to the multiplied activation, and back to the response's headers, through `hones_serving.middleware` and
-`.registry`, the modules of this package, and `hones_steer.slots`; `register` has wrapped the methods of vLLM:
+tensor-parallel rank of each pipeline stage: a single one lives in the engine core's process, several have a process
+each. With data parallelism there are so many engine cores, each with its workers and their tables; the API server has
+one registry for all of them, and vLLM chooses the engine core of each request after step 6. From a profile's file to
+the multiplied activation, and back to the response's headers, through `hones_serving.middleware` and `.registry`, the
+modules of this package, and `hones_steer.slots`; `register` has wrapped the methods of vLLM:
 
 At start
     worker       1. `worker.attach`, after vLLM's `Worker.load_model`: finds every layer's down-projection

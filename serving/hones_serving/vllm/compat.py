@@ -16,6 +16,7 @@ from hones_steer.errors import StateError
 TESTED = "0.32"
 DEFAULT_MAX_PROFILES = 64
 SPECULATION = ("ngram", "draft_model", "eagle", "eagle3", "mtp")  # methods that tests run
+_LOSSLESS = ("standard", "block")  # ways of verifying drafts that leave answers the model's own
 
 
 def check_version() -> None:
@@ -110,6 +111,7 @@ def _set(settings: Mapping[str, bool]) -> str:
 def _unsupported(config: Any) -> dict[str, bool]:
     """Settings that do not work, or would steer wrongly, by name; true: it is on."""
     model, parallel, speculative = config.model_config, config.parallel_config, config.speculative_config
+    verification = "standard" if speculative is None else speculative.rejection_sample_method
     return {
         "pooling models": model.runner_type != "generate",
         "encoder-decoder models": model.is_encoder_decoder,
@@ -120,7 +122,6 @@ def _unsupported(config: Any) -> dict[str, bool]:
         "microbatching (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "more than one API server (give --api-server-count 1)": parallel._api_process_count > 1,
         "the Rust frontend (VLLM_USE_RUST_FRONTEND)": envs.VLLM_USE_RUST_FRONTEND,
         **dict.fromkeys(connectors.unsupported(config.kv_transfer_config), True),
@@ -129,8 +130,8 @@ def _unsupported(config: Any) -> dict[str, bool]:
             speculative is not None and speculative.enable_adaptive_verification
         ),
         # Drafts, which nothing steers, would be answers.
-        "unverified drafts (speculative_config.rejection_sample_method 'synthetic')": (
-            speculative is not None and speculative.rejection_sample_method == "synthetic"
+        f"unverified drafts (speculative_config.rejection_sample_method {verification!r})": (
+            verification not in _LOSSLESS
         ),
     }
 
@@ -152,6 +153,9 @@ def _untested(config: Any) -> dict[str, bool]:
         f"the executor backend {backend!r}": backend not in (None, "uni", "mp"),
         "an encoder-cache connector": config.ec_transfer_config is not None,
         **dict.fromkeys(connectors.untested(config.kv_transfer_config), True),
+        "speculative decoding in a pipeline by the V1 runner": (
+            speculative is not None and parallel.pipeline_parallel_size > 1 and not config.use_v2_model_runner
+        ),
         f"speculative decoding by {speculative and speculative.method!r}": (
             speculative is not None and speculative.method not in SPECULATION
         ),

@@ -106,7 +106,7 @@ def find_experts(name: str, layer: nn.Module) -> Experts | None:
         count=config.num_logical_experts,
         width=total,
         shard=slice(start, min(start + part, total)),
-        local=tuple(experts.get_local_expert_ids()),
+        local=tuple(number for number in range(config.num_logical_experts) if experts.is_local_expert(number)),
     )
 
 
@@ -144,7 +144,7 @@ class MixtureTables(ScaleTables):
         self.each = count + 1  # tables of one slot
         self.rows = torch.ones(slots * self.each, first.shard.stop - first.shard.start, device=device)
         self.numbers = torch.zeros(len(experts), first.count, dtype=torch.int64, device=device)
-        self.room = ExpertRoom(count, frozenset(first.local))
+        self.room = ExpertRoom(count, frozenset(first.local), frozenset(experts))
         self._numbers = np.zeros(self.numbers.shape, np.int64)  # the same on the CPU
         self._tables: dict[Ffn, int] = {}  # which expert has which table, in the order in which they got it
         self._free = list(range(count, 0, -1))
@@ -239,10 +239,9 @@ def mixture_tables(
     read = [store.get(name) for name in store.names()]
     # Others are not for this model; the front will say so.
     profiles = [profile for profile in read if profile.base_model.runs == identity.runs]
-    local = frozenset(next(iter(experts.values())).local)
-    listed = len(ExpertRoom(0, local).listed(profiles))
-    wanted = settings.max_expert_tables
-    room = ExpertRoom(listed if wanted is None else min(wanted, len(local) * len(experts)), local)
+    none = ExpertRoom(0, frozenset(next(iter(experts.values())).local), frozenset(experts))
+    wanted, most = settings.max_expert_tables, len(none.experts) * len(none.layers)
+    room = none._replace(tables=len(none.listed(profiles)) if wanted is None else min(wanted, most))
     room.require(profiles)
     tables = MixtureTables(places, slots, experts, room.tables)
     tables.require(profiles)

@@ -232,7 +232,9 @@ def attach(engine: Any, answers: Sequence[Mapping[str, Any]], settings: Settings
         always_enough=slots >= compat.max_requests(engine.vllm_config),
         listing=listing,
         rooms=[
-            ExpertRoom(room["tables"], frozenset(room["experts"])) for answer in answers if (room := answer["room"])
+            ExpertRoom(room["tables"], frozenset(room["experts"]), frozenset(room["layers"]))
+            for answer in answers
+            if (room := answer["room"])
         ],
     )
     shown = engine.vllm_config.observability_config.per_request_spec_decode_metrics

@@ -7,12 +7,16 @@ did, and runs the others by transformers' code with its own linear layers in it.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed
 from torch import nn
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.models.utils import PPMissingLayer
 
 from hones_serving.vllm.experts import Experts, find_experts
 from hones_steer.errors import LayoutError
@@ -23,6 +27,8 @@ from hones_steer.profile import ModelIdentity, sketch_of
 # Modules on the way from a language model to its decoder stack, outermost first.
 _WRAPPERS = ("model", "transformer", "text_model", "language_model", "decoder", "backbone", "encoder")
 _NAMES = {path.rpartition(".")[2] for path in DOWN_PROJECTIONS}
+
+Sketch = tuple[float, ...] | None  # ModelIdentity's
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +48,8 @@ class Projection:
 class Decoder:
     """A model's text decoder: its identity, and the down-projection of each dense FFN and shared expert, by layers.
 
-    `experts` has the routed experts of each layer that has some, by the layer's number.
+    `experts` has the routed experts of each layer that has some, by the layer's number. Layers are those of this
+    worker's pipeline stage; the identity is the whole model's.
     """
 
     identity: ModelIdentity
@@ -53,6 +60,8 @@ class Decoder:
 def find_decoder(model: nn.Module, model_config: Any) -> Decoder:
     """Find the parts of a model that vLLM has loaded; `model_config` is vLLM's ModelConfig.
 
+    All pipeline stages must call this at once: they tell each other what they have.
+
     Raises:
         LayoutError: a part is not where vLLM's models keep it; the message names it.
     """
@@ -60,18 +69,21 @@ def find_decoder(model: nn.Module, model_config: Any) -> Decoder:
     hidden = model_config.hf_text_config.hidden_size
     projections: dict[Ffn, Projection] = {}
     experts: dict[int, Experts] = {}
-    widths: list[dict[str, int]] = []
+    widths: dict[int, dict[str, int]] = {}
     for index, layer in enumerate(layers):
+        if isinstance(layer, PPMissingLayer):  # another stage has it
+            continue
         name = f"layer {index} of {type(stack).__name__}"
         routed = find_experts(name, layer)
         found = {part: _projection(module) for part, module in _down_projections(name, layer, hidden, routed).items()}
         projections |= {Ffn(index, part): projection for part, projection in found.items()}
-        widths.append({part: projection.width for part, projection in found.items()})
+        widths[index] = {part: projection.width for part, projection in found.items()}
         if routed is not None:
             experts[index] = routed
-            widths[-1] |= {EXPERTS: routed.count, "expert_width": routed.width}
+            widths[index] |= {EXPERTS: routed.count, "expert_width": routed.width}
     norm = next((norm for name in FINAL_NORMS if isinstance(norm := getattr(stack, name, None), nn.Module)), None)
-    alike = all(of == {DENSE: widths[0].get(DENSE)} for of in widths)
+    widths, sketch = _of_all_stages(widths, sketch_of(norm, hidden))
+    alike = all(of == {DENSE: widths[0].get(DENSE)} for of in widths.values())
     identity = ModelIdentity(
         name="",
         revision=None,
@@ -79,10 +91,19 @@ def find_decoder(model: nn.Module, model_config: Any) -> Decoder:
         num_layers=len(layers),
         intermediate_size=widths[0][DENSE] if alike else None,
         hidden_size=hidden,
-        sketch=sketch_of(norm, hidden),
-        ffns=None if alike else runs_of(widths),
+        sketch=sketch,
+        ffns=None if alike else runs_of(widths[index] for index in range(len(layers))),
     )
     return Decoder(identity, projections, experts)
+
+
+def _of_all_stages(widths: dict[int, dict[str, int]], sketch: Sketch) -> tuple[dict[int, dict[str, int]], Sketch]:
+    """The widths of all layers, and the sketch, which only the last pipeline stage can take: it has the final norm."""
+    group = get_pp_group()
+    stages: list[Any] = [None] * group.world_size
+    torch.distributed.all_gather_object(stages, (widths, sketch), group=group.cpu_group)
+    of_layers, sketches = zip(*stages, strict=True)
+    return dict(ChainMap(*of_layers)), next((taken for taken in sketches if taken is not None), None)
 
 
 def _decoder_stack(model: Any) -> tuple[nn.Module, nn.ModuleList]:

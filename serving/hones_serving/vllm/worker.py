@@ -139,7 +139,7 @@ def install() -> None:
         room = steering.room
         return {
             "identity": steering.identity.to_json(),
-            "room": None if room is None else {"tables": room.tables, "experts": sorted(room.experts)},
+            "room": room and {"tables": room.tables, "experts": sorted(room.experts), "layers": sorted(room.layers)},
         }
 
     worker.load_model = load_and_attach

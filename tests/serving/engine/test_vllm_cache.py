@@ -115,6 +115,19 @@ def ask(llm: Any, expression: str | None, **salt: str) -> tuple[list[int], int]:
 
 @pytest.mark.both_runners(everyday=True)
 def test_across_tasks(llm: Any, reference: Reference) -> None:
+    check_across_tasks(llm, reference)
+
+
+# vLLM's client leaves its ZeroMQ context to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.matrix
+@pytest.mark.both_runners
+def test_across_tasks_in_a_pipeline(llama: Path, profiles: Path, reference: Reference) -> None:
+    with engine(llama, profiles, block_size=BLOCK, pipeline_parallel_size=2) as llm:
+        check_across_tasks(llm, reference)
+
+
+def check_across_tasks(llm: Any, reference: Reference) -> None:
     expected = reference.answers([PROMPT] * len(SEQUENCE), SEQUENCE)
     assert len({*map(tuple, expected)}) == 3
     outputs = [ask(llm, expression) for expression in SEQUENCE]

@@ -43,10 +43,12 @@ def movers() -> Iterator[None]:
     ensure_kv_transfer_shutdown()  # an engine that did not start has left its connector to the next one
 
 
-def ask(llm: Any, expression: str | None, prompt: list[int]) -> tuple[list[int], int]:
+def ask(
+    llm: Any, expression: str | None, prompt: list[int], scope: str | None = None, **options: Any
+) -> tuple[list[int], int]:
     """The answer, and the number of the prompt's tokens that came from the store; the engine's cache is empty."""
     assert llm.reset_prefix_cache()
-    (output,) = llm.generate([request(prompt)], sampling(expression), use_tqdm=False)
+    (output,) = llm.generate([request(prompt)], sampling(expression, scope, **options), use_tqdm=False)
     return list(output.outputs[0].token_ids), output.num_cached_tokens
 
 
@@ -74,6 +76,22 @@ def test_across_tasks(name: str, llama: Path, profiles: Path, reference: Referen
             outputs = [ask(llm, expression, other) for expression in SEQUENCE]
     assert outputs[1][1] == 3 * BLOCK
     assert [tokens for tokens, _ in outputs] != right
+
+
+@pytest.mark.usefixtures("movers")
+@pytest.mark.matrix
+@pytest.mark.both_runners
+@pytest.mark.parametrize("name", ["OffloadingConnector", "SimpleCPUOffloadConnector"])
+def test_a_second_turn_finds_the_first_ones_prompt_but_not_an_answer_of_another_scope(
+    name: str, llama: Path, profiles: Path, reference: Reference
+) -> None:
+    first = words(BLOCK + 8)
+    with engine(llama, profiles, block_size=BLOCK, kv_transfer_config=CONNECTORS[name]) as llm:
+        for scope, cached in (("all", 3 * BLOCK), ("prompt", BLOCK), ("generated", BLOCK)):
+            answer, _ = ask(llm, "vqa", first, scope, max_tokens=2 * BLOCK)
+            assert answer == reference.tokens(first, "vqa", 2 * BLOCK, scope)
+            second = first + answer + words(5, seed=6)
+            assert ask(llm, "vqa", second, scope) == (reference.tokens(second, "vqa", scope=scope), cached), scope
 
 
 # Refused ------------------------------------------------------------------------------------------

@@ -283,6 +283,7 @@ MODES: dict[str, dict[str, Any]] = {
     "compiled": {"enforce_eager": False},
     "tensor parallel": {"tensor_parallel_size": 2},
     "expert parallel": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+    "pipeline": {"pipeline_parallel_size": 2, "max_num_batched_tokens": 8},
 }
 
 
@@ -364,8 +365,7 @@ def kernels_of(model: nn.Module) -> list[str]:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", checkpoints.MIXTURES, indirect=True, scope="module")
 def test_in_other_modes(case: Case, mode: str, tmp_path: Path) -> None:
-    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} if "parallel" in mode else {}
-    with mixture(case, tmp_path, case.profiles, env, **MODES[mode]) as llm:
+    with mixture(case, tmp_path, case.profiles, **MODES[mode]) as llm:
         assert answers(llm, PROMPTS, MIXED) == case.expected
 
 

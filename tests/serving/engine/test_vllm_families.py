@@ -24,10 +24,17 @@ MODES: dict[str, dict[str, Any]] = {
     "compiled": {"enforce_eager": False, "max_num_batched_tokens": 64},
     # Each worker scales its share of the neurons, which its share of the down-projection takes.
     "tensor parallel": {"tensor_parallel_size": 2},
+    "pipeline": {"pipeline_parallel_size": 2, "max_num_batched_tokens": 8},
 }
 EVERY_DAY = [("gpt2", "compiled"), ("phi", "eager"), ("phi", "compiled")]
 PAIRS = [(name, mode) for name in checkpoints.UNGATED for mode in MODES]
-PAIRS += [(name, mode) for name in checkpoints.GATED for mode in ("eager", "compiled")]  # in two: Llama's tests
+PAIRS += [(name, mode) for name in checkpoints.GATED for mode in ("eager", "compiled")]  # in parallel: Llama's tests
+
+
+def marks(name: str, mode: str) -> list[Any]:
+    """The V2 runner has each family eager, and one in a pipeline."""
+    both = mode == "eager" or (name, mode) == ("phi", "pipeline")
+    return ([] if (name, mode) in EVERY_DAY else [pytest.mark.matrix]) + ([pytest.mark.both_runners] if both else [])
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +66,12 @@ def vlm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # GPT-BigCode's attention
 @pytest.mark.parametrize(
     ("text", "mode"),
-    [pytest.param(*pair, marks=() if pair in EVERY_DAY else pytest.mark.matrix) for pair in PAIRS],
+    [pytest.param(*pair, marks=marks(*pair)) for pair in PAIRS],
     indirect=["text"],
     scope="module",  # or each mode would have a case of its own
 )
 def test_each_request_of_a_mixed_batch_is_right(text: Case, mode: str) -> None:
-    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} if mode == "tensor parallel" else {}
-    with engine(text.folder, text.profiles, env, **MODES[mode]) as llm:
+    with engine(text.folder, text.profiles, **MODES[mode]) as llm:
         assert answers(llm, text.asked, MIXED) == text.expected
 
 

@@ -1,9 +1,11 @@
 """Settings and requests that cannot be steered are refused by name, at the start or before they enter the engine."""
 
 import asyncio
+import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any
 
 import pytest
 from hones_serving.metrics import Metrics
@@ -42,7 +44,6 @@ UNSUPPORTED = {
     "pooling models": {"runner": "pooling"},
     "microbatching": UBATCH,
     "decode context parallelism": {"tensor_parallel_size": 4, "decode_context_parallel_size": 2},
-    "pipeline parallelism": {"pipeline_parallel_size": 2},
     "more than one API server": {"_api_process_count": 2},
     "the KV connector ExampleConnector": {
         "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
@@ -56,6 +57,7 @@ UNTESTED = {
     "the executor backend 'external_launcher'": {"distributed_executor_backend": "external_launcher"},
     "an encoder-cache connector": {"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_both"}},
     "speculative decoding by 'ngram_gpu'": {"speculative_config": {**NGRAM, "method": "ngram_gpu"}},
+    "speculative decoding in a pipeline by the V1 runner": {"speculative_config": NGRAM, "pipeline_parallel_size": 2},
 }
 
 
@@ -86,8 +88,8 @@ def test_untested_settings_want_to_be_asked_for(
 
 
 def test_several_at_once_are_all_named(llama: Path, profiles: Path) -> None:
-    config = config_of(llama, pipeline_parallel_size=2, **UBATCH)
-    with pytest.raises(StateError, match=r"microbatching .* and pipeline parallelism in this version"):
+    config = config_of(llama, _api_process_count=2, **UBATCH)
+    with pytest.raises(StateError, match=r"microbatching .* and more than one API server .* in this version"):
         compat.refuse_unsupported(config, Settings(profiles))
 
 
@@ -118,11 +120,23 @@ def test_adaptive_verification(llama: Path, profiles: Path) -> None:
         compat.refuse_unsupported(config, Settings(profiles, allow_untested=True))
 
 
+def test_lossy_verification_of_drafts(llama: Path, profiles: Path) -> None:
+    """Takes the method of vLLM 0.33 that accepts drafts which the model itself would not have said."""
+    config = config_of(llama, speculative_config=NGRAM)
+    for method in ("standard", "block"):
+        config.speculative_config.rejection_sample_method = method
+        compat.refuse_unsupported(config, Settings(profiles))
+    config.speculative_config.rejection_sample_method = "fly"
+    with pytest.raises(StateError, match=r"unverified drafts \(speculative_config\.rejection_sample_method 'fly'\)"):
+        compat.refuse_unsupported(config, Settings(profiles, allow_untested=True))
+
+
 def test_what_is_supported_is_not_refused(llama: Path, profiles: Path) -> None:
     speculative = [{"speculative_config": method} for method in (NGRAM, DRAFT)]
     for options in (
         {},
         {"tensor_parallel_size": 2},
+        {"pipeline_parallel_size": 2},
         {"data_parallel_size": 2},
         {"enable_lora": True},
         *speculative,
@@ -224,6 +238,26 @@ def test_a_batch_file_that_names_steering_twice(
     file.write_text(plain + line)
     with pytest.raises(RoutingError, match=f"line 4 of the batch file.*{words}"):
         asyncio.run(run_batch.read_file(str(file)))
+
+
+def test_the_runner_of_vllm_0_33_is_given_a_checked_file_from_its_beginning(profiles: Path) -> None:
+    """Stands in for a runner that is given an open file; no CPU build has it yet."""
+    from hones_serving.vllm.batch import steer_runner
+
+    answered: list[str] = []
+
+    async def dispatch_batch(input_file: IO[str], output_file: IO[str]) -> None:
+        answered.extend(input_file)
+        output_file.write("done")
+
+    runner = SimpleNamespace(build_endpoint_registry=dispatch_batch, dispatch_batch=dispatch_batch)
+    steer_runner(runner, Settings(profiles))
+    lines, out = ['{"body": {"model": "m"}}\n', "\n", '{"body": {"model": "m:vqa", "model": "m"}}\n'], io.StringIO()
+    with pytest.raises(RoutingError, match="line 3 of the batch file: the body gives 'model' more than once"):
+        asyncio.run(runner.dispatch_batch(io.StringIO("".join(lines)), out))
+    assert answered == []
+    asyncio.run(runner.dispatch_batch(io.StringIO("".join(lines[:2])), out))
+    assert (answered, out.getvalue()) == (lines[:2], "done")
 
 
 # Models -------------------------------------------------------------------------------------------

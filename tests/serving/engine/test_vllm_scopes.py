@@ -42,11 +42,19 @@ MIXED = (
 )
 PROMPTS = prompts(len(MIXED), longest=30)
 BLOCK = 32
+IN_PROCESSES = [
+    pytest.mark.matrix,
+    pytest.mark.both_runners,
+    # vLLM's client leaves its ZeroMQ context to the garbage collector.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 MODES = [
     pytest.param({"max_num_batched_tokens": 8}, id="chunked prefill", marks=pytest.mark.both_runners),
     pytest.param(
         {"enforce_eager": False, "max_num_batched_tokens": 16}, id="compiled chunked prefill", marks=pytest.mark.matrix
     ),
+    pytest.param({"pipeline_parallel_size": 2, "max_num_batched_tokens": 8}, id="pipeline", marks=IN_PROCESSES),
+    pytest.param({"tensor_parallel_size": 2, "max_num_batched_tokens": 8}, id="tensor parallel", marks=IN_PROCESSES),
 ]
 # Its answer: the tokens of a prompt under an expression and a scope.
 Alone = Callable[..., list[int]]

@@ -25,10 +25,30 @@ from serving.steered import (
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 PROMPTS = prompts(len(MIXED), longest=30)
+MATRIX = pytest.mark.matrix
+# vLLM's client leaves its ZeroMQ context to the garbage collector.
+UNRAISABLE = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+STAGES = {"pipeline_parallel_size": 2}
+# Without a warm-up the first step would be compiled for its own number of tokens in all but the first stage.
+COMPILED_AS_IT_WARMS_UP = {
+    "env": {"VLLM_CPU_CI_ENV": "0"},
+    "enforce_eager": False,
+    "compilation_config": {"mode": 2, "backend": "eager"},  # once, whole, as vLLM does on a CPU
+}
 MODES = [  # eager, whole prompts: the test before
     pytest.param({"max_num_batched_tokens": 8}, id="chunked prefill", marks=pytest.mark.both_runners(everyday=True)),
     pytest.param({"enforce_eager": False, "max_num_batched_tokens": 16}, id="compiled chunked prefill"),
-    pytest.param({"enforce_eager": False}, id="compiled", marks=pytest.mark.matrix),
+    pytest.param({"enforce_eager": False}, id="compiled", marks=MATRIX),
+    # In chunks, so that two steps of different requests are on their way at once.
+    pytest.param(
+        {**STAGES, "max_num_batched_tokens": 8}, id="pipeline", marks=[UNRAISABLE, MATRIX, pytest.mark.both_runners]
+    ),
+    pytest.param(
+        {**STAGES, "tensor_parallel_size": 2},
+        id="pipeline and tensor parallel",
+        marks=[UNRAISABLE, MATRIX, pytest.mark.both_runners],
+    ),
+    pytest.param({**STAGES, **COMPILED_AS_IT_WARMS_UP}, id="compiled pipeline", marks=[UNRAISABLE, MATRIX]),
 ]
 
 
@@ -86,12 +106,10 @@ def test_async_scheduling(
         assert answers(llm, PROMPTS, MIXED) == expected
 
 
-# vLLM's client leaves its ZeroMQ context to the garbage collector.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@UNRAISABLE
 @pytest.mark.both_runners
 def test_tensor_parallel_in_processes_of_their_own(llama: Path, profiles: Path, expected: list[list[int]]) -> None:
-    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with engine(llama, profiles, env, tensor_parallel_size=2) as llm:
+    with engine(llama, profiles, tensor_parallel_size=2) as llm:
         assert answers(llm, PROMPTS, MIXED) == expected
 
 
@@ -103,7 +121,7 @@ def test_the_embedded_llava(embedded: Path, tmp_path: Path) -> None:
     check_with_images(embedded, texts, images, tmp_path / "profiles", fraction=1)
 
 
-@pytest.mark.matrix
+@MATRIX
 @pytest.mark.both_runners
 def test_qwen2_5_vl(qwen2_5_vl: Path, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (len(MIXED), 16, 32, 3), dtype=np.uint8)
