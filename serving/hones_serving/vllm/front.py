@@ -34,6 +34,8 @@ from hones_serving.expert_room import ExpertRoom
 from hones_serving.metrics import Metrics
 from hones_serving.registry import ProfileRegistry, label_of
 from hones_serving.settings import Settings
+from hones_serving.shared_registry import SharedRegistry
+from hones_serving.shared_state import SharedState
 from hones_serving.vllm import compat, connectors
 from hones_steer.errors import RoutingError, StateError
 from hones_steer.profile import ModelIdentity, Profile, serialize_profile
@@ -219,27 +221,41 @@ def attach(engine: Any, answers: Sequence[Mapping[str, Any]], settings: Settings
 
     Raises:
         ProfileError, MismatchError, DataError: a profile of the folder cannot be used with this model.
-        StateError: the workers run different models, or the profiles list neurons of too many experts.
+        StateError: the workers run different models, the profiles list neurons of too many experts, or several API
+            servers cannot agree.
     """
     identities = [answer["identity"] for answer in answers]
     if any(identity != identities[0] for identity in identities):
         raise StateError(f"the workers disagree about their model: {identities}; restart the server")
-    slots = compat.max_profiles(engine.vllm_config, settings)
-    registry = ProfileRegistry(
-        settings.profiles,
-        ModelIdentity.from_json(dict(identities[0])),
-        max_profiles=slots,
-        always_enough=slots >= compat.max_requests(engine.vllm_config),
-        listing=listing,
-        rooms=[
-            ExpertRoom(room["tables"], frozenset(room["experts"])) for answer in answers if (room := answer["room"])
-        ],
-    )
+    registry = _registry(engine.vllm_config, answers, settings, listing)
     shown = engine.vllm_config.observability_config.per_request_spec_decode_metrics
     by_salt = connectors.by_salt(engine.vllm_config.kv_transfer_config)
     front = Front(registry, shows_drafts=shown != "none", by_salt=by_salt)
     engine.input_processor.hones_front = engine.output_processor.hones_front = front
     return front
+
+
+def _registry(
+    config: Any, answers: Sequence[Mapping[str, Any]], settings: Settings, listing: str
+) -> ProfileRegistry:
+    """The registry of this process: its own, or one of several that hold the same."""
+    identity = ModelIdentity.from_json(dict(answers[0]["identity"]))
+    most = compat.max_admitted(config, settings)
+    parallel = config.parallel_config
+    room = {"max_profiles": most or compat.max_profiles(config, settings), "always_enough": most is None}
+    if parallel._api_process_count == 1:
+        tables = [answer["room"] for answer in answers if answer["room"]]
+        rooms = [ExpertRoom(each["tables"], frozenset(each["experts"])) for each in tables]
+        return ProfileRegistry(settings.profiles, identity, listing=listing, rooms=rooms, **room)
+    if settings.state is None:
+        raise StateError(
+            "there are several API servers, but HONES_STATE_DIR names no folder in which they can agree; start them with "
+            "`hones serve` or `vllm serve`, or give --api-server-count 1"
+        )
+    shared = SharedState(settings.state, parallel._api_process_rank, parallel._api_process_count)
+    registry = SharedRegistry(shared, settings.profiles, identity, listing=listing, **room)
+    registry.keep_up()
+    return registry
 
 
 def install() -> None:
