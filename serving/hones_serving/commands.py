@@ -26,7 +26,7 @@ _SERVERS = {
     "vllm": "vllm.entrypoints.launchers.api_server.entry",
     "transformers": transformers_server.__name__,
 }
-_SEVERAL = "hones_serving.vllm.servers"  # for several API servers
+_SEVERAL = "hones_serving.vllm.serve"  # for several API servers
 _NEEDED = {"vllm": ("vllm",), "transformers": ("transformers", "fastapi", "uvicorn", "openai", "jinja2")}
 _EXTRAS = {"vllm": "vllm", "transformers": "serve"}
 _PLUGIN_GROUPS = (

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
 from hones_serving.registry import ProfileRegistry
 from hones_steer.errors import DataError
 
+_Mode = Literal["livemostrecent", "livesum"]
 
 # How the gauges of several processes are joined. The last one's: files of earlier processes, however those ended, are
 # older and do not count.
-_LAST, _SUM = "livemostrecent", "livesum"
+_LAST: _Mode = "livemostrecent"
+_SUM: _Mode = "livesum"
 
 
 class Metrics:
@@ -98,7 +101,7 @@ class Metrics:
         self._unreached.labels(profile).inc()
 
 
-def _gauge(name: str, about: str, mode: str, collector: CollectorRegistry) -> Gauge:
+def _gauge(name: str, about: str, mode: _Mode, collector: CollectorRegistry) -> Gauge:
     """A gauge that has to be set, because files of several processes can hold values only; `mode` says how they join.
 
     Raises:

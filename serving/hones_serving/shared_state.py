@@ -90,15 +90,18 @@ class State:
 class SharedState:
     """The state in a folder, as API server `index` of `count` has it. Not for several threads at once, but `changing`.
 
+    `seconds` is how long it waits for the others: to end a change, and to confirm one.
+
     Raises:
         SharedStateError: `folder` is no folder of this user's that nobody else can enter.
     """
 
-    def __init__(self, folder: Path, index: int, count: int) -> None:
+    def __init__(self, folder: Path, index: int, count: int, *, seconds: float = WAIT_SECONDS) -> None:
         _require_private(folder)
         self.index = index
         self._folder = folder
         self._count = count
+        self._seconds = seconds
         self._held: int | None = None  # the state that was read last, kept open so that no other file has its number
 
     def read(self) -> State | None:
@@ -108,7 +111,7 @@ class SharedState:
             SharedStateError: it is missing, no regular file of this user's, too large, or broken.
         """
         try:
-            there = os.stat(self._folder / _STATE, follow_symlinks=False)
+            there = (self._folder / _STATE).lstat()
         except OSError as error:
             raise SharedStateError(f"{self._folder / _STATE}: cannot be read: {error.strerror}") from error
         if self._held is not None and os.path.samestat(there, os.fstat(self._held)):
@@ -131,13 +134,13 @@ class SharedState:
             self._held = None
 
     @contextmanager
-    def changing(self, seconds: float = WAIT_SECONDS) -> Iterator[None]:
+    def changing(self) -> Iterator[None]:
         """Keep all others from changing the state within the block.
 
         Raises:
-            SharedStateError: another has kept it for so many seconds, or the folder is gone.
+            SharedStateError: another has kept it for too long, or the folder is gone.
         """
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + self._seconds
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(self._folder / _LOCK, flags, 0o600)
@@ -151,7 +154,7 @@ class SharedState:
                 except BlockingIOError as error:
                     if time.monotonic() > deadline:
                         raise SharedStateError(
-                            f"another change has not ended within {seconds:g} s; try again, or restart the server"
+                            f"another change has not ended within {self._seconds:g} s; try again, or restart the server"
                         ) from error
                     time.sleep(_POLL_SECONDS)
             yield
@@ -163,24 +166,24 @@ class SharedState:
         write_state(self._folder, state)
 
     def confirm(self, version: int, problem: str | None = None) -> None:
-        """Say which version this server has, and why it cannot read it any more. Raises SharedStateError if it cannot."""
+        """Say which version this server has, and why it cannot read another. Raises SharedStateError if it cannot."""
         said = {"pid": os.getpid(), "version": version, "problem": problem}
         data = json.dumps(said).encode()
         write_atomically(self._seen(self.index), data, parents=False, error_type=SharedStateError)
 
-    def wait(self, version: int, seconds: float = WAIT_SECONDS) -> None:
+    def wait(self, version: int) -> None:
         """Wait until every server has confirmed this version or a later one.
 
         Raises:
-            UnconfirmedError: one has not, within so many seconds, or says that it cannot; the message names it.
+            UnconfirmedError: one has not in time, or says that it cannot; the message names it.
         """
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + self._seconds
         while missing := dict(self._missing(version)):
             if time.monotonic() > deadline:
                 which = "; ".join(f"API server {index} {reason}" for index, reason in missing.items())
                 raise UnconfirmedError(
-                    f"the change is made (version {version}), but not confirmed by all within {seconds:g} s: {which}; "
-                    "none of them steers by what was before; look at GET /v1/hones/profiles of each, or restart"
+                    f"the change is made (version {version}), but not all have confirmed it within {self._seconds:g} s: "
+                    f"{which}; none of them steers by what was before; if that stays so, restart the server"
                 )
             time.sleep(_POLL_SECONDS)
 
@@ -218,7 +221,7 @@ def write_state(folder: Path, state: State) -> None:
 
 def _require_private(folder: Path) -> None:
     try:
-        status = os.stat(folder, follow_symlinks=False)
+        status = folder.lstat()
     except OSError as error:
         raise SharedStateError(f"{folder}: cannot be read: {error.strerror}; restart the server") from error
     if not stat.S_ISDIR(status.st_mode):
@@ -241,10 +244,10 @@ def _read(path: Path, most: int) -> tuple[int, bytes]:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             raise SharedStateError(f"{path}: is no regular file of user {os.geteuid()}")
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            data = file.read(most + 1)
-        if len(data) > most:
+        if status.st_size > most:
             raise SharedStateError(f"{path}: is larger than {most:,} bytes")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            data = file.read(most)
     except BaseException:
         os.close(descriptor)
         raise

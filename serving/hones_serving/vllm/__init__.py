@@ -8,7 +8,8 @@ experts.py     in the worker: its routed experts, and their scale tables
 scaling.py     in the worker: each token's slot, the scaled input of each down-projection, the scaled rows of experts
 worker.py      in the worker: from the engine's steps to the profile and slot of each token
 endpoint.py    the HTTP side of the API server
-servers.py     what several API servers of one engine agree on, before they start
+servers.py     the folder in which several API servers agree, and the registry of each
+serve.py       `vllm serve` as a module, which starts them
 batch.py       the lines of a batch file (`vllm run-batch`), in place of the HTTP side
 
 `hones serve` runs the API server, which starts the engine core as a process of its own. There is one worker for each

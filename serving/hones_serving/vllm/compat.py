@@ -178,7 +178,8 @@ def max_admitted(config: Any, settings: Settings) -> int | None:
     Raises:
         StateError: there are fewer slots than API servers.
     """
-    slots, servers = max_profiles(config, settings), config.parallel_config._api_process_count
+    slots = max_profiles(config, settings)
+    servers: int = config.parallel_config._api_process_count
     if slots >= max_requests(config):
         return None
     if slots < servers:

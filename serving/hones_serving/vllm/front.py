@@ -30,15 +30,13 @@ from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from hones_serving.contract import PREFIX, SCOPE, TASK
 from hones_serving.exchange import current_admission, generating
-from hones_serving.expert_room import ExpertRoom
 from hones_serving.metrics import Metrics
 from hones_serving.registry import ProfileRegistry, label_of
 from hones_serving.settings import Settings
-from hones_serving.shared_registry import SharedRegistry
-from hones_serving.shared_state import SharedState
 from hones_serving.vllm import compat, connectors
+from hones_serving.vllm.servers import registry_of
 from hones_steer.errors import RoutingError, StateError
-from hones_steer.profile import ModelIdentity, Profile, serialize_profile
+from hones_steer.profile import Profile, serialize_profile
 from hones_steer.scopes import ALL, GENERATED, check_scope, scoped_digest
 from hones_steer.store import parse_expression
 
@@ -227,35 +225,12 @@ def attach(engine: Any, answers: Sequence[Mapping[str, Any]], settings: Settings
     identities = [answer["identity"] for answer in answers]
     if any(identity != identities[0] for identity in identities):
         raise StateError(f"the workers disagree about their model: {identities}; restart the server")
-    registry = _registry(engine.vllm_config, answers, settings, listing)
+    registry = registry_of(engine.vllm_config, answers, settings, listing)
     shown = engine.vllm_config.observability_config.per_request_spec_decode_metrics
     by_salt = connectors.by_salt(engine.vllm_config.kv_transfer_config)
     front = Front(registry, shows_drafts=shown != "none", by_salt=by_salt)
     engine.input_processor.hones_front = engine.output_processor.hones_front = front
     return front
-
-
-def _registry(
-    config: Any, answers: Sequence[Mapping[str, Any]], settings: Settings, listing: str
-) -> ProfileRegistry:
-    """The registry of this process: its own, or one of several that hold the same."""
-    identity = ModelIdentity.from_json(dict(answers[0]["identity"]))
-    most = compat.max_admitted(config, settings)
-    parallel = config.parallel_config
-    room = {"max_profiles": most or compat.max_profiles(config, settings), "always_enough": most is None}
-    if parallel._api_process_count == 1:
-        tables = [answer["room"] for answer in answers if answer["room"]]
-        rooms = [ExpertRoom(each["tables"], frozenset(each["experts"])) for each in tables]
-        return ProfileRegistry(settings.profiles, identity, listing=listing, rooms=rooms, **room)
-    if settings.state is None:
-        raise StateError(
-            "there are several API servers, but HONES_STATE_DIR names no folder in which they can agree; start them with "
-            "`hones serve` or `vllm serve`, or give --api-server-count 1"
-        )
-    shared = SharedState(settings.state, parallel._api_process_rank, parallel._api_process_count)
-    registry = SharedRegistry(shared, settings.profiles, identity, listing=listing, **room)
-    registry.keep_up()
-    return registry
 
 
 def install() -> None:

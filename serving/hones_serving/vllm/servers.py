@@ -1,22 +1,28 @@
-"""Several API servers before one engine: `python -m hones_serving.vllm.servers` is `vllm serve`, in every build.
+"""Several API servers before one engine, which agree on the profiles and the kill switch.
 
-The process that runs this starts the engine and, as processes of their own, the API servers. Before it does, it makes
-the folder of what they agree on (`hones_serving.shared_state`), and reads the profiles and the routing file into it.
+The process of `vllm serve` starts the engine and, as processes of their own, the API servers. Before these, it makes
+the folder of what they agree on (`hones_serving.shared_state`), with the profiles and the routing file as they are.
 """
 
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hones_serving.registry import read_folder
+from hones_serving.expert_room import ExpertRoom
+from hones_serving.registry import ProfileRegistry, read_folder
 from hones_serving.routing_file import load_plan
 from hones_serving.settings import STATE_DIR, Settings
-from hones_serving.shared_registry import write_first_state
-from hones_serving.shared_state import ROUTING
+from hones_serving.shared_registry import SharedRegistry, write_first_state
+from hones_serving.shared_state import ROUTING, SharedState
+from hones_serving.vllm import compat
+from hones_steer.errors import StateError
+from hones_steer.profile import ModelIdentity
 
 
 class StateFolder:
@@ -47,32 +53,53 @@ def install() -> None:
     """Wrap vLLM's start of API servers: they get a folder to agree in, and find it in HONES_STATE_DIR."""
     from vllm.v1.utils import APIServerProcessManager
 
-    from hones_serving.vllm.front import wrap
+    manager: Any = APIServerProcessManager
+    start = manager.__init__
 
-    def start(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    @functools.wraps(start)
+    def share_and_start(self: Any, *args: Any, **kwargs: Any) -> None:
         if settings := Settings.from_env():
             self.hones_state = StateFolder(settings)
             os.environ[STATE_DIR] = str(self.hones_state.path)
-        original(self, *args, **kwargs)
+        start(self, *args, **kwargs)
 
-    wrap(APIServerProcessManager, "__init__", start)
-
-
-def main() -> None:
-    """Be ``vllm serve`` with the arguments of this process."""
-    from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-    from vllm.logger import configure_logging_from_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    # The `vllm` command itself asks for the version of a package named vllm, which not every build is.
-    cli_env_setup()
-    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args()
-    configure_logging_from_args(arguments)
-    validate_parsed_serve_args(arguments)
-    ServeSubcommand.cmd(arguments)
+    manager.__init__ = share_and_start
 
 
-if __name__ == "__main__":
-    main()
+def registry_of(config: Any, answers: Sequence[Mapping[str, Any]], settings: Settings, listing: str) -> ProfileRegistry:
+    """The registry of an engine's front: the only one, or that of one API server of several, which hold the same.
+
+    Raises:
+        ProfileError, MismatchError, DataError: a profile of the folder cannot be used with this model.
+        StateError: the profiles list neurons of too many experts, or several API servers cannot agree.
+    """
+    identity = ModelIdentity.from_json(dict(answers[0]["identity"]))
+    index, servers = config.parallel_config._api_process_rank, config.parallel_config._api_process_count
+    limited = compat.max_admitted(config, settings)
+    most = limited or compat.max_profiles(config, settings)
+    if servers == 1:
+        tables = [answer["room"] for answer in answers if answer["room"]]
+        rooms = [ExpertRoom(each["tables"], frozenset(each["experts"])) for each in tables]
+        return ProfileRegistry(
+            settings.profiles,
+            identity,
+            max_profiles=most,
+            always_enough=limited is None,
+            listing=listing,
+            rooms=rooms,
+        )
+    if settings.state is None:
+        raise StateError(
+            "there are several API servers, but HONES_STATE_DIR names no folder in which they can agree; start them "
+            "with `hones serve` or `vllm serve`, or give --api-server-count 1"
+        )
+    registry = SharedRegistry(
+        SharedState(settings.state, index, servers),
+        settings.profiles,
+        identity,
+        max_profiles=most,
+        always_enough=limited is None,
+        listing=listing,
+    )
+    registry.keep_up()
+    return registry
