@@ -180,10 +180,10 @@ class SharedState:
         deadline = time.monotonic() + self._seconds
         while missing := dict(self._missing(version)):
             if time.monotonic() > deadline:
-                which = "; ".join(f"API server {index} {reason}" for index, reason in missing.items())
+                who = "; ".join(f"API server {index} {reason}" for index, reason in missing.items())
                 raise UnconfirmedError(
-                    f"the change is made (version {version}), but not all have confirmed it within {self._seconds:g} s: "
-                    f"{which}; none of them steers by what was before; if that stays so, restart the server"
+                    f"the change is made (version {version}), but not confirmed by all in {self._seconds:g} s: {who}; "
+                    "none of them steers by what was before; if that stays so, restart the server"
                 )
             time.sleep(_POLL_SECONDS)
 

@@ -202,7 +202,7 @@ async def test_a_server_that_stands_still_is_named_and_steers_by_nothing_old(sit
         finally:
             os.kill(processes[1], signal.SIGCONT)
         assert response.status_code == 503
-        assert f"not all have confirmed it within 10 s: API server 1 (process {processes[1]})" in response.text
+        assert f"not confirmed by all in 10 s: API server 1 (process {processes[1]})" in response.text
         assert (await late).texts == [site.text(QUESTION, "new")]
         back = await call(both[1], "POST", "/v1/hones/profiles", {"name": "vqa", "path": "vqa.safetensors"})
         assert back.status_code == 200, back.text

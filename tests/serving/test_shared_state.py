@@ -412,7 +412,7 @@ def test_a_process_that_stands_still_is_named_and_steers_by_nothing_old(
     stopped = processes[1].process.pid
     os.kill(stopped, signal.SIGSTOP)
     known = registry(folder, profiles, 0, 2, seconds=0.3)
-    with pytest.raises(UnconfirmedError, match=rf"within 0\.3 s: API server 1 \(process {stopped}\) has version 1;"):
+    with pytest.raises(UnconfirmedError, match=rf"by all in 0\.3 s: API server 1 \(process {stopped}\) has version 1;"):
         known.load("vqa", "next/vqa.safetensors")
     processes[1].tell("scale vqa")  # a request that waits until it goes on
     os.kill(stopped, signal.SIGCONT)
