@@ -115,7 +115,7 @@ class ProfileRegistry:
         """
 
     def about(self) -> dict[str, Any]:
-        """What a client is told about this process of the server, in JSON."""
+        """Facts about this process of the server that clients are told, in JSON."""
         return {}
 
     # Reading

@@ -1,4 +1,4 @@
-"""What several API servers of one vLLM server agree on, in a folder of that server.
+"""State that several API servers of one vLLM server agree on, in a folder of that server.
 
 state       the profiles by name, their contents, and the kill switch; replaced as a whole, never written into
 lock        locked by the process that is changing the state; the kernel unlocks it when that process ends
@@ -68,7 +68,7 @@ class State:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> State:
-        """What `to_bytes` wrote. Raises SharedStateError if these are other bytes."""
+        """The state that `to_bytes` wrote. Raises SharedStateError if these are other bytes."""
         line, newline, rest = data.partition(b"\n")
         head = parse_object(line, "the state's first line", SharedStateError)
         if not newline or head.get("format") != _FORMAT:

@@ -1,4 +1,4 @@
-"""What several API servers agree on: the state in a folder, and the registry that follows it, in real processes."""
+"""State that several API servers agree on: the file in a folder, and the registry that follows it, in real processes."""
 
 import json
 import os
