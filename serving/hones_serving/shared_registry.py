@@ -56,6 +56,7 @@ class SharedRegistry(ProfileRegistry):
         self._parsed: dict[bytes, Profile] = {}  # of this version's profiles
         self._problem: str | None = None  # why the state cannot be read
         self._confirmed: tuple[int, str | None] | None = None  # version and problem, as the other servers know them
+        self._logged: tuple[int, str | None] | None = None  # likewise, as the log has them
         super().__init__(folder, identity, max_profiles=max_profiles, always_enough=always_enough, listing=listing)
         self.follow()
 
@@ -79,13 +80,15 @@ class SharedRegistry(ProfileRegistry):
             now = self._version, self._problem
         if now == self._confirmed:
             return
-        if now[1] is not None:
+        logged, self._logged = now == self._logged, now
+        if now[1] is not None and not logged:
             logger.error("API server %d answers steered requests with 503: %s", self._shared.index, now[1])
         try:
             self._shared.confirm(*now)
+            self._confirmed = now
         except SharedStateError as error:
-            logger.error("API server %d cannot tell the others what it has: %s", self._shared.index, error)
-        self._confirmed = now
+            if not logged:
+                logger.error("API server %d cannot tell the others what it has: %s", self._shared.index, error)
 
     def follow(self) -> None:
         """Take over the state, if it is another than was read last.

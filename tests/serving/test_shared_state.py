@@ -1,4 +1,4 @@
-"""State that several API servers agree on: the file in a folder, and the registry that follows it, in real processes."""
+"""State that several API servers agree on: the file in a folder, the registry that follows it, real processes."""
 
 import json
 import os
@@ -320,11 +320,18 @@ def test_a_profile_of_another_model_is_not_taken(folder: Path, profiles: Path) -
             known.follow()
 
 
-def test_a_folder_that_is_gone_is_an_error_and_no_more(folder: Path, profiles: Path) -> None:
+def test_a_folder_that_is_gone_is_an_error_and_no_more(
+    folder: Path, profiles: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     known = registry(folder, profiles)
     for file in (*folder.iterdir(), folder):
         file.rmdir() if file.is_dir() else file.unlink()
     known._look()
+    known._look()
+    assert [record.message.partition(": ")[0] for record in caplog.records] == [
+        "API server 0 answers steered requests with 503",
+        "API server 0 cannot tell the others what it has",
+    ]
     for call in (known.follow, lambda: known.switch(False)):
         with pytest.raises(SharedStateError, match="No such file"):
             call()
