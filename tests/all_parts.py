@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PASSED = ROOT / ".test-all"
 SERVING = sorted((ROOT / "tests" / "serving").glob("test_*.py"))
 ENGINE = ("test_in_vllm", "test_vllm_benchmark")
-HTTP = ("test_http", "test_playground", "test_replicas")
+HTTP = ("test_http", "test_playground", "test_replicas", "test_servers")
 PARTS: dict[str, list[Path]] = {
     "whole": sorted((ROOT / "tests").glob("test_*.py")),  # documentation, packages, architecture
     "steer": [ROOT / "tests" / "steer"],

@@ -80,7 +80,7 @@ def pytest_unconfigure() -> None:
 SLOW_FILES = {
     *("test_in_vllm", "test_vllm_benchmark", "test_http", "test_playground", "test_hf_benchmark", "test_compile"),
     *("test_attribution_benchmark", "test_deployment", "test_gpu_benchmark", "test_distributed", "test_resume"),
-    *("test_site", "test_wheel", "test_replicas"),
+    *("test_site", "test_wheel", "test_replicas", "test_servers"),
 }
 SLOW_FIXTURES = {"after_demo", "one_browser"}
 # What takes longest, in that order: workers that begin with it end together.
@@ -99,7 +99,7 @@ def group_of(nodeid: str) -> str:
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
-    """The parameter's name in place of bytes: compressed ones can hold the time, and two workers must agree on names."""
+    """The name of a parameter in place of its bytes: compressed ones can hold the time, and workers must agree."""
     return argname if isinstance(val, bytes) else None
 
 

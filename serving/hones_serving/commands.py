@@ -26,6 +26,7 @@ _SERVERS = {
     "vllm": "vllm.entrypoints.launchers.api_server.entry",
     "transformers": transformers_server.__name__,
 }
+_SEVERAL = "hones_serving.vllm.serve"  # for several API servers
 _NEEDED = {"vllm": ("vllm",), "transformers": ("transformers", "fastapi", "uvicorn", "openai", "jinja2")}
 _EXTRAS = {"vllm": "vllm", "transformers": "serve"}
 _PLUGIN_GROUPS = (
@@ -37,9 +38,7 @@ _PLUGIN_GROUPS = (
 # Flags that would have no effect, or another than `hones serve` promises.
 _REFUSED = {
     "--model": "MODEL, the first argument, names the model",
-    "--api-server-count": "hones serve runs one API server",
-    "-asc": "hones serve runs one API server",
-    "--headless": "hones serve runs one API server",
+    "--headless": "hones serve runs an API server",
     "--grpc": "steering is for the HTTP server",
 }
 _LAST_PORT = 65535
@@ -139,6 +138,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if options.engine == "transformers":
         if options.max_expert_tables is not None:
             parser.error("--max-expert-tables is for vLLM: with transformers all experts have tables")
+        if options.api_server_count is not None:
+            parser.error("--api-server-count is for vLLM: with transformers there is one server")
         transformers_server.parse(["--model", options.model, *rest])
     return options, rest
 
@@ -187,6 +188,12 @@ def _parser() -> argparse.ArgumentParser:
         type=_count,
         default=MAX_BODY_MB,
         help=f"largest body of a request in MiB, also once decompressed; larger ones get 413 (default: {MAX_BODY_MB})",
+    )
+    add(
+        *("--api-server-count", "--api_server_count", "-asc"),
+        metavar="N",
+        type=_count,
+        help="so many of vLLM's API servers, which agree on profiles and the kill switch (default: 1)",
     )
     add("--playground", action="store_true", help="a page at /hones on which to try profiles by hand")
     add("--host", help="address to listen on (default: all)")
@@ -319,7 +326,11 @@ def installed_plugins() -> set[str]:
 
 def _arguments(options: argparse.Namespace) -> list[str]:
     # -P: as with vLLM's own command, Python does not look for modules in the current folder.
-    arguments = [sys.executable, "-P", "-m", _SERVERS[options.engine], "--model", options.model]
+    servers = options.api_server_count or 1
+    module = _SERVERS[options.engine] if servers == 1 else _SEVERAL
+    arguments = [sys.executable, "-P", "-m", module, "--model", options.model]
+    if servers > 1:
+        arguments += ["--api-server-count", str(servers)]
     for name in ("host", "port", "shutdown_timeout"):
         if getattr(options, name) is not None:
             arguments += [f"--{name.replace('_', '-')}", str(getattr(options, name))]

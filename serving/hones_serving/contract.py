@@ -18,6 +18,7 @@ from hones_serving.facts import FactsOf, RequestFacts
 from hones_serving.metrics import Metrics
 from hones_serving.registry import Admission, CapacityError, ProfileRegistry, label_of
 from hones_serving.routing import Decision, RoutingPlan, UnknownAliasError, decide, split_alias
+from hones_serving.shared_state import SharedStateError
 from hones_steer.errors import RoutingError
 from hones_steer.profile import Profile
 from hones_steer.scopes import ALL, check_scope, scoped_digest
@@ -176,12 +177,15 @@ def admit(service: Service, facts_of: FactsOf, body: dict[str, Any], headers: Ma
     The caller must make the admission leave.
 
     Raises:
-        RefusedError: 400, 404 or 429; the message says what is wrong with the steering that the request names.
+        RefusedError: 400, 404 or 429; the message says what is wrong with the steering that the request names. 503: it
+            is not known what would steer the request.
     """
     scope = _check_names(body)
     route = "off"
     try:
-        decision, asked = _decide(service, facts_of(body, headers))
+        facts = facts_of(body, headers)
+        _follow(service, facts)
+        decision, asked = _decide(service, facts)
         route = decision.route
         profile = service.registry.resolve(decision.expression)
         # How beams are built over several requests to the engine is not tested. They take any value but a plain no.
@@ -275,6 +279,25 @@ def _decide(service: Service, facts: RequestFacts) -> tuple[Decision, bool]:
     return decide(facts, service.plan, served=served, exact=exact, enabled=False), asked
 
 
+def _follow(service: Service, facts: RequestFacts) -> None:
+    """Take over what other processes of the server have changed.
+
+    Raises:
+        RefusedError: 503, if that cannot be read and something would steer the request.
+        RoutingError: an expression is malformed.
+    """
+    try:
+        service.registry.follow()
+    except SharedStateError as error:
+        decision = decide(facts, service.plan, served=service.served, exact=service.exact(), enabled=True)
+        if decision.expression.names:
+            raise RefusedError(503, _unknown(error), route=decision.route) from error
+
+
+def _unknown(error: SharedStateError) -> str:
+    return f"this API server does not know what steers now, so it steers nothing: {error}"
+
+
 def _known_alias(service: Service, model: str, exact: Collection[str]) -> tuple[str, str] | None:
     """`split_alias` of a model's name. Raises RoutingError if it is malformed, or (UnknownAliasError) no profile's."""
     alias = split_alias(model, service.served, exact)
@@ -291,18 +314,22 @@ def drop_alias(service: Service, body: dict[str, Any]) -> bool:
     """Give the model in a body its own name, for a route that only counts tokens. Returns whether that changed it.
 
     Raises:
-        RefusedError: 400 or 404, as for the same name on a route that is steered.
+        RefusedError: 400, 404 or 503, as for the same name on a route that is steered.
     """
     check_repeated(body)
     model = body.get("model")
     if not isinstance(model, str):
         return False
     try:
+        if split_alias(model, service.served, service.exact()) is not None:
+            service.registry.follow()
         alias = _known_alias(service, model, service.exact())
     except UnknownAliasError as error:
         raise RefusedError(404, str(error), "model", "path") from error
     except RoutingError as error:
         raise RefusedError(400, str(error), "model", "path") from error
+    except SharedStateError as error:
+        raise RefusedError(503, _unknown(error), route="path") from error
     if alias is None:
         return False
     body["model"] = alias[0]

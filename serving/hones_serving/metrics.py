@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
 from hones_serving.registry import ProfileRegistry
 from hones_steer.errors import DataError
 
+_Mode = Literal["livemostrecent", "livesum"]
+
+# How the gauges of several processes are joined. The last one's: files of earlier processes, however those ended, are
+# older and do not count.
+_LAST: _Mode = "livemostrecent"
+_SUM: _Mode = "livesum"
+
 
 class Metrics:
     """Counters of requests, tokens and loads, and gauges that follow `registry`, all in `collector`.
 
-    Where PROMETHEUS_MULTIPROC_DIR is set, values are files, which the process that answers a scrape reads.
+    Where PROMETHEUS_MULTIPROC_DIR is set, values are files, which the process that answers a scrape reads. Counters of
+    all processes are added up; with `several` API servers also the gauges of what is in use.
 
     Raises:
         DataError: PROMETHEUS_MULTIPROC_DIR names a folder that cannot be written to.
         ValueError: `collector` has these metrics already.
     """
 
-    def __init__(self, registry: ProfileRegistry, collector: CollectorRegistry = REGISTRY) -> None:
+    def __init__(
+        self, registry: ProfileRegistry, collector: CollectorRegistry = REGISTRY, *, several: bool = False
+    ) -> None:
         self._registry = registry
         self._requests = Counter(
             "hones_requests_total",
@@ -55,10 +66,11 @@ class Metrics:
             ["profile"],
             registry=collector,
         )
-        self._loaded = _gauge("hones_profiles_loaded", "Profiles that requests can name.", collector)
-        self._slots = _gauge("hones_slots_used", "Different profiles in use at this moment.", collector)
+        in_use = _SUM if several else _LAST
+        self._loaded = _gauge("hones_profiles_loaded", "Profiles that requests can name.", _LAST, collector)
+        self._slots = _gauge("hones_slots_used", "Different profiles in use at this moment.", in_use, collector)
         self._in_flight = _gauge(
-            "hones_requests_in_flight", "Requests admitted and not yet answered to the end.", collector
+            "hones_requests_in_flight", "Requests admitted and not yet answered to the end.", in_use, collector
         )
         registry.watch(self._follow)
 
@@ -89,16 +101,14 @@ class Metrics:
         self._unreached.labels(profile).inc()
 
 
-def _gauge(name: str, about: str, collector: CollectorRegistry) -> Gauge:
-    """A gauge that has to be set, because files of several processes can hold values only.
-
-    One process of a server has it. Files of earlier processes, however those ended, are older and do not count.
+def _gauge(name: str, about: str, mode: _Mode, collector: CollectorRegistry) -> Gauge:
+    """A gauge that has to be set, because files of several processes can hold values only; `mode` says how they join.
 
     Raises:
         DataError: the folder of these files cannot be written to.
     """
     try:
-        return Gauge(name, about, registry=collector, multiprocess_mode="livemostrecent")
+        return Gauge(name, about, registry=collector, multiprocess_mode=mode)
     except OSError as error:
         folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
         raise DataError(

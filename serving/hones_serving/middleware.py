@@ -69,6 +69,7 @@ from hones_serving.contract import (
 from hones_serving.exchange import Exchange
 from hones_serving.expert_room import RoomError
 from hones_serving.facts import FactsOf, facts_of_chat, facts_of_completion, facts_of_message, facts_of_response, joined
+from hones_serving.shared_state import SharedStateError, UnconfirmedError
 from hones_serving.websockets import open_session
 from hones_steer.errors import MismatchError, ProfileError, RoutingError
 from hones_steer.store import parse_expression
@@ -138,7 +139,10 @@ class HonesMiddleware:
     async def _handle(self, scope: Scope, receive: Receive, send: Send, exchange: Exchange) -> None:
         method, path = scope["method"], path_of(scope)
         if path in (_PROFILES, _STEERING) or path.startswith(_PROFILES + "/"):
-            await respond_json(send, 200, await _administer(self._service(), scope, receive))
+            try:
+                await respond_json(send, 200, await _administer(self._service(), scope, receive))
+            except SharedStateError as error:
+                raise RefusedError(503, str(error)) from error
         elif method == "POST" and path in _STEERABLE:
             await self._complete(self._service(), _STEERABLE[path], scope, receive, send, exchange)
         elif method == "POST":
@@ -278,6 +282,10 @@ def _with_aliases(service: Service, send: Send) -> Send:
 
 def _aliases(service: Service, models: list[Any]) -> list[dict[str, Any]]:
     entries = {entry["id"]: entry for entry in models}
+    try:
+        service.registry.follow()
+    except SharedStateError:
+        return []  # nothing is steered, whatever it is called
     return [
         {**entries[name], "id": alias, "parent": name}
         for name in service.served
@@ -295,10 +303,12 @@ async def _administer(service: Service, scope: Scope, receive: Receive) -> dict[
     Raises:
         RefusedError: 400, 403, 404 or 405.
         BodyError: 413 or 415.
+        SharedStateError: other processes of the server cannot be told, or have not said that they know.
     """
     registry, method, path = service.registry, scope["method"], path_of(scope)
     if (method, path) == ("GET", _PROFILES):
-        return {"object": "list", "enabled": registry.enabled, "data": registry.profiles()}
+        registry.follow()
+        return {"object": "list", "enabled": registry.enabled, **registry.about(), "data": registry.profiles()}
     if not service.allow_updates:
         raise RefusedError(403, "this server allows no changes; start it with --allow-profile-updates")
     if (method, path) == ("POST", _PROFILES):
@@ -307,10 +317,10 @@ async def _administer(service: Service, scope: Scope, receive: Receive) -> dict[
         body = await _json_of(service, scope, receive)
         if not (isinstance(body, dict) and body.keys() == {"enabled"} and isinstance(body["enabled"], bool)):
             raise RefusedError(400, 'send {"enabled": true} or {"enabled": false}', "enabled")
-        registry.enabled = body["enabled"]
-        return {"enabled": registry.enabled}
+        await asyncio.to_thread(registry.switch, body["enabled"])  # other processes have to hear of it, too
+        return {"enabled": body["enabled"]}
     if method == "DELETE" and path.startswith(_PROFILES + "/"):
-        return _unload(service, path.removeprefix(_PROFILES + "/"))
+        return await _unload(service, path.removeprefix(_PROFILES + "/"))
     raise RefusedError(405, f"{method} is not supported at {path}; see the table of calls in the documentation")
 
 
@@ -335,12 +345,15 @@ async def _load(service: Service, body: object) -> dict[str, Any]:
     except RoomError as error:
         service.metrics.loads("error")
         raise RefusedError(409, str(error), "path") from error
+    except SharedStateError as error:
+        service.metrics.loads("ok" if isinstance(error, UnconfirmedError) else "error")
+        raise
     service.metrics.loads("ok")
     service.report_ambiguous(service.exact())
     return entry
 
 
-def _unload(service: Service, name: str) -> dict[str, Any]:
+async def _unload(service: Service, name: str) -> dict[str, Any]:
     plan = service.plan
     planned = [plan.default, *(rule.task for rule in plan.rules), *((plan.canary.to,) if plan.canary else ())]
     if any(name in parse_expression(text).names for text in planned if text is not None):
@@ -348,7 +361,7 @@ def _unload(service: Service, name: str) -> dict[str, Any]:
             400, f"the routing file steers with {name!r}; change it and restart, or load another version"
         )
     try:
-        service.registry.unload(name)
+        await asyncio.to_thread(service.registry.unload, name)
     except RoutingError as error:
         raise RefusedError(404, str(error), "name") from error
     return {"name": name, "deleted": True}

@@ -38,9 +38,14 @@ class Admission:
     scope: str = ALL
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
+    """A loaded profile, and the file that it was read from, relative to the folder."""
+
     profile: Profile
-    file: str  # relative to the folder
+    file: str
+
+
+Contents = tuple[dict[str, Entry], bool]  # what a registry holds: entries by name, and whether steering is enabled
 
 
 def label_of(expression: Expression) -> str:
@@ -54,7 +59,8 @@ class ProfileRegistry:
     """The profiles of one folder, for one model. Safe to use from several threads.
 
     Files are read when the server starts and by `load`, never because they have changed. `enabled` is the kill
-    switch, which the caller of `admit` looks at.
+    switch, which the caller of `admit` looks at. `follow` and `about` are for a server of several processes
+    (`shared_registry`); here they do nothing.
 
     Args:
         folder: holds ``<task>.safetensors`` files; every one is loaded and checked.
@@ -96,13 +102,21 @@ class ProfileRegistry:
         self._blend = functools.lru_cache(maxsize=_CACHED_BLENDS)(_blend)
         self._changed: Callable[[], None] = lambda: None
 
-    def _read_folder(self) -> dict[str, _Entry]:
-        store = ProfileStore(self._folder)
-        names = store.names()
-        for file in sorted(self._folder.glob("*" + SUFFIX)):
-            if file.name.removesuffix(SUFFIX) not in names:
-                raise ProfileError(f"{file}: no task can have this name; rename the file to <its task>{SUFFIX}")
-        return {name: self._checked(store.get(name), name + SUFFIX) for name in names}
+    def _read_folder(self) -> dict[str, Entry]:
+        return {name: self._checked(profile, name + SUFFIX) for name, profile in read_folder(self._folder).items()}
+
+    # Several processes
+
+    def follow(self) -> None:
+        """Take over what other processes of the server have changed; before each request and each call of a client.
+
+        Raises:
+            SharedStateError: what they have agreed on cannot be read.
+        """
+
+    def about(self) -> dict[str, Any]:
+        """Facts about this process of the server that clients are told, in JSON."""
+        return {}
 
     # Reading
 
@@ -130,7 +144,7 @@ class ProfileRegistry:
         """
         return self._blend(expression, self._lookup(self._entries, expression))
 
-    def _lookup(self, entries: dict[str, _Entry], expression: Expression) -> tuple[tuple[str, Profile], ...]:
+    def _lookup(self, entries: dict[str, Entry], expression: Expression) -> tuple[tuple[str, Profile], ...]:
         for name in expression.names:
             if name not in entries:
                 known = known_tasks(name, sorted(entries), self._listing)
@@ -159,12 +173,14 @@ class ProfileRegistry:
         if os.path.commonpath([root, real]) != root:
             raise ProfileError(f"{path!r} leaves the folder of profiles; put the file itself into the folder")
         entry = self._checked(load_profile(real), os.path.relpath(real, root))
-        with self._lock:
-            entries = {**self._entries, name: entry}
+
+        def added(entries: dict[str, Entry], enabled: bool) -> Contents:
+            entries = {**entries, name: entry}
             self._forget_unused()
             self._require_room(entries.values(), self._admitted.values())
-            self._entries = entries
-            self._changed()
+            return entries, enabled
+
+        self._change(added)
         return _described(name, entry)
 
     def unload(self, name: str) -> None:
@@ -173,31 +189,46 @@ class ProfileRegistry:
         Raises:
             RoutingError: no profile has this name.
         """
-        with self._lock:
-            if name not in self._entries:
-                known = known_tasks(name, self.tasks(), self._listing)
+
+        def without(entries: dict[str, Entry], enabled: bool) -> Contents:
+            if name not in entries:
+                known = known_tasks(name, sorted(entries), self._listing)
                 raise RoutingError(f"there is no profile {name!r} to unload; {known}")
-            self._entries = {key: entry for key, entry in self._entries.items() if key != name}
-            self._changed()
+            return {key: entry for key, entry in entries.items() if key != name}, enabled
+
+        self._change(without)
+
+    def switch(self, enabled: bool) -> None:
+        """Throw the kill switch: whether requests that are admitted from now on are steered."""
+        self._change(lambda entries, _: (entries, enabled))
+
+    def _change(self, change: Callable[[dict[str, Entry], bool], Contents]) -> None:
+        """Replace what the registry holds by what `change` makes of it; if that raises, nothing has changed."""
+        with self._lock:
+            self._set(*change(self._entries, self.enabled))
+
+    def _set(self, entries: dict[str, Entry], enabled: bool) -> None:
+        self._entries, self.enabled = entries, enabled
+        self._changed()
 
     def _forget_unused(self) -> None:
         # Not at once: the engine may be about to hold a profile whose client has left.
         self._admitted = {digest: profile for digest, profile in self._admitted.items() if digest in self._uses}
 
-    def _require_room(self, entries: Iterable[_Entry], admitted: Iterable[Profile]) -> None:
+    def _require_room(self, entries: Iterable[Entry], admitted: Iterable[Profile]) -> None:
         """Check that what is loaded has room, beside what requests were admitted with. Raises RoomError if not."""
         profiles = [*(entry.profile for entry in entries), *admitted]
         for room in self._rooms:
             room.require(profiles)
 
-    def _checked(self, profile: Profile, file: str) -> _Entry:
+    def _checked(self, profile: Profile, file: str) -> Entry:
         try:
             profile.base_model.check(self._identity)
         except MismatchError as error:
             # The argument that the message ends with is Python's; a server has none.
             reason = str(error).removesuffix(" or pass allow_mismatch=True")
             raise MismatchError(f"{self._folder / file}: {reason}") from error
-        return _Entry(profile, file)
+        return Entry(profile, file)
 
     # Using
 
@@ -283,7 +314,21 @@ def _blend(expression: Expression, profiles: tuple[tuple[str, Profile], ...]) ->
     return combine(expression, dict(profiles).__getitem__, allow_mismatch=True)
 
 
-def _described(name: str, entry: _Entry) -> dict[str, Any]:
+def read_folder(folder: StrPath) -> dict[str, Profile]:
+    """Read every profile of a folder, by task name.
+
+    Raises:
+        ProfileError: the folder does not exist; a file is broken, leaves the folder, or has a name that no task has.
+    """
+    store = ProfileStore(folder)
+    names = store.names()
+    for file in sorted(store.folder.glob("*" + SUFFIX)):
+        if file.name.removesuffix(SUFFIX) not in names:
+            raise ProfileError(f"{file}: no task can have this name; rename the file to <its task>{SUFFIX}")
+    return {name: store.get(name) for name in names}
+
+
+def _described(name: str, entry: Entry) -> dict[str, Any]:
     profile = entry.profile
     return {
         "name": name,

@@ -9,6 +9,7 @@
 ``HONES_MAX_BODY_MB``             largest body of a request, in MiB, also once decompressed; unset: 64
 ``HONES_PLAYGROUND``              1: a page at /hones on which people try profiles by hand
 ``HONES_ALLOW_UNTESTED``          1: run also with settings of vLLM's that no test runs
+``HONES_STATE_DIR``               folder of what several API servers agree on; the process that starts them sets it
 ================================  ====================================================================
 
 An empty value counts as unset.
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from hones_steer.errors import DataError
 
+STATE_DIR = "HONES_STATE_DIR"
 MAX_BODY_MB = 64
 COUNT = re.compile(r"[1-9][0-9]{0,5}")  # a whole number from 1 to 999999
 
@@ -44,6 +46,7 @@ class Settings:
     playground: bool = False
     max_body_mb: int = MAX_BODY_MB
     max_expert_tables: int | None = None
+    state: Path | None = None
 
     @property
     def max_body(self) -> int:
@@ -60,7 +63,7 @@ class Settings:
         folder = environ.get("HONES_PROFILES")
         if not folder:
             return None
-        routing = environ.get("HONES_ROUTING")
+        routing, state = environ.get("HONES_ROUTING"), environ.get(STATE_DIR)
         return cls(
             profiles=Path(folder),
             max_profiles=_count(environ, "HONES_MAX_PROFILES"),
@@ -70,10 +73,11 @@ class Settings:
             playground=flag(environ, "HONES_PLAYGROUND"),
             max_body_mb=_count(environ, "HONES_MAX_BODY_MB") or MAX_BODY_MB,
             max_expert_tables=_count(environ, "HONES_MAX_EXPERT_TABLES"),
+            state=Path(state) if state else None,
         )
 
     def to_env(self) -> dict[str, str]:
-        """All eight variables; those at their default are empty, so that they replace a value set before."""
+        """All nine variables; those at their default are empty, so that they replace a value set before."""
         return {
             "HONES_PROFILES": str(self.profiles),
             "HONES_MAX_PROFILES": "" if self.max_profiles is None else str(self.max_profiles),
@@ -83,6 +87,7 @@ class Settings:
             "HONES_ALLOW_UNTESTED": "1" if self.allow_untested else "",
             "HONES_PLAYGROUND": "1" if self.playground else "",
             "HONES_MAX_BODY_MB": "" if self.max_body_mb == MAX_BODY_MB else str(self.max_body_mb),
+            STATE_DIR: "" if self.state is None else str(self.state),
         }
 
 

@@ -94,7 +94,7 @@ from hones_steer import ModelIdentity
 
 identity = ModelIdentity("", None, "llama", 2, 8, 32, (1.0,) * 16)
 registry = ProfileRegistry(sys.argv[1], identity, max_profiles=9, always_enough=False)
-metrics = Metrics(registry)
+metrics = Metrics(registry, several="SEVERAL" in os.environ)
 for name in sys.argv[3:]:
     registry.load(name, "vqa.safetensors")
 for i in range(int(sys.argv[2])):
@@ -124,6 +124,20 @@ def test_where_processes_share_a_folder_the_gauges_are_those_of_the_last(folder)
         ("hones_tokens_total", ("profile", "vqa")): 25,
         ("hones_profile_loads_total", ("result", "ok")): 2,
     }
+
+
+def test_of_several_api_servers_what_is_in_use_is_added_up(folder):
+    shared = folder / "shared"
+    shared.mkdir()
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(shared), "SEVERAL": "1"}
+    for used, extra in (("3", ["third", "fourth"]), ("2", ["third", "fourth"])):
+        subprocess.run([sys.executable, "-c", PROCESS, str(folder), used, *extra], env=environment, check=True)
+    collector = CollectorRegistry()
+    MultiProcessCollector(collector, str(shared))
+    now = scraped(collector)
+    gauges = [now[f"hones_{name}",] for name in ("profiles_loaded", "slots_used", "requests_in_flight")]
+    assert gauges == [4, 5, 5]
+    assert now["hones_profile_loads_total", ("result", "ok")] == 2
 
 
 def test_a_folder_for_metrics_that_is_not_there_is_named(folder):

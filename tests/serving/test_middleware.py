@@ -23,9 +23,11 @@ from hones_serving.exchange import current_admission, generating
 from hones_serving.expert_room import ExpertRoom
 from hones_serving.metrics import Metrics
 from hones_serving.middleware import HonesMiddleware
-from hones_serving.registry import ProfileRegistry
+from hones_serving.registry import LISTING, ProfileRegistry
 from hones_serving.routing import RoutingPlan
 from hones_serving.routing_file import load_plan
+from hones_serving.shared_registry import SharedRegistry, write_first_state
+from hones_serving.shared_state import SharedState, State, Stored, write_state
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -34,6 +36,7 @@ from starlette.routing import Route
 
 from hones_steer import ModelIdentity, Profile, save_profile
 from hones_steer.ffns import FfnRun
+from hones_steer.profile import serialize_profile
 
 IDENTITY = ModelIdentity("", None, "llama", 2, 8, 32, (1.0,) * 16)
 TIMEOUT = 300
@@ -1000,6 +1003,91 @@ def test_a_profile_of_more_experts_than_there_is_room_for_is_409(client, engine,
     refused(response, 409, "start the server with --max-expert-tables 2 or more")
     assert [entry["name"] for entry in client.get("/v1/hones/profiles").json()["data"]] == ["one"]
     assert counted(engine, "hones_profile_loads_total", result="error") == 1
+
+
+@pytest.fixture
+def shared(engine, folder):
+    """The folder of the state that the engine's registry shares with another, which never confirms anything."""
+    state = folder.parent / "state"
+    state.mkdir(mode=0o700)
+    write_first_state(state, {"vqa": VQA, "ocr": OCR})
+    room = {"max_profiles": 2, "always_enough": False, "listing": LISTING}
+    registry = SharedRegistry(SharedState(state, 0, 2, seconds=0), folder, IDENTITY, **room)
+    engine.collector = CollectorRegistry()
+    engine.service.registry, engine.service.metrics = registry, Metrics(registry, engine.collector, several=True)
+    return state
+
+
+def test_one_of_several_servers_says_which_it_is(client, shared):
+    listed = client.get("/v1/hones/profiles").json()
+    assert {name: listed[name] for name in ("api_server", "version", "enabled")} == {
+        "api_server": 0,
+        "version": 1,
+        "enabled": True,
+    }
+    assert [entry["name"] for entry in listed["data"]] == ["ocr", "vqa"]
+    assert shared.is_dir()
+
+
+def test_what_another_server_has_changed_holds_on_every_route(client, engine, shared):
+    def change(version, enabled, *names):
+        write_state(shared, State(version, enabled, {name: Stored("f", serialize_profile(VQA)) for name in names}))
+
+    change(2, True, "new")
+    assert steering(ask(client, hones_task="new")) == (f"new ({VQA.short_digest})", "body")
+    change(3, True, "newer")
+    counting = client.post("/tokenize", json={"model": "m:newer", "prompt": "hi"})
+    assert json.loads(counting.json()["got"])["model"] == "m"
+    change(4, True, "newest")
+    assert [entry["id"] for entry in client.get("/v1/models").json()["data"]] == ["m", "m:lora", "m:newest"]
+    change(5, False)
+    refused(ask(client, hones_task="newest"), 400, "no profile for the task 'newest'")
+    assert steering(ask(client)) == ("none", "off")
+    assert counted(engine, "hones_profiles_loaded") == 0
+
+
+def test_a_change_that_not_all_have_confirmed_is_503_and_holds(client, engine, shared, folder):
+    second = profile("vqa", 5.0)
+    save_profile(second, folder / "vqa.safetensors")
+    load = client.post("/v1/hones/profiles", json={"name": "vqa", "path": "vqa.safetensors"})
+    refused(load, 503, "the change is made (version 2)", "API server 1 has not started")
+    assert counted(engine, "hones_profile_loads_total", result="ok") == 1
+    assert steering(ask(client, hones_task="vqa")) == (shown(second), "body")
+    refused(client.delete("/v1/hones/profiles/ocr"), 503, "the change is made (version 3)")
+    refused(ask(client, hones_task="ocr"), 400, "no profile for the task 'ocr'")
+    refused(client.post("/v1/hones/steering", json={"enabled": False}), 503, "the change is made (version 4)")
+    assert steering(ask(client, hones_task="vqa")) == ("none", "off")
+    assert shared.is_dir()
+
+
+def test_without_the_state_nothing_is_steered(client, engine, shared, tmp_path):
+    (tmp_path / "r.yaml").write_text("default: vqa\nrules:\n- {task: none, prompt_regex: plainly}\n")
+    engine.service.plan = load_plan(tmp_path / "r.yaml", engine.service.registry.tasks())
+    (shared / "state").rename(shared / "away")
+    for asked, route in (
+        ({"hones_task": "vqa"}, "body"),
+        ({"hones_task": "unheard-of"}, "body"),
+        ({"headers": {"X-Hones-Task": "ocr@0"}}, "header"),
+        ({"model": "m:vqa"}, "alias"),
+        ({"model": "m:unheard-of"}, "alias"),
+        ({"stream": True}, "default"),
+    ):
+        response = ask(client, **asked)
+        refused(response, 503, "this API server does not know what steers now, so it steers nothing", "No such file")
+        assert response.headers["x-hones-route"] == route
+    refused(ask(client, hones_task="v q a"), 400)
+    refused(client.post("/tokenize", json={"model": "m:vqa", "prompt": "hi"}), 503)
+    refused(client.get("/v1/hones/profiles"), 503)
+    refused(client.delete("/v1/hones/profiles/vqa"), 400)  # which the routing file names
+    refused(client.post("/v1/hones/profiles", json={"name": "new", "path": "vqa.safetensors"}), 503)
+    assert counted(engine, "hones_profile_loads_total", result="error") == 1
+    refused(client.post("/v1/hones/steering", json={"enabled": False}), 503)
+    assert [entry["id"] for entry in client.get("/v1/models").json()["data"]] == ["m", "m:lora"]
+    plainly = [{"role": "user", "content": "plainly"}]
+    for response in (ask(client, hones_task="none"), ask(client, model="m:none"), ask(client, messages=plainly)):
+        assert said(response)["steered_by"] is None
+    (shared / "away").rename(shared / "state")
+    assert steering(ask(client)) == (shown(VQA), "default")
 
 
 @pytest.mark.parametrize("name", ["", "..%2F..%2Fvqa", "vqa/", "%00"])

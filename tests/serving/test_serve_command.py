@@ -87,6 +87,7 @@ def test_options_become_flags_and_variables(model: Path, profiles: Path, tmp_pat
         "HONES_ALLOW_UNTESTED": "",
         "HONES_PLAYGROUND": "1",
         "HONES_MAX_BODY_MB": "3",
+        "HONES_STATE_DIR": "",
         "VLLM_PLUGINS": "hones",
     }
 
@@ -95,6 +96,15 @@ def test_what_only_vllm_knows_is_passed_on_untouched(model: Path, profiles: Path
     unknown = ["--max-model-len", "4096", "--max-p=1", "-tp", "2", "--enforce-eager", "--hf-overrides", '{"a": "-b c"}']
     arguments, _ = launch([str(model), *unknown[:4], "--profiles", str(profiles), *unknown[4:]], {}, set())
     assert flags_for_vllm(arguments) == ["--model", str(model), *unknown]
+
+
+@pytest.mark.parametrize("flag", [["--api-server-count", "2"], ["--api_server_count=2"], ["-asc", "2"]])
+def test_several_api_servers_are_started_as_vllm_serve_does(model: Path, profiles: Path, flag: list[str]) -> None:
+    start = [sys.executable, "-P", "-m"]
+    arguments, _ = launch([str(model), "--profiles", str(profiles), *flag], {}, set())
+    assert arguments == [*start, "hones_serving.vllm.serve", "--model", str(model), "--api-server-count", "2"]
+    arguments, _ = launch([str(model), "--profiles", str(profiles), flag[0].partition("=")[0], "1"], {}, set())
+    assert arguments == [*start, "vllm.entrypoints.launchers.api_server.entry", "--model", str(model)]
 
 
 def test_the_transformers_engine(model: Path, profiles: Path) -> None:
@@ -118,6 +128,7 @@ def test_the_transformers_engine(model: Path, profiles: Path) -> None:
         "HONES_ALLOW_UNTESTED": "",
         "HONES_PLAYGROUND": "",
         "HONES_MAX_BODY_MB": "",
+        "HONES_STATE_DIR": "",
         "HONES_API_KEY": "s3cret",
     }
 
@@ -158,8 +169,9 @@ def test_the_model_runner_is_vllms_choice_and_the_users(model: Path, profiles: P
 def test_variables_from_another_server_do_not_leak_in(model: Path, profiles: Path) -> None:
     left_over = {"HONES_ROUTING": "old.yaml", "HONES_MAX_PROFILES": "1", "HONES_ALLOW_PROFILE_UPDATES": "1"}
     left_over |= {"HONES_PLAYGROUND": "1", "HONES_MAX_EXPERT_TABLES": "1", "HONES_MAX_BODY_MB": "1"}
+    left_over |= {"HONES_STATE_DIR": "/tmp/hones-old"}
     _, environment = launch([str(model), "--profiles", str(profiles)], left_over, set())
-    assert [environment[name] for name in left_over] == [""] * 6
+    assert [environment[name] for name in left_over] == [""] * 7
 
 
 def test_a_hub_name_is_left_to_vllm(profiles: Path) -> None:
@@ -181,9 +193,7 @@ def test_the_model_comes_first(profiles: Path, capsys: pytest.CaptureFixture[str
     assert "MODEL comes before all options" in refusal(capsys, "--max-model-len", "4096", "m", "--profiles", profiles)
 
 
-@pytest.mark.parametrize(
-    "flag", ["--model=other", "--api-server-count=2", "--api_server_count", "--headless", "--grpc"]
-)
+@pytest.mark.parametrize("flag", ["--model=other", "--headless", "--grpc"])
 def test_flags_that_would_be_ignored(flag: str, profiles: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{flag.partition('=')[0].replace('_', '-')} cannot be given" in refusal(
         capsys, "m", "--profiles", profiles, flag
@@ -264,13 +274,14 @@ def test_a_limit_that_is_none(seconds: str, engine: str, profiles: Path, capsys:
 
 @pytest.mark.parametrize("count", ["0", "-1", "many"])
 def test_a_maximum_that_is_none(count: str, profiles: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for option in ("--max-profiles", "--max-expert-tables"):
+    for option in ("--max-profiles", "--max-expert-tables", "--api-server-count"):
         assert option in refusal(capsys, "m", "--profiles", profiles, f"{option}={count}")
 
 
-def test_tables_of_experts_are_for_vllm(profiles: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--engine", "transformers", "--max-expert-tables", "3")
-    assert "--max-expert-tables is for vLLM" in refusal(capsys, "m", "--profiles", profiles, *options)
+@pytest.mark.parametrize("option", ["--max-expert-tables", "--api-server-count"])
+def test_options_that_are_for_vllm(option: str, profiles: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--engine", "transformers", option, "3")
+    assert f"{option} is for vLLM" in refusal(capsys, "m", "--profiles", profiles, *options)
 
 
 @pytest.mark.parametrize(("engine", "module", "extra"), [("vllm", "vllm", "vllm"), ("transformers", "openai", "serve")])

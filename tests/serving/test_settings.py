@@ -21,6 +21,7 @@ SETTINGS = st.builds(
     playground=st.booleans(),
     max_body_mb=st.integers(1, 999_999),
     max_expert_tables=st.none() | st.integers(1, 999_999),
+    state=st.none() | PATHS,
 )
 
 
@@ -39,8 +40,11 @@ def test_all_that_can_be_said() -> None:
         "HONES_PLAYGROUND": "1",
         "HONES_MAX_BODY_MB": "3",
         "HONES_MAX_EXPERT_TABLES": "300",
+        "HONES_STATE_DIR": "state",
     }
-    assert Settings.from_env(environ) == Settings(Path("profiles"), 12, Path("routing.yaml"), True, True, True, 3, 300)
+    assert Settings.from_env(environ) == Settings(
+        Path("profiles"), 12, Path("routing.yaml"), True, True, True, 3, 300, Path("state")
+    )
 
 
 def test_what_is_not_said_is_off() -> None:

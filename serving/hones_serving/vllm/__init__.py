@@ -8,12 +8,16 @@ experts.py     in the worker: its routed experts, and their scale tables
 scaling.py     in the worker: each token's slot, the scaled input of each down-projection, the scaled rows of experts
 worker.py      in the worker: from the engine's steps to the profile and slot of each token
 endpoint.py    the HTTP side of the API server
+servers.py     the folder in which several API servers agree, and the registry of each
+serve.py       `vllm serve` as a module, which starts them
 batch.py       the lines of a batch file (`vllm run-batch`), in place of the HTTP side
 
 `hones serve` runs the API server, which starts the engine core as a process of its own. There is one worker for each
 tensor-parallel rank of each pipeline stage: a single one lives in the engine core's process, several have a process
 each. With data parallelism there are so many engine cores, each with its workers and their tables; the API server has
-one registry for all of them, and vLLM chooses the engine core of each request after step 6. From a profile's file to
+one registry for all of them, and vLLM chooses the engine core of each request after step 6. Of several API servers each
+has a registry, and all of these hold what is in a file (`hones_serving.shared_state`), for a new version of which each
+looks before step 3; who is admitted, and what is counted in steps 6 and 11, each knows alone. From a profile's file to
 the multiplied activation, and back to the response's headers, through `hones_serving.middleware` and `.registry`, the
 modules of this package, and `hones_steer.slots`; `register` has wrapped the methods of vLLM:
 
@@ -80,10 +84,11 @@ def register() -> None:
     settings = Settings.from_env()
     if settings is None or _registered:
         return
-    from hones_serving.vllm import batch, compat, front, worker
+    from hones_serving.vllm import batch, compat, front, servers, worker
 
     compat.check_version()
     front.install()
+    servers.install()
     batch.install()
     worker.install()
     _registered = True

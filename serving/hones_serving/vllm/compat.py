@@ -45,6 +45,7 @@ def _expected_signatures() -> Iterator[tuple[Callable[..., Any], tuple[str, ...]
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.engine.output_processor import OutputProcessor
     from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
+    from vllm.v1.utils import APIServerProcessManager
     from vllm.v1.worker.gpu.model_runner import BatchReqState
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
@@ -61,6 +62,7 @@ def _expected_signatures() -> Iterator[tuple[Callable[..., Any], tuple[str, ...]
     yield AsyncLLM.__init__, ("self", "vllm_config")
     yield AsyncMPClient.call_utility_all_async, ("self", "method")
     yield load_endpoint_plugins, ("supported_tasks",)
+    yield APIServerProcessManager.__init__, ("self", "listen_address", "sock", "args", "num_servers")
     yield Scheduler.__init__, ("self", "vllm_config")
     yield generate_block_hash_extra_keys, ("request", "start_token_idx", "end_token_idx", "start_mm_idx")
     yield RequestSpecDecodeMetrics, ("num_spec_tokens", "histogram", "num_draft_tokens")
@@ -112,6 +114,7 @@ def _unsupported(config: Any) -> dict[str, bool]:
     """Settings that do not work, or would steer wrongly, by name; true: it is on."""
     model, parallel, speculative = config.model_config, config.parallel_config, config.speculative_config
     verification = "standard" if speculative is None else speculative.rejection_sample_method
+    several = parallel._api_process_count > 1
     return {
         "pooling models": model.runner_type != "generate",
         "encoder-decoder models": model.is_encoder_decoder,
@@ -122,7 +125,12 @@ def _unsupported(config: Any) -> dict[str, bool]:
         "microbatching (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
-        "more than one API server (give --api-server-count 1)": parallel._api_process_count > 1,
+        # What one API server has admitted, the others would have to know before they load profiles of other experts.
+        "several API servers before a mixture of experts (give --api-server-count 1)": model.is_moe and several,
+        # Workers know a request by its id alone.
+        "request ids that clients choose (VLLM_DISABLE_REQUEST_ID_RANDOMIZATION) with several API servers": (
+            envs.VLLM_DISABLE_REQUEST_ID_RANDOMIZATION and several
+        ),
         "the Rust frontend (VLLM_USE_RUST_FRONTEND)": envs.VLLM_USE_RUST_FRONTEND,
         **dict.fromkeys(connectors.unsupported(config.kv_transfer_config), True),
         # The number of tokens of each request is then known to the GPU only.
@@ -165,6 +173,24 @@ def _untested(config: Any) -> dict[str, bool]:
 def max_profiles(config: Any, settings: Settings) -> int:
     """Number of different profiles that the tables hold at once, the identity not counted."""
     return settings.max_profiles or min(max_requests(config), DEFAULT_MAX_PROFILES)
+
+
+def max_admitted(config: Any, settings: Settings) -> int | None:
+    """Number of different profiles that one API server may have in use at once; None: any, slots never run out.
+
+    Several API servers have a part of the slots each: none knows what the others have admitted, and a profile that two
+    of them use counts twice.
+
+    Raises:
+        StateError: there are fewer slots than API servers.
+    """
+    slots = max_profiles(config, settings)
+    servers: int = config.parallel_config._api_process_count
+    if slots >= max_requests(config):
+        return None
+    if slots < servers:
+        raise StateError(f"--max-profiles is {slots}, but {servers} API servers need one each; raise it")
+    return slots // servers
 
 
 def max_requests(config: Any) -> int:

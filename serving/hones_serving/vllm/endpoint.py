@@ -13,6 +13,7 @@ from hones_serving.registry import LISTING
 from hones_serving.routing import RoutingPlan
 from hones_serving.routing_file import load_plan
 from hones_serving.settings import Settings
+from hones_serving.shared_state import ROUTING
 from hones_serving.vllm.front import attach
 from hones_steer.errors import StateError
 
@@ -71,12 +72,16 @@ async def make_service(settings: Settings, engine_client: Any, models: Any) -> S
     replicas = await engine_client.engine_core.call_utility_all_async("collective_rpc", "hones_identity", None, ())
     identities = [identity for workers in replicas for identity in workers]
     front = attach(engine_client, identities, settings, LISTING)
-    front.metrics = metrics = Metrics(front.registry)
     registry = front.registry
+    several = engine_client.vllm_config.parallel_config._api_process_count > 1
+    front.metrics = metrics = Metrics(registry, several=several)
+    routing = settings.routing
+    if routing is not None and several and settings.state is not None:
+        routing = settings.state / ROUTING  # the one that all of them read
     served = tuple(model.name for model in models.base_model_paths)
     return Service(
         registry=registry,
-        plan=load_plan(settings.routing, registry.tasks()) if settings.routing else RoutingPlan(),
+        plan=load_plan(routing, registry.tasks()) if routing else RoutingPlan(),
         metrics=metrics,
         served=served,
         exact=lambda: {*served, *models.lora_requests},

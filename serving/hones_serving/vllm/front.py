@@ -30,13 +30,13 @@ from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from hones_serving.contract import PREFIX, SCOPE, TASK
 from hones_serving.exchange import current_admission, generating
-from hones_serving.expert_room import ExpertRoom
 from hones_serving.metrics import Metrics
 from hones_serving.registry import ProfileRegistry, label_of
 from hones_serving.settings import Settings
 from hones_serving.vllm import compat, connectors
+from hones_serving.vllm.servers import registry_of
 from hones_steer.errors import RoutingError, StateError
-from hones_steer.profile import ModelIdentity, Profile, serialize_profile
+from hones_steer.profile import Profile, serialize_profile
 from hones_steer.scopes import ALL, GENERATED, check_scope, scoped_digest
 from hones_steer.store import parse_expression
 
@@ -219,24 +219,13 @@ def attach(engine: Any, answers: Sequence[Mapping[str, Any]], settings: Settings
 
     Raises:
         ProfileError, MismatchError, DataError: a profile of the folder cannot be used with this model.
-        StateError: the workers run different models, or the profiles list neurons of too many experts.
+        StateError: the workers run different models, the profiles list neurons of too many experts, or several API
+            servers cannot agree.
     """
     identities = [answer["identity"] for answer in answers]
     if any(identity != identities[0] for identity in identities):
         raise StateError(f"the workers disagree about their model: {identities}; restart the server")
-    slots = compat.max_profiles(engine.vllm_config, settings)
-    registry = ProfileRegistry(
-        settings.profiles,
-        ModelIdentity.from_json(dict(identities[0])),
-        max_profiles=slots,
-        always_enough=slots >= compat.max_requests(engine.vllm_config),
-        listing=listing,
-        rooms=[
-            ExpertRoom(room["tables"], frozenset(room["experts"]), frozenset(room["layers"]))
-            for answer in answers
-            if (room := answer["room"])
-        ],
-    )
+    registry = registry_of(engine.vllm_config, answers, settings, listing)
     shown = engine.vllm_config.observability_config.per_request_spec_decode_metrics
     by_salt = connectors.by_salt(engine.vllm_config.kv_transfer_config)
     front = Front(registry, shows_drafts=shown != "none", by_salt=by_salt)

@@ -549,6 +549,11 @@ def test_settings_that_a_mixture_cannot_have(case: Case) -> None:
     replicas = EngineArgs(**arguments, data_parallel_size=2).create_engine_config()
     balanced = EngineArgs(**arguments).create_engine_config()
     balanced.parallel_config.enable_eplb = True  # vLLM itself allows it on GPUs only
-    for config, name in ((replicas, "data parallelism of a mixture of experts"), (balanced, "expert load balancing")):
+    servers = EngineArgs(**arguments, _api_process_count=2).create_engine_config()
+    for config, name in (
+        (replicas, "data parallelism of a mixture of experts"),
+        (balanced, "expert load balancing"),
+        (servers, "several API servers before a mixture of experts"),
+    ):
         with pytest.raises(StateError, match=f"does not support {name}"):
             compat.refuse_unsupported(config, Settings(case.profiles, allow_untested=True))

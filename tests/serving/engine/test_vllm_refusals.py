@@ -11,12 +11,14 @@ import pytest
 from hones_serving.metrics import Metrics
 from hones_serving.settings import Settings
 from hones_serving.vllm import compat
+from hones_serving.vllm.servers import registry_of
 from prometheus_client import CollectorRegistry
 from serving.steered import Reference, answers, engine, generate, prompts, request, tokens_of, write_profiles
 from tiny_models import TEXT, _build
 from tiny_processors import text_tokenizer
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
+from hones_steer import ModelIdentity
 from hones_steer.errors import DataError, LayoutError, MismatchError, ProfileError, RoutingError, StateError
 from serving import checkpoints
 
@@ -44,7 +46,6 @@ UNSUPPORTED = {
     "pooling models": {"runner": "pooling"},
     "microbatching": UBATCH,
     "decode context parallelism": {"tensor_parallel_size": 4, "decode_context_parallel_size": 2},
-    "more than one API server": {"_api_process_count": 2},
     "the KV connector ExampleConnector": {
         "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
     },
@@ -107,6 +108,40 @@ def test_replicas_behind_another_load_balancer(llama: Path, profiles: Path) -> N
         compat.refuse_unsupported(config, Settings(profiles))
 
 
+def test_several_api_servers_with_ids_of_their_clients(
+    llama: Path, profiles: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "1")
+    compat.refuse_unsupported(config_of(llama), Settings(profiles))
+    with pytest.raises(StateError, match="does not support request ids that clients choose"):
+        compat.refuse_unsupported(config_of(llama, _api_process_count=2), Settings(profiles))
+
+
+@pytest.mark.parametrize(
+    ("slots", "servers", "most"),
+    [(None, 1, 64), (None, 2, 32), (9, 1, 9), (9, 2, 4), (9, 9, 1), (100, 2, None), (100, 1, None), (400, 3, None)],
+)
+def test_api_servers_share_the_slots(
+    slots: int | None, servers: int, most: int | None, llama: Path, profiles: Path
+) -> None:
+    """With as many slots as requests, each may have them all."""
+    config = config_of(llama, max_num_seqs=100, _api_process_count=servers)
+    assert compat.max_admitted(config, Settings(profiles, max_profiles=slots)) == most
+
+
+def test_api_servers_without_a_slot_each(llama: Path, profiles: Path) -> None:
+    config = config_of(llama, max_num_seqs=100, _api_process_count=3)
+    with pytest.raises(StateError, match="--max-profiles is 2, but 3 API servers need one each"):
+        compat.max_admitted(config, Settings(profiles, max_profiles=2))
+
+
+def test_several_api_servers_need_a_folder_to_agree_in(llama: Path, profiles: Path) -> None:
+    identity = ModelIdentity.from_model(AutoModelForCausalLM.from_pretrained(llama)).to_json()
+    config = config_of(llama, _api_process_count=2)
+    with pytest.raises(StateError, match="HONES_STATE_DIR names no folder in which they can agree"):
+        registry_of(config, [{"identity": identity, "room": None}], Settings(profiles), "")
+
+
 def test_the_rust_frontend(llama: Path, profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     with pytest.raises(StateError, match="does not support the Rust frontend"):
@@ -138,6 +173,7 @@ def test_what_is_supported_is_not_refused(llama: Path, profiles: Path) -> None:
         {"tensor_parallel_size": 2},
         {"pipeline_parallel_size": 2},
         {"data_parallel_size": 2},
+        {"_api_process_count": 2},
         {"enable_lora": True},
         *speculative,
     ):
