@@ -99,7 +99,7 @@ def group_of(nodeid: str) -> str:
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
-    """The parameter's name in place of bytes: compressed ones can hold the time, and two workers must agree on names."""
+    """The parameter's name in place of bytes: compressed ones can hold the time, and workers must agree on names."""
     return argname if isinstance(val, bytes) else None
 
 
