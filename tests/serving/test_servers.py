@@ -9,14 +9,15 @@ import itertools
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from openai import APIStatusError
+from openai import APIConnectionError, APIStatusError
 from serving.engines import server
 from serving.http_helpers import NEW_TOKENS, Client, Question, ask, increase, scrape, until
 from serving.sites import Site, Vllm
@@ -41,27 +42,42 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="module")
-def site(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """A Llama on two replicas behind two API servers, by `hones serve`; profiles may be changed."""
-    here = tmp_path_factory.mktemp("servers")
-    model, folder = AutoModelForCausalLM.from_pretrained(llama), here / "profiles"
+def unserved(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """Profiles for a Llama, and the answers of transformers; the server is missing."""
+    folder = tmp_path_factory.mktemp("servers") / "profiles"
+    model = AutoModelForCausalLM.from_pretrained(llama)
     profiles = write_profiles(model, folder)
     reference = Reference(model, folder)
     (folder / "next").mkdir()
     profiles["new"] = random_profile(model, 99, "vqa")
     save_profile(profiles["new"], folder / "next" / "vqa.safetensors")
     reference.steering.load("new", folder / "next" / "vqa.safetensors")
-    (here / "routing.yaml").write_text(CANARY)
-    engine = Vllm(replicas=2)
+    (folder.parent / "routing.yaml").write_text(CANARY)
+    missing: Any = None
+    return Site(Vllm(), missing, folder, profiles, reference, AutoTokenizer.from_pretrained(llama))
+
+
+@contextmanager
+def served(unserved: Site, llama: Path, replicas: int, *options: str) -> Iterator[Site]:
+    """A Llama on so many replicas behind two API servers, by `hones serve`."""
+    here, engine = unserved.folder.parent, Vllm(replicas)
     command, env = engine.serve(
         llama,
         here,
-        *("--profiles", str(folder), "--routing", str(here / "routing.yaml"), "--served-model-name", "tiny"),
-        *("--api-server-count", "2", "--allow-profile-updates", "--enforce-eager", "--dtype", "float32"),
-        *("--shutdown-timeout", "60"),
+        *("--profiles", str(unserved.folder), "--served-model-name", "tiny", "--enforce-eager", "--dtype", "float32"),
+        *("--api-server-count", "2", "--shutdown-timeout", "60", *options),
     )
-    with server(command, here / "log", {**env, "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600"}) as running:
-        yield Site(engine, running, folder, profiles, reference, AutoTokenizer.from_pretrained(llama))
+    env = {**env, "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600"}
+    with server(command, here / f"log-{replicas}", env) as running:
+        yield replace(unserved, engine=engine, server=running)
+
+
+@pytest.fixture(scope="module")
+def site(unserved: Site, llama: Path) -> Iterator[Site]:
+    """Two replicas behind two API servers; profiles may be changed."""
+    routing = unserved.folder.parent / "routing.yaml"
+    with served(unserved, llama, 2, "--allow-profile-updates", "--routing", str(routing)) as site:
+        yield site
 
 
 @asynccontextmanager
@@ -243,15 +259,42 @@ async def test_without_the_state_nothing_is_steered(site: Site) -> None:
             site.check(await ask(each, QUESTION, **steered("vqa")), QUESTION, "vqa", "header")
 
 
-async def test_vllm_ends_the_whole_server_when_one_api_server_dies(site: Site) -> None:
-    """Ends the site's server, so it is the last test."""
-    folder, processes = api_servers(site)
+async def end(site: Site, kill: Callable[[], None]) -> list[Any]:
+    """Call `kill` while each API server has a request that runs; what came of these, once the server has ended."""
+    folder, _ = api_servers(site)
     async with clients(site) as both:
         with suppress(ProcessLookupError), site.frozen():  # the engines will have gone
             asked = [asyncio.create_task(ask(each, QUESTION, **steered("vqa"))) for each in both]
             await until(site.admitted, 2)
-            os.kill(processes[0], signal.SIGKILL)
+            kill()
             ended = await asyncio.gather(*asked, return_exceptions=True)
-    print([(type(each), each) for each in ended])
-    assert await asyncio.to_thread(site.server.process.wait) != 0
+    await asyncio.to_thread(site.server.process.wait)
     assert not folder.exists()
+    return ended
+
+
+async def test_vllm_ends_the_whole_server_when_one_api_server_dies(site: Site) -> None:
+    """Ends the site's server, so it is the last test of it. The answers of the other API server are cut off, too."""
+    _, processes = api_servers(site)
+    ended = await end(site, lambda: os.kill(processes[0], signal.SIGKILL))
+    assert [type(each) for each in ended] == [APIConnectionError] * 2
+    assert site.server.process.returncode != 0
+
+
+async def test_servers_before_one_engine_share_its_slots(unserved: Site, llama: Path) -> None:
+    """Three slots for eight requests, so each API server may use one."""
+    with served(unserved, llama, 1, "--max-profiles", "3") as site:
+        async with clients(site) as both, clients(site) as others:
+            asked = []
+            with site.frozen():
+                for index, (first, second) in enumerate((("vqa", "ocr"), ("ocr", "vqa"))):
+                    asked.append(asyncio.create_task(ask(both[index], QUESTION, **steered(first))))
+                    await until(site.slots_used, index + 1)
+                    with pytest.raises(APIStatusError, match="1 other profiles are in use") as refused:
+                        await ask(others[index], QUESTION, **steered(second))
+                    assert refused.value.status_code == 429
+            for answer, expression in zip(await asyncio.gather(*asked), ("vqa", "ocr"), strict=True):
+                site.check(answer, QUESTION, expression, "header")
+        ended = await end(site, site.server.process.terminate)
+        assert [type(each) for each in ended] == [APIConnectionError] * 2  # in spite of --shutdown-timeout
+        assert site.server.process.returncode == 0
