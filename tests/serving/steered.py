@@ -137,7 +137,7 @@ def engine(model: Path, profiles: Path | None, env: Mapping[str, str] | None = N
         patch.setattr(vllm.plugins, "plugins_loaded", False)  # vLLM looks once per process
         with offline(model, **{"kv_cache_memory_bytes": KV_CACHE_BYTES, **options}) as llm:
             assert llm.llm_engine.vllm_config.use_v2_model_runner == V2
-            if stages > 1 and options.get("enforce_eager", True):
+            if stages > 1 and not V2 and options.get("enforce_eager", True):
                 # The V1 runner makes room for what a stage hands on as it warms up, and on a CPU no eager model does.
                 llm.collective_rpc("execute_dummy_batch")
             yield llm

@@ -202,7 +202,7 @@ def test_compiled_and_in_chunks(
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.matrix
 @pytest.mark.both_runners
-@pytest.mark.skipif(not V2, reason="vLLM's V1 runner looks for the drafter in a stage without one and does not start")
+@pytest.mark.skipif(not V2, reason="vLLM's V1 runner looks for a drafter in a stage without, and does not start")
 @pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3"])
 def test_in_a_pipeline(
     method: str, llama: Path, profiles: Path, expected: list[list[int]], drafting: dict[str, dict[str, Any]]
