@@ -107,6 +107,8 @@ async def site(
         *("--profiles", str(folder), "--routing", str(routing), "--api-key", KEY),
         *("--allow-profile-updates", "--playground", "--allowed-origins", json.dumps([ORIGIN])),
         *("--served-model-name", "tiny", "--dtype", "float32"),
+        # Transformers' server takes tools as it is.
+        *(("--enable-auto-tool-choice", "--tool-call-parser", "pythonic") if isinstance(engine, Vllm) else ()),
     )
     with server(command, here / "log", env) as running:
         site = Site(engine, running, folder, profiles, reference, processor, KEY)
@@ -333,7 +335,7 @@ async def test_other_routes_that_generate_say_that_they_are_unsteered_and_count(
 async def test_responses_and_messages_are_steered_as_chats_are(
     site: Site, client: Client, path: str, stream: bool
 ) -> None:
-    """Asks by the official clients, and compares with what the same chats get, as others do with transformers."""
+    """Asks by the official clients, with a tool, and compares with the same chats, as others do with transformers."""
     messages: Any = [{"role": "user", "content": TEXTS[0].text}]
     if path == "/v1/messages" and isinstance(site.engine, Transformers):
         with pytest.raises(anthropic.NotFoundError):  # its server has no such route
@@ -376,13 +378,16 @@ async def parsed(
 ) -> tuple[Any, list[Any]]:
     """The headers of an answer, and what the route's official client makes of it: a stream's events, or one object."""
     options: Any = {"model": model, "stream": stream, "extra_body": {"temperature": 0, **extra}}
+    tool, takes = {"name": "look", "description": "Look."}, {"type": "object", "properties": {}}
     if path == "/v1/responses":
+        options["tools"] = [{**tool, "type": "function", "parameters": takes, "strict": False}]
         async with site.client() as ai:
             raw: Any = await ai.responses.with_raw_response.create(
                 input=messages, max_output_tokens=NEW_TOKENS, **options
             )
             answer = raw.parse()
             return raw.headers, [event async for event in answer] if stream else [answer]
+    options["tools"] = [{**tool, "input_schema": takes}]
     url, key = site.server.url, site.key
     async with anthropic.AsyncAnthropic(base_url=url, auth_token=key, max_retries=0, timeout=300) as claude:
         raw = await claude.messages.with_raw_response.create(messages=messages, max_tokens=NEW_TOKENS, **options)
