@@ -247,7 +247,10 @@ def server(
     command += ["--max-model-len", "256", "--max-num-seqs", "8", "--block-size", "32"]
     command += [] if replicas == 1 else ["--data-parallel-size", str(replicas)]
     quiet = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    env = {**quiet, "OMP_NUM_THREADS": "1", **os.environ}
+    # On a busy machine the server closes a connection as idle just as a client uses it again: clients retry that, ours
+    # counts it as an answer that was lost.
+    idle = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600"}
+    env = {**quiet, **idle, "OMP_NUM_THREADS": "1", **os.environ}
     with log.open("wb") as out:
         process = subprocess.Popen(
             [*command, *options], env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
