@@ -161,9 +161,7 @@ def _untested(config: Any) -> dict[str, bool]:
         f"the executor backend {backend!r}": backend not in (None, "uni", "mp"),
         "an encoder-cache connector": config.ec_transfer_config is not None,
         **dict.fromkeys(connectors.untested(config.kv_transfer_config), True),
-        "speculative decoding in a pipeline by the V1 runner": (
-            speculative is not None and parallel.pipeline_parallel_size > 1 and not config.use_v2_model_runner
-        ),
+        "speculative decoding in a pipeline": speculative is not None and parallel.pipeline_parallel_size > 1,
         f"speculative decoding by {speculative and speculative.method!r}": (
             speculative is not None and speculative.method not in SPECULATION
         ),

@@ -32,9 +32,9 @@ PAIRS += [(name, mode) for name in checkpoints.GATED for mode in ("eager", "comp
 
 
 def marks(name: str, mode: str) -> list[Any]:
-    """The V2 runner has each family eager, and one in a pipeline."""
-    both = mode == "eager" or (name, mode) == ("phi", "pipeline")
-    return ([] if (name, mode) in EVERY_DAY else [pytest.mark.matrix]) + ([pytest.mark.both_runners] if both else [])
+    """Marks of a case; the V2 runner has each family eager."""
+    everyday = (name, mode) in EVERY_DAY
+    return ([] if everyday else [pytest.mark.matrix]) + ([pytest.mark.both_runners] if mode == "eager" else [])
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ UNTESTED = {
     "the executor backend 'external_launcher'": {"distributed_executor_backend": "external_launcher"},
     "an encoder-cache connector": {"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_both"}},
     "speculative decoding by 'ngram_gpu'": {"speculative_config": {**NGRAM, "method": "ngram_gpu"}},
-    "speculative decoding in a pipeline by the V1 runner": {"speculative_config": NGRAM, "pipeline_parallel_size": 2},
+    "speculative decoding in a pipeline": {"speculative_config": NGRAM, "pipeline_parallel_size": 2},
 }
 
 

@@ -198,21 +198,6 @@ def test_compiled_and_in_chunks(
         assert answers(llm, PROMPTS, MIXED) == expected
 
 
-# vLLM's client leaves its ZeroMQ context to the garbage collector.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.matrix
-@pytest.mark.both_runners
-@pytest.mark.skipif(not V2, reason="vLLM's V1 runner looks for a drafter in a stage without, and does not start")
-@pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3"])
-def test_in_a_pipeline(
-    method: str, llama: Path, profiles: Path, expected: list[list[int]], drafting: dict[str, dict[str, Any]]
-) -> None:
-    options = {"speculative_config": drafting[method], "disable_log_stats": False, "pipeline_parallel_size": 2}
-    with engine(llama, profiles, **options) as llm:
-        assert answers(llm, PROMPTS, MIXED) == expected
-        assert vllm_counts(llm)[1] > 0
-
-
 @pytest.mark.matrix
 @pytest.mark.both_runners
 def test_a_layer_of_the_checkpoint_for_multi_token_prediction(tmp_path: Path) -> None:
