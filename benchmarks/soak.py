@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/soak.py
 
-(10,000 answers; about a quarter of an hour on two cores). A small Llama with random weights is served by `hones serve`
+(10,000 answers; about ten minutes on two cores). A small Llama with random weights is served by `hones serve`
 with two replicas of the engine. Clients, each a process of its own with several requests at once, ask for tasks,
 blends, strengths and nothing steered, whole and streamed; some streams are left after the first piece, some requests
 before they are answered. All the while a profile is replaced by another version and back, the kill switch is thrown
