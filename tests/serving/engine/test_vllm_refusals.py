@@ -89,8 +89,8 @@ def test_untested_settings_want_to_be_asked_for(
 
 
 def test_several_at_once_are_all_named(llama: Path, profiles: Path) -> None:
-    config = config_of(llama, _api_process_count=2, **UBATCH)
-    with pytest.raises(StateError, match=r"microbatching .* and more than one API server .* in this version"):
+    config = config_of(llama, tensor_parallel_size=4, decode_context_parallel_size=2, **UBATCH)
+    with pytest.raises(StateError, match=r"microbatching .* and decode context parallelism in this version"):
         compat.refuse_unsupported(config, Settings(profiles))
 
 
