@@ -815,6 +815,7 @@ def test_where_its_http_side_cannot_be_made_the_server_does_not_start(llama: Pat
     assert "StateError: HONES_PROFILES is set, but vLLM could not make the HTTP side of hones-steer" in said
 
 
+@pytest.mark.matrix
 def test_with_a_profile_of_another_model_the_server_does_not_start(
     engine: Vllm | Transformers, llama: Path, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hones_steer import save_profile
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.matrix]
 
 REPLICAS = ("0", "1")
 EXPRESSIONS = ("vqa", "ocr@1.5", "none", "vqa@0.5+ocr", "cap@2", "vqa@-1+cap@2")
