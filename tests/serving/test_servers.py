@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
-from openai import APIConnectionError, APIStatusError
+from openai import APIConnectionError, APIStatusError, InternalServerError
 from serving.engines import server
 from serving.http_helpers import NEW_TOKENS, Client, Question, ask, increase, scrape, until
 from serving.sites import Site, Vllm
@@ -277,7 +277,7 @@ async def test_vllm_ends_the_whole_server_when_one_api_server_dies(site: Site) -
     """Ends the site's server, so it is the last test of it. The answers of the other API server are cut off, too."""
     _, processes = api_servers(site)
     ended = await end(site, lambda: os.kill(processes[0], signal.SIGKILL))
-    assert [type(each) for each in ended] == [APIConnectionError] * 2
+    assert all(isinstance(each, APIConnectionError | InternalServerError) for each in ended)
     assert site.server.process.returncode != 0
 
 
@@ -296,5 +296,7 @@ async def test_servers_before_one_engine_share_its_slots(unserved: Site, llama: 
             for answer, expression in zip(await asyncio.gather(*asked), ("vqa", "ocr"), strict=True):
                 site.check(answer, QUESTION, expression, "header")
         ended = await end(site, site.server.process.terminate)
-        assert [type(each) for each in ended] == [APIConnectionError] * 2  # in spite of --shutdown-timeout
+        assert all(
+            isinstance(each, APIConnectionError | InternalServerError) for each in ended
+        )  # despite --shutdown-timeout
         assert site.server.process.returncode == 0

@@ -28,6 +28,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 EVERY_DAY = [("gpt2", "compiled"), ("phi", "eager"), ("phi", "compiled")]
 PAIRS = [(name, mode) for name in checkpoints.UNGATED for mode in MODES]
+PAIRS.remove(("gpt_bigcode", "pipeline"))  # vLLM's later stages run it without its embedding of positions, and fail
 PAIRS += [(name, mode) for name in checkpoints.GATED for mode in ("eager", "compiled")]  # in parallel: Llama's tests
 
 
