@@ -599,7 +599,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         wall, cpu = (f"{row[c]:.3f} [{row[f'{c}_low']:.3f}, {row[f'{c}_high']:.3f}]" for c in ("wall", "cpu"))
         added = f"{row['added_ms']:.2f} [{row['added_ms_low']:.2f}, {row['added_ms_high']:.2f}]"
-        lost = f"-{row['kv_blocks_lost']} of {row['kv_blocks'] + row['kv_blocks_lost']:,}"
+        lost = f"{-row['kv_blocks_lost']} of {row['kv_blocks'] + row['kv_blocks_lost']:,}"
         what = f"{row['runner']} | {row['mode']} | {row['phase']} | {row['name']} | {row['tokens_per_s']:,.0f}"
         lines.append(f"| {what} | {wall} | {cpu}{' wide' * is_wide(row)} | {added} | {row['n']} | {lost} |")
     return "\n".join(lines)

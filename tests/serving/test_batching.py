@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from hones_offline.data.scenes import scenes
 from hones_serving.metrics import Metrics
@@ -25,6 +26,7 @@ from hones_serving.transformers_server.turns import Turn, Turns
 from prometheus_client import CollectorRegistry
 from reference_steering import generated_in_scope, scaled
 from serving.steered import prompts, words, write_profiles
+from tiny_models import random_profile
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -34,7 +36,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hones_steer import Profile, StateError, steer
+from hones_steer import MismatchError, Profile, StateError, steer
 from hones_steer.profile import ModelIdentity
 from hones_steer.store import combine, parse_expression
 
@@ -318,6 +320,19 @@ async def test_a_request_that_means_nothing_fails_alone(together: Engine) -> Non
             assert "temperature" in str(heard.error)
         else:
             assert heard.answer == together.alone(words(5 + i), "vqa")
+
+
+async def test_a_request_whose_profile_cannot_be_loaded_fails_alone(
+    together: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The registry checks profiles, so that this is for what nobody has thought of: the server stays alive."""
+    monkeypatch.setitem(together.profiles, "foreign", random_profile(tiny_models.llama(num_hidden_layers=4), 0))
+    asked = [("vqa", words(5)), ("foreign", words(6)), ("ocr", words(7))]
+    vqa, foreign, ocr = (together.ask(prompt, expression)[1] for expression, prompt in asked)
+    together.work()
+    assert isinstance(foreign.error, MismatchError)
+    assert vqa.answer == together.alone(words(5), "vqa")
+    assert ocr.answer == together.alone(words(7), "ocr")
 
 
 async def test_a_batch_that_fails_is_answered_singly_from_where_it_was(together: Engine) -> None:

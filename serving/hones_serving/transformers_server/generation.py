@@ -23,6 +23,7 @@ from hones_serving.transformers_server.rows import Listener, Row, Streamed, Whol
 from hones_serving.transformers_server.turns import LOGGER, TURN, StoppingError
 from hones_steer.errors import StateError
 from hones_steer.huggingface import Steering
+from hones_steer.profile import Profile
 from hones_steer.scopes import split
 
 
@@ -197,14 +198,20 @@ class Batches:
         if not row.turn.begin():
             row.listener.fail(StateError("nobody waits for this answer any more; send the request again"))
             return False
-        if row.profile is not None:
-            if row.profile.digest not in self._uses:
-                self._steering.load(row.profile.digest, row.profile)  # which the registry has checked
-            self._uses[row.profile.digest] += 1
-        if not self._prepared(row):
-            self._end(row, row.error)
+        if self._prepared(row):
+            row.error = _error_of(lambda: self._use(row.profile))
+        if row.error is not None:
+            row.listener.fail(row.error)
+            row.turn.end()
             return False
         return True
+
+    def _use(self, profile: Profile | None) -> None:
+        """Count a row that begins with a profile, which is loaded if no other row has it."""
+        if profile is not None:
+            if profile.digest not in self._uses:
+                self._steering.load(profile.digest, profile)  # which the registry has checked
+            self._uses[profile.digest] += 1
 
     def _answer_from_pages(self, pages: Pages, first: Row, waiting: Waiting) -> None:
         """Answer a row and those that join it, in order: nobody joins once the first that waits cannot."""

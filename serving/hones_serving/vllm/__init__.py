@@ -7,7 +7,7 @@ layout.py      in the worker: the loaded model's down-projections
 experts.py     in the worker: its routed experts, and their scale tables
 scaling.py     in the worker: each token's slot, the scaled input of each down-projection, the scaled rows of experts
 worker.py      in the worker: from the engine's steps to the profile and slot of each token
-endpoint.py    the HTTP side of the API server
+api_server.py  the HTTP side of the API server
 servers.py     the folder in which several API servers agree, and the registry of each
 serve.py       `vllm serve` as a module, which starts them
 batch.py       the lines of a batch file (`vllm run-batch`), in place of the HTTP side
@@ -96,6 +96,6 @@ def register() -> None:
 
 def endpoint() -> Any:
     """Make the API server's plugin object: vLLM calls this `vllm.endpoint_plugins` entry point there."""
-    from hones_serving.vllm.endpoint import Endpoint
+    from hones_serving.vllm.api_server import Endpoint
 
     return Endpoint()

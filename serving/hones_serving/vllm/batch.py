@@ -101,7 +101,7 @@ def _steered(build: Build, settings: Settings) -> Build:
     @functools.wraps(build)
     async def build_endpoint_registry(engine_client: Any, args: Any) -> dict[str, dict[str, Any]]:
         # Not before: the module would take the place of the function `endpoint` of the package, which vLLM calls.
-        from hones_serving.vllm.endpoint import make_service
+        from hones_serving.vllm.api_server import make_service
 
         registry = await build(engine_client=engine_client, args=args)
         handler = registry[_CHAT]["handler_getter"]()
