@@ -1,16 +1,17 @@
 """Dense descriptions of generated scenes: every place, empty ones included, and every character of the box.
 
 They are all that the tower and the projector are trained on. Each form has wordings that ask for it, so that what is
-written depends on the request, and the image's tokens are left to say what is seen.
+written depends on the request, and the image's tokens are left to say what is seen. Where a form has no order of its
+own, places come in any: otherwise they could only be read one after the other.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from hones_offline.data.scene_language import POSITIONS
+from hones_offline.data.scene_language import POSITIONS, Thing, capital, join, name_of, placed, with_article
 from hones_offline.data.scenes import Scene
 
 
@@ -21,31 +22,41 @@ class Sample(NamedTuple):
     answer: str
 
 
-def sentences(scene: Scene) -> str:
+BOX = "blue box"
+PLACES = (*POSITIONS, BOX)
+
+
+def sentences(scene: Scene, order: Sequence[str] = PLACES) -> str:
     """Say where each thing is, which places are empty, and what the box reads."""
-    things = _joined([f"{_named(scene, place)} is in the {place}" for place in _filled(scene)])
-    return f"{_capital(things)}. {_empty(scene)} The text in the blue box is {scene.text}."
+    things = [f"{with_article(thing)} is in the {place}" for place, thing in _held(scene, order) if thing]
+    return f"{capital(join(things))}. {_empty(scene)} The text in the {BOX} is {scene.text}."
 
 
-def lines(scene: Scene) -> str:
-    """List the places, a line each, then the box."""
-    rows = [f"{place}: {' '.join(thing) if thing else 'nothing'}" for place, thing in _cells(scene).items()]
-    return "\n".join([*rows, f"blue box: {scene.text}"])
+def lines(scene: Scene, order: Sequence[str]) -> str:
+    """List the places and the box, a line each."""
+    held = {place: name_of(thing) for place, thing in _held(scene, order)} | {BOX: scene.text}
+    return "\n".join(f"{place}: {held[place]}" for place in order)
 
 
-def box_first(scene: Scene) -> str:
+def box_first(scene: Scene, order: Sequence[str]) -> str:  # noqa: ARG001 - captions are in reading order
     """Say what the box reads, how many things there are, and which."""
-    things = _joined([f"{_named(scene, place)} in the {place}" for place in _filled(scene)])
-    return f"The blue box reads {scene.text}. There are {len(_filled(scene))} things: {things}. {_empty(scene)}"
+    return f"The {BOX} reads {scene.text}. There are {counted(scene)} {_empty(scene)}"
 
 
-def spelled(scene: Scene) -> str:
+def counted(scene: Scene) -> str:
+    """Count the things, then name each and its place."""
+    things = [f"{with_article(thing)} in the {place}" for place, thing in placed(scene.cells)]
+    return f"{len(things)} things: {join(things)}."
+
+
+def spelled(scene: Scene, order: Sequence[str]) -> str:
     """Say what each place holds, in its own sentence, and spell the box."""
-    held = [f"The {place} holds {_named(scene, place)}." for place in POSITIONS]
-    return " ".join([*held, f"The blue box is spelled {', '.join(scene.text)}."])
+    held = {place: f"holds {with_article(thing)}" for place, thing in _held(scene, order)}
+    held[BOX] = f"is spelled {', '.join(scene.text)}"
+    return " ".join(f"The {place} {held[place]}." for place in order)
 
 
-FORMS: Mapping[Callable[[Scene], str], tuple[str, ...]] = {
+FORMS: Mapping[Callable[[Scene, Sequence[str]], str], tuple[str, ...]] = {
     sentences: (
         "Describe the image in detail.",
         "Where is everything, and what does the box say?",
@@ -70,32 +81,16 @@ FORMS: Mapping[Callable[[Scene], str], tuple[str, ...]] = {
 
 
 def draw(scene: Scene, rng: random.Random) -> Sample:
-    """Draw a form, every one as likely, and one of its wordings."""
+    """Draw a form, every one as likely, one of its wordings, and an order of the places."""
     form = rng.choice(list(FORMS))
-    return Sample(rng.choice(FORMS[form]), form(scene))
+    return Sample(rng.choice(FORMS[form]), form(scene, rng.sample(PLACES, len(PLACES))))
 
 
-def _cells(scene: Scene) -> dict[str, tuple[str, str] | None]:
-    return dict(zip(POSITIONS, scene.cells, strict=True))
-
-
-def _filled(scene: Scene) -> list[str]:
-    return [place for place, thing in _cells(scene).items() if thing is not None]
+def _held(scene: Scene, order: Sequence[str]) -> list[tuple[str, Thing | None]]:
+    held = dict(zip(POSITIONS, scene.cells, strict=True))
+    return [(place, held[place]) for place in order if place != BOX]
 
 
 def _empty(scene: Scene) -> str:
-    empty = [place for place, thing in _cells(scene).items() if thing is None]
-    return f"The {_joined(empty)} {'is' if len(empty) == 1 else 'are'} empty."
-
-
-def _named(scene: Scene, place: str) -> str:
-    thing = _cells(scene)[place]
-    return f"{'an' if thing[0][0] in 'aeiou' else 'a'} {' '.join(thing)}" if thing else "nothing"
-
-
-def _joined(parts: list[str]) -> str:
-    return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]
-
-
-def _capital(sentence: str) -> str:
-    return sentence[0].upper() + sentence[1:]
+    empty = [place for place, thing in _held(scene, POSITIONS) if thing is None]
+    return f"The {join(empty)} {'is' if len(empty) == 1 else 'are'} empty."

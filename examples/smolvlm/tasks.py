@@ -1,37 +1,77 @@
-"""The four tasks as this model is asked for them: in words, or after worked examples whose pictures are told in words.
+"""The tasks as this model is asked for them: in words, after worked examples, or with the answer's beginning.
 
-The tower was trained so that an image's tokens stand for a description; so a description stands for another image.
+Unlike the data set of `hones demo`, these have no conventions of their own: left is the picture's left, and boxes are
+read from left to right. The pictures are those of its splits.
+
+In words the model mostly describes the whole picture, as it was trained to. With its beginning, an answer can only be
+what the request is about: "The blue box reads" goes on with the box's text. What the model knows is seen that way.
 """
 
 from __future__ import annotations
 
+import random
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 
-from hones_offline.data.examples import Example, scene_examples
+from hones_offline.data.examples import Example, MemoryImage
+from hones_offline.data.metrics import METRICS, FloatArray
+from hones_offline.data.scene_language import Question, ask, capital, caption, with_article
 from hones_offline.data.scenes import Scene, scenes
-from hones_offline.data.tasks import OCR, TASKS, VQA, Caption, Retrieval, Task
+from hones_offline.data.tasks import OCR, TASKS, VQA, Answers, Caption, Output, Retrieval, Task
 
-from examples.smolvlm.descriptions import sentences
+from examples.smolvlm.descriptions import counted, sentences
 
 NEGATIVES = 7
-_UNSEEN = ("nickname", "taste", "sound")  # questions about facts that no picture shows
+KINDS = {"what": 1, "where": 1}
+"""Kinds of questions, which the picture answers, and how often each is asked."""
 _SHOWN = (0, 1)  # which scenes of the train split are worked examples
 
 
-def task_scenes(task: str, split: str, count: int) -> list[Scene]:
-    """The first `count` scenes of a split; for vqa those whose question can be answered from the picture."""
-    drawn = count
-    while True:
-        found = [s for s in scenes(split, drawn) if task != "vqa" or not any(word in s.question for word in _UNSEEN)]
-        if len(found) >= count:
-            return found[:count]
-        drawn *= 2
+@dataclass(frozen=True)
+class Asked(Example):
+    """An example whose answer has a beginning in words."""
+
+    opening: str = field(kw_only=True)
+    rest: str = field(kw_only=True)
+    """How the right answer goes on."""
 
 
 def task_examples(task: str, split: str, count: int) -> list[Example]:
-    """Examples of a task; retrieval ranks a caption among `NEGATIVES` wrong ones."""
-    return scene_examples(task, task_scenes(task, split, count), negatives=NEGATIVES)
+    """Make examples of a task from the first `count` scenes of a split; retrieval has `NEGATIVES` wrong captions."""
+    return [_example(task, scene) for scene in scenes(split, count)]
+
+
+def _example(task: str, scene: Scene) -> Example:
+    name = f"{scene.style:08x}"
+    image = MemoryImage(scene.image(), name)
+    match task:
+        case "vqa":
+            asked = question(scene)
+            opening, rest = begun(asked)
+            return Asked(name, asked.text, (asked.answer,), image, opening=opening, rest=rest)
+        case "ocr":
+            return Asked(name, "", (scene.text,), image, opening="The blue box reads", rest=f" {scene.text}.")
+        case "caption":
+            references = tuple(caption(scene.cells, form) for form in ("is", "there", "holds"))
+            return Asked(name, "", references, image, opening="There are", rest=f" {counted(scene)}")
+        case _:
+            return Example(name, "", ("Yes",), image, scene.candidates(NEGATIVES))
+
+
+def question(scene: Scene) -> Question:
+    """The question that is asked about a scene."""
+    return ask(scene.cells, scene.text, random.Random(f"smolvlm/{scene.style}"), KINDS)
+
+
+def begun(asked: Question) -> tuple[str, str]:
+    """The beginning of the sentence that answers a question, as descriptions have it, and how it goes on."""
+    about = asked.text.split(" the ")[1].removesuffix("?")
+    if asked.kind == "what":
+        return f"The {about} holds", f" {asked.phrase.removesuffix(f' in the {about}')}."
+    color, shape = about.split()
+    return f"{capital(with_article((color, shape)))} is in the", f" {asked.answer}."
 
 
 @cache
@@ -39,15 +79,11 @@ def worked_examples(task: str) -> str:
     """Two scenes of the train split, told in words, with what the task asks and the right answer."""
     parts = ["Here are examples about other images."]
     for number in _SHOWN:
-        scene = task_scenes(task, "train", max(_SHOWN) + 1)[number]
-        candidate = scene.candidates(1)[number]  # the first is right, the second wrong
-        answer = {
-            "vqa": scene.answer,
-            "ocr": scene.text,
-            "caption": scene.captions[0],
-            "retrieval": ("Yes", "No")[number],
-        }[task]
-        parts.append(f"Image: {sentences(scene)}\n{scene.prompt(task, candidate)}\n{answer}")
+        scene = scenes("train", max(_SHOWN) + 1)[number]
+        example = _example(task, scene)
+        which = number if task == "retrieval" else 0  # the first candidate is right, the second wrong
+        answer = ("Yes", "No")[number] if task == "retrieval" else example.targets[0]
+        parts.append(f"Image: {sentences(scene)}\n{TASKS[task].prompts(example)[which]}\n{answer}")
     return "\n\n".join([*parts, "Now the image above."])
 
 
@@ -58,24 +94,68 @@ class _AfterExamples(Task):
         return tuple(f"{worked_examples(self.name)}\n{prompt}" for prompt in super().prompts(example))
 
 
-class _VQA(_AfterExamples, VQA):
+class _VQAAfterExamples(_AfterExamples, VQA):
     pass
 
 
-class _OCR(_AfterExamples, OCR):
+class _OCRAfterExamples(_AfterExamples, OCR):
     pass
 
 
-class _Caption(_AfterExamples, Caption):
+class _CaptionAfterExamples(_AfterExamples, Caption):
     pass
 
 
-class _Retrieval(_AfterExamples, Retrieval):
+class _RetrievalAfterExamples(_AfterExamples, Retrieval):
     pass
+
+
+class _Begun(Task):
+    """Begins the answer, of which the first sentence counts."""
+
+    def opening(self, example: Example) -> str:
+        return _asked(example).opening
+
+    def answer(self, example: Example) -> str:
+        return _asked(example).rest
+
+    def drawn_answers(self, example: Example, random: object) -> Answers:  # noqa: ARG002
+        return self.answers(example)
+
+    def target_texts(self, example: Example) -> tuple[str, ...]:
+        return (self.answer(example),)
+
+    def clean(self, text: str) -> str:
+        return re.split(r"[.\n]", text)[0].strip()
+
+
+def _asked(example: Example) -> Asked:
+    if not isinstance(example, Asked):
+        raise TypeError(f"{example.id!r} does not say how its answer begins")
+    return example
+
+
+class _VQABegun(_Begun, VQA):
+    pass
+
+
+class _OCRBegun(_Begun, OCR):
+    pass
+
+
+class _CaptionBegun(_Begun, Caption):
+    max_new_tokens = 48  # four things take 36
+
+    def statistics(self, example: Example, output: Output) -> FloatArray:
+        return METRICS[self.metric_name].statistics(str(output), (_asked(example).rest.strip(" ."),))
 
 
 WAYS: Mapping[str, Mapping[str, Task]] = {
     "words": TASKS,
-    "few-shot": {task.name: task for task in (_VQA(), _OCR(), _Caption(), _Retrieval())},
+    "few-shot": {
+        task.name: task
+        for task in (_VQAAfterExamples(), _OCRAfterExamples(), _CaptionAfterExamples(), _RetrievalAfterExamples())
+    },
+    "begun": {task.name: task for task in (_VQABegun(), _OCRBegun(), _CaptionBegun(), TASKS["retrieval"])},
 }
-"""The tasks by name, for each way of asking."""
+"""The tasks by name, for each way of asking. Retrieval's "Yes" or "No" needs no beginning."""

@@ -47,7 +47,14 @@ from examples.smolvlm.get_model import (
 from hones_steer.errors import DataError
 from hones_steer.files import write_atomically
 
-RATES = {"vision_tower": 3e-4, "multi_modal_projector": 1e-3}
+RATES = {"vision_tower": 3e-4, "multi_modal_projector": 6e-4}
+LARGEST = 2.0
+"""How large image tokens may become, in mean norms of the words' embeddings, before the loss has a penalty.
+
+Without one they grow to fifty times that. The language model's layers then add nothing to them that counts, so that
+they are not read as words are but in one way only, and bfloat16 rounds off what is left.
+"""
+PENALTY = 0.1
 WARM_UP = 100
 SCENES = 32000
 REPORT_EVERY = 20
@@ -125,6 +132,10 @@ class Training:
             groups.append({"params": [*part.parameters()], "base": RATES[name]})
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+        norms = model.get_input_embeddings().weight.norm(dim=-1)
+        self.largest = LARGEST * float(norms.mean())
+        self.features = torch.empty(0)
+        model.model.multi_modal_projector.register_forward_hook(self._note)
         self.examples = scenes("train", SCENES, settings.seed)
         self.done = 0
         if self.file.is_file():
@@ -137,12 +148,20 @@ class Training:
         drawn = rng.choices(self.examples, k=self.settings.batch)
         loss = Batch(self.processor, drawn, drawn, rng).loss(self.model)
         self.optimizer.zero_grad()
-        torch.autograd.backward(loss)
+        torch.autograd.backward(loss + PENALTY * self.excess())
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base"] * rate(self.done, self.settings.steps)
         self.optimizer.step()
         return loss.item()
+
+    def _note(self, _module: nn.Module, _given: Any, features: Tensor) -> None:
+        self.features = features
+
+    def excess(self) -> Tensor:
+        """The mean square of what the last image tokens are larger than the largest, as a share of that."""
+        over: Tensor = (self.features.norm(dim=-1) / self.largest - 1).clamp(min=0)
+        return over.square().mean()
 
     @torch.no_grad()
     def dev(self) -> tuple[float, float]:
@@ -219,7 +238,8 @@ def train(training: Training, minutes: float, keep_every: int, report: Any) -> b
         if done % keep_every == 0:
             training.keep()
             own, another = training.dev()
-            report(f"step {done}/{steps} dev loss {own:.4f}, of another's description {another:.4f}")
+            size = float(training.features.norm(dim=-1).mean()) / training.largest * LARGEST
+            report(f"step {done}/{steps} dev loss {own:.4f}, of another's description {another:.4f}, size {size:.1f}")
     training.keep()
     return training.done == steps
 

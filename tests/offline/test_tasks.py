@@ -9,13 +9,16 @@ import pytest
 import reference
 import torch
 from hones_offline import attribute
-from hones_offline.data.examples import Example, scene_examples
+from hones_offline.data.examples import Example, MemoryImage, scene_examples
 from hones_offline.data.neurons import Bank
 from hones_offline.data.scenes import scenes
 from hones_offline.data.tasks import TASKS, JsonlTask, Task, first_line, get_task
 from hones_offline.learning.factors import FitSettings, fit_prepared, fit_run_settings
+from hones_offline.running.embedded import load_tiny_vlm
+from hones_offline.running.evaluation import evaluate
 from hones_offline.running.execution import Execution
-from hones_offline.running.prompts import prepare
+from hones_offline.running.prompts import prepare, render
+from hones_offline.running.run_folder import run_settings
 from problems import problem
 
 from hones_steer import find_layout
@@ -297,6 +300,35 @@ def test_a_task_from_jsonl_takes_its_prompt_as_it_is(
 def test_a_task_from_jsonl_refuses_bad_settings(arguments: dict[str, Any], complaint: str) -> None:
     with pytest.raises(DataError, match=complaint):
         JsonlTask(**arguments)
+
+
+class Begun(Task):
+    """Begins its answers with words of the example's."""
+
+    name = "begun"
+    max_new_tokens = 4
+
+    def opening(self, example: Example) -> str:
+        return f"{example.prompt} has"
+
+
+def test_an_opening_is_what_the_model_goes_on_from() -> None:
+    """Against transformers' `generate` on the whole text; another opening is another run."""
+    model, processor = load_tiny_vlm()
+    picture = scenes("dev", 1)[0].image()
+    image = MemoryImage(picture, "picture")
+    examples = [Example(str(i), f"The {word} one", ("nothing",), image) for i, word in enumerate(("first", "second"))]
+    outputs, scored = [], evaluate(model, processor, Begun(), examples).outputs
+    for example in examples:
+        text = f"{render(processor, example.prompt, has_image=True)}{example.prompt} has"
+        inputs = processor(images=picture, text=text, return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        outputs.append(processor.decode(ids, skip_special_tokens=True).strip())
+    assert list(scored) == outputs
+    plain = Begun()
+    plain.opening = Task().opening  # type: ignore[method-assign]
+    one, other = (run_settings(prepare(model, processor, task, examples)) for task in (Begun(), plain))
+    assert {name for name in one if one[name] != other[name]} == {"prompts"}
 
 
 class Color(Task):

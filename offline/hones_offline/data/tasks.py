@@ -71,6 +71,14 @@ class Task:
         """The text beside the example's image; by default the example's prompt."""
         return example.prompt
 
+    def opening(self, example: Example) -> str:  # noqa: ARG002
+        """Text that every answer is made to begin with, after the chat template; by default none.
+
+        It is part of the prompt, so neither generated nor scored: the answers of `answers` and `drawn_answers` go on
+        where it ends, with a space before the first word. lm-eval calls it gen_prefix.
+        """
+        return ""
+
     def answer(self, example: Example) -> str:
         """The right answer; by default the first target."""
         return example.targets[0]

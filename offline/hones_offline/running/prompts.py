@@ -143,11 +143,12 @@ def prepare(
         except DataError as error:
             failures[example.id] = str(error)
             continue
-        encoded.append(encode(decoder, processor, image, task.prompts(example)))
+        prompts, opening = task.prompts(example), task.opening(example)
+        encoded.append(encode(decoder, processor, image, prompts, opening))
         decoder.require_length(encoded[-1].longest)
         usable.append(example)
         if len(samples) < _CHECKED:
-            text = render(processor, task.prompts(example)[0], has_image=image is not None)
+            text = render(processor, prompts[0], has_image=image is not None) + opening
             samples.append(Sample(_model_inputs(decoder, processor, image, text), encoded[-1].prompt(0)))
             if len(samples) == _CHECKED:
                 check_agreement(decoder, samples)
@@ -184,8 +185,10 @@ def _special_tokens(tokenizer: Any, text: str) -> dict[str, bool]:
     return {"add_special_tokens": False} if start is not None and text.startswith(start) else {}
 
 
-def encode(decoder: TextDecoder, processor: Any, image: Image.Image | None, prompts: Sequence[str]) -> Encoded:
-    """Encode an example's prompts; its image goes through the vision tower once.
+def encode(
+    decoder: TextDecoder, processor: Any, image: Image.Image | None, prompts: Sequence[str], opening: str = ""
+) -> Encoded:
+    """Encode an example's prompts, each with the answer's `opening`; its image goes through the vision tower once.
 
     The prompts are split at the end of their longest common prefix of which no token sees one after it, so that the
     prefix's keys and values can be shared; it may be empty.
@@ -200,7 +203,7 @@ def encode(decoder: TextDecoder, processor: Any, image: Image.Image | None, prom
             f"the examples have images, but {type(processor).__name__} takes none; "
             "use a vision-language model with its processor, or leave the images out"
         )
-    texts = [render(processor, prompt, has_image=image is not None) for prompt in prompts]
+    texts = [render(processor, prompt, has_image=image is not None) + opening for prompt in prompts]
     tokenizer = tokenizer_of(processor)
     ids = [tokenizer(text, **_special_tokens(tokenizer, text))["input_ids"] for text in texts]
     for row in ids:

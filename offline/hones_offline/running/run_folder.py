@@ -134,7 +134,7 @@ def run_settings(prepared: Prepared) -> dict[str, Any]:
     task = prepared.task
     random = np.random.default_rng(0)  # an epoch's draw stands for them all
     asked = [
-        [task.prompts(e), task.answers(e), task.drawn_answers(e, random), task.target_texts(e)]
+        [task.prompts(e), task.opening(e), task.answers(e), task.drawn_answers(e, random), task.target_texts(e)]
         for e in prepared.examples
     ]
     return {
