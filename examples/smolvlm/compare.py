@@ -21,7 +21,7 @@ from typing import Any
 from hones_offline.comparison import compare
 from hones_offline.comparison.settings import ABLATIONS, COMPARATORS, STAGES, CompareSettings
 from hones_offline.comparison.splits import Splits
-from hones_offline.data.tasks import TASKS, Task
+from hones_offline.data.tasks import Task
 from hones_offline.learning.choosing import FitGrid
 from hones_offline.learning.factors import FitSettings
 from hones_offline.running.models import keep_freed_memory, load_model
@@ -33,8 +33,9 @@ from hones_steer.errors import DataError
 
 METHODS = ("random", "ap", "ape", "dvp", "grad_act", "hones_logprob", "fisher", "fisher:ratio")
 """`ape` is LAPE's criterion; `fisher` is the default selection, `fisher:ratio` the one against other tasks."""
+TASKS = ("vqa", "ocr", "caption", "count")
 CONTRAST_TASKS = ("ocr", "caption")
-"""Those that contrasts are taken against; so vqa and retrieval are bystanders of every other task's banks."""
+"""Those that contrasts are taken against; so vqa and count are bystanders of every other task's banks."""
 SELECTIONS = ("random", "dvp", "grad_act", "hones_logprob", "fisher")
 COMPARED_WITH = ("grid_search", "ia3", "lora")
 
@@ -80,8 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, metavar="DIR", help="what examples.smolvlm.get_model wrote")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run folder")
-    parser.add_argument("--asked", choices=tuple(WAYS), default="words", help="way of asking (default: %(default)s)")
-    parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS), metavar="TASK")
+    parser.add_argument("--asked", choices=tuple(WAYS), default="begun", help="way of asking (default: %(default)s)")
+    known = tuple(WAYS["words"])
+    parser.add_argument("--tasks", nargs="+", choices=known, default=list(TASKS), metavar="TASK")
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help="docs/methods.md")
     parser.add_argument("--main", default="hones_logprob", metavar="METHOD", help="the paper's (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="default: %(default)s")
@@ -90,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.0025, 0.01], metavar="F", help="(%(default)s)")
     parser.add_argument("--fraction", type=float, default=0.01, metavar="F", help="what is steered (%(default)s)")
     parser.add_argument("--ablations", nargs="+", choices=ABLATIONS, default=["zero"], help="default: %(default)s")
-    parser.add_argument("--contrast-tasks", nargs="+", choices=tuple(TASKS), default=CONTRAST_TASKS, metavar="TASK")
+    parser.add_argument(
+        "--contrast-tasks", nargs="+", choices=tuple(WAYS["words"]), default=CONTRAST_TASKS, metavar="TASK"
+    )
     parser.add_argument("--attribution-examples", type=int, default=64, metavar="N", help="of a seed (%(default)s)")
     parser.add_argument("--top-heads", type=int, default=25, metavar="K", help="default: %(default)s")
     for split, count in {"discovery": 192, "dev": 64, "test": 128}.items():
@@ -102,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=4, metavar="N", help="at most (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences at a time (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
+    parser.add_argument(
+        "--attention",
+        choices=("sdpa", "eager"),
+        default="sdpa",
+        help="how the model computes attention; eager learns faster in bfloat16 on a CPU (default: %(default)s)",
+    )
     return parser
 
 
@@ -109,15 +119,19 @@ def main() -> None:
     """Run it, write summary.json into --out after every stage, and print the tables."""
     parser = _parser()
     args = parser.parse_args()
+    if other := [name for name in args.tasks if name not in WAYS[args.asked]]:
+        parser.error(f"{other[0]} is not asked {args.asked!r}; choose another --asked, or leave it out of --tasks")
     keep_freed_memory()
     try:
         settings = settings_of(args)
+        model: Any
         model, processor = load_model(args.model, dtype=args.dtype, device="cpu")
+        model.set_attn_implementation(args.attention)
         counts = {split: getattr(args, split) for split in ("discovery", "dev", "test")}
         asked = {name: WAYS[args.asked][name] for name in args.tasks}
         work = args.out / "work" / args.asked  # each way of asking has run folders of its own
         tasks = encode(model, processor, asked, counts, work, args.batch_size)
-        title = f"Tasks on images in a LLaVA on SmolLM2-135M, asked in {args.asked}"
+        title = f"Tasks on images in a LLaVA on SmolLM2-135M, asked: {args.asked}"
         summary = compare(tasks, settings, args.out, title=title, report=partial(print, flush=True), progress=True)
     except DataError as error:
         parser.error(str(error))

@@ -1,8 +1,8 @@
 """Dense descriptions of generated scenes: every place, empty ones included, and every character of the box.
 
 They are all that the tower and the projector are trained on. Each form has wordings that ask for it, so that what is
-written depends on the request, and the image's tokens are left to say what is seen. Where a form has no order of its
-own, places come in any: otherwise they could only be read one after the other.
+written depends on the request, and the image's tokens are left to say what is seen. Places come in reading order, or
+in any: the first is soon learned, but then a place can only be read after those before it.
 """
 
 from __future__ import annotations
@@ -80,10 +80,12 @@ FORMS: Mapping[Callable[[Scene, Sequence[str]], str], tuple[str, ...]] = {
 }
 
 
-def draw(scene: Scene, rng: random.Random) -> Sample:
-    """Draw a form, every one as likely, one of its wordings, and an order of the places."""
+def draw(scene: Scene, rng: random.Random, any_order: float) -> Sample:
+    """Draw a form, every one as likely, one of its wordings, and for a share of the samples any order of the places."""
     form = rng.choice(list(FORMS))
-    return Sample(rng.choice(FORMS[form]), form(scene, rng.sample(PLACES, len(PLACES))))
+    wording = rng.choice(FORMS[form])
+    order = rng.sample(PLACES, len(PLACES)) if any_order and rng.random() < any_order else PLACES
+    return Sample(wording, form(scene, order))
 
 
 def _held(scene: Scene, order: Sequence[str]) -> list[tuple[str, Thing | None]]:

@@ -17,7 +17,6 @@ from typing import Any
 
 from hones_offline.data.examples import Example
 from hones_offline.data.scenes import SPLITS
-from hones_offline.data.tasks import TASKS
 from hones_offline.running.evaluation import Scores, evaluate
 from hones_offline.running.models import keep_freed_memory, load_model
 
@@ -41,7 +40,7 @@ def table(model: Any, processor: Any, split: str, count: int, batch_size: int) -
         "|---|---|---|---|---|---|---|---|",
     ]
     for way, tasks in WAYS.items():
-        for name in TASKS:
+        for name in tasks:
             examples = task_examples(name, split, count)
             cells: list[str] = []
             for asked in (examples, with_another_image(examples)):

@@ -173,7 +173,7 @@ def assemble(text_folder: Path, connector: Path = CONNECTOR) -> tuple[LlavaForCo
     Raises:
         DataError: a part is missing, unfinished or damaged, or the parts do not belong together.
     """
-    about, weights = _read_connector(connector)
+    about, weights = read_connector(connector)
     text, tokenizer = load_text(text_folder)
     identity = identity_of(text, tokenizer)
     for part, title in (("tokenizer", "tokenizer"), ("language_model", "weights")):
@@ -194,8 +194,12 @@ def assemble(text_folder: Path, connector: Path = CONNECTOR) -> tuple[LlavaForCo
     return model, processor
 
 
-def _read_connector(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The metadata and the weights of what `save_connector` wrote."""
+def read_connector(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what `save_connector` wrote: the identity and the tower's configuration, and the weights by name.
+
+    Raises:
+        DataError: the file is missing, that of an unfinished training, damaged, or another.
+    """
     if not file.is_file():
         state = (file if file.is_dir() else file.parent) / STATE
         if state.is_file():

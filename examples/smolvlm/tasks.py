@@ -17,7 +17,7 @@ from functools import cache
 
 from hones_offline.data.examples import Example, MemoryImage
 from hones_offline.data.metrics import METRICS, FloatArray
-from hones_offline.data.scene_language import Question, ask, capital, caption, with_article
+from hones_offline.data.scene_language import Question, ask, capital, caption, placed, with_article
 from hones_offline.data.scenes import Scene, scenes
 from hones_offline.data.tasks import OCR, TASKS, VQA, Answers, Caption, Output, Retrieval, Task
 
@@ -56,6 +56,9 @@ def _example(task: str, scene: Scene) -> Example:
         case "caption":
             references = tuple(caption(scene.cells, form) for form in ("is", "there", "holds"))
             return Asked(name, "", references, image, opening="There are", rest=f" {counted(scene)}")
+        case "count":
+            number = len(placed(scene.cells))
+            return Asked(name, "", (str(number),), image, opening="There are", rest=f" {number} things:")
         case _:
             return Example(name, "", ("Yes",), image, scene.candidates(NEGATIVES))
 
@@ -74,6 +77,17 @@ def begun(asked: Question) -> tuple[str, str]:
     return f"{capital(with_article((color, shape)))} is in the", f" {asked.answer}."
 
 
+class Count(Task):
+    """Say how many things there are."""
+
+    name = "count"
+    metric = "accuracy"
+    max_new_tokens = 8
+
+    def prompt(self, example: Example) -> str:  # noqa: ARG002 - the same words for every example
+        return "How many things are there beside the blue box?\nAnswer with a number."
+
+
 @cache
 def worked_examples(task: str) -> str:
     """Two scenes of the train split, told in words, with what the task asks and the right answer."""
@@ -83,7 +97,7 @@ def worked_examples(task: str) -> str:
         example = _example(task, scene)
         which = number if task == "retrieval" else 0  # the first candidate is right, the second wrong
         answer = ("Yes", "No")[number] if task == "retrieval" else example.targets[0]
-        parts.append(f"Image: {sentences(scene)}\n{TASKS[task].prompts(example)[which]}\n{answer}")
+        parts.append(f"Image: {sentences(scene)}\n{WAYS['words'][task].prompts(example)[which]}\n{answer}")
     return "\n\n".join([*parts, "Now the image above."])
 
 
@@ -107,6 +121,10 @@ class _CaptionAfterExamples(_AfterExamples, Caption):
 
 
 class _RetrievalAfterExamples(_AfterExamples, Retrieval):
+    pass
+
+
+class _CountAfterExamples(_AfterExamples, Count):
     pass
 
 
@@ -150,12 +168,24 @@ class _CaptionBegun(_Begun, Caption):
         return METRICS[self.metric_name].statistics(str(output), (_asked(example).rest.strip(" ."),))
 
 
+class _CountBegun(_Begun, Count):
+    def clean(self, text: str) -> str:
+        return super().clean(text).partition(" things")[0]
+
+
+def _by_name(*tasks: Task) -> dict[str, Task]:
+    return {task.name: task for task in tasks}
+
+
 WAYS: Mapping[str, Mapping[str, Task]] = {
-    "words": TASKS,
-    "few-shot": {
-        task.name: task
-        for task in (_VQAAfterExamples(), _OCRAfterExamples(), _CaptionAfterExamples(), _RetrievalAfterExamples())
-    },
-    "begun": {task.name: task for task in (_VQABegun(), _OCRBegun(), _CaptionBegun(), TASKS["retrieval"])},
+    "words": {**TASKS, "count": Count()},
+    "few-shot": _by_name(
+        _VQAAfterExamples(),
+        _OCRAfterExamples(),
+        _CaptionAfterExamples(),
+        _RetrievalAfterExamples(),
+        _CountAfterExamples(),
+    ),
+    "begun": _by_name(_VQABegun(), _OCRBegun(), _CaptionBegun(), _CountBegun()),
 }
-"""The tasks by name, for each way of asking. Retrieval's "Yes" or "No" needs no beginning."""
+"""The tasks by name, for each way of asking; retrieval's "Yes" or "No" has no beginning."""

@@ -1,11 +1,15 @@
 """Train the vision tower and the projector through the frozen language model, on dense descriptions alone.
 
-    python -m examples.smolvlm.train --text runs/smollm2/model --run runs/smolvlm/train --minutes 55
+    python -m examples.smolvlm.train --text runs/smollm2/model --run runs/smolvlm/first --steps 4000 \
+        --output runs/smolvlm/first.safetensors
+    python -m examples.smolvlm.train --text runs/smollm2/model --run runs/smolvlm/train --steps 2500 \
+        --begin runs/smolvlm/first.safetensors --any-order 0.5
 
-Run it from the repository root, again and again until it says that the training is finished: it stops by itself after
+Run each from the repository root, again and again until it says that the training is finished: it stops by itself after
 --minutes, and goes on from what it kept in --run. Killed, it loses what came after the last of every --keep-every
 steps. However it was interrupted, the same number of threads gives the same bytes, for what a step draws depends on
---seed and the step alone. At the end it writes the file that get_model puts before the language model.
+--seed and the step alone. At the end it writes the file that get_model puts before the language model, or that another
+training begins with. The first learns to describe pictures in reading order, the second in any.
 
 This is LLaVA's first stage, in which the model sees no task; the tower begins as the embedded model's and is trained
 along. The loss is the mean cross-entropy of the descriptions' tokens.
@@ -14,6 +18,7 @@ along. The loss is the mean cross-entropy of the descriptions' tokens.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import math
 import pickle
@@ -21,7 +26,7 @@ import random
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +43,18 @@ from examples.smolvlm.get_model import (
     END,
     IMAGE,
     STATE,
+    assemble,
     build,
     identity_of,
     load_text,
     parts_of,
+    read_connector,
     save_connector,
 )
 from hones_steer.errors import DataError
 from hones_steer.files import write_atomically
 
-RATES = {"vision_tower": 3e-4, "multi_modal_projector": 6e-4}
-LARGEST = 2.0
-"""How large image tokens may become, in mean norms of the words' embeddings, before the loss has a penalty.
-
-Without one they grow to fifty times that. The language model's layers then add nothing to them that counts, so that
-they are not read as words are but in one way only, and bfloat16 rounds off what is left.
-"""
-PENALTY = 0.1
+RATES = {"vision_tower": 3e-4, "multi_modal_projector": 1e-3}
 WARM_UP = 100
 SCENES = 32000
 REPORT_EVERY = 20
@@ -71,16 +71,27 @@ class Settings:
     seed: int
     dtype: str
     """The type in which the language model computes; tower and projector are in float32."""
+    any_order: float = 0.0
+    """The share of descriptions that have the places in any order."""
+    begin: str = ""
+    """The sha256 of the file that tower and projector begin with; empty: the embedded model's tower."""
 
 
 class Batch:
     """Descriptions of pictures, one each, as tokens [n, T] padded on the right, and the pictures' pixels."""
 
-    def __init__(self, processor: Any, pictures: Sequence[Scene], drawn: Sequence[Scene], rng: random.Random) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        pictures: Sequence[Scene],
+        drawn: Sequence[Scene],
+        rng: random.Random,
+        any_order: float = 0.0,
+    ) -> None:
         tokenizer, tokens_of_image = processor.tokenizer, IMAGE * _image_tokens(processor)
         rows, starts = [], []
         for scene in drawn:
-            prompt, answer = draw(scene, rng)
+            prompt, answer = draw(scene, rng, any_order)
             asked = render(processor, prompt, has_image=True).replace(IMAGE, tokens_of_image)
             before = tokenizer.encode(asked, add_special_tokens=False)
             starts.append(len(before))
@@ -132,10 +143,6 @@ class Training:
             groups.append({"params": [*part.parameters()], "base": RATES[name]})
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-        norms = model.get_input_embeddings().weight.norm(dim=-1)
-        self.largest = LARGEST * float(norms.mean())
-        self.features = torch.empty(0)
-        model.model.multi_modal_projector.register_forward_hook(self._note)
         self.examples = scenes("train", SCENES, settings.seed)
         self.done = 0
         if self.file.is_file():
@@ -146,22 +153,14 @@ class Training:
         self.done += 1
         rng = random.Random(f"smolvlm/{self.settings.seed}/{self.done}")
         drawn = rng.choices(self.examples, k=self.settings.batch)
-        loss = Batch(self.processor, drawn, drawn, rng).loss(self.model)
+        loss = Batch(self.processor, drawn, drawn, rng, self.settings.any_order).loss(self.model)
         self.optimizer.zero_grad()
-        torch.autograd.backward(loss + PENALTY * self.excess())
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base"] * rate(self.done, self.settings.steps)
         self.optimizer.step()
         return loss.item()
-
-    def _note(self, _module: nn.Module, _given: Any, features: Tensor) -> None:
-        self.features = features
-
-    def excess(self) -> Tensor:
-        """The mean square of what the last image tokens are larger than the largest, as a share of that."""
-        over: Tensor = (self.features.norm(dim=-1) / self.largest - 1).clamp(min=0)
-        return over.square().mean()
 
     @torch.no_grad()
     def dev(self) -> tuple[float, float]:
@@ -205,18 +204,26 @@ def rate(step: int, steps: int) -> float:
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def prepare_training(text_folder: Path, settings: Settings, run: Path) -> Training:
-    """Put the embedded model's tower and a new projector before the language model, or those that `run` has.
+def prepare_training(text_folder: Path, settings: Settings, run: Path, begin: Path | None = None) -> Training:
+    """Put tower and projector before the language model: those that `run` has, else those of `begin`.
+
+    Without `begin` the tower is the embedded model's and the projector is new. With it, `settings.begin` is replaced.
 
     Raises:
-        DataError: as `load_text` and `Training`.
+        DataError: as `assemble`, `load_text` and `Training`.
     """
     torch.manual_seed(settings.seed)
-    text, tokenizer = load_text(text_folder)
-    identity = identity_of(text, tokenizer)
-    embedded, _ = load_tiny_vlm()
-    model, processor = build(text, tokenizer, embedded.config.vision_config)
-    model.model.vision_tower.load_state_dict(embedded.model.vision_tower.state_dict())
+    if begin is None:
+        text, tokenizer = load_text(text_folder)
+        identity = identity_of(text, tokenizer)
+        embedded, _ = load_tiny_vlm()
+        model, processor = build(text, tokenizer, embedded.config.vision_config)
+        model.model.vision_tower.load_state_dict(embedded.model.vision_tower.state_dict())
+    else:
+        model, processor = assemble(text_folder, begin)
+        about, _ = read_connector(begin)
+        identity = {name: about[name] for name in ("language_model", "tokenizer")}
+        settings = replace(settings, begin=hashlib.sha256(begin.read_bytes()).hexdigest())
     model.set_attn_implementation("eager")  # at 100 tokens in bfloat16, a third faster than fused kernels on a CPU
     for part in (model.model.language_model, model.lm_head):
         part.to(getattr(torch, settings.dtype))
@@ -238,8 +245,7 @@ def train(training: Training, minutes: float, keep_every: int, report: Any) -> b
         if done % keep_every == 0:
             training.keep()
             own, another = training.dev()
-            size = float(training.features.norm(dim=-1).mean()) / training.largest * LARGEST
-            report(f"step {done}/{steps} dev loss {own:.4f}, of another's description {another:.4f}, size {size:.1f}")
+            report(f"step {done}/{steps} dev loss {own:.4f}, of another's description {another:.4f}")
     training.keep()
     return training.done == steps
 
@@ -256,14 +262,24 @@ def main() -> None:
     parser.add_argument("--keep-every", type=int, default=100, metavar="N", help="steps (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default: %(default)s")
+    parser.add_argument(
+        "--any-order",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the descriptions that have the places in any order (%(default)s)",
+    )
+    parser.add_argument("--begin", type=Path, metavar="FILE", help="what an earlier training wrote, to begin with")
     args = parser.parse_args()
+    if not 0 <= args.any_order <= 1:
+        parser.error(f"--any-order must lie between 0 and 1, not {args.any_order}")
     for name in ("steps", "batch", "keep_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     keep_freed_memory()
-    settings = Settings(args.steps, args.batch, args.seed, args.dtype)
+    settings = Settings(args.steps, args.batch, args.seed, args.dtype, args.any_order)
     try:
-        training = prepare_training(args.text, settings, args.run)
+        training = prepare_training(args.text, settings, args.run, args.begin)
     except DataError as error:
         parser.error(str(error))
     if training.done:
