@@ -1,13 +1,15 @@
 """Attribution methods compared on four tasks of a real language model that sees, over seeds of the data.
 
-    python -m examples.smolvlm.compare --model runs/smolvlm/model --out runs/smolvlm/compare
+    python -m examples.smolvlm.compare --model runs/smolvlm/model --stages masking finding --out runs/smolvlm/finding
+    python -m examples.smolvlm.compare --model runs/smolvlm/model --stages selections --out runs/smolvlm/steering \
+        --asked words --methods random hones_logprob fisher
 
-Run it from the repository root, after docs/results/smolvlm-plan.md is final: it measures the test split. A seed decides
-on which discovery scenes neurons are found. First every method's banks are masked at every size while all tasks are
-measured ("masking", and "finding", where the tasks outside the contrast are the bystanders); then "selections" learns
-factors for some banks, beside one factor, IA3 and LoRA, and measures every profile on the other tasks too: the side
-effects of a wrong route. `hones report runs/smolvlm/compare` shows it. Killed, it goes on where it stopped; started
-again with more methods, sizes, seeds or stages, it only does what is new.
+Run it from the repository root; it measures the test split, as docs/results/smolvlm-plan.md says. A seed decides on
+which discovery scenes neurons are found. "masking" and "finding" set every method's banks to 0 at every size while all
+tasks are measured; in "finding" the tasks outside the contrast are the bystanders. "selections" learns factors for some
+banks, beside one factor, IA3 and LoRA, and measures every profile on the other tasks too: the side effects of a wrong
+route. `hones report` shows what is in --out. Killed, it goes on where it stopped; started again with more methods,
+sizes, seeds or stages, it only does what is new.
 """
 
 from __future__ import annotations
@@ -97,12 +99,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--attribution-examples", type=int, default=48, metavar="N", help="of a seed (%(default)s)")
     parser.add_argument("--top-heads", type=int, default=25, metavar="K", help="default: %(default)s")
-    for split, count in {"discovery": 96, "dev": 32, "test": 64}.items():
+    for split, count in {"discovery": 64, "dev": 24, "test": 40}.items():
         parser.add_argument(f"--{split}", type=int, default=count, metavar="N", help="scenes (%(default)s)")
     parser.add_argument("--selections", nargs="+", default=SELECTIONS, metavar="METHOD", help="whose banks are steered")
     parser.add_argument("--comparators", nargs="*", choices=COMPARATORS, default=COMPARED_WITH, help="(%(default)s)")
-    parser.add_argument("--lrs", type=float, nargs="+", default=[0.02, 0.08], metavar="LR", help="tried on dev")
-    parser.add_argument("--lora-lrs", type=float, nargs="+", default=[0.0003, 0.001], metavar="LR")
+    parser.add_argument("--lrs", type=float, nargs="+", default=[0.08, 0.32], metavar="LR", help="(%(default)s)")
+    parser.add_argument("--lora-lrs", type=float, nargs="+", default=[0.001, 0.003], metavar="LR")
     parser.add_argument("--epochs", type=int, default=3, metavar="N", help="at most (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences at a time (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")

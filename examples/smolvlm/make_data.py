@@ -3,7 +3,8 @@
     python -m examples.smolvlm.make_data --task ocr --count 300 --output runs/smolvlm/ocr
 
 Run it from the repository root. A line of OUTPUT/data.jsonl is {"image": ..., "prompt": ..., "targets": [...]}; image
-paths are relative to it. Retrieval has no such form: its prompts are ranked.
+paths are relative to it. With --another-image every example has another's picture, as in the card's control. Retrieval
+has no such form: its prompts are ranked.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from hones_offline.data.examples import Example
 from hones_offline.data.scenes import SPLITS
 
+from examples.smolvlm.evaluate_card import with_another_image
 from examples.smolvlm.tasks import WAYS, task_examples
 from hones_steer.files import write_atomically
 
@@ -40,11 +42,13 @@ def main() -> None:
     parser.add_argument("--task", choices=tuple(ASKED), required=True)
     parser.add_argument("--split", choices=SPLITS, default="discovery", help="default: %(default)s")
     parser.add_argument("--count", type=int, default=300, metavar="N", help="examples (default: %(default)s)")
+    parser.add_argument("--another-image", action="store_true", help="give each example its neighbor's picture")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     args = parser.parse_args()
-    if args.count < 1:
-        parser.error(f"--count must be at least 1, not {args.count}")
-    write(args.task, task_examples(args.task, args.split, args.count), args.output)
+    if args.count < 1 + args.another_image:
+        parser.error(f"--count must be at least {1 + args.another_image}, not {args.count}")
+    examples = task_examples(args.task, args.split, args.count)
+    write(args.task, with_another_image(examples) if args.another_image else examples, args.output)
     print(f"{args.output / 'data.jsonl'}: {args.count} examples of {args.task}")
 
 

@@ -293,10 +293,7 @@ def test_the_scripts_put_it_together(
 
 
 def test_what_is_shipped_fits_the_card() -> None:
-    """The trained parts, once they are in the repository, are small and say what they were trained through."""
-    if not get_model.CONNECTOR.is_file():
-        assert "not trained yet" in get_model.CARD.read_text("utf-8")
-        return
+    """The trained parts are small and say what they were trained through."""
     assert get_model.CONNECTOR.stat().st_size <= 8e6
     with safe_open(get_model.CONNECTOR, "np") as file:
         about = json.loads(file.metadata()["about"])
@@ -452,9 +449,15 @@ def test_examples_are_written_for_learn(tmp_path: Path, monkeypatch: pytest.Monk
     for example, scene in zip(examples, scenes("discovery", 3), strict=True):
         assert np.array_equal(np.asarray(example.image.load()), scene.pixels())
         assert example.prompt == "Transcribe the text inside the blue box.\nOutput text only."
-    assert "--count must be at least 1" in refusal(
-        script, monkeypatch, capsys, "--task", "ocr", "--count", 0, "--output", tmp_path
-    )
+    another = tmp_path / "another"
+    run(script, monkeypatch, "--task", "ocr", "--count", 3, "--another-image", "--output", another)
+    moved = load_jsonl(another / "data.jsonl").examples
+    assert [example.targets for example in moved] == [example.targets for example in examples]
+    for example, scene in zip(moved, [*scenes("discovery", 3)[1:], scenes("discovery", 1)[0]], strict=True):
+        assert np.array_equal(np.asarray(example.image.load()), scene.pixels())
+    for count, option, least in ((0, [], 1), (1, ["--another-image"], 2)):
+        command = ["--task", "ocr", "--count", count, *option, "--output", tmp_path]
+        assert f"--count must be at least {least}" in refusal(script, monkeypatch, capsys, *command)
 
 
 @pytest.mark.matrix

@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hones evaluate",
         description="Measure a task on a model: as it is, steered by profiles, and with a bank's neurons masked. "
-        "Differences come with 95%% intervals (paired bootstrap over examples).",
+        "Differences come with 95% intervals (paired bootstrap over examples).",
         epilog="example: hones evaluate MODEL --task vqa --data test.jsonl --profile vqa.safetensors --mask runs/vqa",
     )
     add_data_arguments(parser)
