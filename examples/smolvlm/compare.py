@@ -73,7 +73,8 @@ def settings_of(args: argparse.Namespace) -> CompareSettings:
         fit=FitSettings(batch_size=16, accumulation_steps=1),
         selections=args.selections,
         comparators=args.comparators,
-        selection_reference=args.main if args.main in args.selections else None,
+        reference=args.reference or args.main,
+        selection_reference=args.selection_reference or (args.main if args.main in args.selections else None),
         grid=FitGrid(lrs=args.lrs, epochs=args.epochs),
         lora_lrs=args.lora_lrs,
     )
@@ -88,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", choices=known, default=list(TASKS), metavar="TASK")
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help="docs/methods.md")
     parser.add_argument("--main", default="hones_logprob", metavar="METHOD", help="the paper's (%(default)s)")
+    parser.add_argument("--reference", metavar="METHOD", help="which finding takes differences to (that of --main)")
+    parser.add_argument("--selection-reference", metavar="METHOD", help="which gains are paired with (that of --main)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="default: %(default)s")
     stages = ["masking", "finding", "selections"]
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=stages, help="default: %(default)s")

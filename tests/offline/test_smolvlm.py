@@ -477,6 +477,7 @@ def test_the_comparison_goes_from_masking_to_side_effects_and_repeats_itself(
     summary = json.loads((tmp_path / "summary.json").read_bytes())
     assert set(summary["tasks"]) == {"ocr", "retrieval"}
     assert summary["finding"]["bystanders"] == {"ocr": ["retrieval"], "retrieval": []}
+    assert summary["finding"]["reference"] == summary["selections"]["reference"] == "hones_logprob"
     steered = {row["method"] for row in summary["selections"]["rows"]}
     assert steered == {"random", "hones_logprob", "grid_search", "ia3"}
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*") if file.is_file()}
