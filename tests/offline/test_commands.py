@@ -129,6 +129,7 @@ def listing(folder: Path) -> dict[str, int]:
 @pytest.mark.parametrize("command", ["attribute", "fit", "evaluate"])
 def test_help_shows_an_example(hones: Run, command: str) -> None:
     code, out, _ = hones(command, "--help")
+    assert "%%" not in out, "argparse takes a description as it is where it names no %(prog)s"
     assert code == 0
     assert f"hones {command} " in out.partition("example")[2]
 
