@@ -16,8 +16,12 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from hones_serving.settings import Settings
 from hones_serving.transformers_server.app import build_app, pinned
+from hones_serving.transformers_server.generation import SteeredGeneration
+from hones_serving.transformers_server.rows import Listener, Streamed, Whole
+from hones_serving.transformers_server.turns import Turn, Turns
 from prometheus_client import CollectorRegistry
 from serving.engines import Server, free_port, server
 from serving.http_helpers import Question, scrape, until
@@ -25,7 +29,7 @@ from serving.sites import Transformers
 from serving.steered import TASKS, Reference, write_profiles
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cli.serving.model_manager import ModelManager
-from transformers.cli.serving.utils import GenerationState
+from transformers.cli.serving.utils import DirectStreamer, GenerationState
 
 from hones_steer import StateError
 
@@ -465,6 +469,32 @@ async def test_a_whole_answer_that_is_cut_off_is_an_error(llama: Path, profiles:
             gate.set()
         app.state.turns.stopping = False
         assert (await complete(client)).status_code == 200  # so the thread is done with the one before
+
+
+def test_nobody_waits_in_an_event_loop_that_is_closed(llama: Path) -> None:
+    """The generation thread, which is told of no loop's end, goes on."""
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+
+    async def ask() -> tuple[Turn, list[Listener]]:
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
+        streamer = DirectStreamer(tokenizer._tokenizer, loop, queue)
+        return Turn(Turns()), [Whole(loop), Streamed(streamer, queue, loop)]
+
+    turn, listeners = asyncio.run(ask())
+    assert turn.begin()
+    for listener in listeners:
+        assert not listener.put(20)
+        listener.end(torch.tensor([20]))
+        listener.fail(ValueError("none"))
+    turn.end()
+
+
+def test_generation_can_be_stopped() -> None:
+    before = threading.enumerate()
+    generation = SteeredGeneration(None, None)  # type: ignore[arg-type]  # which it has no request for
+    assert len(threading.enumerate()) == len(before) + 1
+    generation.stop()
+    assert threading.enumerate() == before
 
 
 HANGING = """

@@ -7,6 +7,7 @@ context of the request that submits to it, so each row is given its request's ad
 from __future__ import annotations
 
 import asyncio
+import atexit
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -46,8 +47,9 @@ class SteeredGeneration(BaseGenerateManager):
         self._batches = batches
         self._steering = steering
         self._waiting = Waiting()
-        thread = threading.Thread(target=self._run, name="hones-generation", daemon=True)
-        thread.start()
+        self._thread = threading.Thread(target=self._run, name="hones-generation", daemon=True)
+        self._thread.start()
+        atexit.register(self.stop)  # an interpreter that winds up while a thread is in a forward pass may crash
 
     def generate_streaming(
         self,
@@ -100,7 +102,9 @@ class SteeredGeneration(BaseGenerateManager):
         return processor.decode(tokens, skip_special_tokens=True), row.prompt_length, tokens
 
     def stop(self) -> None:
-        """Do nothing: the thread ends with the process."""
+        """End the thread, once it has answered whatever it is answering; rows that wait are not answered."""
+        self._waiting.close()
+        self._thread.join()
 
     def _submit(self, model: Any, processor: Any, inputs: Any, config: Any, listener: Listener) -> Row:
         if not self._steering.is_attached_to(model):
@@ -113,8 +117,8 @@ class SteeredGeneration(BaseGenerateManager):
         return row
 
     def _run(self) -> None:
-        while True:
-            self._batches.answer(self._waiting.first(), self._waiting)
+        while (row := self._waiting.first()) is not None:
+            self._batches.answer(row, self._waiting)
 
 
 class Waiting:
@@ -122,6 +126,7 @@ class Waiting:
 
     def __init__(self) -> None:
         self._rows: list[Row] = []
+        self._closed = False
         self._changed = threading.Condition()
 
     def add(self, row: Row) -> None:
@@ -130,11 +135,17 @@ class Waiting:
             self._rows.append(row)
             self._changed.notify()
 
-    def first(self) -> Row:
-        """Wait until there is a row, and take the first."""
+    def close(self) -> None:
+        """Have `first` wait for rows no more."""
         with self._changed:
-            self._changed.wait_for(lambda: self._rows)
-            return self._rows.pop(0)
+            self._closed = True
+            self._changed.notify()
+
+    def first(self) -> Row | None:
+        """Wait until there is a row, and take the first; None once it is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._rows or self._closed)
+            return None if self._closed else self._rows.pop(0)
 
     def take_first(self, accepts: Callable[[Row], bool]) -> Row | None:
         """Take the first row if there is one and `accepts` accepts it."""

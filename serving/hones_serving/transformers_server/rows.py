@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from transformers.cli.serving.utils import DirectStreamer, _GenerationCancelled,
 from transformers.generation.configuration_utils import GenerationMode
 
 from hones_serving.registry import Admission
-from hones_serving.transformers_server.turns import Turn
+from hones_serving.transformers_server.turns import Turn, unless_closed
 from hones_steer.profile import Profile
 from hones_steer.scopes import ALL
 
@@ -60,16 +61,18 @@ class Whole:
         self._loop = loop
 
     def put(self, _token: int) -> bool:
-        """Hear of a new token."""
-        return True
+        """Hear of a new token; false if the event loop has ended."""
+        return not self._loop.is_closed()
 
     def end(self, tokens: Tensor) -> None:
         """Hand over the answer."""
-        self._loop.call_soon_threadsafe(self._settle, tokens, None)
+        with unless_closed(self._loop):
+            self._loop.call_soon_threadsafe(self._settle, tokens, None)
 
     def fail(self, error: Exception) -> None:
         """Hand over the error."""
-        self._loop.call_soon_threadsafe(self._settle, None, error)
+        with unless_closed(self._loop):
+            self._loop.call_soon_threadsafe(self._settle, None, error)
 
     def _settle(self, tokens: Tensor | None, error: Exception | None) -> None:
         if self.answer.done():  # whoever waited has given up
@@ -92,19 +95,20 @@ class Streamed:
 
     def put(self, token: int) -> bool:
         """Stream a token; false if the client has left."""
-        try:
+        with unless_closed(self._loop), suppress(_GenerationCancelled):
             self.streamer.put(torch.tensor([token]))
-        except _GenerationCancelled:
-            return False
-        return True
+            return True
+        return False
 
     def end(self, _tokens: Tensor) -> None:
         """End the stream."""
-        self.streamer.end()
+        with unless_closed(self._loop):
+            self.streamer.end()
 
     def fail(self, error: Exception) -> None:
         """End the stream with an error."""
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, _StreamError(str(error)))
+        with unless_closed(self._loop):
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, _StreamError(str(error)))
 
 
 @dataclass

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -128,15 +129,27 @@ class Turn:
         if self.abandoned.is_set():
             return False
         self.running = True
-        self._loop.call_soon_threadsafe(_set, self._begun)
+        with unless_closed(self._loop):
+            self._loop.call_soon_threadsafe(_set, self._begun)
         return True
 
     def end(self) -> None:
         """End the turn; the generation thread calls this."""
-        self._loop.call_soon_threadsafe(self._turns.remove, self)
+        with unless_closed(self._loop):
+            self._loop.call_soon_threadsafe(self._turns.remove, self)
 
 
 TURN: ContextVar[Turn] = ContextVar("hones_turn")  # the turn of the request that is being handled
+
+
+@contextmanager
+def unless_closed(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """Leave the block, without an error, when it finds the loop closed: nobody waits in it any more."""
+    try:
+        yield
+    except RuntimeError:
+        if not loop.is_closed():
+            raise
 
 
 def _set(future: asyncio.Future[None]) -> None:
