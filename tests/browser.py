@@ -1,8 +1,9 @@
 """A real browser for tests of pages, and pictures of them: Chromium without a window, from whatever is installed.
 
     python tests/browser.py runs/demo/report.html docs/report.png
+    python tests/browser.py runs/smolvlm/steering/report.html docs/results/smolvlm.png '#selections .figures'
 
-writes a picture of the page's upper part.
+writes a picture of the page's upper part, or of what a CSS selector finds.
 """
 
 import os
@@ -97,13 +98,13 @@ CONTRASTS = """() => {
 }"""
 
 
-def take_picture(page: Path, picture: Path) -> None:
-    """A PNG of the upper part of a page, in light colors."""
+def take_picture(page: Path, picture: Path, part: str | None = None) -> None:
+    """A PNG of the upper part of a page, or of what the selector `part` finds, in light colors."""
     with chromium() as browser:
         tab = browser.new_page(viewport=PICTURE, color_scheme="light")
         tab.goto(page.resolve().as_uri())
-        tab.screenshot(path=picture)
+        (tab.locator(part) if part else tab).screenshot(path=picture)
 
 
 if __name__ == "__main__":
-    take_picture(Path(sys.argv[1]), Path(sys.argv[2]))
+    take_picture(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from browser import CONTRASTS, Opened
 from hones_offline.attribution.methods import AttributionOptions
-from hones_offline.report.figures import steering_bars
+from hones_offline.report.figures import selection_bars, steering_bars
 from hones_offline.report.page import report
 from hones_offline.report.sections import build_sections
 from hones_offline.report.summary import EACH, read_summary
@@ -135,6 +135,17 @@ def test_what_the_package_takes_by_default_stands_out() -> None:
     assert "Fisher" in figure.svg.partition('class="ours"')[2]
 
 
+def test_selections_are_drawn_on_average_and_task_by_task() -> None:
+    summary = full_summary()
+    mean, *of_tasks = selection_bars(summary)
+    assert [figure.caption for figure in of_tasks] == list(
+        dict.fromkeys(r["task"] for r in summary["selections"]["rows"])
+    )
+    assert mean.svg.count('class="bar"') == 2 * len(summary["selections"]["means"])
+    assert mean.svg.count('class="ci"') == 2 * len(summary["selections"]["means"])
+    assert {"gain over base", "on other tasks"} <= set(re.findall(r'class="head"[^>]*>([^<]*)', mean.svg))
+
+
 def test_every_number_of_the_tables_is_on_the_page(full: tuple[Path, Any], browser: Any) -> None:
     page, data = full
     opened = Opened(browser, page)
@@ -167,7 +178,7 @@ def test_charts_name_their_marks_and_have_a_text_for_readers(full: tuple[Path, A
     said = f"DVP, selectivity: {row['selectivity']:+.4f} [{low:+.4f}, {high:+.4f}]".replace("-", "−")
     assert said in bars
     alternatives = opened.ask("() => [...document.querySelectorAll('svg')].map(svg => svg.ariaLabel)")
-    assert len(alternatives) == len(TASKS) * 7
+    assert len(alternatives) == len(TASKS) * 8 + 1
     assert all(len(text) > 30 for text in alternatives)
 
 

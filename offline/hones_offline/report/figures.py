@@ -1,7 +1,7 @@
 """Figures of the report: which numbers of a summary go into which chart, one figure or a few for each task."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hones_offline.report.charts import Measured, Panel, bars, heat_map, lines, span, strips
@@ -10,6 +10,8 @@ from hones_offline.report.rows import Row, Summary, by_task, highest_head, main_
 from hones_offline.report.titles import is_ours, method_title, place
 
 MASKING_MEASURES = {"own_drop": "own drop", "selectivity": "selectivity"}
+GAIN = {"gain": "gain over base"}
+SELECTION_MEASURES = {**GAIN, "elsewhere_mean": "on other tasks"}
 
 
 @dataclass(frozen=True)
@@ -84,15 +86,31 @@ def bank_size_curves(summary: Summary) -> list[Figure]:
 def steering_bars(summary: Summary) -> list[Figure]:
     """Gain over the untouched model, steered and by the baselines; all tasks on one scale."""
     gains = [row for row in rows_of(summary, "steering") if "gain" in row]
-    domain = _domain(gains, "gain")
-    figures = []
-    for task, rows in by_task(gains).items():
-        titles = [method_title(row["method"]) for row in rows]
-        panel = Panel("gain over base", [_measured(row, "gain") for row in rows], domain)
-        ours = [method_title(row["method"]) for row in rows if row["method"] == "hones" or is_ours(row["method"])]
-        alt = f"Gain over the untouched model on {task} for {', '.join(titles)}, with intervals. Numbers in the table."
-        figures.append(Figure(task, bars(titles, ours, [panel], alt)))
-    return figures
+    ours = [row["method"] for row in gains if row["method"] == "hones" or is_ours(row["method"])]
+    return [_gain_bars(task, rows, gains, ours, GAIN) for task, rows in by_task(gains).items()]
+
+
+def selection_bars(summary: Summary) -> list[Figure]:
+    """Gain on the own task and on the others of each selection and comparator, on average, then task by task."""
+    rows = rows_of(summary, "selections")
+    means = sorted(summary["selections"]["means"], key=lambda row: place(row["method"]))
+    ours = [row["method"] for row in means if is_ours(row["method"])]
+    of_each = {"mean over tasks": means, **by_task(rows)}
+    return [_gain_bars(name, of, [*means, *rows], ours, SELECTION_MEASURES) for name, of in of_each.items()]
+
+
+def _gain_bars(
+    caption: str, rows: Sequence[Row], scaled: Sequence[Row], ours: Collection[str], measures: Mapping[str, str]
+) -> Figure:
+    """Bars of some measures of gain; `scaled` are the rows that must be inside each measure's axis."""
+    titles = [method_title(row["method"]) for row in rows]
+    panels = [
+        Panel(title, [_measured(row, measure) for row in rows], _domain(scaled, measure))
+        for measure, title in measures.items()
+        if any(measure in row for row in rows)
+    ]
+    alt = f"Gain over the untouched model, {caption}, for {', '.join(titles)}, with intervals. Numbers in the table."
+    return Figure(caption, bars(titles, [method_title(method) for method in ours], panels, alt))
 
 
 def strength_curves(summary: Summary) -> list[Figure]:

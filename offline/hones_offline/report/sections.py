@@ -298,6 +298,7 @@ SECTIONS = (
         says_bank_size=True,
         examples="rows",
         seeds="rows",
+        figures=figures.selection_bars,
         tables=tables.selection_tables,
         notes=lambda _: ("Intervals of means resample tasks, seeds and test examples.",),
     ),
