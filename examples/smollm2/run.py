@@ -116,8 +116,8 @@ def finding_tables(section: Mapping[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for row in section["means"]:
-        cells = [_cell(row, name) for name in ("own_drop", "bystander_drop", "selectivity")]
-        cells.append(_cell(row.get("difference", {}), "bystander_drop"))
+        cells = [cell(row, name) for name in ("own_drop", "bystander_drop", "selectivity")]
+        cells.append(cell(row.get("difference", {}), "bystander_drop"))
         lines.append(f"| {row['method']} | {row['ablation']} | {row['fraction']:.2%} | {' | '.join(cells)} |")
     lines += [
         "",
@@ -125,13 +125,13 @@ def finding_tables(section: Mapping[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for row in section["matched"]:
-        cells = [_cell(row, name) for name in ("bystander_drop", "difference")]
+        cells = [cell(row, name) for name in ("bystander_drop", "difference")]
         start = f"| {row['method']} | {row['ablation']} | {row['level']:g} "
         lines.append(f"{start}| {' | '.join(cells)} | {row['reached']:.0%} |")
     return lines
 
 
-def _cell(row: Mapping[str, Any], name: str) -> str:
+def cell(row: Mapping[str, Any], name: str) -> str:
     """A number and its interval; a dash where there is none."""
     return "–" if row.get(name) is None else f"{row[name]:.2f} {_ci(row[f'{name}_ci95'])}"
 

@@ -471,7 +471,7 @@ def test_the_comparison_goes_from_masking_to_side_effects_and_repeats_itself(
     command += ["--asked", "words", "--tasks", "ocr", "retrieval", "--contrast-tasks", "ocr"]
     command += ["--methods", "random", "hones_logprob", "fisher"]
     command += ["--selections", "random", "hones_logprob", "--comparators", "grid_search", "ia3"]
-    command += ["--lrs", 0.02, "--lora-lrs", 0.001, "--epochs", 1]
+    command += ["--lrs", 0.02, "--lora-lrs", 0.001, "--epochs", 1, "--another-image"]
     run(script, monkeypatch, *command)
     out = capsys.readouterr().out
     summary = json.loads((tmp_path / "summary.json").read_bytes())
@@ -480,11 +480,16 @@ def test_the_comparison_goes_from_masking_to_side_effects_and_repeats_itself(
     assert summary["finding"]["reference"] == summary["selections"]["reference"] == "hones_logprob"
     steered = {row["method"] for row in summary["selections"]["rows"]}
     assert steered == {"random", "hones_logprob", "grid_search", "ia3"}
+    control = json.loads((tmp_path / "another_image.json").read_bytes())
+    gains = {(row["method"], task): gain["own"] for row in control for task, gain in row["tasks"].items()}
+    assert gains == {(row["method"], row["task"]): row["gain"] for row in summary["selections"]["rows"]}
+    assert all(row["seen"] == pytest.approx(row["own"] - row["another"]) for row in control)
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*") if file.is_file()}
     run(script, monkeypatch, *command)
     assert capsys.readouterr().out == out
     assert {file: file.stat().st_mtime_ns for file in before} == before
     assert "main must be one of the methods" in refusal(script, monkeypatch, capsys, *command, "--methods", "random")
+    assert "add selections to --stages" in refusal(script, monkeypatch, capsys, *command, "--stages", "masking")
     assert "retrieval is not asked 'begun'" in refusal(script, monkeypatch, capsys, *command, "--asked", "begun")
 
 

@@ -89,13 +89,13 @@ class Splits:
         value = self.task.aggregate(statistics.sum(axis=0), len(statistics))
         return Scores(self.task, value, statistics, outputs=(), failures=examples.failures)
 
-    def measure_beside(self, examples: Prepared, steering: Profile | None = None) -> Scores:
+    def measure_beside(self, examples: Prepared, steering: Steered | None = None) -> Scores:
         """The metric on examples of no split, such as another task's, as they are or steered; measured once."""
         decisive = [run_settings(examples), self.batch_size, steering and steering.digest]
 
         def compute() -> dict[str, FloatArray]:
-            with intervention(examples, steering=steering):
-                return {"statistics": score(examples, batch_size=self.batch_size).statistics}
+            with _changed(examples, steering) as changed:
+                return {"statistics": score(changed, batch_size=self.batch_size).statistics}
 
         statistics = self.run.arrays(step_name(f"other-{examples.task.name}", decisive), compute)["statistics"]
         value = examples.task.aggregate(statistics.sum(axis=0), len(statistics))
