@@ -98,6 +98,8 @@ def full_summary(seed: int = 0) -> dict[str, Any]:
                 "value": (value := base[task] + 0.03 * strength - 0.02 * strength**2),
                 "ci95": around(value, 0.08),
                 "n": n,
+                "elsewhere_mean": (elsewhere := -0.05 * abs(strength)),
+                "elsewhere_mean_ci95": around(elsewhere, 0.06),
             }
             for task, n in TASKS.items()
             for strength in (-0.5, 0.0, 0.5, 1.0, 1.5, 2.0)

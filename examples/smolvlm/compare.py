@@ -124,7 +124,7 @@ def settings_of(args: argparse.Namespace) -> CompareSettings:
         pool=args.discovery,
         top_heads=args.top_heads,
         stages=args.stages,
-        fit=FitSettings(batch_size=16, accumulation_steps=1),
+        fit=FitSettings(lr=args.lr, batch_size=16, accumulation_steps=1),
         selections=args.selections,
         comparators=args.comparators,
         reference=args.reference or args.main,
@@ -167,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--lrs", type=float, nargs="+", default=[0.08, 0.32], metavar="LR", help="(%(default)s)")
     parser.add_argument("--lora-lrs", type=float, nargs="+", default=[0.001, 0.003], metavar="LR")
+    parser.add_argument("--lr", type=float, default=FitSettings.lr, help="of steering and strength (%(default)s)")
     parser.add_argument("--epochs", type=int, default=3, metavar="N", help="at most (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences at a time (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")

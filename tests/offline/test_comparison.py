@@ -493,6 +493,8 @@ def test_steering_and_strength(summary: Any) -> None:
         assert rows[name, "hones"]["value"] == pytest.approx(np.mean(rows[name, "hones"]["by_seed"]))
         assert strengths[name, 0.0]["value"] == base
         assert strengths[name, 1.0]["value"] == rows[name, "hones"]["value"]
+        assert strengths[name, 1.0]["elsewhere"] == rows[name, "hones"]["elsewhere"]
+        assert strengths[name, 0.0]["elsewhere_mean"] == 0
 
 
 def test_again_it_only_does_what_is_new(p: Problem, examples: Any, out: Path, tmp_path: Path) -> None:

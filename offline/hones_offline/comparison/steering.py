@@ -97,14 +97,15 @@ class Steering:
         return row | self.elsewhere(task, profiles) if name == "hones" else row
 
     def strength(self) -> dict[str, Any]:
-        """Section "strength": the learned profiles' offsets times each strength."""
+        """Section "strength": the learned profiles' offsets times each strength, on the other tasks too."""
         return {"strength": [self._strength_row(task, x) for task in self.tasks for x in self.settings.strengths]}
 
     def _strength_row(self, task: str, strength: float) -> dict[str, Any]:
         splits = self.tasks[task]
         profiles = [self.profiles(task, seed)["hones"] * strength for seed in self.seeds]
         values = [self._values(splits.measure("test", steering=profile)) for profile in profiles]
-        return {"task": task, "strength": strength, **self._estimate("value", values, "ci95"), "n": len(splits.test)}
+        value = {**self._estimate("value", values, "ci95"), "n": len(splits.test)}
+        return {"task": task, "strength": strength, **value, **self.elsewhere(task, profiles)}
 
     def group_gain(self, task: str, banks: Mapping[int, Bank]) -> dict[str, Any]:
         """The gain on a task from factors for these neurons, {seed: bank}, that were learned on the task."""

@@ -163,7 +163,7 @@ CONTRACT = {
             **ELSEWHERE,
         }
     ],
-    "strength?": [{"task": str, "strength": float, "value": float, "ci95": INTERVAL, "n": int}],
+    "strength?": [{"task": str, "strength": float, "value": float, "ci95": INTERVAL, "n": int, **ELSEWHERE}],
     "selections?": {
         "reference": str,  # what "over_reference" is paired with
         "rows": [

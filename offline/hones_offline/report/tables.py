@@ -187,7 +187,7 @@ SELECTION_MEANS = (
     Column("tasks", "number"),
     SEEDS,
 )
-STRENGTH = (TASK, Column("strength", "number"), VALUE, N)
+STRENGTH = (TASK, Column("strength", "number"), VALUE, ELSEWHERE, N)
 FAILURES = (TASK, Column("split"), Column("example"), Column("reason"))
 FAILURE_COUNTS = (TASK, Column("split"), Column("examples", "number"))
 
@@ -411,7 +411,7 @@ def selection_tables(summary: Summary) -> list[Table]:
 
 
 def strength_tables(summary: Summary) -> list[Table]:
-    """Each task's value at each strength of its profile, folded."""
+    """Each task's value at each strength of its profile, and what the other tasks gain there, folded."""
     return [table("Value at each strength", STRENGTH, rows_of(summary, "strength"), folded=True)]
 
 
