@@ -64,10 +64,10 @@ def encode(
     return tasks
 
 
-def with_and_without(
+def gains_with_another_image(
     tasks: Mapping[str, Splits], others: Mapping[str, Prepared], settings: CompareSettings
 ) -> list[dict[str, Any]]:
-    """A row for every way of steering: what it gains on test, and what it gains with another scene's picture.
+    """A row for every way of steering: what it gains on test, and what with another scene's picture for both models.
 
     Args:
         tasks: the splits of each task by name.
@@ -86,8 +86,8 @@ def with_and_without(
         own, another = [], []
         for task, splits in tasks.items():
             steered = [steering.selected(task, name, seed) for seed in steering.seeds]
-            without = comparison.values(task, splits.measure_beside(others[task]))
-            beside = [comparison.values(task, splits.measure_beside(others[task], one)) - without for one in steered]
+            base = comparison.values(task, splits.measure_beside(others[task]))
+            beside = [comparison.values(task, splits.measure_beside(others[task], one)) - base for one in steered]
             own.append(bootstrap.over_seeds([steering.gain(task, one) for one in steered]))
             another.append(bootstrap.over_seeds(beside))
         means = [weighted(np.stack(gains, axis=1), draws) for gains in (own, another)]
@@ -101,7 +101,7 @@ def _gains(own: FloatArray, another: FloatArray) -> dict[str, Any]:
 
 
 def another_image_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The rows of `with_and_without` in Markdown: the means, then each task's."""
+    """The rows of `gains_with_another_image` in Markdown: the means, then each task's."""
     lines = ["", "| selection | task | gain | with another's picture | difference |", "|---|---|---|---|---|"]
     for row in rows:
         for task, gains in {"mean": row, **row["tasks"]}.items():
@@ -206,7 +206,7 @@ def main() -> None:
                 name: prepare(model, processor, task, with_another_image(task_examples(name, "test", args.test)))
                 for name, task in asked.items()
             }
-            rows = with_and_without(tasks, others, settings)
+            rows = gains_with_another_image(tasks, others, settings)
             write_atomically(args.out / "another_image.json", json_bytes(rows))
     except DataError as error:
         parser.error(str(error))

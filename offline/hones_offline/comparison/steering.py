@@ -19,7 +19,6 @@ from hones_offline.comparison.splits import Splits, Steered
 from hones_offline.data.metrics import CrossedBootstrap, FloatArray, interval_of
 from hones_offline.data.neurons import Bank, NeuronIndex
 from hones_offline.learning.adapters import ADAPTERS, Adapter, check_adapters
-from hones_offline.learning.factors import FitSettings
 from hones_offline.learning.methods import STEERING_METHODS
 from hones_offline.running.evaluation import Scores
 from hones_offline.running.progress import with_progress
@@ -27,14 +26,6 @@ from hones_steer.profile import Profile, serialize_profile
 
 STEERED = ("base", *STEERING_METHODS)
 """The rows of the steering table."""
-
-
-def steered_profiles(
-    splits: Splits, bank: Bank, random_bank: Bank, settings: FitSettings, *, progress: bool = False
-) -> dict[str, Profile]:
-    """A profile for each way of steering."""
-    inputs = splits.steering_inputs(bank, random_bank, settings, progress=progress)
-    return {name: method.profile(inputs) for name, method in STEERING_METHODS.items()}
 
 
 class Steering:
@@ -61,7 +52,7 @@ class Steering:
         if "selections" in settings.stages:
             decoder = next(iter(tasks.values())).discovery.decoder
             check_adapters(decoder, [kind for kind in settings.comparators if kind in ADAPTERS])
-        self.profiles, self.selected = cache(self._profiles), cache(self._selected)
+        self.profile, self.selected = cache(self._profile), cache(self._selected)
 
     def gain(self, task: str, steered: Steered) -> FloatArray:
         """The gain of a task's metric on test, [1 + resamples]."""
@@ -76,11 +67,13 @@ class Steering:
 
     # ------------------------------------------------------------------------------------ the main method's bank
 
-    def _profiles(self, task: str, seed: int) -> dict[str, Profile]:
-        """Every way of steering the main method's bank."""
+    def _profile(self, task: str, name: str, seed: int) -> Profile:
+        """The profile of a way of steering the main method's bank."""
         bank = self.finder.bank(task, self.settings.main, self.settings.fraction, seed)
         fit = replace(self.settings.fit, seed=seed)
-        return steered_profiles(self.tasks[task], bank, bank.random(self.index, seed), fit, progress=self.progress)
+        random_bank = bank.random(self.index, seed)
+        inputs = self.tasks[task].steering_inputs(bank, random_bank, fit, progress=self.progress)
+        return STEERING_METHODS[name].profile(inputs)
 
     def main_bank(self) -> dict[str, Any]:
         """Section "steering": the learned factors beside their baselines, the learned ones on the other tasks too."""
@@ -91,7 +84,7 @@ class Steering:
         base = splits.measure("test")
         if name == "base":
             return steering_row(self.bootstrap, name, base, [base for _ in self.seeds])
-        profiles = [self.profiles(task, seed)[name] for seed in self.seeds]
+        profiles = [self.profile(task, name, seed) for seed in self.seeds]
         measured = [splits.measure("test", steering=profile) for profile in profiles]
         row = steering_row(self.bootstrap, name, base, measured)
         return row | self.elsewhere(task, profiles) if name == "hones" else row
@@ -102,7 +95,7 @@ class Steering:
 
     def _strength_row(self, task: str, strength: float) -> dict[str, Any]:
         splits = self.tasks[task]
-        profiles = [self.profiles(task, seed)["hones"] * strength for seed in self.seeds]
+        profiles = [self.profile(task, "hones", seed) * strength for seed in self.seeds]
         values = [self._values(splits.measure("test", steering=profile)) for profile in profiles]
         value = {**self._estimate("value", values, "ci95"), "n": len(splits.test)}
         return {"task": task, "strength": strength, **value, **self.elsewhere(task, profiles)}
