@@ -186,6 +186,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.another_image and "selections" not in args.stages:
         parser.error("--another-image measures selections; add selections to --stages")
+    if args.another_image and args.test < 2:
+        parser.error(f"--test must be at least 2, so that there is another image, not {args.test}")
     if other := [name for name in args.tasks if name not in WAYS[args.asked]]:
         parser.error(f"{other[0]} is not asked {args.asked!r}; choose another --asked, or leave it out of --tasks")
     keep_freed_memory()
