@@ -497,6 +497,12 @@ def test_steering_and_strength(summary: Any) -> None:
         assert strengths[name, 0.0]["elsewhere_mean"] == 0
 
 
+def test_strength_learns_nothing_but_what_it_shows(p: Problem, examples: Any, tmp_path: Path) -> None:
+    settings = with_stages(stages=("strength",), seeds=2, learned_seeds=1)
+    compare(splits(p, examples, tmp_path / "work"), settings, tmp_path, title="three")
+    assert len(list((tmp_path / "work").glob("*/fit-*"))) == len(TASKS)
+
+
 def test_again_it_only_does_what_is_new(p: Problem, examples: Any, out: Path, tmp_path: Path) -> None:
     """The same comparison computes nothing; with another method and size it keeps what it has."""
     before = {file: file.stat().st_mtime_ns for file in (out / "work").rglob("*") if file.is_file()}

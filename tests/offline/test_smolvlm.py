@@ -492,7 +492,7 @@ def test_the_comparison_goes_from_masking_to_side_effects_and_repeats_itself(
     run(script, monkeypatch, *command)
     control = json.loads((tmp_path / "another_image.json").read_bytes())
     assert all(gain["seen"] == 0 for row in control for gain in (row, *row["tasks"].values()))
-    new = {file for file in (tmp_path / "work").rglob("other-*")} - set(before)
+    new = set((tmp_path / "work").rglob("other-*")) - set(before)
     assert len(new) == len([file for file in before if file.name.startswith("other-")]) > 0
     assert "main must be one of the methods" in refusal(script, monkeypatch, capsys, *command, "--methods", "random")
     assert "--test must be at least 2" in refusal(script, monkeypatch, capsys, *command, "--test", 1)
